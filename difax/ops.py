@@ -1,0 +1,90 @@
+"""The few operations that every model shares and that techniques replace: `dot`, `attend`, the float32 norm.
+
+Shape letters: B batch, T query tokens, S key tokens, H heads, K head width, M = product of leading axes.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def _weight_gradients(x_MK: jax.Array, dy_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x_MK.T @ dy_MN, dy_MN.sum(0)
+
+
+def _weight_gradients_cpu(x_MK: jax.Array, dy_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # XLA's CPU backend has no fast kernel for a product that contracts the leading axes, and folds a bare
+    # transpose back into one. The pad keeps the transposed copy, which is 5 times faster in bfloat16; its rows of
+    # ones are the bias gradient. The narrower operand is the one that is copied.
+    if x_MK.shape[1] <= dy_MN.shape[1]:
+        both = jnp.pad(x_MK.T, ((0, 8), (0, 0)), constant_values=1) @ dy_MN
+        return both[:-8], both[-1]
+    ones = jnp.ones((8, dy_MN.shape[0]), dy_MN.dtype)
+    return (jnp.pad(dy_MN.T, ((0, 8), (0, 0))) @ x_MK)[:-8].T, (ones @ dy_MN)[0]
+
+
+@jax.custom_vjp
+def _affine(x_MK: jax.Array, w_KN: jax.Array, bias_N: jax.Array) -> jax.Array:
+    return x_MK @ w_KN + bias_N[None]
+
+
+def _affine_forward(x_MK: jax.Array, w_KN: jax.Array, bias_N: jax.Array):
+    return _affine(x_MK, w_KN, bias_N), (x_MK, w_KN)
+
+
+def _affine_backward(residuals: tuple[jax.Array, jax.Array], dy_MN: jax.Array):
+    x_MK, w_KN = residuals
+    dw_KN, db_N = jax.lax.platform_dependent(
+        x_MK, dy_MN, cpu=_weight_gradients_cpu, default=_weight_gradients
+    )
+    return dy_MN @ w_KN.T, dw_KN, db_N
+
+
+_affine.defvjp(_affine_forward, _affine_backward)
+
+
+def dot(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x @ w + bias over the last axis of x, as one two-dimensional product.
+
+    Weight and bias are read in the activation's dtype. Leading axes are folded first: XLA's CPU backend has its
+    fast matmul for plain [M, K] x [K, N] products only.
+
+    Args:
+      x: [..., K] activations.
+      w: [K, N] weight.
+      bias: [N], or None.
+
+    Returns:
+      [..., N] in the dtype of x.
+    """
+    *lead, k = x.shape
+    x_MK, w_KN = x.reshape(-1, k), w.astype(x.dtype)
+    y_MN = x_MK @ w_KN if bias is None else _affine(x_MK, w_KN, bias.astype(x.dtype))
+    return y_MN.reshape(*lead, w.shape[-1])
+
+
+def attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array) -> jax.Array:
+    """Reference attention: softmax(q k^T / sqrt(K)) v with the softmax in float32.
+
+    Args:
+      q_BTHK: [B, T, H, K] queries.
+      k_BSHK, v_BSHK: [B, S, H, K] keys and values.
+
+    Returns:
+      [B, T, H, K] in the dtype of q.
+    """
+    q_BHTK = jnp.swapaxes(q_BTHK, 1, 2) * q_BTHK.shape[-1] ** -0.5
+    k_BHSK = jnp.swapaxes(k_BSHK, 1, 2)
+    v_BHSK = jnp.swapaxes(v_BSHK, 1, 2)
+    logits_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
+    p_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(v_BSHK.dtype)
+    return jnp.swapaxes(jnp.einsum("bhts,bhsk->bhtk", p_BHTS, v_BHSK), 1, 2)
+
+
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """(x - mean)/sqrt(var + eps) over the last axis, without affine parameters, computed and returned in float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    centred = x - mean
+    return centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)

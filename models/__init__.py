@@ -1,0 +1,8 @@
+"""Model architectures, one file each. Import as `difax.models`."""
+
+if __name__ != "difax.models":
+    raise ImportError(f"import difax.models, not {__name__}: one identity per module")
+
+from difax.models.dit import dit
+
+MODELS = {"dit": dit}

@@ -1,0 +1,66 @@
+"""Pieces that several architectures share: a dense layer around `difax.ops.dot`, embeddings, patches."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.ops import dot
+
+
+class Dense(nn.Module):
+    """y = dot(x, kernel, bias); the kernel may be any type that `difax.ops.dot` knows."""
+
+    features: int
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return dot(x, kernel, bias)
+
+
+def timestep_embedding(t: jax.Array, width: int, shift: int = 0, max_period: float = 10_000.0) -> jax.Array:
+    """[cos(t f_j), sin(t f_j)] with f_j = max_period^(-j/(width/2 - shift)), in float32.
+
+    Args:
+      t: [B] model times.
+      width: even number of features.
+      shift: 0 in the original DiT, 1 in diffusers; the two are different functions of t.
+    """
+    half = width // 2
+    f = np.exp(-math.log(max_period) * np.arange(half) / (half - shift)).astype(np.float32)
+    angle = t.astype(jnp.float32)[:, None] * f[None]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def sincos_positions(width: int, rows: int, columns: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine positions [rows * columns, width]: first half from the column, second from the row."""
+
+    def axis(positions: np.ndarray) -> np.ndarray:
+        f = 10_000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
+        angle = positions.reshape(-1, 1) * f
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    return np.concatenate([axis(column), axis(row)], axis=1).astype(np.float32)
+
+
+def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
+    """[B, H, W, C] -> [B, (H/p)(W/p), p p C]; a patch's features run over row, column, channel."""
+    b, h, w, c = x_BHWC.shape
+    x = x_BHWC.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(x_BNP: jax.Array, patch: int, rows: int, columns: int) -> jax.Array:
+    """The inverse of `patchify`: [B, rows * columns, p p C] -> [B, rows p, columns p, C]."""
+    b, _, features = x_BNP.shape
+    c = features // (patch * patch)
+    x = x_BNP.reshape(b, rows, columns, patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, rows * patch, columns * patch, c)
