@@ -1,0 +1,356 @@
+"""Safetensors: foreign checkpoints read through a table, and difax's own files. Knows no model.
+
+Every refusal that a header allows comes before a weight is read; then tensors are read one at a time, so that a
+load needs the parameters themselves and one tensor more. A parameter is named by its path, 'blocks/qkv/kernel'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from difax.contracts import Params
+
+FLOATS = ("F32", "F16", "BF16")
+_METADATA = "difax"  # one entry: the library writes several in random order, and files should be reproducible
+
+
+class Source(NamedTuple):
+    """Where one parameter stands in a foreign checkpoint: one row of a layout table.
+
+    keys: the tensor's name, or several names whose tensors are concatenated along the parameter's last axis
+        (q, k, v). A placeholder such as `{layer}` runs over all layers, stacked on a new leading axis.
+    axes: permutation of the tensor's axes, after which it is folded into the parameter's shape; None: as stored.
+    shared: the file repeats one parameter in every layer; the copies must be equal, and one is taken.
+    """
+
+    keys: tuple[str, ...]
+    axes: tuple[int, ...] | None = None
+    shared: bool = False
+
+
+class _Tensor(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors at `path`, from the headers alone; accepts what `load_safetensors` does."""
+    with _opened(path) as tensors:
+        return {name: t.shape for name, t in tensors.items()}
+
+
+def load_safetensors(
+    path: str | os.PathLike,
+    spec: Params,
+    table: Mapping[str, Source],
+    layers: Mapping[str, int] | None = None,
+    constants: Mapping[str, np.ndarray] | None = None,
+    dtype: Any = None,
+) -> Params:
+    """Reads a checkpoint of another project into a parameter tree, through a layout table.
+
+    Args:
+      path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
+      spec: nested dict of what is wanted, leaves with `shape` and `dtype` (`jax.eval_shape(model.init, key)`).
+      table: for every path of `spec` ('blocks/qkv/kernel') its `Source`.
+      layers: how many values each placeholder takes, e.g. {"layer": 28}.
+      constants: tensors that the file may hold and the model computes itself (fixed positions); each must agree
+        within 1e-5, or within the rounding of the file's half precision.
+      dtype: floating dtype of the result; None keeps the file's.
+
+    Returns:
+      A nested dict of jax arrays like `spec`.
+
+    Raises:
+      ValueError: no, truncated or foreign file; missing, surplus, wrongly shaped or typed tensor; copies or
+        constants that differ. The message names the file and the tensor, what was found and what was expected.
+    """
+    wanted = flatten_dict(spec, sep="/")
+    if set(wanted) != set(table):
+        raise ValueError(f"the layout table and the model differ in {sorted(set(wanted) ^ set(table))}")
+    layers, constants = layers or {}, constants or {}
+    rows = {p: _expand(source, layers) for p, source in table.items()}
+    with _opened(path) as tensors:
+        _check_names(path, tensors, rows, constants)
+        for p, row in rows.items():
+            _check_tensors(p, table[p], wanted[p], row, tensors)
+        for name in tensors.keys() & constants.keys():
+            _check_constant(name, tensors[name], constants[name])
+        return unflatten_dict(
+            {p: _read(table[p], wanted[p].shape, row, tensors, dtype) for p, row in rows.items()}, sep="/"
+        )
+
+
+def load_native(path: str | os.PathLike, spec: Params) -> Params:
+    """Reads what `save_safetensors` wrote into a nested dict of jax arrays like `spec`, in the file's dtypes.
+
+    Raises:
+      ValueError: as `load_safetensors`.
+    """
+    return load_safetensors(path, spec, {p: Source((p,)) for p in flatten_dict(spec, sep="/")})
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """What `save_safetensors` stored beside the parameters; {} for a file of another project."""
+    found: dict[str, Any] = {}
+    for file, _ in _files(path):
+        with _safe_open(file) as handle:
+            found |= json.loads((handle.metadata() or {}).get(_METADATA, "{}"))
+    return found
+
+
+def save_safetensors(
+    path: str | os.PathLike, params: Params, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a nested dict of arrays as one safetensors file, aside and then renamed; equal inputs, equal bytes.
+
+    Args:
+      path: of the file; its folder must exist.
+      params: nested dict of arrays, any dtype that safetensors knows (bfloat16 too).
+      metadata: JSON-able values, such as the model's configuration, for `read_metadata`.
+
+    Raises:
+      ValueError: a leaf that is no array, or a path that cannot be written.
+    """
+    flat = {}
+    for name, leaf in flatten_dict(params, sep="/").items():
+        flat[name] = np.asarray(leaf, order="C")  # safetensors reads the buffer, whatever the strides
+        if flat[name].dtype == object:
+            raise ValueError(f"cannot write {name}: {type(leaf).__name__} is no array")
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    header = {_METADATA: json.dumps(dict(metadata), sort_keys=True)} if metadata else None
+    try:
+        save_file(flat, aside, header)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {path}: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name that looks most like `name`, if any does."""
+    return next(iter(difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.4)), None)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------
+
+
+def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
+    """The files of a checkpoint, each with the names that the index promises in it (None: no index)."""
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            names = ", ".join(f.name for f in found) or "none"
+            raise ValueError(f"{path}: expected one .safetensors file or one index in the folder; found {names}")
+        path = found[0]
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.suffix != ".json":
+        return [(path, None)]
+    try:
+        where = json.loads(path.read_text())["weight_map"]
+        shards: dict[str, set[str]] = {}
+        for name, file in where.items():
+            shards.setdefault(str(file), set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not an index of a sharded checkpoint (no 'weight_map')") from error
+    for file in shards:
+        if Path(file).name != file or not (path.parent / file).is_file():
+            raise ValueError(f"{path}: its shard {file!r} is not beside it")
+    return [(path.parent / file, names) for file, names in sorted(shards.items())]
+
+
+def _safe_open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: {_diagnose(file, error)}") from error
+
+
+def _diagnose(file: Path, error: Exception) -> str:
+    """Why safetensors refused a file, with the first tensor that a truncation hits."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        start = f.read(8)
+        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+            return (
+                "a PyTorch pickle; only safetensors files are read. Convert it where torch is installed: "
+                "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'x.safetensors')"
+            )
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        text = f.read(min(length, size))
+    if not text.startswith(b"{"):
+        return f"not a safetensors file ({size} bytes; {error})"
+    try:
+        header = json.loads(text)
+        ends = sorted((v["data_offsets"][1], k) for k, v in header.items() if k != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"truncated or damaged in its header ({size} bytes, header of {length}; {error})"
+    base = 8 + length
+    cut = next((f"tensor {k!r} ends at byte {base + end}" for end, k in ends if base + end > size), None)
+    return f"truncated: {cut}, the file at {size}" if cut else f"damaged ({error})"
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[dict[str, _Tensor]]:
+    with contextlib.ExitStack() as stack:
+        tensors: dict[str, _Tensor] = {}
+        for file, promised in _files(path):
+            handle = stack.enter_context(_safe_open(file))
+            names = set(handle.keys())
+            for name in sorted(names ^ promised) if promised is not None else ():
+                fault = "lacks" if name not in names else "holds, unknown to its index,"
+                raise ValueError(f"{file}: this shard {fault} tensor {name!r}")
+            for name in names:
+                view = handle.get_slice(name)
+                read = partial(handle.get_tensor, name)
+                tensors[name] = _Tensor(file, tuple(view.get_shape()), view.get_dtype(), read)
+        yield tensors
+
+
+# ---- checks and assembly --------------------------------------------------------------------------------------
+
+
+def _expand(source: Source, layers: Mapping[str, int]) -> list[list[str]]:
+    """Tensor names [layers][parts] of one parameter; a single row without a placeholder."""
+    used = [p for p in layers if any(f"{{{p}}}" in key for key in source.keys)]
+    if not used:
+        return [list(source.keys)]
+    (placeholder,) = used
+    return [[key.format(**{placeholder: i}) for key in source.keys] for i in range(layers[placeholder])]
+
+
+def _stacked(source: Source) -> bool:
+    return not source.shared and "{" in source.keys[0]
+
+
+def _part(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What one tensor of a parameter fills: the parameter's shape without layers, cut along its last axis."""
+    shape = shape[1:] if _stacked(source) else shape
+    return (*shape[:-1], shape[-1] // len(source.keys)) if len(source.keys) > 1 else shape
+
+
+def _check_names(
+    path: Any, tensors: Mapping[str, _Tensor], rows: Mapping[str, list[list[str]]], constants: Mapping[str, Any]
+) -> None:
+    expected = {name: p for p, row in rows.items() for names in row for name in names}
+    missing = [name for name in expected if name not in tensors]
+    surplus = sorted(tensors.keys() - expected.keys() - constants.keys())
+    if missing:
+        close = nearest(missing[0], surplus) or nearest(missing[0], tensors)
+        raise ValueError(
+            f"{path}: tensor {missing[0]!r} (for {expected[missing[0]]}) is missing{_more(missing)}; "
+            + (f"nearest in the file: {close!r}" if close else f"the file holds {len(tensors)} other tensors")
+        )
+    if surplus:
+        close = nearest(surplus[0], expected)
+        raise ValueError(
+            f"{path}: surplus tensor {surplus[0]!r} of shape {tensors[surplus[0]].shape}{_more(surplus)}, "
+            f"which no parameter takes" + (f"; nearest expected: {close!r}" if close else "")
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _check_tensors(
+    p: str, source: Source, want: Any, row: list[list[str]], tensors: Mapping[str, _Tensor]
+) -> None:
+    if _stacked(source) and want.shape[0] != len(row):
+        raise ValueError(f"{p} has {want.shape[0]} layers in the model, {len(row)} in the checkpoint")
+    part = _part(source, want.shape)
+    axes = source.axes or tuple(range(len(part)))
+    unfolded = len(axes) == len(part)
+    expected = tuple(part[axes.index(i)] for i in range(len(axes))) if unfolded else None
+    for name in (name for names in row for name in names):
+        file, shape, dtype, _ = tensors[name]
+        if expected is None:
+            fits = len(shape) == len(axes) and math.prod(shape) == math.prod(part)
+        else:
+            fits = shape == expected
+        if not fits:
+            allowed = expected or f"{len(axes)} axes that fold into {part}"
+            raise ValueError(
+                f"{file}: tensor {name!r} (for {p}) has the wrong shape {shape}; expected {allowed}"
+            )
+        if jnp.issubdtype(want.dtype, jnp.floating) and dtype not in FLOATS:
+            raise ValueError(
+                f"{file}: tensor {name!r} (for {p}) is {dtype}; expected one of {', '.join(FLOATS)}"
+            )
+        if dtype != tensors[row[0][0]].dtype:
+            raise ValueError(
+                f"{file}: tensor {name!r} is {dtype}, but {row[0][0]!r} of the same parameter {p} is "
+                f"{tensors[row[0][0]].dtype}"
+            )
+
+
+def _check_constant(name: str, tensor: _Tensor, expected: np.ndarray) -> None:
+    if tensor.shape != expected.shape:
+        raise ValueError(
+            f"{tensor.file}: tensor {name!r} has the wrong shape {tensor.shape}; expected {expected.shape}"
+        )
+    found = tensor.read()
+    tolerance = 1e-5 if tensor.dtype == "F32" else float(jnp.finfo(found.dtype).eps)
+    difference = float(np.abs(found.astype(np.float32) - expected).max())
+    if not difference <= tolerance:
+        raise ValueError(
+            f"{tensor.file}: tensor {name!r} differs from the fixed value that the model computes by "
+            f"{difference:.3g}; allowed: {tolerance:.3g}"
+        )
+
+
+def _read(
+    source: Source,
+    shape: tuple[int, ...],
+    row: list[list[str]],
+    tensors: Mapping[str, _Tensor],
+    dtype: Any,
+) -> Any:
+    part = _part(source, shape)
+    first = tensors[row[0][0]].read()
+    out = np.empty(shape, dtype or first.dtype)
+    if source.shared:
+        for names in row[1:]:
+            _check_copy(names[0], tensors[names[0]], row[0][0], first)
+        row = row[:1]
+    for layer, names in enumerate(row):
+        target = out[layer] if _stacked(source) else out
+        for j, name in enumerate(names):
+            tensor = first if name == row[0][0] else tensors[name].read()
+            tensor = tensor if source.axes is None else tensor.transpose(source.axes)
+            if len(names) == 1:
+                target[...] = tensor.reshape(part)
+            else:
+                target[..., j * part[-1] : (j + 1) * part[-1]] = tensor.reshape(part)
+    return jnp.asarray(out)
+
+
+def _check_copy(name: str, tensor: _Tensor, first_name: str, first: np.ndarray) -> None:
+    copy = tensor.read()
+    if not np.array_equal(copy, first):
+        difference = np.abs(copy.astype(np.float32) - first.astype(np.float32)).max()
+        raise ValueError(
+            f"{tensor.file}: tensor {name!r} must equal {first_name!r} (one embedder shared by all layers); "
+            f"they differ by {difference:.3g}"
+        )

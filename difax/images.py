@@ -1,0 +1,45 @@
+"""Pictures: sample grids and PNG files, written aside and renamed."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import numpy as np
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> uint8 [0, 255], clipped and rounded."""
+    return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def image_grid(images: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -> np.ndarray:
+    """Lays uint8 images [N, H, W, C] out in rows of `columns`, on white; [H', W'] for one channel.
+
+    Args:
+      images: C = 1 (grey) or 3 (RGB); other channel counts show their first channel.
+      columns: images a row. gap: pixels between them. scale: whole-number magnification.
+    """
+    images = images if images.shape[-1] in (1, 3) else images[..., :1]
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    grid = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        grid[top : top + h, left : left + w] = image
+    grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
+    return grid[..., 0] if c == 1 else grid
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes a uint8 picture [H, W] or [H, W, 3]; the file appears whole or not at all."""
+    from PIL import Image
+
+    path = pathlib.Path(path)
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        Image.fromarray(image).save(aside, format="PNG")
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
