@@ -29,7 +29,9 @@ def uniform() -> Grid:
             return np.linspace(1.0, 0.0, n + 1)
         if n == 1:
             return np.array([1.0, 0.0])
-        return _from_indices(process, np.round(np.linspace(process.steps - 1, 0, n)))
+        # summed up from 0 as the original does, since rounding decides on ties
+        strides = np.full(n - 1, (process.steps - 1) / (n - 1))
+        return _from_indices(process, np.round(np.cumsum(np.append(0.0, strides)))[::-1])
 
     return grid
 
@@ -51,16 +53,16 @@ def leading() -> Grid:
 
 
 def trailing() -> Grid:
-    """Times t_i = 1 - i/n; on T discrete steps the indices round(T (1 - i/n)) - 1, so the first is always T - 1.
+    """Times t_i = 1 - i/n; on T discrete steps the indices round(T - i T/n) - 1, so the first is always T - 1.
 
     References: Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2023, arXiv:2305.08891.
     """
 
     def grid(process: Process, n: int) -> np.ndarray:
-        times = np.linspace(1.0, 0.0, n + 1)
         if process.steps is None:
-            return times
-        return _from_indices(process, np.round(times[:-1] * process.steps) - 1)
+            return np.linspace(1.0, 0.0, n + 1)
+        # arange as in the paper and in diffusers, since rounding decides on ties; it can be one too long
+        return _from_indices(process, np.round(np.arange(process.steps, 0, -process.steps / n)[:n]) - 1)
 
     return grid
 

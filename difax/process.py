@@ -164,10 +164,11 @@ def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -
 def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
     """Variance-exploding process: alpha = 1, sigma(t) = sigma_min (sigma_max/sigma_min)^t, and sigma(0) = 0.
 
-    The network is told c_noise = log(sigma)/4, as in EDM.
+    The network is told c_noise = log(sigma)/4, as in EDM. t_min = 1e-9 stands for the limit t -> 0+, where
+    sigma = sigma_min, as opposed to the clean sample at t = 0.
 
     Args:
-      sigma_min, sigma_max: noise levels at the last evaluation and at t = 1 (0.002 and 80).
+      sigma_min, sigma_max: noise levels at t_min and at t = 1 (0.002 and 80).
 
     References: Song et al. 2021, arXiv:2011.13456; Karras et al. (EDM), 2022, arXiv:2206.00364.
     """
@@ -186,19 +187,19 @@ def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
         inverse=lambda value: (-np.asarray(value, np.float64) - math.log(sigma_min)) / ratio,
         model_time=lambda t: 0.25 * (math.log(sigma_min) + ratio * t),
         steps=None,
-        t_min=0.0,
+        t_min=1e-9,
         t_max=1.0,
         prior_std=sigma_max,
     )
 
 
 def flow(shift: float = 1.0, time_scale: float = 1000.0) -> Process:
-    """Rectified flow: x_t = (1 - t) x0 + t eps, whose velocity is eps - x0.
+    """Rectified flow: x_t = (1 - t) x0 + t eps, whose velocity dx/dt is eps - x0.
 
     Args:
-      shift: time shift s >= 0, t' = s t/(1 + (s - 1) t), applied by the `shifted` grid and to training times
+      shift: time shift s > 0, t' = s t/(1 + (s - 1) t), applied by the `shifted` grid and to training times
         (1 = none; 3 in SD3).
-      time_scale: the network is told time_scale * t (1000, as SD3 and FLUX).
+      time_scale: the network is told time_scale * t (1000, as SD3 and FLUX); slopes and velocity stay along t.
 
     References: Liu et al., Rectified Flow, 2022, arXiv:2209.03003; Esser et al. (SD3), 2024, arXiv:2403.03206.
     """
