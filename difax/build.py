@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from difax import grids, guidance, losses
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
-from difax.contracts import Accelerator, Guide, Model, Row, Solver
+from difax.checkpoint import check_shapes, load_native, read_metadata
+from difax.contracts import Accelerator, Guide, Model, Params, Row, Solver
 from difax.data import DATASETS, Images
-from difax.losses import Loss
 from difax.models import MODELS
+from difax.models.dit_checkpoint import load_dit
 from difax.process import PREDICTIONS, PROCESSES, Process
 from difax.sample import make_rows
-from difax.train import TrainOptions
+from difax.train import Task, TrainOptions, restore_ema
 from difax.trunk import neutral
 
+ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 ACCELERATORS: dict[str, Callable[..., Accelerator]] = {"none": neutral, **CACHES}
 
 REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
@@ -29,7 +33,7 @@ REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "solver": SOLVERS,
     "grid": grids.GRIDS,
     "guide": guidance.GUIDES,
-    "accelerator": ACCELERATORS,
+    "cache": ACCELERATORS,
     "loss": losses.LOSSES,
     "data": DATASETS,
 }
@@ -84,33 +88,60 @@ class Run(NamedTuple):
     scale: float
 
 
-SECTIONS = ("model", "process", "prediction", "sampler", "data", "loss", "train")
-SAMPLER = ("solver", "grid", "steps", "guide", "scale", "accelerator")
+SECTIONS = (
+    "model", "process", "prediction", "weights",
+    "solver", "grid", "steps", "guide", "scale", "cache",
+    "data", "loss", "train",
+)  # fmt: skip
 
 
-def build_run(config: Mapping[str, Any]) -> Run:
-    """Builds model, process and seams of a configuration; every refusal is a ValueError."""
+def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
+    """Builds process, seams and (unless given) the model of a configuration; every refusal is a ValueError."""
     for key in config:
-        choose("section", key, SECTIONS)
-    sampler = config["sampler"]
-    for key in sampler:
-        choose("key of sampler", key, SAMPLER)
-    model = make("model", config["model"])
+        choose("config section", key, SECTIONS)
+    for key in ("process", "prediction", "solver", "grid", "steps", "guide", "scale"):
+        if key not in config:
+            raise ValueError(f"config section {key} is missing; a sampling run needs it")
+    model = model or make("model", config["model"])
     process = make("process", config["process"])
     prediction = choose("prediction", config["prediction"], PREDICTIONS)
-    solver = make("solver", sampler["solver"])
-    guide = make("guide", sampler["guide"])
-    accelerator = make("accelerator", sampler["accelerator"])
-    times = grids.make_times(make("grid", sampler["grid"]), process, sampler["steps"])
+    solver = make("solver", config["solver"])
+    guide = make("guide", config["guide"])
+    accelerator = make("cache", config.get("cache", {"name": "none"}))
+    times = grids.make_times(make("grid", config["grid"]), process, config["steps"])
     rows = make_rows(solver, guide, process, times)
-    return Run(
-        model, process, prediction, solver, guide, accelerator, times, rows, float(sampler["scale"])
-    )
+    if prediction in ("eps", "score") and not np.all(rows.level.alpha > 0):
+        raise ValueError(
+            f"grid {config['grid']['name']} evaluates {process.name} where alpha = 0, and a prediction of "
+            f"{prediction} says nothing about the image there; allowed: a grid such as log_snr or karras"
+        )
+    if config["solver"].get("variance") == "learned" and not model.learn_sigma:
+        raise ValueError(
+            "solver ddpm: variance='learned' needs a model with learn_sigma; allowed: small, large"
+        )
+    return Run(model, process, prediction, solver, guide, accelerator, times, rows, float(config["scale"]))
 
 
-def build_loss(config: Mapping[str, Any], model: Model, process: Process) -> Loss:
-    """The training loss of a configuration."""
-    return make("loss", config["loss"], model, process, config["prediction"])
+def build_task(config: Mapping[str, Any], previewer: Callable[[Run], Any] | None = None) -> Task:
+    """The training task of a configuration: a diffusion model where it has a process, else a classifier.
+
+    Args:
+      config: with sections model, loss, train (its `dtype` is the model's in training), and for a diffusion model
+        those of `build_run`.
+      previewer: run -> (params -> uint8 picture), for the sample grids of a diffusion model.
+    """
+    for key in ("model", "loss", "data", "train"):
+        if key not in config:
+            raise ValueError(f"config section {key} is missing; training needs it")
+    section = dict(config["model"])
+    if config["train"].get("dtype"):
+        section["dtype"] = config["train"]["dtype"]
+    model = make("model", section)
+    if "process" not in config:
+        return Task(model.init, make("loss", config["loss"], model))
+    run = build_run(config, model)
+    loss = make("loss", config["loss"], model, run.process, run.prediction)
+    return Task(model.init, loss, None if previewer is None else previewer(run))
 
 
 def build_data(config: Mapping[str, Any], split: str, data_dir: str | None = None) -> Images:
@@ -124,3 +155,45 @@ def build_options(config: Mapping[str, Any]) -> TrainOptions:
     for key in section:
         choose("key of train", key, TrainOptions.__dataclass_fields__)
     return TrainOptions(**section)
+
+
+def embedded_weights() -> list[str]:
+    """Names of the weights that difax brings along."""
+    return sorted(p.stem for p in ASSETS.glob("*.safetensors"))
+
+
+def load_weights(
+    config: Mapping[str, Any], model: Model, path: str | None = None
+) -> tuple[Model, Params, str]:
+    """Reads the weights of a model: difax's own files, the folder of a training run, or a published DiT checkpoint.
+
+    Args:
+      config: its `weights` names an embedded file, where no path is given.
+      model: as the configuration describes it.
+      path: a .safetensors file (difax, facebookresearch/DiT, SiT or diffusers layout), or a run's folder.
+
+    Returns:
+      (model, params, where they came from); a DiT of the diffusers layout differs in two constants from the
+      original's, so that the model may be another than the one given.
+
+    Raises:
+      ValueError: no weights named, or a file that does not fit (names the tensor).
+    """
+    if path is None:
+        name = config.get("weights")
+        if name is None:
+            raise ValueError(
+                "this configuration has no weights of its own; give --weights FILE.safetensors, --weights RUN_FOLDER, "
+                f"or --random-init (embedded weights: {', '.join(embedded_weights())})"
+            )
+        path = str(ASSETS / f"{choose('weights', name, embedded_weights())}.safetensors")
+    spec = jax.eval_shape(model.init, jax.random.key(0))
+    if pathlib.Path(path).is_dir() and (pathlib.Path(path) / "checkpoints").is_dir():
+        step, params = restore_ema(path, model.init)
+        return model, params, f"{path} (step {step}, EMA)"
+    if config["model"]["name"] == "dit" and not read_metadata(path):
+        given = {k: v for k, v in config["model"].items() if k in ("size", "heads", "dtype")}
+        found, params = load_dit(path, **given)
+        check_shapes(path, params, spec)
+        return found, params, str(path)
+    return model, load_native(path, spec), str(path)

@@ -1,7 +1,8 @@
 """Safetensors: foreign checkpoints read through a table, and difax's own files. Knows no model.
 
-Every refusal that a header allows comes before a weight is read; then tensors are read one at a time, so that a
-load needs the parameters themselves and one tensor more. A parameter is named by its path, 'blocks/qkv/kernel'.
+Every refusal that a header allows comes before a weight is read; then tensors are read one at a time, so that
+a load needs the parameters themselves and one tensor more. A parameter is named by its path, such as
+'blocks/qkv/kernel'.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -34,7 +37,7 @@ class Source(NamedTuple):
 
     keys: the tensor's name, or several names whose tensors are concatenated along the parameter's last axis
         (q, k, v). A placeholder such as `{layer}` runs over all layers, stacked on a new leading axis.
-    axes: permutation of the tensor's axes, after which it is folded into the parameter's shape; None: as stored.
+    axes: permutation of the tensor's axes, after which it is folded into the parameter's shape (None: as is).
     shared: the file repeats one parameter in every layer; the copies must be equal, and one is taken.
     """
 
@@ -51,7 +54,7 @@ class _Tensor(NamedTuple):
 
 
 def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors at `path`, from the headers alone; accepts what `load_safetensors` does."""
+    """Names and shapes of all tensors at `path` (as `load_safetensors` takes it), from the headers alone."""
     with _opened(path) as tensors:
         return {name: t.shape for name, t in tensors.items()}
 
@@ -68,11 +71,11 @@ def load_safetensors(
 
     Args:
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
-      spec: nested dict of what is wanted, leaves with `shape` and `dtype` (`jax.eval_shape(model.init, key)`).
+      spec: nested dict of what is wanted: leaves with shape and dtype (`jax.eval_shape(model.init, key)`).
       table: for every path of `spec` ('blocks/qkv/kernel') its `Source`.
       layers: how many values each placeholder takes, e.g. {"layer": 28}.
-      constants: tensors that the file may hold and the model computes itself (fixed positions); each must agree
-        within 1e-5, or within the rounding of the file's half precision.
+      constants: tensors that the file may hold and the model computes itself (fixed positions); each must
+        agree within 1e-5, or within the rounding of the file's half precision.
       dtype: floating dtype of the result; None keeps the file's.
 
     Returns:
@@ -80,7 +83,7 @@ def load_safetensors(
 
     Raises:
       ValueError: no, truncated or foreign file; missing, surplus, wrongly shaped or typed tensor; copies or
-        constants that differ. The message names the file and the tensor, what was found and what was expected.
+        constants that differ. The message names the file, the tensor, what was found and what was expected.
     """
     wanted = flatten_dict(spec, sep="/")
     if set(wanted) != set(table):
@@ -119,7 +122,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 def save_safetensors(
     path: str | os.PathLike, params: Params, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a nested dict of arrays as one safetensors file, aside and then renamed; equal inputs, equal bytes.
+    """Writes nested dicts as one safetensors file, aside and then renamed; equal inputs give equal bytes.
 
     Args:
       path: of the file; its folder must exist.
@@ -131,14 +134,17 @@ def save_safetensors(
     """
     flat = {}
     for name, leaf in flatten_dict(params, sep="/").items():
-        flat[name] = np.asarray(leaf, order="C")  # safetensors reads the buffer, whatever the strides
-        if flat[name].dtype == object:
+        if not hasattr(leaf, "dtype"):
             raise ValueError(f"cannot write {name}: {type(leaf).__name__} is no array")
+        flat[name] = np.asarray(leaf, order="C")  # safetensors reads the buffer, whatever the strides
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     header = {_METADATA: json.dumps(dict(metadata), sort_keys=True)} if metadata else None
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # the library's own files are readable by their owner only
         save_file(flat, aside, header)
+        aside.chmod(mode)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot write {path}: {error}") from error
@@ -146,12 +152,25 @@ def save_safetensors(
         aside.unlink(missing_ok=True)
 
 
+def check_shapes(where: str, params: Params, spec: Params) -> None:
+    """Raises ValueError naming the first tensor in which two trees of parameters differ."""
+    shapes = [
+        {jax.tree_util.keystr(p, simple=True, separator="/"): a.shape for p, a in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, spec))
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        if shapes[0].get(name) != shapes[1].get(name):
+            raise ValueError(
+                f"{where}: tensor {name} is {shapes[0].get(name)}, expected {shapes[1].get(name)}"
+            )
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
     """The allowed name that looks most like `name`, if any does."""
     return next(iter(difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.4)), None)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
@@ -161,7 +180,9 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
         found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             names = ", ".join(f.name for f in found) or "none"
-            raise ValueError(f"{path}: expected one .safetensors file or one index in the folder; found {names}")
+            raise ValueError(
+                f"{path}: expected one .safetensors file or one index in the folder; found {names}"
+            )
         path = found[0]
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -183,7 +204,9 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
 def _safe_open(file: Path) -> Any:
     try:
         return safe_open(file, framework="numpy")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise ValueError(f"{file}: {error}") from error
+    except SafetensorError as error:
         raise ValueError(f"{file}: {_diagnose(file, error)}") from error
 
 
@@ -191,15 +214,16 @@ def _diagnose(file: Path, error: Exception) -> str:
     """Why safetensors refused a file, with the first tensor that a truncation hits."""
     size = file.stat().st_size
     with file.open("rb") as f:
-        start = f.read(8)
+        start, text = f.read(8), f.read(1)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if text == b"{":
+            text += f.read(min(length, size) - 1)
+    if not text.startswith(b"{"):
         if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
             return (
                 "a PyTorch pickle; only safetensors files are read. Convert it where torch is installed: "
                 "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'x.safetensors')"
             )
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        text = f.read(min(length, size))
-    if not text.startswith(b"{"):
         return f"not a safetensors file ({size} bytes; {error})"
     try:
         header = json.loads(text)
@@ -228,7 +252,7 @@ def _opened(path: str | os.PathLike) -> Iterator[dict[str, _Tensor]]:
         yield tensors
 
 
-# ---- checks and assembly --------------------------------------------------------------------------------------
+# ---- checks and assembly -----------------------------------------------------------------------------------
 
 
 def _expand(source: Source, layers: Mapping[str, int]) -> list[list[str]]:
@@ -251,7 +275,10 @@ def _part(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_names(
-    path: Any, tensors: Mapping[str, _Tensor], rows: Mapping[str, list[list[str]]], constants: Mapping[str, Any]
+    path: Any,
+    tensors: Mapping[str, _Tensor],
+    rows: Mapping[str, list[list[str]]],
+    constants: Mapping[str, Any],
 ) -> None:
     expected = {name: p for p, row in rows.items() for names in row for name in names}
     missing = [name for name in expected if name not in tensors]
@@ -283,6 +310,9 @@ def _check_tensors(
     axes = source.axes or tuple(range(len(part)))
     unfolded = len(axes) == len(part)
     expected = tuple(part[axes.index(i)] for i in range(len(axes))) if unfolded else None
+    kind = np.dtype(want.dtype)
+    # any of the three floats serves a float parameter; an integer one must be exactly what it is
+    codes = FLOATS if jnp.issubdtype(kind, jnp.floating) else (f"{kind.kind.upper()}{8 * kind.itemsize}",)
     for name in (name for names in row for name in names):
         file, shape, dtype, _ = tensors[name]
         if expected is None:
@@ -294,10 +324,8 @@ def _check_tensors(
             raise ValueError(
                 f"{file}: tensor {name!r} (for {p}) has the wrong shape {shape}; expected {allowed}"
             )
-        if jnp.issubdtype(want.dtype, jnp.floating) and dtype not in FLOATS:
-            raise ValueError(
-                f"{file}: tensor {name!r} (for {p}) is {dtype}; expected one of {', '.join(FLOATS)}"
-            )
+        if dtype not in codes:
+            raise ValueError(f"{file}: tensor {name!r} (for {p}) is {dtype}; expected {' or '.join(codes)}")
         if dtype != tensors[row[0][0]].dtype:
             raise ValueError(
                 f"{file}: tensor {name!r} is {dtype}, but {row[0][0]!r} of the same parameter {p} is "
@@ -327,30 +355,30 @@ def _read(
     tensors: Mapping[str, _Tensor],
     dtype: Any,
 ) -> Any:
-    part = _part(source, shape)
-    first = tensors[row[0][0]].read()
-    out = np.empty(shape, dtype or first.dtype)
     if source.shared:
-        for names in row[1:]:
-            _check_copy(names[0], tensors[names[0]], row[0][0], first)
+        _check_copies([names[0] for names in row], tensors)
         row = row[:1]
+    part = _part(source, shape)
+    out = np.empty(0)
     for layer, names in enumerate(row):
-        target = out[layer] if _stacked(source) else out
         for j, name in enumerate(names):
-            tensor = first if name == row[0][0] else tensors[name].read()
-            tensor = tensor if source.axes is None else tensor.transpose(source.axes)
-            if len(names) == 1:
-                target[...] = tensor.reshape(part)
-            else:
-                target[..., j * part[-1] : (j + 1) * part[-1]] = tensor.reshape(part)
+            tensor = tensors[name].read()
+            if layer == j == 0:
+                out = np.empty(shape, dtype or tensor.dtype)
+            target = out[layer, ...] if _stacked(source) else out
+            if len(names) > 1:
+                target = target[..., j * part[-1] : (j + 1) * part[-1]]
+            target[...] = (tensor if source.axes is None else tensor.transpose(source.axes)).reshape(part)
     return jnp.asarray(out)
 
 
-def _check_copy(name: str, tensor: _Tensor, first_name: str, first: np.ndarray) -> None:
-    copy = tensor.read()
-    if not np.array_equal(copy, first):
-        difference = np.abs(copy.astype(np.float32) - first.astype(np.float32)).max()
-        raise ValueError(
-            f"{tensor.file}: tensor {name!r} must equal {first_name!r} (one embedder shared by all layers); "
-            f"they differ by {difference:.3g}"
-        )
+def _check_copies(names: list[str], tensors: Mapping[str, _Tensor]) -> None:
+    first = tensors[names[0]].read()
+    for name in names[1:]:
+        copy = tensors[name].read()
+        if not np.array_equal(copy, first):
+            difference = np.abs(copy.astype(np.float32) - first.astype(np.float32)).max()
+            raise ValueError(
+                f"{tensors[name].file}: tensor {name!r} must equal {names[0]!r} (one embedder, "
+                f"repeated in every layer); they differ by {difference:.3g}"
+            )

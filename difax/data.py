@@ -48,6 +48,7 @@ def fashion_mnist(split: str = "train", data_dir: str | os.PathLike | None = Non
     return Images(image[..., None], label.astype(np.int32))
 
 
+CLASS_NAMES = {"fashion_mnist": LABELS}
 DATASETS: dict[str, Callable[..., Images]] = {"fashion_mnist": fashion_mnist}
 
 

@@ -161,7 +161,9 @@ def make_times(grid: Grid, process: Process, n: int) -> np.ndarray:
     if n < 1:
         raise ValueError(f"steps={n}; allowed: 1 or more")
     if process.steps is not None and n > process.steps:
-        raise ValueError(f"steps={n}; {process.name} has {process.steps} steps; allowed: 1 ... {process.steps}")
+        raise ValueError(
+            f"steps={n}; {process.name} has {process.steps} steps; allowed: 1 ... {process.steps}"
+        )
     times = np.asarray(grid(process, n), np.float64)
     check_times(times)
     return times

@@ -57,7 +57,9 @@ def flow_loss(
     if times not in ("uniform", "logit_normal"):
         raise ValueError(f"flow loss: times={times!r}; allowed: uniform, logit_normal")
     if model.learn_sigma:
-        raise ValueError("flow loss: model has learn_sigma=True; allowed: False (a flow has no learned variance)")
+        raise ValueError(
+            "flow loss: model has learn_sigma=True; allowed: False (a flow has no learned variance)"
+        )
     _check_dropout(label_dropout)
 
     def loss(params: Any, batch: Any, key: jax.Array):

@@ -22,6 +22,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from difax import mesh as mesh_
+from difax.checkpoint import check_shapes
 from difax.data import Images, batches
 from difax.losses import Loss
 
@@ -38,6 +39,7 @@ class TrainOptions:
     seed: of weights, shuffles and noise.
     log_every, sample_every, checkpoint_every: in steps; keep: checkpoints kept.
     devices: in the data-parallel mesh (None: all).
+    dtype: compute dtype of the model in training (None: the model's own); weights and averages stay float32.
     """
 
     steps: int
@@ -56,6 +58,7 @@ class TrainOptions:
     checkpoint_every: int = 500
     keep: int = 2
     devices: int | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "log_every", "sample_every", "checkpoint_every", "keep"):
@@ -212,6 +215,14 @@ def train(
     return state
 
 
+def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The configuration of the run in a folder; ValueError where there is none."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{workdir}: no training run there (no config.json)")
+    return json.loads(path.read_text())
+
+
 def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) -> tuple[int, Any]:
     """Reads the averaged weights of the last checkpoint of a training folder.
 
@@ -234,12 +245,7 @@ def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) ->
             raise ValueError(f"{workdir}: the run has no checkpoint yet")
         stored = checkpoints.restore(latest, args=ocp.args.StandardRestore())
     ema = stored["ema"] if isinstance(stored, dict) else stored.ema
-    expected = jax.eval_shape(init, jax.random.key(0))
-    paths = {jax.tree_util.keystr(p): a.shape for p, a in jax.tree_util.tree_leaves_with_path(expected)}
-    found = {jax.tree_util.keystr(p): a.shape for p, a in jax.tree_util.tree_leaves_with_path(ema)}
-    for name in sorted(paths.keys() | found.keys()):
-        if paths.get(name) != found.get(name):
-            raise ValueError(f"{workdir}: tensor {name} is {found.get(name)}, expected {paths.get(name)}")
+    check_shapes(str(workdir), ema, jax.eval_shape(init, jax.random.key(0)))
     return latest, ema
 
 
@@ -256,7 +262,12 @@ class _Recorder:
         self.log = open(folder / "log.jsonl", "a")
         self.events = SummaryWriter(str(folder / "events"), purge_step=start or None)
         self.bar = tqdm(
-            total=options.steps, initial=start, unit="step", disable=not progress, file=sys.stderr, mininterval=1
+            total=options.steps,
+            initial=start,
+            unit="step",
+            disable=not progress,
+            file=sys.stderr,
+            mininterval=1,
         )
         self.clock, self.last = time.perf_counter(), start
 
@@ -305,12 +316,8 @@ class _Recorder:
 
 
 def _prepare(folder: pathlib.Path, config: dict[str, Any], options: TrainOptions, resume: bool) -> None:
-    stored = folder / "config.json"
     if resume:
-        if not stored.is_file():
-            raise ValueError(f"{folder}: nothing to resume, no config.json there")
-        theirs = json.loads(stored.read_text())
-        difference = _first_difference(_fixed(theirs), _fixed(config))
+        difference = _first_difference(_fixed(read_run(folder)), _fixed(config))
         if difference:
             raise ValueError(f"{folder} holds a run of another configuration: {difference}")
         return
@@ -320,7 +327,7 @@ def _prepare(folder: pathlib.Path, config: dict[str, Any], options: TrainOptions
         (folder / "samples").mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
-    _write_json(stored, config)
+    _write_json(folder / "config.json", config)
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
@@ -340,9 +347,11 @@ def _first_difference(a: Any, b: Any, path: str = "") -> str | None:
 
 def _check_schedule(folder: pathlib.Path, latest: int, options: TrainOptions) -> None:
     """Another number of steps moves the start of the final decay: refuse it once either decay has begun."""
-    before = json.loads((folder / "config.json").read_text())["train"]["steps"]
+    before = read_run(folder)["train"]["steps"]
     if latest >= options.steps:
-        raise ValueError(f"{folder} is at step {latest} already; train.steps={options.steps} asks for no more")
+        raise ValueError(
+            f"{folder} is at step {latest} already; train.steps={options.steps} asks for no more"
+        )
     begun = min(before, options.steps) - options.decay
     if before != options.steps and options.decay and latest > begun:
         raise ValueError(

@@ -1,0 +1,281 @@
+"""The command line: difax sample, train, export, list. Every user's mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+LISTS = (
+    "models",
+    "processes",
+    "solvers",
+    "grids",
+    "guides",
+    "caches",
+    "losses",
+    "data",
+    "weights",
+    "configs",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 for a failed run, 2 for a mistake in what was asked."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = _parser().parse_args(_join_overrides(arguments))
+        return options.run(options)
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(str(error), 2)
+    except FloatingPointError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"difax: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _join_overrides(arguments: list[str]) -> list[str]:
+    """Turns --config.a.b=v and --config.a.b v into --set a.b=v."""
+    joined, rest = [], iter(arguments)
+    for argument in rest:
+        if argument.startswith("--config."):
+            setting = argument.removeprefix("--config.")
+            if "=" not in setting:
+                value = next(rest, None)
+                if value is None:
+                    raise ValueError(f"{argument}: a value is missing")
+                setting = f"{setting}={value}"
+            joined += ["--set", setting]
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="difax",
+        description="Fast Diffusion Transformers in JAX.",
+        epilog="Any key of the configuration can be set by --config.SECTION.KEY=VALUE.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--config", metavar="NAME[:ARG]", help="a name of `difax list configs`, or a .py file"
+    )
+    common.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="gin bindings")
+    common.add_argument("--gin_param", action="append", default=[], metavar="BINDING", help="one gin binding")
+    common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    common.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+    sample = commands.add_parser("sample", parents=[common], help="draw images and say what they cost")
+    for name in ("solver", "grid", "guide", "cache"):
+        sample.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
+    sample.add_argument("--steps", type=int, help="solver steps")
+    sample.add_argument("--scale", type=float, help="guidance scale")
+    sample.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
+    sample.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
+    sample.add_argument("--repeat", type=int, default=1, help="images per label")
+    sample.add_argument(
+        "--seed", type=int, default=0, help="seed of the run; image i depends on (seed, i) alone"
+    )
+    sample.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
+    sample.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
+    sample.add_argument(
+        "--out", default="samples.png", metavar="FILE.png", help="the picture (default: %(default)s)"
+    )
+    sample.add_argument("--json", action="store_true", help="print the table as JSON")
+    sample.add_argument("--no-compile-cache", action="store_true", help="compile anew")
+    sample.set_defaults(run=_sample)
+
+    train = commands.add_parser("train", parents=[common], help="train a model")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    train.add_argument("--data", metavar="DIR", help="folder of the data set's files")
+    train.add_argument("--resume", action="store_true", help="continue the run in DIR")
+    train.set_defaults(run=_train)
+
+    export = commands.add_parser("export", help="write a run's averaged weights as one safetensors file")
+    export.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    export.add_argument("--out", required=True, metavar="FILE.safetensors")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    export.set_defaults(run=_export)
+
+    listing = commands.add_parser("list", help="what there is, one line each")
+    listing.add_argument("kind", nargs="?", help=f"one of {', '.join(LISTS)}")
+    listing.set_defaults(run=_list)
+    return parser
+
+
+def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
+    from difax.config import gin_settings, load_config, override, parse_value
+
+    settings: list[tuple[str, Any]] = []
+    base = options.config
+    if options.gin_file or options.gin_param:
+        gin_base, settings = gin_settings(options.gin_file, options.gin_param)
+        base = base or gin_base
+    if base is None and default is None:
+        raise ValueError("which configuration? Give --config NAME (see difax list configs)")
+    for name in ("solver", "grid", "guide", "cache"):
+        if getattr(options, name, None) is not None:
+            settings.append((f"{name}.name", getattr(options, name)))
+    for name in ("steps", "scale"):
+        if getattr(options, name, None) is not None:
+            settings.append((name, getattr(options, name)))
+    if getattr(options, "dtype", None):
+        settings.append(("model.dtype", options.dtype))
+    for setting in options.set:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--config.{setting}: a value is missing")
+        settings.append((key, parse_value(value)))
+    return override(load_config(base or default), settings)
+
+
+def _sample(options: argparse.Namespace) -> int:
+    config = _config(options, "fmnist_dit")
+    out = writable(options.out, (".png",))
+    if options.repeat < 1:
+        raise ValueError(f"--repeat={options.repeat}; allowed: 1 or more")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed={options.seed}; allowed: 0 ... {2**32 - 1}")
+    import jax
+    import numpy as np
+
+    from difax.build import build_run, load_weights
+    from difax.data import CLASS_NAMES
+    from difax.images import image_grid, save_png, to_uint8
+    from difax.report import draw, format_table
+
+    if not options.no_compile_cache:
+        cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "difax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    run = build_run(config)
+    names = CLASS_NAMES.get(config.get("data", {}).get("name"), ())
+    labels = np.repeat(parse_labels(options.labels, run.model.classes, names), options.repeat)
+    if options.random_init:
+        if options.weights:
+            raise ValueError("--random-init and --weights exclude each other")
+        params, source = jax.jit(run.model.init)(jax.random.key(options.seed)), "random"
+    else:
+        model, params, source = load_weights(config, run.model, options.weights)
+        run = run._replace(model=model)
+    progress = not (options.quiet or options.json) and sys.stderr.isatty()
+    images, table = draw(run, params, labels, options.seed, progress)
+    columns = options.repeat if options.repeat > 1 else min(len(labels), 10)
+    height = images.shape[1]
+    save_png(out, image_grid(to_uint8(images), columns, scale=max(1, 96 // height)))
+    table = {
+        "model": run.model.name,
+        "weights": source,
+        "solver": config["solver"]["name"],
+        "guide": config["guide"]["name"],
+        "cache": config.get("cache", {"name": "none"})["name"],
+        "dtype": config["model"].get("dtype", "float32"),
+        **table,
+        "out": str(out),
+    }
+    print(json.dumps(table) if options.json else format_table(table))
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _config(options, None)
+    from difax.build import build_data, build_options, build_task
+    from difax.report import previewer
+    from difax.train import train
+
+    task = build_task(config, previewer)
+    training = build_options(config)
+    data = build_data(config, "train", options.data)
+    state = train(task, data, training, options.workdir, config, options.resume, progress=not options.quiet)
+    print(f"{options.workdir}: step {int(state.step)} of {training.steps}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    out = writable(options.out, (".safetensors",))
+    from difax.build import make
+    from difax.checkpoint import save_safetensors
+    from difax.train import read_run, restore_ema
+
+    config = read_run(options.workdir)
+    import jax
+    import jax.numpy as jnp
+
+    step, params = restore_ema(options.workdir, make("model", config["model"]).init)
+    params = jax.tree.map(lambda a: jnp.asarray(a).astype(options.dtype), params)
+    save_safetensors(out, params, {"config": config, "step": step})
+    print(f"{out}: {out.stat().st_size} bytes, step {step}, {options.dtype}")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from difax.build import choose
+    from difax.report import listing
+
+    kinds = LISTS if options.kind is None else (choose("kind", options.kind, LISTS),)
+    for kind in kinds:
+        lines = listing(kind)
+        width = max(len(name) for name, _ in lines)
+        print(f"{kind}:")
+        for name, text in lines:
+            print(f"  {name:{width}}  {text}")
+    return 0
+
+
+def writable(path: str, suffixes: tuple[str, ...]) -> pathlib.Path:
+    """Checks before any work that a file can be written there; returns its path.
+
+    Raises:
+      ValueError: another suffix, a folder, or a folder that is missing or not writable.
+    """
+    target = pathlib.Path(path)
+    if target.suffix not in suffixes:
+        raise ValueError(f"--out {path}: the name must end in {' or '.join(suffixes)}")
+    if target.is_dir():
+        raise ValueError(f"--out {path}: that is a folder")
+    if not target.parent.is_dir():
+        raise ValueError(f"--out {path}: the folder {target.parent} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"--out {path}: the folder {target.parent} is not writable")
+    return target
+
+
+def parse_labels(text: str | None, classes: int, names: Sequence[str] = ()) -> list[int]:
+    """Labels "0,3,bag" as indices; None is one of each class (at most the first ten).
+
+    Raises:
+      ValueError: a name that is no class, or an index outside 0 ... classes - 1.
+    """
+    from difax.build import choose
+
+    if text is None:
+        return list(range(min(classes, 10)))
+    labels = []
+    for word in text.split(","):
+        word = word.strip()
+        if word.lstrip("-").isdigit():
+            if not 0 <= int(word) < classes:
+                raise ValueError(f"label {word}; allowed: 0 ... {classes - 1}")
+            labels.append(int(word))
+        elif names:
+            labels.append(list(names).index(choose("label", word, names)))
+        else:
+            raise ValueError(f"label {word!r}; allowed: 0 ... {classes - 1}")
+    return labels

@@ -1,0 +1,158 @@
+"""Configurations: `get_config(arg)` files of ml_collections, overrides, and the same from gin bindings.
+
+A configuration is a dictionary of sections; a section with a "name" is one entry of a registry and its other keys are
+that factory's hyperparameters. Setting another name drops the old hyperparameters.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from difax.build import REGISTRIES, SECTIONS, choose
+
+FOLDER = pathlib.Path(__file__).resolve().parent / "configs"
+if not FOLDER.is_dir():  # a checkout without its links, see difax/__init__.py
+    FOLDER = FOLDER.parent.parent / "configs"
+
+
+def config_names() -> list[str]:
+    """Names of the configurations that difax brings along."""
+    return sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
+
+
+def load_config(where: str) -> dict[str, Any]:
+    """Runs `get_config` of a configuration.
+
+    Args:
+      where: a name of difax's own configs ("fmnist_dit"), or a path to a .py file; either with ":arg" behind it.
+
+    Returns:
+      The configuration as a plain nested dict.
+
+    Raises:
+      ValueError: unknown name, missing file, a file without get_config, or what get_config refuses.
+    """
+    name, _, arg = where.partition(":")
+    path = pathlib.Path(name)
+    if path.suffix == ".py" or len(path.parts) > 1:
+        if not path.is_file():
+            raise ValueError(f"config {name}: no such file")
+    else:
+        path = FOLDER / f"{choose('config', name, config_names())}.py"
+    if path.resolve().parent == FOLDER.resolve():
+        module = importlib.import_module(f"difax.configs.{path.stem}")
+    else:
+        spec = importlib.util.spec_from_file_location(f"difax_config_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"config {name}: {type(error).__name__}: {error}") from None
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"config {name}: the file defines no get_config()")
+    config = module.get_config(arg) if arg else module.get_config()
+    return config.to_dict()
+
+
+def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Applies dotted settings ("solver.eta", 0.5) to a copy of a configuration, names of sections first.
+
+    Raises:
+      ValueError: an unknown section or key (with the nearest match), or a value of another type.
+    """
+    config = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
+    for path, value in sorted(settings, key=lambda s: not s[0].endswith(".name")):
+        section, _, key = path.partition(".")
+        choose("config section", section, SECTIONS)
+        if not key:
+            config[section] = _typed(path, value, config.get(section))
+            continue
+        if "." in key:
+            raise ValueError(f"config key {path!r}: sections are one level deep")
+        if not isinstance(config.setdefault(section, {}), dict):
+            raise ValueError(
+                f"config key {path!r}: {section} is a single value, set it by --config.{section}="
+            )
+        if key == "name":
+            if config[section].get("name") != value:
+                choose(section, value, REGISTRIES[section])
+                config[section] = {"name": value}
+        else:
+            # keys of a registry entry are checked against the factory's signature when it is called
+            config[section][key] = _typed(path, value, config[section].get(key))
+    return config
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal (0.5, true, (1, 2), none), or the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def gin_settings(files: Sequence[str], bindings: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]]]:
+    """Reads gin files and bindings: `solver.name = "ddim"`, `train.steps = 40`, `config.base = "fmnist_dit"`.
+
+    Every section is a gin configurable; the values that stand alone (`steps`, `scale`, `prediction`, `weights`) and
+    the base configuration are parameters of `config`.
+
+    Returns:
+      (base or None, dotted settings for `override`).
+
+    Raises:
+      ValueError: a missing file, a syntax error, or an unknown configurable or parameter.
+    """
+    import gin
+
+    def collect(**bound: Any) -> dict[str, Any]:
+        return bound
+
+    for file in files:
+        if not pathlib.Path(file).is_file():
+            raise ValueError(f"gin file {file}: no such file")
+    gin.clear_config()
+    sections = {}
+    with gin.unlock_config():
+        for name in (*(s for s in SECTIONS if s not in SCALARS), "config"):
+            if name not in _configurables:
+                _configurables[name] = gin.external_configurable(
+                    lambda _name=name, **bound: collect(**bound), name=name, module="difax"
+                )
+            sections[name] = _configurables[name]
+        try:
+            gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=False)
+        except Exception as error:
+            raise ValueError(f"gin: {str(error).strip().splitlines()[0]}") from None
+        bound = {name: function() for name, function in sections.items()}
+    gin.clear_config()
+    top = bound.pop("config")
+    base = top.pop("base", None)
+    for key in top:
+        choose("gin parameter of config", key, ("base", *SCALARS))
+    nested = [(f"{section}.{key}", value) for section, keys in bound.items() for key, value in keys.items()]
+    return base, [*top.items(), *nested]
+
+
+SCALARS = ("prediction", "steps", "scale", "weights")
+_configurables: dict[str, Any] = {}
+
+
+def _typed(path: str, value: Any, before: Any) -> Any:
+    if before is None or value is None:
+        return value
+    if isinstance(before, bool) != isinstance(value, bool):
+        raise ValueError(f"config key {path}={value!r}; it is {type(before).__name__} ({before!r})")
+    if isinstance(before, float) and isinstance(value, int):
+        return float(value)
+    if isinstance(before, (int, float, str)) and not isinstance(value, type(before)):
+        raise ValueError(f"config key {path}={value!r}; it is {type(before).__name__} ({before!r})")
+    return value

@@ -1,0 +1,120 @@
+"""Floating-point operations of a model's parts, counted from its own program, and of a run, from its trace.
+
+XLA's cost analysis counts a scan body once and a conditional at its dearest branch, so it cannot say what a sampler
+with a cache really did. Here the parts are counted once from abstract values, and the trace says how often each ran.
+A multiply-add counts as two operations; only products (dot_general and convolutions) are counted, as in the
+literature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax import ops
+from difax.contracts import Model, Params, Trace
+
+
+class ModelCost(NamedTuple):
+    """Operations per sample of one evaluation: `ends` (embeddings and head), and per stage the conditioning of one
+    block and each branch of one block; `depth` says how many blocks."""
+
+    ends: float
+    mods: dict[str, float]
+    branches: dict[str, tuple[float, ...]]
+    depth: dict[str, int]
+
+    @property
+    def evaluation(self) -> float:
+        """Operations of one full evaluation of one sample."""
+        blocks = (self.depth[s] * (self.mods[s] + sum(self.branches[s])) for s in self.depth)
+        return self.ends + sum(blocks)
+
+
+def count(function: Callable[..., Any], *specs: Any) -> float:
+    """Operations of the products in a traced function; a scan counts its body times its length.
+
+    Args:
+      function: any traceable function.
+      specs: its arguments, as arrays or ShapeDtypeStructs.
+
+    Raises:
+      ValueError: a while loop, whose length is not known.
+    """
+    return _count(jax.make_jaxpr(function)(*specs).jaxpr)
+
+
+def model_cost(model: Model, params: Params) -> ModelCost:
+    """Counts a model's parts for one sample, from shapes alone.
+
+    Args:
+      model: the network. params: its parameters, or their ShapeDtypeStructs (`jax.eval_shape(model.init, key)`).
+    """
+    shape = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)  # noqa: E731
+    params = shape(params)
+    x = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    time, cond = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    tokens, context = jax.eval_shape(model.embed, params, x, time, cond)
+    ends = count(model.embed, params, x, time, cond)
+    mods, branches = {}, {}
+    for stage in model.stages:
+        tokens = jax.eval_shape(stage.enter, tokens, context)
+        p = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), params[stage.name])
+
+        def mod(p: Any, c: Any, stage: Any = stage) -> Any:
+            return stage.block.apply({"params": p}, c, method="mods")
+
+        m = jax.eval_shape(mod, p, context)
+        mods[stage.name] = count(mod, p, context)
+
+        def one(branch: str, stage: Any = stage) -> Callable[..., Any]:
+            return lambda p, h, m, c: stage.block.apply({"params": p}, h, m, c, ops.attend, method=branch)
+
+        branches[stage.name] = tuple(count(one(b), p, tokens, m, context) for b in stage.branches)
+    ends += count(model.head, params, tokens, context)
+    return ModelCost(ends, mods, branches, {s.name: s.depth for s in model.stages})
+
+
+def run_cost(cost: ModelCost, trace: Trace) -> float:
+    """Operations per sample of a whole run: what its trace says was computed.
+
+    sum over evaluations of halves (ends + sum over stages of depth mods + sum over layers, branches of computed cost).
+    """
+    halves = np.asarray(trace.halves, np.float64)
+    per = np.full(len(halves), cost.ends)
+    for stage, depth in cost.depth.items():
+        computed = np.asarray(trace.computed[stage], np.float64)  # [E, L, branches]
+        per += depth * cost.mods[stage] + computed.sum(1) @ np.asarray(cost.branches[stage])
+    return float(halves @ per)
+
+
+def _count(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contract, _), _ = params["dimension_numbers"]
+            lhs = equation.invars[0].aval.shape
+            out = equation.outvars[0].aval.shape
+            total += 2.0 * math.prod(out) * math.prod(lhs[i] for i in contract)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_channels = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_channels
+        elif name == "cond":
+            total += max(_count(branch.jaxpr) for branch in params["branches"])
+        elif name == "scan":
+            total += params["length"] * _count(params["jaxpr"].jaxpr)
+        elif name == "while":
+            raise ValueError("cost: a while loop has no known length")
+        else:
+            for value in params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    total += _count(inner)
+    return total
