@@ -125,6 +125,8 @@ def vp_cosine(s: float = 0.008, max_beta: float = 0.999, steps: int = 1000) -> P
     References: Nichol & Dhariwal, Improved DDPM, 2021, arXiv:2102.09672.
     """
     _check_positive("steps", steps)
+    if s < 0 or not 0 < max_beta < 1:
+        raise ValueError(f"vp_cosine: s={s}, max_beta={max_beta}; need s >= 0 and 0 < max_beta < 1")
 
     def alpha_bar(u: np.ndarray) -> np.ndarray:
         return np.cos((u + s) / (1 + s) * math.pi / 2) ** 2
@@ -140,17 +142,22 @@ def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -
     log alpha(t) = -t^2 (beta_max - beta_min)/4 - t beta_min/2.
 
     Args:
-      beta_min, beta_max: beta(0) and beta(1) (0.1 and 20).
+      beta_min, beta_max: beta(0) and beta(1) (0.1 and 20); the network is told 999 t.
       t_min: smallest time of grids in log-SNR (1e-3).
 
     References: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv:2011.13456.
     """
+    if not 0 < beta_min <= beta_max:
+        raise ValueError(f"vp_sde: beta_min={beta_min}, beta_max={beta_max}; need 0 < beta_min <= beta_max")
+    if not 0 < t_min < 1:
+        raise ValueError(f"vp_sde: t_min={t_min}; need 0 < t_min < 1")
     spread = beta_max - beta_min
 
     def level(t, xp=np):
         la = -0.25 * t**2 * spread - 0.5 * t * beta_min
         alpha, sigma = xp.exp(la), xp.sqrt(-xp.expm1(2 * la))
-        alpha_dot = alpha * (-0.5 * t * spread - 0.5 * beta_min)
+        # slopes along the model's time 999 t
+        alpha_dot = alpha * (-0.5 * t * spread - 0.5 * beta_min) / 999.0
         return Level(alpha, sigma, alpha_dot, -alpha * alpha_dot / xp.maximum(sigma, 1e-12))
 
     def inverse(value):
