@@ -24,8 +24,10 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 @pytest.fixture(scope="session")
 def user_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment for a subprocess that runs difax as a user does, from any folder: one CPU device, caches in a
-    temporary folder (one for the session, so that a second identical command need not compile again)."""
+    """Environment of a subprocess that runs difax as a user does, from any folder.
+
+    One CPU device; caches in one temporary folder per session, so that a command given twice compiles once.
+    """
     cache = tmp_path_factory.mktemp("cache")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTEST_"))}
     return env | {

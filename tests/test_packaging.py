@@ -1,4 +1,4 @@
-"""The package as others get it: one identity per module, clones without links, the wheel, and the test set-up."""
+"""The package as others get it: one identity per module, clones without links, the wheel."""
 
 import importlib
 import importlib.metadata
@@ -25,7 +25,7 @@ print(json.dumps({name: importlib.import_module(name).__file__ for name in sys.a
 
 
 def copy_checkout(target: pathlib.Path) -> set[str]:
-    """Copies what a release is made of, without the working folder's leftovers (a stale build/ ends up in wheels).
+    """Copies what a release is made of, without the working folder's leftovers (a stale build/ spoils wheels).
 
     Returns:
       The files of the four folders under the names that an installed difax gives them.
@@ -76,7 +76,7 @@ def test_a_clone_without_links_imports_every_module(tmp_path, user_env):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> tuple[pathlib.Path, set[str]]:
-    """A wheel made from an sdist made from a clean copy of the checkout, and the files that it should hold."""
+    """A wheel, made from an sdist of a clean copy of the checkout, and the files that it should hold."""
     if importlib.util.find_spec("build") is None:
         pytest.skip("needs the `build` package: pip install 'difax[dev]'")
     folder = tmp_path_factory.mktemp("wheel")
