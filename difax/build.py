@@ -6,7 +6,7 @@ import difflib
 import inspect
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -102,7 +102,8 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
     for key in ("process", "prediction", "solver", "grid", "steps", "guide", "scale"):
         if key not in config:
             raise ValueError(f"config section {key} is missing; a sampling run needs it")
-    model = model or make("model", config["model"])
+    if model is None:
+        model = cast(Model, make("model", config["model"]))
     process = make("process", config["process"])
     prediction = choose("prediction", config["prediction"], PREDICTIONS)
     solver = make("solver", config["solver"])
@@ -116,9 +117,7 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
             f"{prediction} says nothing about the image there; allowed: a grid such as log_snr or karras"
         )
     if config["solver"].get("variance") == "learned" and not model.learn_sigma:
-        raise ValueError(
-            "solver ddpm: variance='learned' needs a model with learn_sigma; allowed: small, large"
-        )
+        raise ValueError("solver ddpm: variance='learned' needs a model with learn_sigma; allowed: small, large")
     return Run(model, process, prediction, solver, guide, accelerator, times, rows, float(config["scale"]))
 
 
@@ -162,9 +161,7 @@ def embedded_weights() -> list[str]:
     return sorted(p.stem for p in ASSETS.glob("*.safetensors"))
 
 
-def load_weights(
-    config: Mapping[str, Any], model: Model, path: str | None = None
-) -> tuple[Model, Params, str]:
+def load_weights(config: Mapping[str, Any], model: Model, path: str | None = None) -> tuple[Model, Params, str]:
     """Reads the weights of a model: difax's own files, the folder of a training run, or a published DiT checkpoint.
 
     Args:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -85,7 +84,7 @@ def load_safetensors(
       ValueError: no, truncated or foreign file; missing, surplus, wrongly shaped or typed tensor; copies or
         constants that differ. The message names the file, the tensor, what was found and what was expected.
     """
-    wanted = flatten_dict(spec, sep="/")
+    wanted: dict[str, Any] = dict(flatten_dict(spec, sep="/"))
     if set(wanted) != set(table):
         raise ValueError(f"the layout table and the model differ in {sorted(set(wanted) ^ set(table))}")
     layers, constants = layers or {}, constants or {}
@@ -119,9 +118,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     return found
 
 
-def save_safetensors(
-    path: str | os.PathLike, params: Params, metadata: Mapping[str, Any] | None = None
-) -> None:
+def save_safetensors(path: str | os.PathLike, params: Params, metadata: Mapping[str, Any] | None = None) -> None:
     """Writes nested dicts as one safetensors file, aside and then renamed; equal inputs give equal bytes.
 
     Args:
@@ -160,9 +157,7 @@ def check_shapes(where: str, params: Params, spec: Params) -> None:
     ]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         if shapes[0].get(name) != shapes[1].get(name):
-            raise ValueError(
-                f"{where}: tensor {name} is {shapes[0].get(name)}, expected {shapes[1].get(name)}"
-            )
+            raise ValueError(f"{where}: tensor {name} is {shapes[0].get(name)}, expected {shapes[1].get(name)}")
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
@@ -180,9 +175,7 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
         found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             names = ", ".join(f.name for f in found) or "none"
-            raise ValueError(
-                f"{path}: expected one .safetensors file or one index in the folder; found {names}"
-            )
+            raise ValueError(f"{path}: expected one .safetensors file or one index in the folder; found {names}")
         path = found[0]
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -301,9 +294,7 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _check_tensors(
-    p: str, source: Source, want: Any, row: list[list[str]], tensors: Mapping[str, _Tensor]
-) -> None:
+def _check_tensors(p: str, source: Source, want: Any, row: list[list[str]], tensors: Mapping[str, _Tensor]) -> None:
     if _stacked(source) and want.shape[0] != len(row):
         raise ValueError(f"{p} has {want.shape[0]} layers in the model, {len(row)} in the checkpoint")
     part = _part(source, want.shape)
@@ -317,13 +308,12 @@ def _check_tensors(
         file, shape, dtype, _ = tensors[name]
         if expected is None:
             fits = len(shape) == len(axes) and math.prod(shape) == math.prod(part)
+            fits = fits and shape[axes[-1]] == part[-1]
         else:
             fits = shape == expected
         if not fits:
             allowed = expected or f"{len(axes)} axes that fold into {part}"
-            raise ValueError(
-                f"{file}: tensor {name!r} (for {p}) has the wrong shape {shape}; expected {allowed}"
-            )
+            raise ValueError(f"{file}: tensor {name!r} (for {p}) has the wrong shape {shape}; expected {allowed}")
         if dtype not in codes:
             raise ValueError(f"{file}: tensor {name!r} (for {p}) is {dtype}; expected {' or '.join(codes)}")
         if dtype != tensors[row[0][0]].dtype:

@@ -73,10 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--config", metavar="NAME[:ARG]", help="a name of `difax list configs`, or a .py file"
-    )
+    common = _Parser(add_help=False)
+    common.add_argument("--config", metavar="NAME[:ARG]", help="a name of `difax list configs`, or a .py file")
     common.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="gin bindings")
     common.add_argument("--gin_param", action="append", default=[], metavar="BINDING", help="one gin binding")
     common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
@@ -90,14 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
     sample.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
     sample.add_argument("--repeat", type=int, default=1, help="images per label")
-    sample.add_argument(
-        "--seed", type=int, default=0, help="seed of the run; image i depends on (seed, i) alone"
-    )
+    sample.add_argument("--seed", type=int, default=0, help="seed of the run; image i depends on (seed, i) alone")
     sample.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
     sample.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
-    sample.add_argument(
-        "--out", default="samples.png", metavar="FILE.png", help="the picture (default: %(default)s)"
-    )
+    sample.add_argument("--out", default="samples.png", metavar="FILE.png", help="the picture (default: %(default)s)")
     sample.add_argument("--json", action="store_true", help="print the table as JSON")
     sample.add_argument("--no-compile-cache", action="store_true", help="compile anew")
     sample.set_defaults(run=_sample)
@@ -124,11 +118,12 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     from difax.config import gin_settings, load_config, override, parse_value
 
     settings: list[tuple[str, Any]] = []
-    base = options.config
+    base: str | None = options.config
     if options.gin_file or options.gin_param:
         gin_base, settings = gin_settings(options.gin_file, options.gin_param)
         base = base or gin_base
-    if base is None and default is None:
+    base = base or default
+    if base is None:
         raise ValueError("which configuration? Give --config NAME (see difax list configs)")
     for name in ("solver", "grid", "guide", "cache"):
         if getattr(options, name, None) is not None:
@@ -143,7 +138,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--config.{setting}: a value is missing")
         settings.append((key, parse_value(value)))
-    return override(load_config(base or default), settings)
+    return override(load_config(base), settings)
 
 
 def _sample(options: argparse.Namespace) -> int:

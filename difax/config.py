@@ -75,9 +75,7 @@ def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dic
         if "." in key:
             raise ValueError(f"config key {path!r}: sections are one level deep")
         if not isinstance(config.setdefault(section, {}), dict):
-            raise ValueError(
-                f"config key {path!r}: {section} is a single value, set it by --config.{section}="
-            )
+            raise ValueError(f"config key {path!r}: {section} is a single value, set it by --config.{section}=")
         if key == "name":
             if config[section].get("name") != value:
                 choose(section, value, REGISTRIES[section])

@@ -122,6 +122,22 @@ class Model(NamedTuple):
     classes: int
 
 
+class Classifier(NamedTuple):
+    """An image classifier as data; its features are the space in which sets of images are compared.
+
+    init(key) -> params; features(params, images [B, H, W, C] in [-1, 1]) -> [B, width] float32;
+    logits(params, features) -> [B, classes] float32.
+    """
+
+    name: str
+    init: Callable[[jax.Array], Params]
+    features: Callable[[Params, jax.Array], jax.Array]
+    logits: Callable[[Params, jax.Array], jax.Array]
+    input_shape: tuple[int, ...]  # of one image, without the batch: (H, W, C)
+    width: int
+    classes: int
+
+
 class Where(NamedTuple):
     """The place of one branch: static stage and branch names, the (traced) layer index and the stage's depth."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -72,10 +73,11 @@ def model_cost(model: Model, params: Params) -> ModelCost:
         m = jax.eval_shape(mod, p, context)
         mods[stage.name] = count(mod, p, context)
 
-        def one(branch: str, stage: Any = stage) -> Callable[..., Any]:
-            return lambda p, h, m, c: stage.block.apply({"params": p}, h, m, c, ops.attend, method=branch)
+        def one(p: Any, h: Any, m: Any, c: Any, stage: Any = stage, branch: str = "") -> Any:
+            return stage.block.apply({"params": p}, h, m, c, ops.attend, method=branch)
 
-        branches[stage.name] = tuple(count(one(b), p, tokens, m, context) for b in stage.branches)
+        each = (partial(one, branch=b) for b in stage.branches)
+        branches[stage.name] = tuple([count(f, p, tokens, m, context) for f in each])
     ends += count(model.head, params, tokens, context)
     return ModelCost(ends, mods, branches, {s.name: s.depth for s in model.stages})
 

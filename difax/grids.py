@@ -161,9 +161,7 @@ def make_times(grid: Grid, process: Process, n: int) -> np.ndarray:
     if n < 1:
         raise ValueError(f"steps={n}; allowed: 1 or more")
     if process.steps is not None and n > process.steps:
-        raise ValueError(
-            f"steps={n}; {process.name} has {process.steps} steps; allowed: 1 ... {process.steps}"
-        )
+        raise ValueError(f"steps={n}; {process.name} has {process.steps} steps; allowed: 1 ... {process.steps}")
     times = np.asarray(grid(process, n), np.float64)
     check_times(times)
     return times
@@ -196,4 +194,5 @@ def lay_rows(process: Process, t: np.ndarray, step: np.ndarray, coefficients) ->
 
 
 def _from_indices(process: Process, k: np.ndarray) -> np.ndarray:
+    assert process.steps is not None
     return np.append((np.asarray(k, np.float64) + 1) / process.steps, 0.0)

@@ -36,9 +36,7 @@ def cfg(channels: int | None = None) -> Guide:
     _check_channels(channels)
 
     def apply(denoise, x, cond, null, scale, row, state, accelerator_state):
-        output, accelerator_state, computed = _both(
-            denoise, x, cond, null, scale, row, accelerator_state, channels
-        )
+        output, accelerator_state, computed = _both(denoise, x, cond, null, scale, row, accelerator_state, channels)
         return output, state, accelerator_state, computed
 
     return Guide(

@@ -1,4 +1,4 @@
-"""Training losses of diffusion and flow models. Images arrive as uint8 and are scaled to [-1, 1] here."""
+"""Training losses of diffusion models, flows and classifiers. Images arrive as uint8 and are scaled to [-1, 1] here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Level, Model
+from difax.contracts import Classifier, Level, Model
 from difax.grids import shift_time
 from difax.process import (
     Process,
@@ -57,9 +57,7 @@ def flow_loss(
     if times not in ("uniform", "logit_normal"):
         raise ValueError(f"flow loss: times={times!r}; allowed: uniform, logit_normal")
     if model.learn_sigma:
-        raise ValueError(
-            "flow loss: model has learn_sigma=True; allowed: False (a flow has no learned variance)"
-        )
+        raise ValueError("flow loss: model has learn_sigma=True; allowed: False (a flow has no learned variance)")
     _check_dropout(label_dropout)
 
     def loss(params: Any, batch: Any, key: jax.Array):
@@ -132,12 +130,61 @@ def ddpm_loss(
     return loss
 
 
-LOSSES = {"flow": flow_loss, "ddpm": ddpm_loss}
+def cross_entropy(model: Classifier, *, label_smoothing: float = 0.0, flip: float = 0.0, shift: int = 0) -> Loss:
+    """Cross entropy of a classifier, on images that are moved and mirrored at random.
+
+    L = -E sum_c q_c log softmax(logits)_c with q = (1 - s) onehot(label) + s/C.
+
+    Args:
+      model: the classifier.
+      label_smoothing: s in [0, 1) (0).
+      flip: probability in [0, 1] of a left-right mirror image (0).
+      shift: largest move in pixels, each way; the gap is filled with 0, black (0).
+
+    Returns:
+      loss(params, batch {"image", "label"}, key) -> (loss, metrics), with the accuracy on the batch.
+
+    References: Szegedy et al., Rethinking the Inception Architecture, 2015, arXiv:1512.00567 (label smoothing).
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing}; allowed: 0 <= label_smoothing < 1")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip={flip}; allowed: 0 ... 1")
+    if not 0 <= shift < min(model.input_shape[:2]):
+        raise ValueError(f"shift={shift}; allowed: 0 ... {min(model.input_shape[:2]) - 1}")
+
+    def loss(params: Any, batch: Any, key: jax.Array):
+        image = scale_image(_augment(batch["image"], key, flip, shift))
+        logits = model.logits(params, model.features(params, image))
+        onehot = jax.nn.one_hot(batch["label"], model.classes)
+        target_BC = (1 - label_smoothing) * onehot + label_smoothing / model.classes
+        value = -jnp.mean(jnp.sum(target_BC * jax.nn.log_softmax(logits), axis=-1))
+        return value, {"accuracy": jnp.mean(jnp.argmax(logits, -1) == batch["label"])}
+
+    return loss
+
+
+def _augment(image: jax.Array, key: jax.Array, flip: float, shift: int) -> jax.Array:
+    """Mirrors each image [B, H, W, C] with probability `flip` and moves it by up to `shift` pixels each way."""
+    flip_key, shift_key = jax.random.split(key)
+    if flip:
+        mirrored = jax.random.bernoulli(flip_key, flip, (len(image), 1, 1, 1))
+        image = jnp.where(mirrored, image[:, :, ::-1], image)
+    if shift:
+        padded = jnp.pad(image, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
+        corner = jax.random.randint(shift_key, (len(image), 2), 0, 2 * shift + 1)
+        crop = lambda one, at: jax.lax.dynamic_slice(one, (at[0], at[1], 0), image.shape[1:])  # noqa: E731
+        image = jax.vmap(crop)(padded, corner)
+    return image
+
+
+LOSSES = {"flow": flow_loss, "ddpm": ddpm_loss, "cross_entropy": cross_entropy}
 
 
 def _posterior_tables(process: Process) -> dict[str, np.ndarray]:
-    t = np.arange(1, process.steps + 1) / process.steps
-    level, before = process.level(t), process.level(t - 1 / process.steps)
+    assert process.steps is not None
+    t = np.arange(process.steps + 1) / process.steps
+    level, before = process.level(t[1:]), process.level(t[:-1])
     a = level.alpha / before.alpha
     beta = level.sigma**2 - a**2 * before.sigma**2
     tilde = beta * before.sigma**2 / level.sigma**2

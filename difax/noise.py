@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -11,11 +13,16 @@ def sample_keys(seed: int | jax.Array, n: int, start: int = 0) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(start, start + n))
 
 
-def fold(keys: jax.Array, index: jax.Array) -> jax.Array:
+def fold(keys: jax.Array, index: jax.Array | int) -> jax.Array:
     """Folds one index into every key [B]: the keys of one evaluation."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, index)
 
 
 def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
     """Standard normal noise of x's shape and dtype, row b from keys[b] alone."""
-    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+    return normal(keys, x.shape[1:], x.dtype)
+
+
+def normal(keys: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Standard normal noise [len(keys), *shape], row b from keys[b] alone."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)

@@ -35,9 +35,7 @@ def _affine_forward(x_MK: jax.Array, w_KN: jax.Array, bias_N: jax.Array):
 
 def _affine_backward(residuals: tuple[jax.Array, jax.Array], dy_MN: jax.Array):
     x_MK, w_KN = residuals
-    dw_KN, db_N = jax.lax.platform_dependent(
-        x_MK, dy_MN, cpu=_weight_gradients_cpu, default=_weight_gradients
-    )
+    dw_KN, db_N = jax.lax.platform_dependent(x_MK, dy_MN, cpu=_weight_gradients_cpu, default=_weight_gradients)
     return dy_MN @ w_KN.T, dw_KN, db_N
 
 

@@ -24,9 +24,7 @@ from difax.sample import initial_noise, make_sampler
 CHUNK = 64
 
 
-def draw(
-    run: Run, params: Params, labels: Any, seed: int, progress: bool = False
-) -> tuple[np.ndarray, dict[str, Any]]:
+def draw(run: Run, params: Params, labels: Any, seed: int, progress: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
     """Draws one image per label with one ahead-of-time compiled program, and measures it.
 
     Images go through in equal chunks of at most 64; image i depends on (seed, i) and its label alone.
@@ -48,6 +46,10 @@ def draw(
     padded = np.concatenate([labels, np.repeat(labels[-1:], chunks * size - n)])
     evaluations = len(run.rows.i)
     bar = tqdm(total=chunks * evaluations, unit="evaluation", disable=not progress, file=sys.stderr)
+
+    def advance(_: Any) -> None:
+        bar.update()
+
     sampler = make_sampler(
         run.model,
         run.process,
@@ -55,7 +57,7 @@ def draw(
         run.solver,
         run.guide,
         run.accelerator,
-        on_step=(lambda i: bar.update()) if progress else None,
+        on_step=advance if progress else None,
     )
     params = cast_params(params, run)
     rows, scale = jax.tree.map(jnp.asarray, run.rows), jnp.asarray(run.scale, jnp.float32)
@@ -173,9 +175,7 @@ def listing(kind: str) -> list[tuple[str, str]]:
     if kind == "configs":
         return [(name, _first_line(_config_doc(name))) for name in config_names()]
     if kind == "weights":
-        return [(name, f"weights embedded in difax: {name}") for name in embedded_weights()] or [
-            ("-", "none")
-        ]
+        return [(name, f"weights embedded in difax: {name}") for name in embedded_weights()] or [("-", "none")]
     return [(name, _first_line(inspect.getdoc(f) or "")) for name, f in REGISTRIES[singular].items()]
 
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax import noise, ops, process as process_
+from difax import noise, ops
+from difax import process as process_
 from difax.contracts import Accelerator, Guide, Model, Row, Solver, State, Trace
 from difax.guidance import unguided
 from difax.process import Process
@@ -38,8 +39,7 @@ def make_rows(solver: Solver, guide: Guide, process: Process, times: np.ndarray)
 
 def initial_noise(process: Process, keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """x at t = 1: prior_std times standard normal noise [len(keys), *shape], one key per sample."""
-    like = jax.ShapeDtypeStruct((len(keys), *shape), jnp.float32)
-    return process.prior_std * noise.normal_like(noise.fold(keys, 0), like)
+    return process.prior_std * noise.normal(noise.fold(keys, 0), shape)
 
 
 def make_sampler(
@@ -52,7 +52,7 @@ def make_sampler(
     *,
     attend: Callable[..., Any] = ops.attend,
     on_step: Callable[[Any], None] | None = None,
-) -> Callable[..., tuple[jax.Array, Trace]]:
+) -> Any:
     """Builds the jitted sampler `sample(params, x, keys, cond, rows, scale) -> (samples, trace)`.
 
     Everything in `rows`, the keys and the guidance scale are traced, so that seeds, scales, grids, eta, intervals
@@ -72,7 +72,7 @@ def make_sampler(
       scale: guidance scale, a scalar (1 is unguided).
 
     Returns:
-      samples [B, ...] float32 and the `Trace` of what was computed.
+      The jitted function; it returns samples [B, ...] float32 and the `Trace` of what was computed.
     """
     if prediction not in process_.PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; allowed: {', '.join(process_.PREDICTIONS)}")
@@ -95,9 +95,7 @@ def make_sampler(
 
         def body(carry, row):
             x, solver_state, guide_state, memory, keys = carry
-            output, guide_state, memory, trace = guide.apply(
-                denoise, x, cond, null, scale, row, guide_state, memory
-            )
+            output, guide_state, memory, trace = guide.apply(denoise, x, cond, null, scale, row, guide_state, memory)
             predicted = process_.predict(output, prediction, model.learn_sigma, x, row.level)
             # evaluation i draws from index i + 1; index 0 made the initial noise
             x, solver_state = solver.step(predicted, x, solver_state, row, noise.fold(keys, row.i + 1))

@@ -13,7 +13,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -191,8 +191,7 @@ def train(
             _check_schedule(folder, latest, options)
             shapes = jax.eval_shape(init)
             like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
-            state = checkpoints.restore(latest, args=ocp.args.StandardRestore(like))
-            state = TrainState(*state) if not isinstance(state, TrainState) else state
+            state = cast(TrainState, checkpoints.restore(latest, args=ocp.args.StandardRestore(like)))
         _write_json(folder / "config.json", {**config, "train": {**config["train"], "steps": options.steps}})
         recorder = _Recorder(folder, int(state.step), options, progress)
         update = make_step(task.loss, options)
@@ -302,7 +301,7 @@ class _Recorder:
         self.bar.set_postfix(loss=f"{fetched[-1][1]['loss']:.4f}", images_per_second=f"{rate:.0f}")
         for step, metrics in fetched:
             if step % self.options.log_every == 0 or step == self.options.steps:
-                metrics = {**metrics, "learning_rate": float(schedule(self.options)(step - 1))}
+                metrics = {**metrics, "learning_rate": float(np.asarray(schedule(self.options)(step - 1)))}
                 self.log.write(json.dumps({"step": step, **metrics, "images_per_second": rate}) + "\n")
                 for name, value in metrics.items():
                     self.events.add_scalar(name, value, step)
@@ -349,9 +348,7 @@ def _check_schedule(folder: pathlib.Path, latest: int, options: TrainOptions) ->
     """Another number of steps moves the start of the final decay: refuse it once either decay has begun."""
     before = read_run(folder)["train"]["steps"]
     if latest >= options.steps:
-        raise ValueError(
-            f"{folder} is at step {latest} already; train.steps={options.steps} asks for no more"
-        )
+        raise ValueError(f"{folder} is at step {latest} already; train.steps={options.steps} asks for no more")
     begun = min(before, options.steps) - options.decay
     if before != options.steps and options.decay and latest > begun:
         raise ValueError(

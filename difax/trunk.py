@@ -119,8 +119,7 @@ def trunk_spec(model: Model, params: Params, x: Any, cond: Any) -> TrunkSpec:
             p = jax.tree.map(lambda leaf: leaf[0], params[stage.name])
             mods = stage.block.apply({"params": p}, context, method="mods")
             updates[stage.name] = {
-                b: stage.block.apply({"params": p}, tokens, mods, context, ops.attend, method=b)
-                for b in stage.branches
+                b: stage.block.apply({"params": p}, tokens, mods, context, ops.attend, method=b) for b in stage.branches
             }
         return first, updates
 

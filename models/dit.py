@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from difax.contracts import Context, Model, Params, Stage
 from difax.models.layers import Dense, patchify, sincos_positions, timestep_embedding, unpatchify
-from difax.ops import layer_norm
+from difax.ops import attend, layer_norm
 
 # name -> depth, width, heads (table 1 of the paper)
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -129,7 +129,7 @@ class Ends(nn.Module):
 
     def embed(self, x: jax.Array, model_time: jax.Array, label: jax.Array) -> tuple[jax.Array, Context]:
         c = self.config
-        positions = jnp.asarray(sincos_positions(c.width, *c.grid))
+        positions = jnp.asarray(sincos_positions(c.width, *c.grid))[None]
         tokens = self.patch(patchify(x, c.patch).astype(c.dtype)) + positions.astype(c.dtype)
         features = timestep_embedding(model_time, FREQUENCIES, c.freq_shift).astype(c.dtype)
         time = self.time2(nn.silu(self.time1(features)))
@@ -189,8 +189,9 @@ def dit(
         preset = (*SIZES[letter], int(p))
     else:
         preset = (None, None, None, None)
-    given = [a if a is not None else b for a, b in zip((depth, width, heads, patch), preset, strict=True)]
-    if None in given:
+    chosen = (a if a is not None else b for a, b in zip((depth, width, heads, patch), preset, strict=True))
+    given = [n for n in chosen if n is not None]
+    if len(given) < 4:
         raise ValueError("dit: give a variant such as 'S/2', or all of depth, width, heads and patch")
     hw = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     c = DiTConfig(
@@ -212,8 +213,6 @@ def dit(
         x = jnp.zeros((1, *c.size, c.channels))
         label = jnp.zeros((1,), jnp.int32)
         (tokens, context), ends_params = ends.init_with_output(ends_key, x, jnp.zeros((1,)), label)
-        from difax.ops import attend
-
         one = partial(block.init, h_BND=tokens, context=context, attend=attend)
         blocks = jax.vmap(lambda k: one(k)["params"])(jax.random.split(blocks_key, c.depth))
         return {"ends": ends_params["params"], "blocks": blocks}
@@ -221,7 +220,7 @@ def dit(
     def embed(params: Params, x: jax.Array, model_time: jax.Array, cond: jax.Array):
         return ends.apply({"params": params["ends"]}, x, model_time, cond, method="embed")
 
-    def head(params: Params, tokens: jax.Array, context: Context) -> jax.Array:
+    def head(params: Params, tokens: jax.Array, context: Context) -> Any:
         return ends.apply({"params": params["ends"]}, tokens, context, method="head")
 
     return Model(

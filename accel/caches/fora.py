@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -27,14 +29,11 @@ def fora(interval: int = 3) -> Accelerator:
         raise ValueError(f"fora: interval={interval}; allowed: 1 or more")
 
     def init(spec):
-        held = {
-            stage: {
-                branch: jax.tree.map(lambda a: jnp.zeros((spec.depth[stage], *a.shape), a.dtype), update)
-                for branch, update in updates.items()
-            }
-            for stage, updates in spec.update.items()
-        }
-        return {"trunk": (), "branch": held}
+        def held(depth: int, updates: Any) -> Any:
+            return jax.tree.map(lambda a: jnp.zeros((depth, *a.shape), a.dtype), updates)
+
+        branch = {stage: held(spec.depth[stage], updates) for stage, updates in spec.update.items()}
+        return {"trunk": (), "branch": branch}
 
     def branch(compute, where, held, row):
         full = (row.i % interval == 0) | row.fresh

@@ -70,9 +70,7 @@ def ddpm(variance: str = "small", clip: float | None = None) -> Solver:
         mean = c.x * x + c.x0 * x0
         if variance == "learned":
             if prediction.variance is None:
-                raise ValueError(
-                    "ddpm: variance='learned' needs a model with learn_sigma; allowed: small, large"
-                )
+                raise ValueError("ddpm: variance='learned' needs a model with learn_sigma; allowed: small, large")
             log_variance = learned_log_variance(prediction.variance, c.log_beta, c.log_beta_tilde)
         else:
             log_variance = c.log_beta if variance == "large" else c.log_beta_tilde
