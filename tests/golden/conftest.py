@@ -1,0 +1,3 @@
+"""Scripts that need torch are not collected as doctests."""
+
+collect_ignore_glob = ["make_*.py"]
