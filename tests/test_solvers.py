@@ -1,0 +1,339 @@
+"""Solvers: their papers' algorithms, their order of convergence, diffusers' trajectories, and invariants of all."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+from difax.accel.solvers import SOLVERS
+from difax.contracts import Prediction, Solver
+from difax.grids import GRIDS, make_times
+from difax.guidance import unguided
+from difax.process import PROCESSES, flow, ve, vp_cosine, vp_linear, vp_sde
+from difax.sample import make_rows
+from tests.oracles import solvers as oracle
+from tests.toys import MIXTURE, predict, solve
+
+GOLDEN = Path(__file__).parent / "golden" / "solvers.npz"
+MIXED_TIMES = np.array([0.95, 0.8, 0.55, 0.5, 0.2, 0.05, 0.0])
+
+
+class Case(NamedTuple):
+    """One solver with one setting: how it is built and what it promises."""
+
+    solver: str
+    arguments: dict[str, Any] = {}
+    order: float | None = None  # of convergence; None for a stochastic one
+    processes: tuple[str, ...] = tuple(PROCESSES)
+
+    def __str__(self) -> str:
+        return "-".join([self.solver, *(f"{k}={v}" for k, v in self.arguments.items())])
+
+    def make(self) -> Solver:
+        return SOLVERS[self.solver](**self.arguments)
+
+
+SIGMA_SPACE = tuple(name for name in PROCESSES if name not in ("flow", "sit"))
+CASES = [
+    Case("ddpm", {"variance": "small"}),
+    Case("ddpm", {"variance": "large"}),
+    Case("ddpm", {"variance": "learned"}),
+    Case("ddim", {"eta": 0.0}, order=1),
+    Case("ddim", {"eta": 0.7}),
+    Case("ddim", {"eta": 1.0}),
+    Case("euler", order=1),
+    Case("heun", {"space": "sigma"}, order=2, processes=SIGMA_SPACE),
+    Case("heun", {"space": "flow"}, order=2),
+    Case("heun"),
+    Case("dpmpp_2m", {"lower_order_final": 0}, order=2),
+    Case("dpmpp_2m"),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def test_every_solver_has_a_row():
+    assert {case.solver for case in CASES} == set(SOLVERS)
+
+
+def module_of(solver: str):
+    return sys.modules[f"difax.accel.solvers.{solver}"]  # the attribute of that name is the factory
+
+
+@pytest.fixture
+def given_noise(monkeypatch):
+    """Makes the stochastic solvers take their keys for the noise itself."""
+    for solver in ("ddpm", "ddim"):
+        monkeypatch.setattr(module_of(solver), "normal_like", lambda keys, x: keys)
+
+
+# ---------------------------------------------------------------- order of convergence
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """(y at the start [4, 8], y at the end): the solution of dy/d rho = eps on rho = sigma/alpha in [e^-3, e^3]."""
+    start = np.random.default_rng(3).normal(size=(4, 8)) * np.exp(3.0)
+
+    def slope(s, y):
+        rho = np.exp(s)
+        return (rho * MIXTURE.eps(y.reshape(4, 8), 1.0, rho)).ravel()
+
+    done = solve_ivp(slope, (3.0, -3.0), start.ravel(), method="DOP853", rtol=1e-12, atol=1e-12)
+    assert done.success
+    return start, done.y[:, -1].reshape(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("case", "process"),
+    [(c, p) for c in CASES if c.order for p in ("vp_linear", "flow") if p in c.processes],
+    ids=str,
+)
+def test_order_of_convergence(case, process, exact):
+    p, steps, errors = PROCESSES[process](), (10, 20, 40, 80, 160), []
+    with jax.enable_x64(True):
+        for n in steps:
+            times = p.inverse(np.linspace(-3.0, 3.0, n + 1))
+            ends = p.level(times[[0, -1]])
+            x = jnp.asarray(exact[0] * ends.alpha[0])
+            end = solve(case.make(), p, times, x, predict)[-1]
+            assert end.dtype == jnp.float64  # or rounding would hide the order
+            errors.append(np.abs(np.asarray(end) / ends.alpha[1] - exact[1]).max())
+    measured = -np.diff(np.log(errors)) / np.log(2)
+    fitted = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    print(f"{case} on {process}: order {fitted:.2f}, by doubling {measured.round(2)}, error at 160 {errors[-1]:.1e}")
+    assert abs(fitted - case.order) < 0.15
+    assert abs(measured[-1] - case.order) < 0.15
+
+
+def test_mixture_denoiser_is_the_score_of_its_density():
+    x, d = np.random.default_rng(0).normal(size=(3, 8)), 1e-5
+    alpha, sigma = 0.8, 0.6
+    for j in range(8):
+        e = np.eye(8)[j] * d
+        slope = (MIXTURE.log_density(x + e, alpha, sigma) - MIXTURE.log_density(x - e, alpha, sigma)) / (2 * d)
+        np.testing.assert_allclose(-MIXTURE.eps(x, alpha, sigma)[:, j] / sigma, slope, rtol=1e-7, atol=1e-8)
+
+
+# ---------------------------------------------------------------- the papers' own algorithms
+
+
+@pytest.mark.parametrize("process", [vp_linear(), vp_cosine(), vp_sde()], ids=lambda p: p.name)
+@pytest.mark.parametrize("case", [c for c in CASES if c.solver in ("ddpm", "ddim")], ids=str)
+def test_ancestral_steps_by_the_paper(case, process, given_noise):
+    rng = np.random.default_rng(1)
+    z = rng.normal(size=(6, 4, 8))
+    abar = process.level(MIXED_TIMES).alpha ** 2
+    with jax.enable_x64(True):
+        path = solve(case.make(), process, MIXED_TIMES, jnp.asarray(rng.normal(size=(4, 8))), predict, z)
+        x = np.asarray(path[0])
+        for i in range(6):
+            eps = MIXTURE.eps(x, np.sqrt(abar[i]), np.sqrt(1 - abar[i]))
+            if case.solver == "ddim":
+                x = oracle.ddim(x, eps, abar[i], abar[i + 1], case.arguments["eta"], z[i])
+            else:
+                v, variance = MIXTURE.variance(x), case.arguments["variance"]
+                x = oracle.ddpm(x, eps, v, abar[i], abar[i + 1], (abar[-2], abar[-3]), variance, z[i])
+            np.testing.assert_allclose(path[i + 1], x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("process", ["vp_linear", "vp_cosine", "ve", "flow"])
+@pytest.mark.parametrize(("n", "first_order_last"), [(6, True), (12, False)])
+@pytest.mark.parametrize("end", [0.0, 0.02])
+def test_dpmpp_2m_by_the_paper(process, n, first_order_last, end):
+    p = PROCESSES[process]()
+    times = np.linspace(0.97, end, n + 1)
+    level = p.level(times)
+    x = np.random.default_rng(2).normal(size=(4, 8)) * level.sigma[0]
+    with jax.enable_x64(True):
+        got = solve(SOLVERS["dpmpp_2m"](), p, times, jnp.asarray(x), predict)[-1]
+    # with sigma = 0 at the end, the last step is of first order whatever its number
+    wanted = oracle.dpmpp_2m(
+        x,
+        lambda x, i: MIXTURE.x0(x, level.alpha[i], level.sigma[i]),
+        level.alpha,
+        level.sigma,
+        first_order_last or end == 0,
+    )
+    np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("bound", "n", "first_order"), [(0, 3, False), (10, 9, True), (10, 10, False), (15, 14, True)])
+def test_lower_order_final(bound, n, first_order):
+    rows = SOLVERS["dpmpp_2m"](lower_order_final=bound).grid(vp_sde(), np.linspace(0.9, 0.1, n + 1))
+    assert (rows.coefficients.previous[-1] == 0) == first_order
+    assert rows.coefficients.previous[0] == 0 and np.all(rows.coefficients.previous[1:-1] != 0)
+
+
+def test_heun_by_edm_algorithm_1():
+    process, times = ve(), make_times(GRIDS["karras"](), ve(), 8)
+    sigma = process.level(times).sigma
+    x = np.random.default_rng(2).normal(size=(4, 8)) * 80
+    with jax.enable_x64(True):
+        got = solve(SOLVERS["heun"](), process, times, jnp.asarray(x), predict)[-1]
+    wanted = oracle.edm_heun(x, lambda x, s: MIXTURE.x0(x, 1.0, s), sigma)
+    np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("process", ["flow", "sit"])
+def test_flow_solvers_by_their_definition(solver, process):
+    p = PROCESSES[process]()
+    times = make_times(GRIDS["shifted"](3.0), p, 7)
+    assert times[0] == 1  # where alpha = 0
+    x = np.random.default_rng(2).normal(size=(4, 8))
+
+    def velocity(x, t):
+        return MIXTURE.eps(x, 1 - t, t) - MIXTURE.x0(x, 1 - t, t)
+
+    with jax.enable_x64(True):
+        got = solve(SOLVERS[solver](), p, times, jnp.asarray(x), predict)[-1]
+    wanted = {"euler": oracle.flow_euler, "heun": oracle.flow_heun}[solver](x, velocity, times)
+    np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------- diffusers' schedulers
+
+# golden case -> our solver, our process
+DIFFUSERS = {
+    "ddpm_small": (SOLVERS["ddpm"]("small"), vp_linear()),
+    "ddpm_large": (SOLVERS["ddpm"]("large"), vp_linear()),
+    "ddpm_learned": (SOLVERS["ddpm"]("learned"), vp_linear()),
+    "ddim_eta0": (SOLVERS["ddim"](), vp_linear()),
+    "ddim_eta0.7": (SOLVERS["ddim"](0.7), vp_linear()),
+    "dpmpp_2m_10": (SOLVERS["dpmpp_2m"](lower_order_final=15), vp_linear()),
+    "dpmpp_2m_16": (SOLVERS["dpmpp_2m"](lower_order_final=15), vp_linear()),
+    "heun_vp": (SOLVERS["heun"](), vp_linear()),
+    "edm_euler": (SOLVERS["ddim"](), ve()),
+    "flow_euler": (SOLVERS["euler"](), flow()),
+    "flow_heun": (SOLVERS["heun"](), flow()),
+}
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_trajectory_of_diffusers(name, given_noise):
+    solver, process = DIFFUSERS[name]
+    with np.load(GOLDEN) as golden:
+        assert {key.rpartition(".")[0] for key in golden} == set(DIFFUSERS)
+        t, wanted, noise = golden[f"{name}.t"], golden[f"{name}.path"], golden.get(f"{name}.noise")
+    path = np.stack(solve(solver, process, t, jnp.asarray(wanted[0]), predict, noise))
+    assert path.dtype == np.float32
+    # of the largest value of each state: sigma falls from 80 to 0 within one run
+    error = (np.abs(path - wanted).max((1, 2)) / np.abs(wanted).max((1, 2))).max()
+    print(f"{name}: {error:.1e}")
+    assert error < 1e-5
+
+
+# ---------------------------------------------------------------- what holds for all of them
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize(("case", "process"), [(c, p) for c in CASES for p in c.processes], ids=str)
+def test_a_perfectly_known_image_is_reached(case, process, n, given_noise):
+    """If the network always says x0 = c, then every solver ends at c on every process and grid, in any noise."""
+    p, c = PROCESSES[process](), np.linspace(-1, 1, 8)[None]
+
+    def certain(x, level):
+        return Prediction(c, (x - level.alpha * c) / level.sigma, jnp.sin(x))
+
+    noise = np.random.default_rng(0).normal(size=(2 * n, 1, 8))
+    with jax.enable_x64(True):
+        for grid in ("uniform", "log_snr"):
+            times = make_times(GRIDS[grid](), p, n)
+            x = jnp.asarray(noise[0] * p.prior_std)
+            end = solve(case.make(), p, times, x, certain, noise)[-1]
+            np.testing.assert_allclose(end, c, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10])
+@cases
+def test_rows_are_finite_single_precision_and_counted(case, n):
+    per_step = 2 if case.solver == "heun" else 1
+    for process in case.processes:
+        p = PROCESSES[process]()
+        for grid in GRIDS:
+            if (grid == "leading" and p.steps is None) or (grid == "shifted" and p.name not in ("flow", "sit")):
+                continue
+            times = make_times(GRIDS[grid](), p, n)
+            exact = case.make().grid(p, times)
+            assert all(a.dtype == np.float64 for a in (exact.t, *exact.level))
+            rows = make_rows(case.make(), unguided(), p, times)
+            evaluations = per_step * n - (per_step - 1)
+            for leaf in jax.tree.leaves(rows):
+                assert leaf.shape == (evaluations,)
+                assert leaf.dtype in (np.float32, np.int32, np.bool_)
+                assert np.all(np.isfinite(leaf))
+            assert rows.i.tolist() == list(range(evaluations)) and rows.step[-1] == n - 1
+            assert rows.fresh.tolist() == [True] + [False] * (evaluations - 1)
+            assert not rows.guided.any()
+            np.testing.assert_array_equal(rows.model_time, p.model_time(exact.t).astype(np.float32))
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_euler_is_ddim_without_noise(process):
+    p = PROCESSES[process]()
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(5).normal(size=(4, 8)) * p.level(MIXED_TIMES[:1]).sigma)
+        a, b = (solve(SOLVERS[s](), p, MIXED_TIMES, x, predict)[-1] for s in ("ddim", "euler"))
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_ddim_at_eta_one_is_ddpm(process, given_noise):
+    p, z = PROCESSES[process](), np.random.default_rng(5).normal(size=(6, 4, 8))
+    with jax.enable_x64(True):
+        x = jnp.asarray(z[0] * p.level(MIXED_TIMES[:1]).sigma)
+        a = solve(SOLVERS["ddim"](1.0), p, MIXED_TIMES, x, predict, z)[-1]
+        b = solve(SOLVERS["ddpm"]("small"), p, MIXED_TIMES, x, predict, z)[-1]
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_ddpm_clips_the_data_prediction(given_noise):
+    p, x = vp_linear(), jnp.full((1, 8), 3.0)
+    wide = Prediction(jnp.full((1, 8), 7.0), jnp.zeros((1, 8)), None)
+    narrow = wide._replace(x0=jnp.full((1, 8), 1.5))
+    z = np.zeros((1, 1, 8))
+    got = solve(SOLVERS["ddpm"](clip=1.5), p, np.array([0.5, 0.3]), x, lambda *_: wide, z)[-1]
+    want = solve(SOLVERS["ddpm"](), p, np.array([0.5, 0.3]), x, lambda *_: narrow, z)[-1]
+    np.testing.assert_array_equal(got, want)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("solver", "arguments", "message"),
+    [
+        ("ddim", {"eta": 1.5}, r"eta=1.5; allowed: 0 \.\.\. 1"),
+        ("ddim", {"eta": -0.1}, "eta=-0.1"),
+        ("ddpm", {"variance": "fixed"}, "variance='fixed'; allowed: learned, small, large"),
+        ("ddpm", {"clip": 0.0}, "clip=0.0; allowed: > 0"),
+        ("dpmpp_2m", {"lower_order_final": -1}, "lower_order_final=-1; allowed: 0 or more"),
+        ("heun", {"space": "time"}, "space='time'; allowed: sigma, flow"),
+    ],
+)
+def test_bad_arguments_are_refused(solver, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SOLVERS[solver](**arguments)
+
+
+@cases
+def test_bad_times_are_refused(case):
+    with pytest.raises(ValueError, match="must decrease strictly"):
+        case.make().grid(vp_linear(), np.array([0.2, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize("process", ["flow", "sit"])
+def test_heun_in_sigma_space_refuses_pure_noise(process):
+    with pytest.raises(ValueError, match=f"divides by alpha, which is 0 at t=1 of {process}; allowed: space 'flow'"):
+        SOLVERS["heun"]("sigma").grid(PROCESSES[process](), np.array([1.0, 0.5, 0.0]))
+
+
+def test_learned_variance_needs_variance_channels(given_noise):
+    certain = Prediction(jnp.zeros((1, 8)), jnp.zeros((1, 8)), None)
+    with pytest.raises(ValueError, match="needs a model with learn_sigma; allowed: small, large"):
+        solve(SOLVERS["ddpm"]("learned"), vp_linear(), np.array([0.5, 0.0]), jnp.zeros((1, 8)), lambda *_: certain)

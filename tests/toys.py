@@ -1,0 +1,62 @@
+"""Small problems for the tests: solvers on a mixture with a known denoiser, and tiny networks without zeros."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.contracts import Level, Model, Prediction, Solver
+from difax.models import dit
+from difax.process import Process
+from tests.oracles.mixture import Mixture
+
+MIXTURE = Mixture()
+
+
+def predict(x: Any, level: Level) -> Prediction:
+    """What a perfect network of `MIXTURE` gives a solver, with a made-up variance channel, in the precision of x."""
+    x_BD = np.asarray(x, np.float64)
+    x0 = MIXTURE.x0(x_BD, level.alpha, level.sigma)
+    eps = (x_BD - level.alpha * x0) / level.sigma
+    return Prediction(*(jnp.asarray(a, x.dtype) for a in (x0, eps, MIXTURE.variance(x_BD))))
+
+
+def solve(solver: Solver, process: Process, times: np.ndarray, x: Any, predict: Any, keys: Any = None) -> list[Any]:
+    """Runs a solver's own table and step function in a Python loop, in the precision of x.
+
+    Args:
+      predict: (x, level) -> Prediction.
+      keys: what each evaluation's step gets as its keys, or None.
+
+    Returns:
+      x before the first and after every evaluation.
+    """
+    rows = solver.grid(process, np.asarray(times, np.float64))
+    path, state = [x], solver.init(x)
+    step = jax.jit(solver.step) if len(rows.t) > 20 else solver.step  # a short run is sooner done than compiled
+    for e in range(len(rows.t)):
+        row = jax.tree.map(lambda a, e=e: a[e], rows)
+        prediction = predict(path[-1], row.level)
+        x, state = step(prediction, path[-1], state, row, None if keys is None else keys[e])
+        path.append(x)
+    return path
+
+
+def randomise(params: Any, seed: int = 0, scale: float = 1.0) -> Any:
+    """Every leaf anew, biases and adaLN-Zero's zeros too: normal with standard deviation scale/sqrt(fan in)."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: Any) -> jax.Array:
+        fan_in = leaf.shape[-2] if leaf.ndim > 1 else leaf.shape[0]
+        return jnp.asarray(rng.normal(size=leaf.shape) * scale / np.sqrt(fan_in), leaf.dtype)
+
+    return jax.tree.unflatten(tree, [draw(leaf) for leaf in leaves])
+
+
+def tiny_dit(*, scale: float = 1.0, **overrides: Any) -> tuple[Model, Any]:
+    """A DiT of two blocks on 4 x 4 x 3 inputs with five classes, and random parameters for it."""
+    geometry = dict(depth=2, width=16, heads=2, patch=2, size=4, channels=3, classes=5, learn_sigma=False)
+    model = dit(**(geometry | overrides))
+    return model, randomise(jax.eval_shape(model.init, jax.random.key(0)), scale=scale)
