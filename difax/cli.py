@@ -125,19 +125,14 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     base = base or default
     if base is None:
         raise ValueError("which configuration? Give --config NAME (see difax list configs)")
-    for name in ("solver", "grid", "guide", "cache"):
-        if getattr(options, name, None) is not None:
-            settings.append((f"{name}.name", getattr(options, name)))
-    for name in ("steps", "scale"):
-        if getattr(options, name, None) is not None:
-            settings.append((name, getattr(options, name)))
-    if getattr(options, "dtype", None):
-        settings.append(("model.dtype", options.dtype))
     for setting in options.set:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--config.{setting}: a value is missing")
+        key, _, value = setting.partition("=")
         settings.append((key, parse_value(value)))
+    short = {name: f"{name}.name" for name in ("solver", "grid", "guide", "cache")}
+    short |= {"steps": "steps", "scale": "scale", "dtype": "model.dtype"}
+    for flag, key in short.items():
+        if getattr(options, flag, None) is not None:
+            settings.append((key, getattr(options, flag)))
     return override(load_config(base), settings)
 
 
@@ -227,7 +222,7 @@ def _list(options: argparse.Namespace) -> int:
     kinds = LISTS if options.kind is None else (choose("kind", options.kind, LISTS),)
     for kind in kinds:
         lines = listing(kind)
-        width = max(len(name) for name, _ in lines)
+        width = max((len(name) for name, _ in lines), default=0)
         print(f"{kind}:")
         for name, text in lines:
             print(f"  {name:{width}}  {text}")

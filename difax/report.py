@@ -175,7 +175,7 @@ def listing(kind: str) -> list[tuple[str, str]]:
     if kind == "configs":
         return [(name, _first_line(_config_doc(name))) for name in config_names()]
     if kind == "weights":
-        return [(name, f"weights embedded in difax: {name}") for name in embedded_weights()] or [("-", "none")]
+        return [(name, f"weights embedded in difax: {name}") for name in embedded_weights()]
     return [(name, _first_line(inspect.getdoc(f) or "")) for name, f in REGISTRIES[singular].items()]
 
 

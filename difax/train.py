@@ -130,7 +130,7 @@ def make_step(loss: Loss, options: TrainOptions) -> Callable[..., tuple[TrainSta
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(options.ema, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-        metrics = {"loss": value, **metrics, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, ema, inner), metrics
 
     return jax.jit(update, donate_argnums=0)
