@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", parents=[common], help="train a model")
     train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
     train.add_argument("--data", metavar="DIR", help="folder of the data set's files")
+    train.add_argument("--minutes", type=float, help="stop with a checkpoint after so long")
     train.add_argument("--resume", action="store_true", help="continue the run in DIR")
     train.set_defaults(run=_train)
 
@@ -193,7 +194,18 @@ def _train(options: argparse.Namespace) -> int:
     task = build_task(config, previewer)
     training = build_options(config)
     data = build_data(config, "train", options.data)
-    state = train(task, data, training, options.workdir, config, options.resume, progress=not options.quiet)
+    if options.minutes is not None and not options.minutes > 0:
+        raise ValueError(f"--minutes={options.minutes}; allowed: > 0")
+    state = train(
+        task,
+        data,
+        training,
+        options.workdir,
+        config,
+        options.resume,
+        progress=not options.quiet,
+        minutes=options.minutes,
+    )
     print(f"{options.workdir}: step {int(state.step)} of {training.steps}")
     return 0
 

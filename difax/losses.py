@@ -12,6 +12,7 @@ import numpy as np
 
 from difax.contracts import Classifier, Level, Model
 from difax.grids import shift_time
+from difax.ops import trainable
 from difax.process import (
     Process,
     convert,
@@ -72,7 +73,7 @@ def flow_loss(
         level = _like(process.level(t, jnp), x0)
         cond = _drop_labels(model, batch["label"], label_dropout, drop_key)
         x = level.alpha * x0 + level.sigma * eps
-        output = forward(model, params, x, process.model_time(t), cond, unroll=unroll).astype(jnp.float32)
+        output = forward(model, trainable(params), x, process.model_time(t), cond, unroll=unroll).astype(jnp.float32)
         mse = jnp.mean((output - target(prediction, x0, eps, level)) ** 2)
         return mse, {"mse": mse}
 
@@ -118,7 +119,7 @@ def ddpm_loss(
         eps = jax.random.normal(noise_key, x0.shape)
         cond = _drop_labels(model, batch["label"], label_dropout, drop_key)
         x = level.alpha * x0 + level.sigma * eps
-        output = forward(model, params, x, k.astype(jnp.float32), cond, unroll=unroll).astype(jnp.float32)
+        output = forward(model, trainable(params), x, k.astype(jnp.float32), cond, unroll=unroll).astype(jnp.float32)
         main, variance = split_variance(output, model.learn_sigma)
         mse = jnp.mean((main - target(prediction, x0, eps, level)) ** 2)
         if variance is None:

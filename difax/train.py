@@ -144,6 +144,7 @@ def train(
     config: dict[str, Any],
     resume: bool = False,
     progress: bool = True,
+    minutes: float | None = None,
 ) -> TrainState:
     """Trains a task and writes checkpoints, samples and logs into a folder.
 
@@ -156,9 +157,10 @@ def train(
       config: the run's whole configuration as plain JSON, compared on resume and stored beside the checkpoints.
       resume: continue from the last checkpoint of `workdir`.
       progress: show a progress bar on stderr.
+      minutes: stop with a checkpoint after so long, to be resumed; None trains to the end.
 
     Returns:
-      The final state.
+      The last state.
 
     Raises:
       ValueError: a folder that is not empty, holds no run, or another configuration; bad mesh or batch.
@@ -172,6 +174,7 @@ def train(
     _prepare(folder, config, options, resume)
 
     transform = optimizer(options)
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
 
     def init() -> TrainState:
         params = task.init(jax.random.fold_in(jax.random.key(options.seed), 0))
@@ -202,7 +205,7 @@ def train(
                 state, metrics = update(state, jax.device_put(batch, split))
                 done = step + 1
                 recorder.add(done, metrics)
-                last = done == options.steps
+                last = done == options.steps or (deadline is not None and time.monotonic() > deadline)
                 save = last or done % options.checkpoint_every == 0
                 if save or done % options.log_every == 0:
                     recorder.flush()  # raises at a non-finite loss, so that only good states are saved
@@ -210,6 +213,8 @@ def train(
                     checkpoints.save(done, args=ocp.args.StandardSave(state))
                 if task.preview and (last or done % options.sample_every == 0):
                     recorder.picture(done, task.preview(state.ema))
+                if last:
+                    break
         checkpoints.wait_until_finished()
     return state
 

@@ -1,0 +1,1 @@
+"""Studies that use only the public API of difax; run as `python -m experiments.NAME`."""

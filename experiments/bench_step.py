@@ -1,0 +1,218 @@
+"""One denoising step and a whole sample of DiT-S/2, B/2, XL/2: seconds, GFLOP/s against the machine's own ceiling.
+
+  python -m experiments.bench_step                                     all rows, difax alone
+  python -m experiments.bench_step --torch eager compile --lane jax012 also diffusers on the same weights
+
+A step is one evaluation of the network on latents [batch, 32, 32, 4]. With the `parity` extra a second process runs
+diffusers' DiTTransformer2DModel; both run turn by turn, and the ratios are of the medians. CPU seconds (all threads)
+are the steadier column on a shared machine. Rows go to experiments/results/bench_step/LANE.jsonl; a row that is
+there already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from difax.accel.solvers import SOLVERS
+from difax.cost import model_cost
+from difax.grids import GRIDS, make_times
+from difax.models.dit import dit
+from difax.models.dit_checkpoint import load_dit
+from difax.noise import sample_keys
+from difax.process import vp_linear
+from difax.report import peak_memory
+from difax.sample import initial_noise, make_rows, make_sampler
+from difax.trunk import forward
+from experiments.provenance import RESULTS, append_row, provenance, read_rows
+
+MODELS, BATCHES, DTYPES = ("S/2", "B/2", "XL/2"), (1, 4), ("float32", "bfloat16")
+
+
+def ceiling(dtype: str, n: int | None = None) -> float:
+    """Best GFLOP/s of an n x n matmul in this process (n: 2048 on a CPU, 8192 elsewhere)."""
+    n = n or (2048 if jax.default_backend() == "cpu" else 8192)
+    a, b = (jax.random.normal(jax.random.key(i), (n, n)).astype(dtype) for i in range(2))
+    matmul = jax.jit(jnp.matmul)
+    seconds, _ = measure(lambda: jax.block_until_ready(matmul(a, b)), 7)
+    return 2 * n**3 / min(seconds) / 1e9
+
+
+def measure(run: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
+    """Wall and CPU seconds of `repeats` calls, after one that is thrown away."""
+    run()
+    wall, cpu = [], []
+    for _ in range(repeats):
+        start, start_cpu = time.perf_counter(), time.process_time()
+        run()
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - start_cpu)
+    return wall, cpu
+
+
+class Torch:
+    """diffusers in a process of its own, asked for one step at a time."""
+
+    def __init__(self, variant: str, batch: int, dtype: str, mode: str, weights: str):
+        arguments = [variant, str(batch), dtype, mode, weights]
+        command = [sys.executable, "-m", "experiments.torch_step", *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ready = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the diffusers process ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def step(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        self.process.communicate(input="")
+
+
+def bench(
+    variant: str, batch: int, dtype: str, repeats: int, modes: list[str], steps: int, top: float
+) -> dict[str, Any]:
+    """One row: a step of one geometry, its sample of `steps` steps, and diffusers beside it."""
+    key = jax.random.key(0)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = f"{folder}/diffusers.safetensors"
+        torches = {mode: Torch(variant, batch, dtype, mode, weights) for mode in modes}
+        if torches:  # the first one wrote its weights
+            model, params = load_dit(weights, layout="diffusers", size=32, dtype=jnp.dtype(dtype))
+        else:
+            model = dit(variant, dtype=dtype)
+            params = jax.jit(model.init)(key)
+            params = jax.tree.map(lambda a: a + 0.02 * jax.random.normal(key, a.shape), params)
+        params = jax.tree.map(lambda a: a.astype(dtype), params)
+        x = jax.random.normal(key, (batch, *model.input_shape))
+        time_, labels = jnp.full((batch,), 500.0), jnp.arange(batch)
+        step = jax.jit(lambda p, x: forward(model, p, x, time_, labels))
+        start = time.perf_counter()
+        program = step.lower(params, x).compile()
+        compile_seconds = time.perf_counter() - start
+
+        def run() -> Any:
+            return jax.block_until_ready(program(params, x))
+
+        run()
+        ours: list[tuple[float, float]] = []
+        theirs: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
+        for _ in range(repeats):
+            wall, cpu = measure(run, 1) if not ours else _once(run)
+            ours.append((wall[0], cpu[0]))
+            for mode, worker in torches.items():
+                answer = worker.step()
+                theirs[mode].append((answer["seconds"], answer["cpu_seconds"]))
+        for worker in torches.values():
+            worker.close()
+    flops = batch * model_cost(model, params).evaluation
+    median = [statistics.median(column) for column in zip(*ours, strict=True)]
+    row: dict[str, Any] = {
+        "model": f"DiT-{variant}",
+        "batch": batch,
+        "dtype": dtype,
+        "seconds": median[0],
+        "seconds_min": min(w for w, _ in ours),
+        "seconds_max": max(w for w, _ in ours),
+        "cpu_seconds": median[1],
+        "gflops": flops / 1e9,
+        "gflops_per_second": flops / median[0] / 1e9,
+        "ceiling_gflops_per_second": top,
+        "fraction_of_ceiling": flops / median[0] / 1e9 / top,
+        "compile_seconds": compile_seconds,
+        "peak_memory_mib": peak_memory(program) / 2**20,
+        "repeats": repeats,
+    }
+    for mode, values in theirs.items():
+        wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
+        row[f"torch_{mode}"] = {
+            "seconds": wall,
+            "cpu_seconds": cpu,
+            "difax_over_torch": median[0] / wall,
+            "difax_over_torch_cpu": median[1] / cpu if cpu else None,
+            "warm_up_seconds": torches[mode].ready["warm_up_seconds"],
+        }
+    if steps:
+        row["sample"] = sample(model, params, batch, steps)
+    return row
+
+
+def _once(run: Callable[[], Any]) -> tuple[list[float], list[float]]:
+    start, start_cpu = time.perf_counter(), time.process_time()
+    run()
+    return [time.perf_counter() - start], [time.process_time() - start_cpu]
+
+
+def sample(model: Any, params: Any, batch: int, steps: int) -> dict[str, Any]:
+    """A whole DDIM sample of `steps` steps without guidance: compile and run seconds."""
+    process, solver = vp_linear(), SOLVERS["ddim"]()
+    sampler = make_sampler(model, process, "eps", solver)
+    from difax.guidance import unguided
+
+    rows = make_rows(solver, unguided(), process, make_times(GRIDS["leading"](), process, steps))
+    rows = jax.tree.map(jnp.asarray, rows)
+    keys = sample_keys(0, batch)
+    x = initial_noise(process, keys, model.input_shape)
+    start = time.perf_counter()
+    program = sampler.lower(params, x, keys, jnp.arange(batch), rows, 1.0).compile()
+    compiled = time.perf_counter() - start
+    start = time.perf_counter()
+    jax.block_until_ready(program(params, x, keys, jnp.arange(batch), rows, jnp.float32(1.0)))
+    seconds = time.perf_counter() - start
+    return {
+        "steps": steps,
+        "seconds": seconds,
+        "compile_seconds": compiled,
+        "peak_memory_mib": peak_memory(program) / 2**20,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sample-steps", type=int, default=50, help="0: no whole sample")
+    parser.add_argument("--torch", nargs="*", default=[], choices=("eager", "compile"))
+    parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
+    options = parser.parse_args()
+    path = RESULTS / "bench_step" / f"{options.lane}.jsonl"
+    keys = ("model", "batch", "dtype")
+    for dtype in options.dtypes:
+        top = None
+        for variant in options.models:
+            for batch in options.batches:
+                done = {tuple(row[k] for k in keys) for row in read_rows(path)}
+                if (f"DiT-{variant}", batch, dtype) in done:
+                    continue
+                top = top or ceiling(dtype)
+                row = bench(variant, batch, dtype, options.repeats, options.torch, options.sample_steps, top)
+                append_row(path, {**row, "provenance": provenance()})
+                ratios = "".join(f"  x{row[f'torch_{m}']['difax_over_torch']:.2f} of {m}" for m in options.torch)
+                print(
+                    f"{row['model']:9} b{batch} {dtype:8} {row['seconds']:.3f} s  "
+                    f"{row['gflops_per_second']:.0f} GFLOP/s ({100 * row['fraction_of_ceiling']:.0f} %){ratios}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
