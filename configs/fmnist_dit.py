@@ -8,7 +8,6 @@ The run behind the shipped weights is recorded in experiments/results/fmnist_dit
 
 from ml_collections import ConfigDict
 
-
 VARIANTS = ("patch4", "patch2")
 
 

@@ -1,7 +1,7 @@
 """A small DiT on Fashion-MNIST for 40 steps: seconds on a CPU, to see every part of training work.
 
-  difax train --config fmnist_smoke --workdir runs/smoke        (rectified flow)
-  difax train --config fmnist_smoke:ddpm --workdir runs/smoke   (DDPM with learned variance)
+difax train --config fmnist_smoke --workdir runs/smoke        (rectified flow)
+difax train --config fmnist_smoke:ddpm --workdir runs/smoke   (DDPM with learned variance)
 """
 
 from ml_collections import ConfigDict

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -193,8 +194,9 @@ def main() -> None:
     parser.add_argument("--sample-steps", type=int, default=50, help="0: no whole sample")
     parser.add_argument("--torch", nargs="*", default=[], choices=("eager", "compile"))
     parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
+    parser.add_argument("--out", type=pathlib.Path, help="file of rows, instead of the lane's")
     options = parser.parse_args()
-    path = RESULTS / "bench_step" / f"{options.lane}.jsonl"
+    path = options.out or RESULTS / "bench_step" / f"{options.lane}.jsonl"
     keys = ("model", "batch", "dtype")
     for dtype in options.dtypes:
         top = None

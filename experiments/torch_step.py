@@ -1,6 +1,6 @@
 """The other side of `experiments.bench_step`: diffusers' DiT, one step for each line on stdin. Needs `parity`.
 
-  python -m experiments.torch_step VARIANT BATCH DTYPE eager|compile WEIGHTS_OUT
+python -m experiments.torch_step VARIANT BATCH DTYPE eager|compile WEIGHTS_OUT
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ HEAD_WIDTH = {"S": 64, "B": 64, "L": 64, "XL": 72}
 
 def main() -> None:
     try:
-        import torch
-        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+        import torch  # pyright: ignore[reportMissingImports]
+        from diffusers import DiTTransformer2DModel  # pyright: ignore[reportMissingImports]
         from safetensors.torch import save_file
     except ImportError as error:
         raise SystemExit(f"experiments.torch_step needs the extra difax[parity]: {error}") from None

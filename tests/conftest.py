@@ -1,5 +1,6 @@
 """Settings of every test run: eight forced CPU devices, strict ranks, no compilation cache of the user's."""
 
+import gzip
 import os
 import pathlib
 import sys
@@ -17,6 +18,7 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
@@ -36,3 +38,23 @@ def user_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "XDG_CACHE_HOME": str(cache),
         "PYTHONPATH": str(ROOT),
     }
+
+
+def write_idx(path: pathlib.Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + np.asarray(array.shape, ">u4").tobytes()
+    with gzip.open(path, "wb") as file:
+        file.write(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Idx files of 64 bars whose position tells their label, under Fashion-MNIST's names."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("train", "t10k"):
+        label = np.arange(64) % 10
+        image = np.zeros((64, 28, 28), np.uint8)
+        for i, c in enumerate(label):
+            image[i, 2 * c + 2 : 2 * c + 8, 4:24] = 200
+        write_idx(folder / f"{name}-images-idx3-ubyte.gz", image)
+        write_idx(folder / f"{name}-labels-idx1-ubyte.gz", label)
+    return folder

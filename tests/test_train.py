@@ -23,26 +23,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = [("model.depth", 2), ("model.width", 32), ("train.steps", 8), ("train.batch", 8), ("train.checkpoint_every", 4)]
 
 
-def write_idx(path: pathlib.Path, array: np.ndarray) -> None:
-    header = bytes([0, 0, 8, array.ndim]) + np.asarray(array.shape, ">u4").tobytes()
-    with gzip.open(path, "wb") as file:
-        file.write(header + array.astype(np.uint8).tobytes())
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """Idx files of 64 bars whose position tells their label, under Fashion-MNIST's names."""
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("train", "t10k"):
-        label = np.arange(64) % 10
-        image = np.zeros((64, 28, 28), np.uint8)
-        for i, c in enumerate(label):
-            image[i, 2 * c + 2 : 2 * c + 8, 4:24] = 200
-        write_idx(folder / f"{name}-images-idx3-ubyte.gz", image)
-        write_idx(folder / f"{name}-labels-idx1-ubyte.gz", label)
-    return folder
-
-
 def start(folder, data_dir, config=None, resume=False, extra=(), name="fmnist_smoke"):
     config = config or override(load_config(name), [*SMALL, *extra])
     options = build_options(config)
@@ -160,9 +140,7 @@ def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_p
 
     data = build_data(config, "train", str(data_dir))
     with pytest.raises(FloatingPointError, match="step 9"):
-        train(
-            task._replace(loss=loss), data, build_options(config), tmp_path / "run", config, True, progress=False
-        )
+        train(task._replace(loss=loss), data, build_options(config), tmp_path / "run", config, True, progress=False)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "8"]
     assert restore_ema(tmp_path / "run", task.init)[0] == 8
 
