@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from difax.build import build_data, build_options, build_task
+from difax.cli import main
 from difax.config import load_config, override
 from difax.data import batches, fashion_mnist, read_idx
 from difax.report import previewer
@@ -169,6 +170,29 @@ def test_mesh_and_batch_refusals(tmp_path, data_dir):
         with pytest.raises(ValueError, match=message):
             start(tmp_path / "run", data_dir, extra=extra)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting, word", [("train.devices=0", "devices=0"), ("train.batch=7", "batch=7")])
+def test_command_line_refusals_write_nothing(setting, word, tmp_path, data_dir, capsys):
+    run = str(tmp_path / "run")
+    arguments = ["--config", "fmnist_smoke", "--workdir", run, "--data", str(data_dir), f"--config.{setting}"]
+    assert main(["train", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("difax: error: ") and err.count("\n") == 1 and word in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slices_of_a_run_are_the_run(tmp_path, data_dir):
+    """A run stopped by `minutes` leaves a checkpoint, and goes on from it on the same losses."""
+    start(tmp_path / "whole", data_dir)
+    config = load_small()
+    options, data, task = build_options(config), build_data(config, "train", str(data_dir)), build_task(config)
+    steps = []
+    while not steps or steps[-1] < options.steps:
+        state = train(task, data, options, tmp_path / "parts", config, bool(steps), progress=False, minutes=0.0001)
+        steps.append(int(state.step))
+    assert steps == list(range(1, 9))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_schedule():
