@@ -17,9 +17,10 @@ from difax.grids import GRIDS, make_times
 from difax.guidance import GUIDES
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import forward, neutral
-from tests.toys import tiny_dit
+from tests.toys import QUICK, network, tiny_dit
 
 LABELS = (3, 0, 4)
+cached_dit = functools.cache(tiny_dit)
 
 
 class Setup(NamedTuple):
@@ -44,13 +45,13 @@ class Setup(NamedTuple):
         x = initial_noise(self.process, keys, self.model.input_shape)
         return x, keys, jnp.asarray(labels, jnp.int32)
 
+    def quick(self, accelerator=None, **inputs):
+        """The sampler compiled ahead of time, with no effort, for inputs of one shape."""
+        lowered = self.sampler(accelerator).lower(self.params, *self.inputs(**inputs), self.rows, 1.0)
+        return lowered.compile(compiler_options=QUICK)
+
     def run(self, scale=1.0, accelerator=None, **inputs):
-        return self.sampler(accelerator)(self.params, *self.inputs(**inputs), self.rows, scale)
-
-
-@functools.cache
-def network(**overrides) -> tuple[Model, Any]:
-    return tiny_dit(**overrides)
+        return self.quick(accelerator, **inputs)(self.params, *self.inputs(**inputs), self.rows, scale)
 
 
 def setup(
@@ -59,20 +60,17 @@ def setup(
     arguments, guidance = dict(arguments), dict(guidance)
     dit = {"learn_sigma": arguments.get("variance") == "learned"} | dit
     p, g, s = P.PROCESSES[process](), GUIDES[guide](**guidance), SOLVERS[solver](**arguments)
-    model, params = network(**dit)
+    model, params = cached_dit(**dit)
     rows = make_rows(s, g, p, make_times(GRIDS[grid](), p, n))
     return Setup(model, params, p, "velocity" if process in ("flow", "sit") else "eps", s, g, rows)
 
 
 # solver, its arguments, process
 SOLVES = [
-    ("ddpm", {"variance": "small"}, "vp_linear"),
     ("ddpm", {"variance": "learned"}, "vp_linear"),
-    ("ddim", {"eta": 0.0}, "vp_cosine"),
     ("ddim", {"eta": 0.8}, "vp_linear"),
     ("euler", {}, "flow"),
     ("heun", {}, "flow"),
-    ("heun", {}, "vp_sde"),
     ("dpmpp_2m", {}, "vp_linear"),
 ]
 solves = pytest.mark.parametrize(
@@ -109,12 +107,18 @@ def plain_loop(s: Setup, guided: bool):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("guide", ["none", "cfg"])
-@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize(
+    ("solver", "guide", "dtype"),
+    [
+        ("ddpm", "none", "float32"),
+        ("ddpm", "cfg", "bfloat16"),
+        ("dpmpp_2m", "cfg", "float32"),
+        ("dpmpp_2m", "none", "bfloat16"),
+    ],
+)
 def test_neutral_sampler_is_bitwise_a_plain_loop(solver, guide, dtype):
     s = setup(solver, guide=guide, dtype=dtype)
-    got, trace = s.run(scale=2.5)
+    got, trace = s.sampler()(s.params, *s.inputs(), s.rows, 2.5)  # fully optimised, as users run it
     want = plain_loop(s, guide == "cfg")(s.params, *s.inputs(), s.rows, 2.5)
     np.testing.assert_array_equal(got, want)
     assert got.dtype == jnp.float32 and np.all(np.isfinite(got))
@@ -130,7 +134,7 @@ def test_plain_loop_in_python():
     x = np.asarray(x, np.float64)
     for k, now, then in zip((999, 500, 0), abar[:-1], abar[1:], strict=True):
         time = jnp.full(labels.shape, k, jnp.float32)
-        eps = np.asarray(forward(s.model, s.params, jnp.asarray(x, jnp.float32), time, labels), np.float64)
+        eps = np.asarray(network(s.model, s.params, jnp.asarray(x, jnp.float32), time, labels), np.float64)
         x0 = (x - np.sqrt(1 - now) * eps) / np.sqrt(now)
         x = np.sqrt(then) * x0 + np.sqrt(1 - then) * eps
     np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-4 * np.abs(x).max())
@@ -138,7 +142,7 @@ def test_plain_loop_in_python():
 
 def test_labels_seeds_and_scale_matter():
     s = setup("ddim", guide="cfg")
-    sampler = s.sampler()
+    sampler = s.quick()
     base = np.asarray(sampler(s.params, *s.inputs(), s.rows, 2.0)[0])
     for inputs, scale in (((1, 1, 1), 0), 2.0), ((LABELS, 1), 2.0), ((LABELS, 0), 3.0):
         other = np.asarray(sampler(s.params, *s.inputs(*inputs), s.rows, scale)[0])
@@ -152,7 +156,7 @@ def test_labels_seeds_and_scale_matter():
 def test_a_sample_does_not_depend_on_its_batch(solver, arguments, process):
     s = setup(solver, arguments, process=process, guide="cfg")
     whole = np.asarray(s.run(scale=1.5)[0])
-    one = s.sampler()
+    one = s.quick(labels=(0,))
     keys = noise.sample_keys(0, len(LABELS))
     for b in range(len(LABELS)):
         x, key, cond = s.inputs((LABELS[b],), keys=keys[b : b + 1])
@@ -162,7 +166,7 @@ def test_a_sample_does_not_depend_on_its_batch(solver, arguments, process):
 
 def test_other_samples_labels_and_keys_do_not_matter():
     s = setup("ddpm", {"variance": "small"}, guide="cfg")
-    sampler, keys = s.sampler(), noise.sample_keys(0, 3)
+    sampler, keys = s.quick(), noise.sample_keys(0, 3)
     base = sampler(s.params, *s.inputs(keys=keys), s.rows, 1.5)[0]
     others = jnp.concatenate([noise.sample_keys(9, 1), keys[1:2], noise.sample_keys(8, 1)])
     got = sampler(s.params, *s.inputs((1, LABELS[1], 2), keys=others), s.rows, 1.5)[0]
@@ -249,7 +253,7 @@ def test_nothing_is_transferred_during_a_run():
 
 def test_ahead_of_time_compilation_is_the_same_program():
     s = setup()
-    want = s.run()[0]
+    want = s.sampler()(s.params, *s.inputs(), s.rows, 1.0)[0]
     compiled = s.sampler().lower(s.params, *s.inputs(), s.rows, 1.0).compile()
     np.testing.assert_array_equal(compiled(s.params, *s.inputs(), s.rows, 1.0)[0], want)
 
@@ -283,7 +287,7 @@ def test_guidance_by_its_formula(channels):
     s = setup("ddim", guide="cfg", guidance={"channels": channels}, n=1, learn_sigma=True)
     x, _, labels = s.inputs()
     time = jnp.full(labels.shape, s.rows.model_time[0])
-    on, off = (forward(s.model, s.params, x, time, c)[..., :3] for c in (labels, s.model.null(labels)))
+    on, off = (network(s.model, s.params, x, time, c)[..., :3] for c in (labels, s.model.null(labels)))
     guided = 3 if channels is None else min(channels, 3)
     eps = jnp.concatenate([(off + 4.0 * (on - off))[..., :guided], on[..., guided:]], -1)
     assert np.abs(on - off).max() > 0.01
@@ -329,7 +333,7 @@ def test_interval_switches_by_time():
     x, keys, cond = s.inputs()
     for guide, part in ("none", slice(0, 1)), ("cfg", slice(1, 3)), ("none", slice(3, 4)):
         rows = jax.tree.map(lambda a, part=part: a[part], s.rows)
-        x, _ = setup(guide=guide).sampler()(s.params, x, keys, cond, rows, 3.0)
+        x, _ = setup(guide=guide)._replace(rows=rows).quick()(s.params, x, keys, cond, rows, 3.0)
     np.testing.assert_allclose(got, x, rtol=1e-5, atol=1e-5 * np.abs(x).max())
 
 

@@ -9,9 +9,15 @@ import numpy as np
 from difax.contracts import Level, Model, Prediction, Solver
 from difax.models import dit
 from difax.process import Process
+from difax.trunk import forward
 from tests.oracles.mixture import Mixture
 
 MIXTURE = Mixture()
+
+# what a tiny program costs is its compilation
+QUICK = {"xla_backend_optimization_level": 0}
+# (model, params, x, model_time, cond) -> output
+network = jax.jit(forward, static_argnums=0, compiler_options=QUICK)
 
 
 def predict(x: Any, level: Level) -> Prediction:
