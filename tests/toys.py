@@ -49,20 +49,20 @@ def solve(solver: Solver, process: Process, times: np.ndarray, x: Any, predict: 
     return path
 
 
-def randomise(params: Any, seed: int = 0, scale: float = 1.0) -> Any:
-    """Every leaf anew, biases and adaLN-Zero's zeros too: normal with standard deviation scale/sqrt(fan in)."""
+def randomise(params: Any, seed: int = 0) -> Any:
+    """Every leaf anew, biases and adaLN-Zero's zeros too: normal with standard deviation 1/sqrt(fan in)."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
 
     def draw(leaf: Any) -> jax.Array:
         fan_in = leaf.shape[-2] if leaf.ndim > 1 else leaf.shape[0]
-        return jnp.asarray(rng.normal(size=leaf.shape) * scale / np.sqrt(fan_in), leaf.dtype)
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
 
     return jax.tree.unflatten(tree, [draw(leaf) for leaf in leaves])
 
 
-def tiny_dit(*, scale: float = 1.0, **overrides: Any) -> tuple[Model, Any]:
+def tiny_dit(**overrides: Any) -> tuple[Model, Any]:
     """A DiT of two blocks on 4 x 4 x 3 inputs with five classes, and random parameters for it."""
     geometry = dict(depth=2, width=16, heads=2, patch=2, size=4, channels=3, classes=5, learn_sigma=False)
     model = dit(**(geometry | overrides))
-    return model, randomise(jax.eval_shape(model.init, jax.random.key(0)), scale=scale)
+    return model, randomise(jax.eval_shape(model.init, jax.random.key(0)))

@@ -1,0 +1,223 @@
+"""One row per accelerator: neutral is off, compiled once, stable carry, counted compute, its rule in plain Python."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difax import process as P
+from difax.accel.caches import CACHES
+from difax.accel.solvers import SOLVERS
+from difax.contracts import Accelerator, Row
+from difax.grids import GRIDS, make_times
+from difax.guidance import GUIDES
+from difax.noise import sample_keys
+from difax.sample import initial_noise, make_rows, make_sampler
+from difax.trunk import neutral, trunk_spec
+from tests.oracles import caches as oracle
+from tests.toys import QUICK, network, tiny_dit
+
+STEPS = 6
+LABELS = jnp.asarray([3, 0], jnp.int32)
+ACCELERATORS = {"none": neutral, **CACHES}
+
+
+class Case(NamedTuple):
+    """One accelerator: arguments that switch it off, arguments that switch it on, and what it then computes."""
+
+    name: str
+    off: dict[str, Any]
+    on: dict[str, Any] = {}
+    computed: tuple[float, ...] = (1,) * STEPS  # of the evaluations, fraction of all branches
+
+    def make(self, which: str) -> Accelerator:
+        return ACCELERATORS[self.name](**getattr(self, which))
+
+
+CASES = [
+    Case("none", off={}),
+    Case("fora", off={"interval": 1}, on={"interval": 3}, computed=(1, 0, 0, 1, 0, 0)),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+active = pytest.mark.parametrize("case", [c for c in CASES if c.on], ids=lambda c: c.name)
+
+
+def test_every_accelerator_has_a_row():
+    assert [c.name for c in CASES] == list(ACCELERATORS)
+
+
+class Problem(NamedTuple):
+    """A guided DDIM run on a tiny DiT, waiting for an accelerator."""
+
+    model: Any
+    params: Any
+    process: P.Process
+    guide: Any
+    rows: Row
+
+    def inputs(self):
+        keys = sample_keys(0, len(LABELS))
+        return self.params, initial_noise(self.process, keys, self.model.input_shape), keys, LABELS
+
+    def sampler(self, accelerator: Accelerator):
+        return make_sampler(self.model, self.process, "eps", SOLVERS["ddim"](), self.guide, accelerator)
+
+    def run(self, accelerator: Accelerator, **options: bool | int):
+        arguments = (*self.inputs(), self.rows, 2.0)
+        program = self.sampler(accelerator).lower(*arguments)
+        return program.compile(compiler_options=options or QUICK)(*arguments)
+
+
+def problem(guide="cfg", bounds=(), steps=STEPS, **dit) -> Problem:
+    process, g = P.vp_linear(), GUIDES[guide](*bounds)
+    times = make_times(GRIDS["uniform"](), process, steps)
+    return Problem(*tiny_dit(**dit), process, g, make_rows(SOLVERS["ddim"](), g, process, times))
+
+
+# ---------------------------------------------------------------- every accelerator
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@active
+def test_neutral_setting_is_bitwise_off(case, dtype):
+    """Fully optimised. XLA may leave out the rounding of a bfloat16 value that it need not store, which a cache
+    has to store, so that freedom is taken away."""
+    p, strict = problem(dtype=dtype), {"xla_allow_excess_precision": False}
+    want, _ = p.run(neutral(), **strict)
+    got, trace = p.run(case.make("off"), **strict)
+    np.testing.assert_array_equal(got, want)
+    assert np.all(trace.computed["blocks"] == 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@active
+def test_switched_on_it_computes_what_it_says_and_changes_the_samples(case, dtype):
+    p = problem(dtype=dtype)
+    want, _ = p.run(neutral())
+    got, trace = p.run(case.make("on"))
+    assert got.dtype == jnp.float32 and np.all(np.isfinite(got))
+    error = np.abs(got - want).max() / np.abs(want).max()
+    print(f"{case.name} {dtype}: relative error {error:.3f}")
+    assert error > 1e-2
+    np.testing.assert_array_equal(trace.computed["blocks"].mean((1, 2)), case.computed)
+    np.testing.assert_array_equal(trace.halves, np.full(STEPS, 2))
+
+
+@cases
+def test_compiled_once(case):
+    p, traces = problem(), [0]
+
+    def embed(*a):
+        traces[0] += 1
+        return p.model.embed(*a)
+
+    counted = p._replace(model=p.model._replace(embed=embed))
+    sampler = counted.sampler(case.make("on"))
+    sampler(*counted.inputs(), p.rows, 2.0)
+    first = traces[0]
+    sampler(*counted.inputs(), p.rows._replace(t=p.rows.t * 0.9), 3.0)
+    assert traces[0] == first > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@cases
+def test_memory_keeps_its_types_and_is_held_in_the_compute_dtype(case, dtype):
+    p = problem(dtype=dtype)
+    x = jax.ShapeDtypeStruct((2, *p.model.input_shape), jnp.float32)
+    spec = trunk_spec(p.model, p.params, x, jax.ShapeDtypeStruct((2,), jnp.int32))
+    assert {u.dtype for u in jax.tree.leaves(spec.update)} == {jnp.dtype(dtype)}
+    accelerator = case.make("on")
+    memory = jax.eval_shape(lambda: accelerator.init(spec))
+    for branch, update in spec.update["blocks"].items():
+        for leaf in jax.tree.leaves(memory["branch"]["blocks"][branch]):
+            assert leaf.shape[0] == spec.depth["blocks"]  # the block runner scans over it
+            assert leaf.dtype == update.dtype
+
+
+# ---------------------------------------------------------------- FORA
+
+
+def pieces(p: Problem):
+    """The network as plain functions for the oracle: embed, branches by layer and name, gates, head."""
+    block = p.model.stages[0].block
+
+    def layer(i):
+        return {"params": jax.tree.map(lambda a: a[i], p.params["blocks"])}
+
+    @jax.jit
+    def embed(x, k, labels):
+        return p.model.embed(p.params, x, jnp.full(labels.shape, k, jnp.float32), labels)
+
+    @jax.jit
+    def branches(tokens, context):
+        """Every layer's updates and gates of these tokens; the oracle picks the ones that it wants."""
+        from difax.ops import attend
+
+        out = []
+        for i in range(p.model.stages[0].depth):
+            mods = block.apply(layer(i), context, method="mods")
+            out.append(
+                {
+                    b: (
+                        block.apply(layer(i), tokens, mods, context, attend, method=b),
+                        block.apply(layer(i), mods, b, method="gate"),
+                    )
+                    for b in ("attn", "mlp")
+                }
+            )
+        return out
+
+    def branch(i, name, tokens, context):
+        update, gate = branches(tokens, context)[i][name]
+        return np.asarray(update), np.asarray(gate)
+
+    head = jax.jit(lambda tokens, context: p.model.head(p.params, tokens, context))
+    return oracle.Network(embed, branch, lambda t, c: np.asarray(head(jnp.asarray(t), c)), p.model.stages[0].depth)
+
+
+def test_oracle_network_is_the_network():
+    p = problem()
+    _, x, _, labels = p.inputs()
+    got = oracle.evaluate(pieces(p), np.asarray(x), 500, labels, {}, full=True)
+    want = network(p.model, p.params, x, jnp.full(labels.shape, 500.0), labels)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bounds", [None, (0.1, 0.7), (0.0, 1.0)])
+@pytest.mark.parametrize("interval", [2, 3])
+def test_fora_by_a_plain_loop(interval, bounds):
+    """Six evaluations at t = 1, 0.8, 0.6, 0.4, 0.2, 0; with bounds (0.1, 0.7) the guide wakes up at the third."""
+    p = problem("cfg") if bounds is None else problem("interval", bounds)
+    _, x, _, labels = p.inputs()
+    abar = np.append(p.process.level(p.rows.t.astype(np.float64)).alpha ** 2, 1.0)
+    k = np.round(p.rows.model_time).astype(int)
+    low, high = bounds or (0.0, 1.0)
+    want, full = oracle.fora(
+        pieces(p), np.asarray(x), k, abar, labels, p.model.null(labels), 2.0, interval, (k + 1) / 1000, low, high
+    )
+    got, trace = p.run(CACHES["fora"](interval=interval))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    np.testing.assert_array_equal(trace.computed["blocks"].mean((1, 2)), full)
+    if bounds == (0.1, 0.7):
+        assert full == [1, interval == 1, 1, interval == 3, interval == 2, 0]
+        np.testing.assert_array_equal(trace.halves, [1, 1, 2, 2, 2, 1])
+
+
+def test_nothing_stale_is_used_where_guidance_begins():
+    """Whatever fills the unconditional half before the guide wakes up does not reach the samples."""
+    p, fora = problem("interval", (0.1, 0.7)), CACHES["fora"](interval=3)
+
+    def poisoned(spec):
+        return jax.tree.map(lambda a: jnp.full_like(a, 1e6), fora.init(spec))
+
+    want, _ = p.run(fora)
+    got, _ = p.run(fora._replace(init=poisoned))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("interval", [0, -2])
+def test_fora_refuses(interval):
+    with pytest.raises(ValueError, match=f"interval={interval}; allowed: 1 or more"):
+        CACHES["fora"](interval=interval)
