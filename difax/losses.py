@@ -106,6 +106,8 @@ def ddpm_loss(
     """
     if process.steps is None:
         raise ValueError(f"ddpm loss needs a process of discrete steps; {process.name} is continuous")
+    if process.steps < 2:
+        raise ValueError(f"ddpm loss: {process.name} has steps={process.steps}; allowed: 2 or more")
     _check_dropout(label_dropout)
     steps = process.steps
     tables = _posterior_tables(process)
@@ -212,13 +214,17 @@ def _vlb(x0, x, predicted, variance, k, at) -> jax.Array:
 
 
 def _discretised_log_likelihood(x0, mean, log_std) -> jax.Array:
-    """log of the mass that N(mean, std^2) gives to the 1/255-wide bin around an 8-bit x0 in [-1, 1]."""
+    """log of the mass that N(mean, std^2) gives to the bin x0 +- 1/255 of an 8-bit x0; bins at -1 and 1 are open."""
     centred, inverse = x0 - mean, jnp.exp(-log_std)
-    upper = jax.scipy.stats.norm.cdf(inverse * (centred + 1 / 255))
-    lower = jax.scipy.stats.norm.cdf(inverse * (centred - 1 / 255))
-    inner = jnp.log(jnp.maximum(upper - lower, 1e-12))
-    low = jnp.log(jnp.maximum(upper, 1e-12))
-    high = jnp.log(jnp.maximum(1 - lower, 1e-12))
+
+    def log_mass(upper, lower):
+        return jnp.log(jnp.maximum(upper - lower, 1e-12))
+
+    cdf = jax.scipy.stats.norm.cdf
+    side = -jnp.abs(centred)  # by symmetry; near 1 the difference of two values of the cdf has no digits left
+    inner = log_mass(cdf(inverse * (side + 1 / 255)), cdf(inverse * (side - 1 / 255)))
+    low = log_mass(cdf(inverse * (centred + 1 / 255)), 0.0)
+    high = log_mass(cdf(-inverse * (centred - 1 / 255)), 0.0)
     return jnp.where(x0 < -0.999, low, jnp.where(x0 > 0.999, high, inner))
 
 
