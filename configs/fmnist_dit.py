@@ -42,7 +42,7 @@ def get_config(arg: str = "patch4") -> ConfigDict:
             "data": {"name": "fashion_mnist"},
             "loss": {"name": "flow", "times": "logit_normal", "label_dropout": 0.1},
             "train": {
-                "steps": 32800 if fine else 7000,
+                "steps": 32800 if fine else 5500,
                 "batch": 512 if fine else 64,
                 "learning_rate": 8e-4,
                 "warmup": 200,

@@ -120,6 +120,7 @@ class Model(NamedTuple):
     input_shape: tuple[int, ...]  # of one sample, without the batch: (H, W, C)
     learn_sigma: bool
     classes: int
+    dtype: Any = "float32"  # of activations and dots; parameters are cast to it before sampling
 
 
 class Classifier(NamedTuple):

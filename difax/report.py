@@ -59,7 +59,8 @@ def draw(run: Run, params: Params, labels: Any, seed: int, progress: bool = Fals
         run.accelerator,
         on_step=advance if progress else None,
     )
-    params = cast_params(params, run)
+    # cast once, so that no weight is converted inside the loop
+    params = jax.tree.map(lambda a: jnp.asarray(a).astype(run.model.dtype), params)
     rows, scale = jax.tree.map(jnp.asarray, run.rows), jnp.asarray(run.scale, jnp.float32)
 
     def inputs(chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -97,13 +98,6 @@ def draw(run: Run, params: Params, labels: Any, seed: int, progress: bool = Fals
         "device": device_name(),
         "jax": jax.__version__,
     }
-
-
-def cast_params(params: Params, run: Run) -> Params:
-    """Parameters in the model's compute dtype, so that no weight is converted inside the loop."""
-    stage = run.model.stages[0].block
-    dtype = stage.config.dtype
-    return jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), params)
 
 
 def peak_memory(program: Any) -> int:

@@ -20,7 +20,8 @@ def main() -> None:
         from safetensors.torch import save_file
     except ImportError as error:
         raise SystemExit(f"experiments.torch_step needs the extra difax[parity]: {error}") from None
-    variant, batch, dtype, mode, weights = sys.argv[1:]
+    variant, count, dtype, mode, weights = sys.argv[1:]
+    batch = int(count)
     size, patch = variant.split("/")
     depth, heads = DEPTH_HEADS[size]
     torch.manual_seed(0)

@@ -233,6 +233,7 @@ def dit(
         input_shape=(*c.size, c.channels),
         learn_sigma=c.learn_sigma,
         classes=c.classes,
+        dtype=c.dtype,
     )
 
 
