@@ -158,7 +158,8 @@ def cross_entropy(model: Classifier, *, label_smoothing: float = 0.0, flip: floa
 
     def loss(params: Any, batch: Any, key: jax.Array):
         image = scale_image(_augment(batch["image"], key, flip, shift))
-        logits = model.logits(params, model.features(params, image))
+        weights = trainable(params)
+        logits = model.logits(weights, model.features(weights, image))
         onehot = jax.nn.one_hot(batch["label"], model.classes)
         target_BC = (1 - label_smoothing) * onehot + label_smoothing / model.classes
         value = -jnp.mean(jnp.sum(target_BC * jax.nn.log_softmax(logits), axis=-1))

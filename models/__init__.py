@@ -3,6 +3,7 @@
 if __name__ != "difax.models":
     raise ImportError(f"import difax.models, not {__name__}: one identity per module")
 
+from difax.models.cnn import cnn
 from difax.models.dit import dit
 
-MODELS = {"dit": dit}
+MODELS = {"dit": dit, "cnn": cnn}

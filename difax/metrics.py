@@ -1,0 +1,112 @@
+"""How good a set of samples is: agreement with the requested labels, and distances between sets and images.
+
+Pure functions on numpy arrays, in float64. The Frechet distance here is taken in the feature space of difax's own
+classifier; its values compare with each other and with the real-against-real control beside them, not with a
+published FID. Shape letters: N images, F features.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Agreement(NamedTuple):
+    """A share of n with its 95 % interval."""
+
+    rate: float
+    low: float
+    high: float
+    n: int
+
+
+def agreement(predicted: np.ndarray, requested: np.ndarray) -> Agreement:
+    """Share of samples that a classifier gives the label that was asked for, with Wilson's 95 % interval.
+
+    The interval is (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96.
+
+    Args:
+      predicted, requested: [N] labels.
+
+    Raises:
+      ValueError: no samples, or shapes that differ.
+
+    References: Wilson 1927, doi:10.1080/01621459.1927.10502953.
+    """
+    predicted, requested = np.asarray(predicted), np.asarray(requested)
+    if predicted.shape != requested.shape or predicted.ndim != 1:
+        raise ValueError(f"agreement: labels of shapes {predicted.shape} and {requested.shape}; allowed: [N], equal")
+    n = len(predicted)
+    if n == 0:
+        raise ValueError("agreement: no samples; allowed: 1 or more")
+    p, z = float(np.mean(predicted == requested)), 1.959963984540054
+    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    # rounding may leave the interval of p = 0 or 1 a hair short of p
+    low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    return Agreement(p, min(float(low), p), max(float(high), p), n)
+
+
+def frechet_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
+    """Squared Frechet distance between the Gaussians of two sets of features.
+
+    d = |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), and tr (C_a C_b)^(1/2) is the sum of the square roots of
+    the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric. The estimate is biased upwards by about F/N: compare
+    equal N only, beside a control of real against real.
+
+    Args:
+      a_NF, b_NF: features of the two sets, N >= 2 F each.
+
+    Raises:
+      ValueError: sets too small for a covariance, of different F, or not finite.
+
+    References: Dowson & Landau 1982, doi:10.1016/0047-259X(82)90077-X; Heusel et al. 2017, arXiv:1706.08500.
+    """
+    a_NF, b_NF = np.asarray(a_NF, np.float64), np.asarray(b_NF, np.float64)
+    if a_NF.ndim != 2 or b_NF.ndim != 2 or a_NF.shape[1] != b_NF.shape[1]:
+        raise ValueError(f"frechet_distance: shapes {a_NF.shape} and {b_NF.shape}; allowed: [N, F] with equal F")
+    for name, x_NF in (("a", a_NF), ("b", b_NF)):
+        n, f = x_NF.shape
+        if n < 2 * f:
+            raise ValueError(f"frechet_distance: set {name} has {n} rows of {f} features; allowed: {2 * f} or more")
+        if not np.all(np.isfinite(x_NF)):
+            raise ValueError(f"frechet_distance: set {name} has features that are not finite")
+    mean_a, mean_b = a_NF.mean(0), b_NF.mean(0)
+    c_a, c_b = np.cov(a_NF, rowvar=False, ddof=1), np.cov(b_NF, rowvar=False, ddof=1)
+    c_a, c_b = np.atleast_2d(c_a), np.atleast_2d(c_b)
+    values, vectors = np.linalg.eigh(c_a)
+    root_a = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root_a @ c_b @ root_a)
+    shift = float(np.sum((mean_a - mean_b) ** 2))
+    return shift + float(np.trace(c_a) + np.trace(c_b) - 2 * np.sum(np.sqrt(np.maximum(cross, 0.0))))
+
+
+class FeatureScale(NamedTuple):
+    """Mean and standard deviation [F] of the features of real images."""
+
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def feature_scale(real_NF: np.ndarray) -> FeatureScale:
+    """The scale of a feature space, from real training images; a feature that never varies gets std 1."""
+    std = np.asarray(real_NF, np.float64).std(0)
+    return FeatureScale(np.asarray(real_NF, np.float64).mean(0), np.where(std > 0, std, 1.0))
+
+
+def normalise_features(features_NF: np.ndarray, scale: FeatureScale) -> np.ndarray:
+    """(features - mean)/std, so that no feature counts more than another because its unit is larger."""
+    return (np.asarray(features_NF, np.float64) - scale.mean) / scale.std
+
+
+def psnr(a: np.ndarray, b: np.ndarray, peak: float = 2.0) -> float:
+    """Peak signal-to-noise ratio 10 log10(peak^2 / mean (a - b)^2) in dB; inf for equal images.
+
+    Args:
+      a, b: images of one shape. peak: width of their range (2 for [-1, 1]).
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"psnr: images of shapes {a.shape} and {b.shape}; allowed: equal shapes")
+    error = float(np.mean((a - b) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(peak**2 / error))

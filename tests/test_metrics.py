@@ -1,0 +1,130 @@
+"""Metrics against scipy, closed forms and their own properties."""
+
+import numpy as np
+import pytest
+
+from difax.metrics import agreement, feature_scale, frechet_distance, normalise_features, psnr
+
+RNG = np.random.default_rng(0)
+N, F = 400, 12
+MIX = RNG.normal(size=(F, F))
+A = RNG.normal(size=(N, F)) @ MIX + RNG.normal(size=F)
+B = RNG.normal(size=(N + 100, F)) @ RNG.normal(size=(F, F))
+ROTATION = np.linalg.qr(RNG.normal(size=(F, F)))[0]
+
+
+def test_frechet_distance_is_the_formula_with_scipys_matrix_root():
+    linalg = pytest.importorskip("scipy.linalg", reason="the oracle's matrix square root is scipy's")
+    c_a, c_b = np.cov(A.T), np.cov(B.T)
+    root = linalg.sqrtm(c_a @ c_b)
+    expected = np.sum((A.mean(0) - B.mean(0)) ** 2) + np.trace(c_a + c_b - 2 * root.real)
+    np.testing.assert_allclose(frechet_distance(A, B), expected, rtol=1e-10)
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    # whitened, so that the sample moments are exactly mean 0 and covariance diag(s^2)
+    white = B - B.mean(0)
+    white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white.T))).T
+    s, t, mean = np.linspace(0.5, 3, F), np.linspace(2, 1, F), np.linspace(-1, 1, F)
+    expected = np.sum(mean**2) + np.sum((s - t) ** 2)
+    np.testing.assert_allclose(frechet_distance(white * s, white * t + mean), expected, rtol=1e-10)
+
+
+PROPERTIES = {
+    "a set is at distance 0 from itself": (frechet_distance(A, A), 0.0),
+    "order of the images does not matter": (frechet_distance(A, A[::-1]), 0.0),
+    "symmetric": (frechet_distance(A, B), frechet_distance(B, A)),
+    "a shift adds its squared length": (
+        frechet_distance(A, A + np.linspace(0, 1, F)),
+        np.sum(np.linspace(0, 1, F) ** 2),
+    ),
+    "scaling one set by k costs (k - 1)^2 of its variance": (
+        frechet_distance(A - A.mean(0), 3 * (A - A.mean(0))),
+        4 * np.trace(np.cov(A.T)),
+    ),
+    "quadratic in the unit": (frechet_distance(5 * A, 5 * B), 25 * frechet_distance(A, B)),
+    "blind to rotations": (frechet_distance(A @ ROTATION, B @ ROTATION), frechet_distance(A, B)),
+    "one feature": (frechet_distance(A[:, :1], A[:, :1] + 2), 4.0),
+    "a feature that never varies": (frechet_distance(A * [0, *[1] * (F - 1)], A * [0, *[1] * (F - 1)]), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_frechet_distance(name):
+    value, expected = PROPERTIES[name]
+    np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-7)
+
+
+REFUSED = {
+    "too few": (A[: 2 * F - 1], B, "set a has 23 rows of 12 features; allowed: 24 or more"),
+    "too few in b": (A, B[:3], "set b has 3 rows"),
+    "other features": (A, B[:, 1:], "equal F"),
+    "one dimension": (A[:, 0], B[:, 0], "allowed: \\[N, F\\]"),
+    "not finite": (A, np.where(B > 2, np.nan, B), "set b has features that are not finite"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_frechet_distance_refuses(name):
+    a, b, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(a, b)
+
+
+def test_normalised_features_have_mean_0_and_std_1_and_make_the_distance_blind_to_units():
+    unit = np.geomspace(1e-3, 1e3, F)
+    normal = normalise_features(A, feature_scale(A))
+    np.testing.assert_allclose(normal.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(normal.std(0), 1, rtol=1e-12)
+    ours = frechet_distance(normal, normalise_features(B, feature_scale(A)))
+    scale = feature_scale(A * unit)
+    other = frechet_distance(normalise_features(A * unit, scale), normalise_features(B * unit, scale))
+    np.testing.assert_allclose(ours, other, rtol=1e-8)
+
+
+def test_a_feature_that_never_varies_is_only_centred():
+    scale = feature_scale(np.full((9, 1), 7.0))
+    np.testing.assert_array_equal(normalise_features(np.array([[7.0], [9.0]]), scale), [[0.0], [2.0]])
+
+
+# Wilson's interval, from the formula evaluated with 50 digits
+INTERVALS = {
+    (0, 10): (0.0, 0.0, 0.27753279986288926),
+    (5, 10): (0.5, 0.23659309051256397, 0.7634069094874361),
+    (1700, 2000): (0.85, 0.8336805918528312, 0.8649774750502918),
+    (10, 10): (1.0, 0.7224672001371107, 1.0),
+}
+
+
+@pytest.mark.parametrize("right,n", INTERVALS)
+def test_agreement_is_the_share_with_wilsons_interval(right, n):
+    requested = np.arange(n) % 10
+    predicted = np.where(np.arange(n) < right, requested, requested + 1)
+    found = agreement(predicted, requested)
+    np.testing.assert_allclose(found[:3], INTERVALS[right, n], atol=1e-12)
+    assert found.n == n
+
+
+def test_the_interval_holds_the_truth_19_times_in_20():
+    p, n = 0.9, 500
+    hits = 0
+    for _ in range(2000):
+        found = agreement(RNG.random(n) < p, np.ones(n, bool))
+        hits += found.low <= p <= found.high
+    assert 0.93 < hits / 2000 < 0.97
+
+
+@pytest.mark.parametrize("predicted,requested", [([], []), ([1, 2], [1]), ([[1]], [[1]])])
+def test_agreement_refuses(predicted, requested):
+    with pytest.raises(ValueError, match="agreement"):
+        agreement(np.array(predicted), np.array(requested))
+
+
+def test_psnr():
+    image = RNG.uniform(-1, 1, (4, 8, 8, 1))
+    assert psnr(image, image) == np.inf
+    # an error of 0.2 of a range of 2: 20 log10(10)
+    np.testing.assert_allclose(psnr(image, image + 0.2), 20.0)
+    np.testing.assert_allclose(psnr(image, image + 0.2, peak=1.0), 20 * np.log10(5))
+    with pytest.raises(ValueError, match="equal shapes"):
+        psnr(image, image[:1])
