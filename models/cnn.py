@@ -116,10 +116,10 @@ def cnn(
             "output": output.init(output_key, jnp.zeros((1, features)))["params"],
         }
 
-    def extract(params: Params, images: jax.Array) -> jax.Array:
+    def extract(params: Params, images: jax.Array) -> Any:
         return backbone.apply({"params": params["backbone"]}, images)
 
-    def logits(params: Params, features_BF: jax.Array) -> jax.Array:
+    def logits(params: Params, features_BF: jax.Array) -> Any:
         return output.apply({"params": params["output"]}, features_BF)
 
     return Classifier(

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from difax.data import Images
 from difax.metrics import agreement, feature_scale, frechet_distance, normalise_features, psnr
+from experiments.evaluate import halves
 
 RNG = np.random.default_rng(0)
 N, F = 400, 12
@@ -128,3 +130,20 @@ def test_psnr():
     np.testing.assert_allclose(psnr(image, image + 0.2, peak=1.0), 20 * np.log10(5))
     with pytest.raises(ValueError, match="equal shapes"):
         psnr(image, image[:1])
+
+
+LABELLED = Images(np.zeros((70, 2, 2, 1), np.uint8), RNG.permutation(np.repeat(np.arange(10, dtype=np.int32), 7)))
+
+
+@pytest.mark.parametrize("n", [10, 30])
+def test_reference_and_control_are_disjoint_and_have_equal_classes(n):
+    reference, control = halves(LABELLED, n, 10)
+    assert len({*reference, *control}) == 2 * n
+    for rows in (reference, control):
+        np.testing.assert_array_equal(np.bincount(LABELLED.label[rows], minlength=10), n // 10)
+
+
+@pytest.mark.parametrize("n", [0, 15, 40, -10])
+def test_reference_and_control_refuse(n):
+    with pytest.raises(ValueError, match=f"--samples {n}; allowed: multiples of 10 up to 30"):
+        halves(LABELLED, n, 10)
