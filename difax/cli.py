@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--scale", type=float, help="guidance scale")
     sample.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
     sample.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
-    sample.add_argument("--repeat", type=int, default=1, help="images per label")
+    sample.add_argument("--repeat", type=int, default=1, help="rows of the labels, each with other noise")
     sample.add_argument("--seed", type=int, default=0, help="seed of the run; image i depends on (seed, i) alone")
     sample.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
     sample.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
@@ -158,7 +158,8 @@ def _sample(options: argparse.Namespace) -> int:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     run = build_run(config)
     names = CLASS_NAMES.get(config.get("data", {}).get("name"), ())
-    labels = np.repeat(parse_labels(options.labels, run.model.classes, names), options.repeat)
+    row = parse_labels(options.labels, run.model.classes, names)
+    labels = np.tile(row, options.repeat)
     if options.random_init:
         if options.weights:
             raise ValueError("--random-init and --weights exclude each other")
@@ -168,9 +169,7 @@ def _sample(options: argparse.Namespace) -> int:
         run = run._replace(model=model)
     progress = not (options.quiet or options.json) and sys.stderr.isatty()
     images, table = draw(run, params, labels, options.seed, progress)
-    columns = options.repeat if options.repeat > 1 else min(len(labels), 10)
-    height = images.shape[1]
-    save_png(out, image_grid(to_uint8(images), columns, scale=max(1, 96 // height)))
+    save_png(out, image_grid(to_uint8(images), min(len(row), 10), scale=max(1, 96 // images.shape[1])))
     table = {
         "model": run.model.name,
         "weights": source,
