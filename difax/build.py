@@ -184,6 +184,9 @@ def load_weights(config: Mapping[str, Any], model: Model, path: str | None = Non
                 f"or --random-init (embedded weights: {', '.join(embedded_weights())})"
             )
         path = str(ASSETS / f"{choose('weights', name, embedded_weights())}.safetensors")
+        source = f"{name} (embedded)"
+    else:
+        source = str(path)
     spec = jax.eval_shape(model.init, jax.random.key(0))
     if pathlib.Path(path).is_dir() and (pathlib.Path(path) / "checkpoints").is_dir():
         step, params = restore_ema(path, model.init)
@@ -192,5 +195,5 @@ def load_weights(config: Mapping[str, Any], model: Model, path: str | None = Non
         given = {k: v for k, v in config["model"].items() if k in ("size", "heads", "dtype")}
         found, params = load_dit(path, **given)
         check_shapes(path, params, spec)
-        return found, params, str(path)
-    return model, load_native(path, spec), str(path)
+        return found, params, source
+    return model, load_native(path, spec), source

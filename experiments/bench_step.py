@@ -64,9 +64,9 @@ def measure(run: Callable[[], Any], repeats: int) -> tuple[list[float], list[flo
 class Torch:
     """diffusers in a process of its own, asked for one step at a time."""
 
-    def __init__(self, variant: str, batch: int, dtype: str, mode: str, weights: str):
+    def __init__(self, python: str, variant: str, batch: int, dtype: str, mode: str, weights: str):
         arguments = [variant, str(batch), dtype, mode, weights]
-        command = [sys.executable, "-m", "experiments.torch_step", *arguments]
+        command = [python, "-m", "experiments.torch_step", *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self._read()
 
@@ -88,13 +88,20 @@ class Torch:
 
 
 def bench(
-    variant: str, batch: int, dtype: str, repeats: int, modes: list[str], steps: int, top: float
+    variant: str,
+    batch: int,
+    dtype: str,
+    repeats: int,
+    modes: list[str],
+    steps: int,
+    top: float,
+    python: str = sys.executable,
 ) -> dict[str, Any]:
     """One row: a step of one geometry, its sample of `steps` steps, and diffusers beside it."""
     key = jax.random.key(0)
     with tempfile.TemporaryDirectory() as folder:
         weights = f"{folder}/diffusers.safetensors"
-        torches = {mode: Torch(variant, batch, dtype, mode, weights) for mode in modes}
+        torches = {mode: Torch(python, variant, batch, dtype, mode, weights) for mode in modes}
         if torches:  # the first one wrote its weights
             model, params = load_dit(weights, layout="diffusers", size=32, dtype=jnp.dtype(dtype))
         else:
@@ -149,6 +156,7 @@ def bench(
             "difax_over_torch": median[0] / wall,
             "difax_over_torch_cpu": median[1] / cpu if cpu else None,
             "warm_up_seconds": torches[mode].ready["warm_up_seconds"],
+            "torch": torches[mode].ready["torch"],
         }
     if steps:
         row["sample"] = sample(model, params, batch, steps)
@@ -193,6 +201,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sample-steps", type=int, default=50, help="0: no whole sample")
     parser.add_argument("--torch", nargs="*", default=[], choices=("eager", "compile"))
+    parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has the parity extra")
     parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
     parser.add_argument("--out", type=pathlib.Path, help="file of rows, instead of the lane's")
     options = parser.parse_args()
@@ -206,7 +215,16 @@ def main() -> None:
                 if (f"DiT-{variant}", batch, dtype) in done:
                     continue
                 top = top or ceiling(dtype)
-                row = bench(variant, batch, dtype, options.repeats, options.torch, options.sample_steps, top)
+                row = bench(
+                    variant,
+                    batch,
+                    dtype,
+                    options.repeats,
+                    options.torch,
+                    options.sample_steps,
+                    top,
+                    options.torch_python,
+                )
                 append_row(path, {**row, "provenance": provenance()})
                 ratios = "".join(f"  x{row[f'torch_{m}']['difax_over_torch']:.2f} of {m}" for m in options.torch)
                 print(
