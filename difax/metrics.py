@@ -82,21 +82,34 @@ def frechet_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
 
 
 class FeatureScale(NamedTuple):
-    """Mean and standard deviation [F] of the features of real images."""
+    """Mean and standard deviation of the features of real images, and which of all F features are kept [F]."""
 
     mean: np.ndarray
     std: np.ndarray
+    keep: np.ndarray
+
+
+RARE = 0.01
 
 
 def feature_scale(real_NF: np.ndarray) -> FeatureScale:
-    """The scale of a feature space, from real training images; a feature that never varies gets std 1."""
-    std = np.asarray(real_NF, np.float64).std(0)
-    return FeatureScale(np.asarray(real_NF, np.float64).mean(0), np.where(std > 0, std, 1.0))
+    """The scale of a feature space, from the rectified features [N, F] of real training images.
+
+    A feature that is positive on less than 1 % of them is left out: its deviation is next to nothing, so that one
+    sample on which it fires would outweigh all the rest.
+    """
+    real_NF = np.asarray(real_NF, np.float64)
+    keep = (real_NF > 0).mean(0) >= RARE
+    if not keep.any():
+        raise ValueError(
+            f"feature_scale: none of {real_NF.shape[1]} features is positive on 1 % of {len(real_NF)} images"
+        )
+    return FeatureScale(real_NF[:, keep].mean(0), real_NF[:, keep].std(0), keep)
 
 
 def normalise_features(features_NF: np.ndarray, scale: FeatureScale) -> np.ndarray:
-    """(features - mean)/std, so that no feature counts more than another because its unit is larger."""
-    return (np.asarray(features_NF, np.float64) - scale.mean) / scale.std
+    """(features - mean)/std of the kept ones, so that no feature counts more because its unit is larger."""
+    return (np.asarray(features_NF, np.float64)[:, scale.keep] - scale.mean) / scale.std
 
 
 def psnr(a: np.ndarray, b: np.ndarray, peak: float = 2.0) -> float:

@@ -84,9 +84,20 @@ def test_normalised_features_have_mean_0_and_std_1_and_make_the_distance_blind_t
     np.testing.assert_allclose(ours, other, rtol=1e-8)
 
 
-def test_a_feature_that_never_varies_is_only_centred():
-    scale = feature_scale(np.full((9, 1), 7.0))
-    np.testing.assert_array_equal(normalise_features(np.array([[7.0], [9.0]]), scale), [[0.0], [2.0]])
+def test_a_feature_that_hardly_ever_fires_is_left_out():
+    """One sample on which it fires would otherwise outweigh everything else."""
+    real = np.abs(A).copy()
+    real[:, 0] = 0.0
+    real[0, 0] = 1e-3
+    scale = feature_scale(real)
+    assert not scale.keep[0] and scale.keep[1:].all()
+    odd = real.copy()
+    odd[1, 0] = 1.0
+    assert frechet_distance(normalise_features(odd, scale), normalise_features(real, scale)) == pytest.approx(
+        0, abs=1e-9
+    )
+    with pytest.raises(ValueError, match="none of 2 features"):
+        feature_scale(np.zeros((9, 2)))
 
 
 # Wilson's interval, from the formula evaluated with 50 digits
