@@ -1,4 +1,4 @@
-"""What XLA's CPU backend makes of the products and activations of a DiT: why `difax.ops.dot` is written as it is.
+"""What XLA's CPU backend makes of the products and activations of a DiT: why `difax.ops.Trainable` exists.
 
   python -m experiments.cpu_products [--lane NAME]
 
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difax.ops import _weight_gradients, _weight_gradients_cpu
+from difax.ops import weight_gradients, weight_gradients_padded
 from experiments.bench_step import ceiling, measure
 from experiments.provenance import RESULTS, provenance
 
@@ -36,8 +36,8 @@ def cases(dtype: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], fl
     return {
         "product, folded to two dimensions": (lambda x, w: x @ w, (x_MK, w_KN), flops),
         "product, three dimensions": (lambda x, w: jnp.einsum("btk,kn->btn", x, w), (x_BTK, w_KN), flops),
-        "weight gradient, as differentiated": (_weight_gradients, (x_MK, dy_MN), flops),
-        "weight gradient, padded transpose (Trainable)": (_weight_gradients_cpu, (x_MK, dy_MN), flops),
+        "weight gradient, as differentiated": (weight_gradients, (x_MK, dy_MN), flops),
+        "weight gradient, padded transpose": (weight_gradients_padded, (x_MK, dy_MN), flops),
         "bias gradient, summed over batch and tokens": (lambda d: d.sum((0, 1)), (dy_BTN,), 0.0),
         "gelu in this dtype": (gelu, (dy_MN,), 0.0),
         "gelu in float32": (lambda a: gelu(a.astype(jnp.float32)).astype(dtype), (dy_MN,), 0.0),

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax.ops import Trainable, attend, dot, layer_norm, trainable
+from difax.ops import (
+    Trainable,
+    attend,
+    dot,
+    layer_norm,
+    trainable,
+    weight_gradients,
+    weight_gradients_padded,
+)
 
 
 def arrays(k, n, lead=(4, 5), dtype=jnp.float32):
@@ -30,6 +38,30 @@ def test_trainable_is_the_same_product_with_the_same_gradients(k, n, lead):
     plain = jax.jit(jax.grad(value(lambda w: w), (0, 1, 2)))(x, w, b)
     for a, c in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k, n", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.1)])
+def test_padded_weight_gradients(k, n, dtype, tolerance):
+    x, _, _ = arrays(k, n, (20,), dtype)
+    dy = jax.random.normal(jax.random.key(1), (20, n)).astype(dtype)
+    for ours, plain in zip(weight_gradients_padded(x, dy), weight_gradients(x, dy), strict=True):
+        assert ours.dtype == dtype and ours.shape == plain.shape
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(plain, np.float32), rtol=tolerance, atol=tolerance
+        )
+
+
+def test_trainable_takes_the_padded_rule_in_bfloat16():
+    x, w, b = arrays(6, 9, dtype=jnp.bfloat16)
+
+    def gradient(w):
+        return jax.grad(lambda w: jnp.sum(dot(x, w, b).astype(jnp.float32)))(w)
+
+    jaxpr = str(jax.make_jaxpr(lambda w: gradient(Trainable(w)))(w))
+    assert "pad[" in jaxpr
+    plain = np.asarray(gradient(w), np.float32)
+    np.testing.assert_allclose(np.asarray(gradient(Trainable(w)).array, np.float32), plain, rtol=0.02, atol=0.1)
 
 
 def test_plain_weights_keep_forward_mode():
