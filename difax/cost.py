@@ -19,6 +19,7 @@ import numpy as np
 
 from difax import ops
 from difax.contracts import Model, Params, Trace
+from difax.trunk import first_layer
 
 
 class ModelCost(NamedTuple):
@@ -65,7 +66,7 @@ def model_cost(model: Model, params: Params) -> ModelCost:
     mods, branches = {}, {}
     for stage in model.stages:
         tokens = jax.eval_shape(stage.enter, tokens, context)
-        p = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), params[stage.name])
+        p = jax.eval_shape(first_layer, params[stage.name])
 
         def mod(p: Any, c: Any, stage: Any = stage) -> Any:
             return stage.block.apply({"params": p}, c, method="mods")
@@ -97,6 +98,7 @@ def run_cost(cost: ModelCost, trace: Trace) -> float:
 
 def _count(jaxpr: Any) -> float:
     total = 0.0
+    by_platform = {e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "platform_index"}
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
@@ -108,6 +110,8 @@ def _count(jaxpr: Any) -> float:
             kernel = equation.invars[1].aval.shape
             out_channels = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_channels
+        elif name == "cond" and equation.invars[0] in by_platform:
+            total += _count(params["branches"][-1].jaxpr)  # the default: a platform's own may pad
         elif name == "cond":
             total += max(_count(branch.jaxpr) for branch in params["branches"])
         elif name == "scan":

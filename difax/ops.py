@@ -5,6 +5,7 @@ Shape letters: B batch, T query tokens, S key tokens, H heads, K head width, M =
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +52,11 @@ def _affine_backward(residuals: tuple[jax.Array, jax.Array], dy_MN: jax.Array):
 _affine.defvjp(_affine_forward, _affine_backward)
 
 
+def _row_product_cpu(x_1K: jax.Array, w_KN: jax.Array) -> jax.Array:
+    # XLA's CPU backend converts the whole bfloat16 weight to float32 for a product of one row, not of two
+    return (jnp.pad(x_1K, ((0, 1), (0, 0))) @ w_KN)[:1]
+
+
 class Trainable(NamedTuple):
     """A weight under training: the same product, with a rule of its own for the weight's gradient.
 
@@ -90,7 +96,10 @@ def dot(x: jax.Array, w: jax.Array | Trainable, bias: jax.Array) -> jax.Array:
     if isinstance(w, Trainable):
         y_MN = _affine(x_MK, w.array.astype(x.dtype), b_N)
     else:
-        y_MN = x_MK @ w.astype(x.dtype) + b_N[None]
+        product = jnp.matmul
+        if x_MK.shape[0] == 1 and x.dtype == jnp.bfloat16:
+            product = partial(jax.lax.platform_dependent, cpu=_row_product_cpu, default=jnp.matmul)
+        y_MN = product(x_MK, w.astype(x.dtype)) + b_N[None]
     return y_MN.reshape(*lead, y_MN.shape[-1])
 
 
@@ -108,8 +117,11 @@ def attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array) -> jax.Array
     k_BHSK = jnp.swapaxes(k_BSHK, 1, 2)
     v_BHSK = jnp.swapaxes(v_BSHK, 1, 2)
     logits_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
-    p_BHTS = jax.nn.softmax(logits_BHTS, axis=-1).astype(v_BSHK.dtype)
-    return jnp.swapaxes(jnp.einsum("bhts,bhsk->bhtk", p_BHTS, v_BHSK), 1, 2)
+    # normalised after the second product: the division runs over [T, K] and not over [T, S]
+    p_BHTS = jnp.exp(logits_BHTS - jax.lax.stop_gradient(logits_BHTS.max(-1, keepdims=True)))
+    total_BHT1 = p_BHTS.sum(-1, keepdims=True)
+    o_BHTK = jnp.einsum("bhts,bhsk->bhtk", p_BHTS.astype(v_BHSK.dtype), v_BHSK, preferred_element_type=jnp.float32)
+    return jnp.swapaxes((o_BHTK / total_BHT1).astype(q_BTHK.dtype), 1, 2)
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:

@@ -4,8 +4,9 @@
   python -m experiments.bench_step --torch eager compile --lane jax012 also diffusers on the same weights
 
 A step is one evaluation of the network on latents [batch, 32, 32, 4]. With the `parity` extra a second process runs
-diffusers' DiTTransformer2DModel; both run turn by turn, and the ratios are of the medians. CPU seconds (all threads)
-are the steadier column on a shared machine. Rows go to experiments/results/bench_step/LANE.jsonl; a row that is
+diffusers' DiTTransformer2DModel; all run turn by turn, and the ratios are of the medians. CPU seconds (all threads)
+are the steadier column on a shared machine. `stacked` scans over the blocks, `unstacked` (`difax.trunk.unstack`)
+writes them out. Rows go to experiments/results/bench_step/LANE.jsonl; a row that is
 there already is not measured again.
 """
 
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,13 +30,14 @@ import jax.numpy as jnp
 from difax.accel.solvers import SOLVERS
 from difax.cost import model_cost
 from difax.grids import GRIDS, make_times
+from difax.guidance import unguided
 from difax.models.dit import dit
 from difax.models.dit_checkpoint import load_dit
 from difax.noise import sample_keys
 from difax.process import vp_linear
 from difax.report import peak_memory
 from difax.sample import initial_noise, make_rows, make_sampler
-from difax.trunk import forward
+from difax.trunk import forward, unstack
 from experiments.provenance import RESULTS, append_row, provenance, read_rows
 
 MODELS, BATCHES, DTYPES = ("S/2", "B/2", "XL/2"), (1, 4), ("float32", "bfloat16")
@@ -49,9 +52,10 @@ def ceiling(dtype: str, n: int | None = None) -> float:
     return 2 * n**3 / min(seconds) / 1e9
 
 
-def measure(run: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
-    """Wall and CPU seconds of `repeats` calls, after one that is thrown away."""
-    run()
+def measure(run: Callable[[], Any], repeats: int, warm: bool = True) -> tuple[list[float], list[float]]:
+    """Wall and CPU seconds of `repeats` calls, after one that is thrown away (`warm`)."""
+    if warm:
+        run()
     wall, cpu = [], []
     for _ in range(repeats):
         start, start_cpu = time.perf_counter(), time.process_time()
@@ -112,85 +116,86 @@ def bench(
         x = jax.random.normal(key, (batch, *model.input_shape))
         time_, labels = jnp.full((batch,), 500.0), jnp.arange(batch)
         step = jax.jit(lambda p, x: forward(model, p, x, time_, labels))
-        start = time.perf_counter()
-        program = step.lower(params, x).compile()
-        compile_seconds = time.perf_counter() - start
+        layouts = {"stacked": params, "unstacked": unstack(model, params)}
+        programs, compile_seconds = {}, {}
+        for layout, p in layouts.items():
+            start = time.perf_counter()
+            programs[layout] = step.lower(p, x).compile()
+            compile_seconds[layout] = time.perf_counter() - start
 
-        def run() -> Any:
-            return jax.block_until_ready(program(params, x))
+        def run(layout: str) -> Any:
+            return jax.block_until_ready(programs[layout](layouts[layout], x))
 
-        run()
-        ours: list[tuple[float, float]] = []
+        ours: dict[str, list[tuple[float, float]]] = {layout: [] for layout in layouts}
         theirs: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
+        for layout in layouts:
+            run(layout)
         for _ in range(repeats):
-            wall, cpu = measure(run, 1) if not ours else _once(run)
-            ours.append((wall[0], cpu[0]))
+            for layout in layouts:
+                wall, cpu = measure(partial(run, layout), 1, warm=False)
+                ours[layout].append((wall[0], cpu[0]))
             for mode, worker in torches.items():
                 answer = worker.step()
                 theirs[mode].append((answer["seconds"], answer["cpu_seconds"]))
         for worker in torches.values():
             worker.close()
     flops = batch * model_cost(model, params).evaluation
-    median = [statistics.median(column) for column in zip(*ours, strict=True)]
     row: dict[str, Any] = {
         "model": f"DiT-{variant}",
         "batch": batch,
         "dtype": dtype,
-        "seconds": median[0],
-        "seconds_min": min(w for w, _ in ours),
-        "seconds_max": max(w for w, _ in ours),
-        "cpu_seconds": median[1],
         "gflops": flops / 1e9,
-        "gflops_per_second": flops / median[0] / 1e9,
         "ceiling_gflops_per_second": top,
-        "fraction_of_ceiling": flops / median[0] / 1e9 / top,
-        "compile_seconds": compile_seconds,
-        "peak_memory_mib": peak_memory(program) / 2**20,
         "repeats": repeats,
     }
+    for layout, values in ours.items():
+        wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
+        row[layout] = {
+            "seconds": wall,
+            "seconds_min": min(w for w, _ in values),
+            "seconds_max": max(w for w, _ in values),
+            "cpu_seconds": cpu,
+            "gflops_per_second": flops / wall / 1e9,
+            "fraction_of_ceiling": flops / wall / 1e9 / top,
+            "compile_seconds": compile_seconds[layout],
+            "peak_memory_mib": peak_memory(programs[layout]) / 2**20,
+        }
     for mode, values in theirs.items():
         wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
         row[f"torch_{mode}"] = {
             "seconds": wall,
             "cpu_seconds": cpu,
-            "difax_over_torch": median[0] / wall,
-            "difax_over_torch_cpu": median[1] / cpu if cpu else None,
+            "difax_over_torch": {layout: row[layout]["seconds"] / wall for layout in ours},
+            "difax_over_torch_cpu": {layout: row[layout]["cpu_seconds"] / cpu if cpu else None for layout in ours},
             "warm_up_seconds": torches[mode].ready["warm_up_seconds"],
             "torch": torches[mode].ready["torch"],
         }
     if steps:
-        row["sample"] = sample(model, params, batch, steps)
+        del programs, torches
+        row["sample"] = sample(model, layouts, batch, steps)
     return row
 
 
-def _once(run: Callable[[], Any]) -> tuple[list[float], list[float]]:
-    start, start_cpu = time.perf_counter(), time.process_time()
-    run()
-    return [time.perf_counter() - start], [time.process_time() - start_cpu]
-
-
-def sample(model: Any, params: Any, batch: int, steps: int) -> dict[str, Any]:
-    """A whole DDIM sample of `steps` steps without guidance: compile and run seconds."""
+def sample(model: Any, layouts: dict[str, Any], batch: int, steps: int) -> dict[str, Any]:
+    """A whole DDIM sample of `steps` steps without guidance: compile seconds of each layout, run seconds of one."""
     process, solver = vp_linear(), SOLVERS["ddim"]()
     sampler = make_sampler(model, process, "eps", solver)
-    from difax.guidance import unguided
-
     rows = make_rows(solver, unguided(), process, make_times(GRIDS["leading"](), process, steps))
     rows = jax.tree.map(jnp.asarray, rows)
     keys = sample_keys(0, batch)
     x = initial_noise(process, keys, model.input_shape)
-    start = time.perf_counter()
-    program = sampler.lower(params, x, keys, jnp.arange(batch), rows, 1.0).compile()
-    compiled = time.perf_counter() - start
-    start = time.perf_counter()
-    jax.block_until_ready(program(params, x, keys, jnp.arange(batch), rows, jnp.float32(1.0)))
-    seconds = time.perf_counter() - start
-    return {
-        "steps": steps,
-        "seconds": seconds,
-        "compile_seconds": compiled,
-        "peak_memory_mib": peak_memory(program) / 2**20,
-    }
+    answer: dict[str, Any] = {"steps": steps}
+    for layout, params in layouts.items():
+        start = time.perf_counter()
+        program = sampler.lower(params, x, keys, jnp.arange(batch), rows, 1.0).compile()
+        answer[layout] = {
+            "compile_seconds": time.perf_counter() - start,
+            "peak_memory_mib": peak_memory(program) / 2**20,
+        }
+    start = time.perf_counter()  # of the last one, unstacked
+    jax.block_until_ready(program(layouts["unstacked"], x, keys, jnp.arange(batch), rows, jnp.float32(1.0)))
+    answer["unstacked"]["seconds"] = time.perf_counter() - start
+    return answer
 
 
 def main() -> None:
@@ -226,12 +231,14 @@ def main() -> None:
                     options.torch_python,
                 )
                 append_row(path, {**row, "provenance": provenance()})
-                ratios = "".join(f"  x{row[f'torch_{m}']['difax_over_torch']:.2f} of {m}" for m in options.torch)
-                print(
-                    f"{row['model']:9} b{batch} {dtype:8} {row['seconds']:.3f} s  "
-                    f"{row['gflops_per_second']:.0f} GFLOP/s ({100 * row['fraction_of_ceiling']:.0f} %){ratios}",
-                    flush=True,
-                )
+                for layout in ("stacked", "unstacked"):
+                    part = row[layout]
+                    ratios = "".join(f"  x{row[f'torch_{m}']['difax_over_torch'][layout]:.2f} of {m}" for m in options.torch)
+                    print(
+                        f"{row['model']:9} b{batch} {dtype:8} {layout:9} {part['seconds']:.3f} s  "
+                        f"{part['gflops_per_second']:.0f} GFLOP/s ({100 * part['fraction_of_ceiling']:.0f} %){ratios}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":
