@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 
 Array = Any  # numpy (float64, on the host) or jax, by context
@@ -92,7 +93,8 @@ class Stage(NamedTuple):
 
     block: a stateless `flax.linen` module with the methods `mods(context)` -> per-branch modulation,
         one method per name in `branches` `(tokens, mods, context, attend) -> update before the gate`, and
-        `gate(mods, branch)` -> what multiplies the update before it is added.
+        `gate(mods, branch)` -> what multiplies the update before it is added; update and gate have the structure of
+        the tokens. `attend(q, k, v, segments=None) -> o` is called at most once in a branch.
     enter: (tokens, context) -> tokens, run once before the first block of the stage.
     """
 
@@ -108,7 +110,7 @@ class Model(NamedTuple):
 
     init(key) -> params; embed(params, x, model_time, cond) -> (tokens, context);
     head(params, tokens, context) -> output [B, ..., C] (or 2C with `learn_sigma`);
-    null(cond) -> the condition of the unconditional half.
+    null(cond) -> the condition of the unconditional half, of the same structure.
     """
 
     name: str
@@ -117,10 +119,11 @@ class Model(NamedTuple):
     stages: tuple[Stage, ...]
     head: Callable[..., jax.Array]
     null: Callable[[Any], Any]
-    input_shape: tuple[int, ...]  # of one sample, without the batch: (H, W, C)
+    input_shape: tuple[int, ...]  # of one sample, without the batch: (H, W, C) or (F, H, W, C)
     learn_sigma: bool
-    classes: int
+    classes: int  # 0 for a model that is not conditioned on labels
     dtype: Any = "float32"  # of activations and dots; parameters are cast to it before sampling
+    cond: Any = jax.ShapeDtypeStruct((), "int32")  # of one sample's condition, without the batch: here a label
 
 
 class Classifier(NamedTuple):
@@ -148,27 +151,84 @@ class Where(NamedTuple):
     depth: int
 
 
+class Segments(NamedTuple):
+    """Ids of queries and keys, int32: a pair attends where its ids are equal (padding, packed samples)."""
+
+    q: jax.Array  # [B, T]
+    k: jax.Array  # [B, S]
+
+
+@flax.struct.dataclass
+class BlockList:
+    """Which blocks of keys each block of queries attends to.
+
+    indices: int32 [B or 1, H or 1, T / block_q, n], of which the first `counts` hold in each row.
+    counts: int32 [B or 1, H or 1, T / block_q], 1 or more.
+    """
+
+    indices: jax.Array
+    counts: jax.Array
+    block_q: int = flax.struct.field(pytree_node=False)
+    block_k: int = flax.struct.field(pytree_node=False)
+
+
+class Scales(NamedTuple):
+    """What quantised q, k, v are multiplied by; float32, broadcastable to [B, T, H, K] (k, v: [B, S, H, K])."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+class AttentionSpec(NamedTuple):
+    """Shapes of one branch's attention call: ShapeDtypeStructs of q [B, T, H, K], k and v [B, S, H, K], segments."""
+
+    q: Any
+    k: Any
+    v: Any
+    segments: Segments | None
+
+
+class Attention(NamedTuple):
+    """How the blocks attend, with what is remembered per layer from one evaluation to the next.
+
+    init(spec: AttentionSpec) -> state of one layer's call. Raises NotImplementedError to say "not me".
+    apply(q, k, v, segments, where, row, state) -> (o, state): o [B, T, H, K] in the dtype of q; `row` is None outside
+        of sampling. Raises NotImplementedError, at trace time, with what it cannot do.
+    """
+
+    init: Callable[[AttentionSpec], State]
+    apply: Callable[..., tuple[jax.Array, State]]
+
+
 class TrunkSpec(NamedTuple):
-    """What an accelerator may allocate for: per stage its depth, and per branch the update's ShapeDtypeStruct."""
+    """What an accelerator may allocate for: per stage its depth, and per branch the update's ShapeDtypeStruct
+    and its `AttentionSpec` (None: the branch does not attend)."""
 
     depth: dict[str, int]
     update: dict[str, dict[str, Any]]
+    attention: dict[str, dict[str, AttentionSpec | None]]
     tokens: Any
 
 
 class Accelerator(NamedTuple):
     """What may be computed or filled in the stack of blocks, and what is remembered for it.
 
-    init(spec) -> {"trunk": pytree, "branch": {stage: {branch: pytree with leading [depth]}}}.
-    trunk(run, tokens, context, state, row) -> (tokens, state, computed): wraps the run of all blocks;
-        `run(tokens, branch_state)` -> (tokens, branch_state, computed).
-    branch(compute, where, state, row) -> (update, state, computed): wraps one residual branch of one block;
-        `compute()` is the update before the gate, `computed` a float32 scalar (the fraction really computed).
+    The runner's memory is {"trunk": pytree, "branch": {stage: {branch: pytree with leading [depth]}}, "attention":
+    the same for `Attention`}.
+
+    init(spec) -> the first two.
+    trunk(run, tokens, context, memory, row) -> (tokens, memory, computed): wraps the run of all blocks,
+        `run(tokens, memory)` -> (tokens, memory, computed).
+    branch(compute, where, state, inner, row) -> (update, state, inner, computed): wraps one residual branch of one
+        block. `compute(inner)` -> (update before the gate, inner), where `inner` is what the branch's attention
+        remembers: handed through, unchanged where nothing is computed. `computed` is a float32 scalar, the
+        fraction really computed.
     """
 
     init: Callable[[TrunkSpec], State]
     trunk: Callable[..., tuple[Tokens, State, Any]]
-    branch: Callable[..., tuple[Any, State, jax.Array]]
+    branch: Callable[..., tuple[Any, State, State, jax.Array]]
 
 
 class Trace(NamedTuple):

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax import ops
-from difax.contracts import Model, Params, Trace
-from difax.trunk import first_layer
+from difax.contracts import Attention, Model, Params, Trace, Where
+from difax.trunk import first_layer, reference_attention, trunk_spec
 
 
 class ModelCost(NamedTuple):
@@ -51,16 +50,20 @@ def count(function: Callable[..., Any], *specs: Any) -> float:
     return _count(jax.make_jaxpr(function)(*specs).jaxpr)
 
 
-def model_cost(model: Model, params: Params) -> ModelCost:
+def model_cost(model: Model, params: Params, attention: Attention | None = None) -> ModelCost:
     """Counts a model's parts for one sample, from shapes alone.
 
     Args:
       model: the network. params: its parameters, or their ShapeDtypeStructs (`jax.eval_shape(model.init, key)`).
+      attention: how the blocks attend; None is the reference.
     """
+    attention = attention or reference_attention()
     shape = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)  # noqa: E731
     params = shape(params)
     x = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    time, cond = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    time = jax.ShapeDtypeStruct((1,), jnp.float32)
+    cond = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype), model.cond)
+    calls = trunk_spec(model, params, x, cond).attention
     tokens, context = jax.eval_shape(model.embed, params, x, time, cond)
     ends = count(model.embed, params, x, time, cond)
     mods, branches = {}, {}
@@ -75,7 +78,14 @@ def model_cost(model: Model, params: Params) -> ModelCost:
         mods[stage.name] = count(mod, p, context)
 
         def one(p: Any, h: Any, m: Any, c: Any, stage: Any = stage, branch: str = "") -> Any:
-            return stage.block.apply({"params": p}, h, m, c, ops.attend, method=branch)
+            call = calls[stage.name][branch]
+            state = () if call is None else attention.init(call)
+            where = Where(stage.name, branch, jnp.int32(0), stage.depth)
+
+            def attend(q: Any, k: Any, v: Any, segments: Any = None) -> Any:
+                return attention.apply(q, k, v, segments, where, None, state)[0]
+
+            return stage.block.apply({"params": p}, h, m, c, attend, method=branch)
 
         each = (partial(one, branch=b) for b in stage.branches)
         branches[stage.name] = tuple([count(f, p, tokens, m, context) for f in each])
@@ -98,7 +108,7 @@ def run_cost(cost: ModelCost, trace: Trace) -> float:
 
 def _count(jaxpr: Any) -> float:
     total = 0.0
-    by_platform = {e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "platform_index"}
+    by_platform = [e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "platform_index"]
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
@@ -110,7 +120,7 @@ def _count(jaxpr: Any) -> float:
             kernel = equation.invars[1].aval.shape
             out_channels = kernel[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_channels
-        elif name == "cond" and equation.invars[0] in by_platform:
+        elif name == "cond" and any(equation.invars[0] is index for index in by_platform):
             total += _count(params["branches"][-1].jaxpr)  # the default: a platform's own may pad
         elif name == "cond":
             total += max(_count(branch.jaxpr) for branch in params["branches"])

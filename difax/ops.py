@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from difax.contracts import BlockList, Scales, Segments
+
+MASKED = -1e30  # the logit of a pair that does not attend: finite, so that a row of nothing else stays finite
+
 
 def weight_gradients(x_MK: jax.Array, dy_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x^T dy and the sum of dy over rows, as JAX differentiates x w + b."""
@@ -103,25 +107,58 @@ def dot(x: jax.Array, w: jax.Array | Trainable, bias: jax.Array) -> jax.Array:
     return y_MN.reshape(*lead, y_MN.shape[-1])
 
 
-def attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array) -> jax.Array:
-    """Reference attention: softmax(q k^T / sqrt(K)) v with the softmax in float32.
+def attend(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    segments: Segments | None = None,
+    blocks: BlockList | None = None,
+    scales: Scales | None = None,
+    with_lse: bool = False,
+) -> Any:
+    """Reference attention: o = softmax(q k^T / sqrt(K)) v with the softmax in float32, every option included.
 
     Args:
       q_BTHK: [B, T, H, K] queries.
       k_BSHK, v_BSHK: [B, S, H, K] keys and values.
+      segments: pairs with unequal ids do not attend. A query without any key gets the mean of all values.
+      blocks: only the listed blocks attend; here they are expanded to a mask [T, S], which saves nothing.
+      scales: of quantised q, k, v.
+      with_lse: also return the log-sum-exp of the scaled logits.
 
     Returns:
-      [B, T, H, K] in the dtype of q.
+      o [B, T, H, K] in the dtype of q (float32 for quantised q), and with `with_lse` lse [B, H, T] float32.
     """
+    if scales is not None:
+        q_BTHK, k_BSHK, v_BSHK = (
+            a.astype(jnp.float32) * s for a, s in zip((q_BTHK, k_BSHK, v_BSHK), scales, strict=True)
+        )
     q_BHTK = jnp.swapaxes(q_BTHK, 1, 2) * q_BTHK.shape[-1] ** -0.5
     k_BHSK = jnp.swapaxes(k_BSHK, 1, 2)
     v_BHSK = jnp.swapaxes(v_BSHK, 1, 2)
     logits_BHTS = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
+    if segments is not None:
+        equal_B1TS = segments.q[:, None, :, None] == segments.k[:, None, None, :]
+        logits_BHTS = jnp.where(equal_B1TS, logits_BHTS, MASKED)
+    if blocks is not None:
+        logits_BHTS = jnp.where(block_mask(blocks, *logits_BHTS.shape[-2:]), logits_BHTS, MASKED)
     # normalised after the second product: the division runs over [T, K] and not over [T, S]
-    p_BHTS = jnp.exp(logits_BHTS - jax.lax.stop_gradient(logits_BHTS.max(-1, keepdims=True)))
+    top_BHT1 = jax.lax.stop_gradient(logits_BHTS.max(-1, keepdims=True))
+    p_BHTS = jnp.exp(logits_BHTS - top_BHT1)
     total_BHT1 = p_BHTS.sum(-1, keepdims=True)
     o_BHTK = jnp.einsum("bhts,bhsk->bhtk", p_BHTS.astype(v_BHSK.dtype), v_BHSK, preferred_element_type=jnp.float32)
-    return jnp.swapaxes((o_BHTK / total_BHT1).astype(q_BTHK.dtype), 1, 2)
+    o_BTHK = jnp.swapaxes((o_BHTK / total_BHT1).astype(q_BTHK.dtype), 1, 2)
+    return (o_BTHK, (top_BHT1 + jnp.log(total_BHT1))[..., 0]) if with_lse else o_BTHK
+
+
+def block_mask(blocks: BlockList, queries: int, keys: int) -> jax.Array:
+    """The mask bool [B or 1, H or 1, T, S] that a list of blocks stands for."""
+    n = blocks.indices.shape[-1]
+    listed = jnp.arange(n) < blocks.counts[..., None]
+    hit = jax.nn.one_hot(blocks.indices, -(-keys // blocks.block_k), dtype=bool) & listed[..., None]
+    tiles = hit.any(-2)  # [B or 1, H or 1, T / block_q, S / block_k]
+    mask = jnp.repeat(jnp.repeat(tiles, blocks.block_q, -2), blocks.block_k, -1)
+    return mask[..., :queries, :keys]
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:

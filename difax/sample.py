@@ -4,7 +4,7 @@
   carry = (x, solver state, guide state, accelerator state, keys)
   body  : x -> guide(denoise) -> prediction -> solver.step -> x
 
-A technique enters through its seam (solver, guide, accelerator, attend) and never needs a loop of its own.
+A technique enters through its seam (solver, guide, accelerator, attention) and never needs a loop of its own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax import noise, ops
+from difax import noise
 from difax import process as process_
-from difax.contracts import Accelerator, Guide, Model, Row, Solver, State, Trace
+from difax.contracts import Accelerator, Attention, Guide, Model, Row, Solver, State, Trace
 from difax.guidance import unguided
 from difax.process import Process
-from difax.trunk import neutral, run_trunk, trunk_spec
+from difax.trunk import memory_for, neutral, reference_attention, run_trunk, trunk_spec
 
 
 def make_rows(solver: Solver, guide: Guide, process: Process, times: np.ndarray) -> Row:
@@ -50,7 +50,7 @@ def make_sampler(
     guide: Guide | None = None,
     accelerator: Accelerator | None = None,
     *,
-    attend: Callable[..., Any] = ops.attend,
+    attention: Attention | None = None,
     on_step: Callable[[Any], None] | None = None,
 ) -> Any:
     """Builds the jitted sampler `sample(params, x, keys, cond, rows, scale) -> (samples, trace)`.
@@ -60,7 +60,8 @@ def make_sampler(
 
     Args of the factory:
       model, process, prediction: the network, its noising process, and what it predicts (`PREDICTIONS`).
-      solver, guide, accelerator, attend: the seams; guide defaults to none, accelerator to the neutral one.
+      solver, guide, accelerator, attention: the seams; they default to no guidance, the neutral accelerator and the
+        reference attention.
       on_step: called on the host with the index of each finished evaluation (a progress bar); costs a callback.
 
     Args of the sampler:
@@ -78,17 +79,18 @@ def make_sampler(
         raise ValueError(f"unknown prediction {prediction!r}; allowed: {', '.join(process_.PREDICTIONS)}")
     guide = guide or unguided()
     accelerator = accelerator or neutral()
+    attention = attention or reference_attention()
 
     def sample(params, x, keys, cond, rows, scale):
         null = model.null(cond)
-        axes, memory = _memory(model, params, accelerator, x, cond, guide.halves)
+        axes, memory = _memory(model, params, accelerator, attention, x, cond, guide.halves)
         whole = guide.halves * x.shape[0]
 
         def denoise(x_in, cond_in, row, state, half):
             part = state if x_in.shape[0] == whole else _slice(state, axes, x_in.shape[0])
             time = jnp.full(x_in.shape[:1], row.model_time)
             tokens, context = model.embed(params, x_in, time, cond_in)
-            tokens, part, computed = run_trunk(model, params, tokens, context, accelerator, part, row, attend)
+            tokens, part, computed = run_trunk(model, params, tokens, context, accelerator, attention, part, row)
             output = model.head(params, tokens, context).astype(jnp.float32)
             state = part if x_in.shape[0] == whole else _write(state, part, axes)
             return output, state, Trace(computed, jnp.asarray(2.0 if half == "both" else 1.0))
@@ -110,17 +112,17 @@ def make_sampler(
     return jax.jit(sample, donate_argnames="x")
 
 
-def _memory(model, params, accelerator, x, cond, halves) -> tuple[Any, State]:
-    """The accelerator's state for `halves` copies of the batch, and the batch axis of each of its leaves."""
+def _memory(model, params, accelerator, attention, x, cond, halves) -> tuple[Any, State]:
+    """The runner's memory for `halves` copies of the batch, and the batch axis of each of its leaves."""
 
     def spec(copies: int):
         grow = lambda a: jax.ShapeDtypeStruct((copies * a.shape[0], *a.shape[1:]), a.dtype)  # noqa: E731
         return trunk_spec(model, params, grow(x), jax.tree.map(grow, cond))
 
-    small = jax.eval_shape(lambda: accelerator.init(spec(1)))
-    large = jax.eval_shape(lambda: accelerator.init(spec(2)))
+    small = jax.eval_shape(lambda: memory_for(spec(1), accelerator, attention))
+    large = jax.eval_shape(lambda: memory_for(spec(2), accelerator, attention))
     axes = jax.tree.map(_batch_axis, small, large)
-    return axes, accelerator.init(spec(halves))
+    return axes, memory_for(spec(halves), accelerator, attention)
 
 
 def _batch_axis(small: Any, large: Any) -> int:

@@ -185,6 +185,7 @@ def sample(model: Any, layouts: dict[str, Any], batch: int, steps: int) -> dict[
     keys = sample_keys(0, batch)
     x = initial_noise(process, keys, model.input_shape)
     answer: dict[str, Any] = {"steps": steps}
+    program: Any = None
     for layout, params in layouts.items():
         start = time.perf_counter()
         program = sampler.lower(params, x, keys, jnp.arange(batch), rows, 1.0).compile()
@@ -233,7 +234,9 @@ def main() -> None:
                 append_row(path, {**row, "provenance": provenance()})
                 for layout in ("stacked", "unstacked"):
                     part = row[layout]
-                    ratios = "".join(f"  x{row[f'torch_{m}']['difax_over_torch'][layout]:.2f} of {m}" for m in options.torch)
+                    ratios = "".join(
+                        f"  x{row[f'torch_{m}']['difax_over_torch'][layout]:.2f} of {m}" for m in options.torch
+                    )
                     print(
                         f"{row['model']:9} b{batch} {dtype:8} {layout:9} {part['seconds']:.3f} s  "
                         f"{part['gflops_per_second']:.0f} GFLOP/s ({100 * part['fraction_of_ceiling']:.0f} %){ratios}",

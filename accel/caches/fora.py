@@ -35,9 +35,9 @@ def fora(interval: int = 3) -> Accelerator:
         branch = {stage: held(spec.depth[stage], updates) for stage, updates in spec.update.items()}
         return {"trunk": (), "branch": branch}
 
-    def branch(compute, where, held, row):
+    def branch(compute, where, held, inner, row):
         full = (row.i % interval == 0) | row.fresh
-        update = jax.lax.cond(full, compute, lambda: held)
-        return update, update, full.astype(jnp.float32)
+        update, inner = jax.lax.cond(full, compute, lambda inner: (held, inner), inner)
+        return update, update, inner, full.astype(jnp.float32)
 
     return Accelerator(init=init, trunk=run_all, branch=branch)
