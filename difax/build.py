@@ -12,17 +12,21 @@ import jax
 import numpy as np
 
 from difax import grids, guidance, losses
+from difax.accel.attention import ATTENTIONS, attention, first_of
 from difax.accel.caches import CACHES
+from difax.accel.quant import QUANTS
 from difax.accel.solvers import SOLVERS
-from difax.checkpoint import check_shapes, load_native, read_metadata
-from difax.contracts import Accelerator, Guide, Model, Params, Row, Solver
+from difax.checkpoint import Foreign, check_shapes, load_foreign, load_native, read_metadata, tensor_shapes
+from difax.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
+from difax.convert import is_converted, load_converted
 from difax.data import DATASETS, Images
-from difax.models import MODELS
-from difax.models.dit_checkpoint import load_dit
+from difax.models import CHECKPOINTS, MODELS
 from difax.process import PREDICTIONS, PROCESSES, Process
+from difax.qtensor import Rules, quantize_params
+from difax.qtensor import cast as cast_params
 from difax.sample import make_rows
 from difax.train import Task, TrainOptions, restore_ema
-from difax.trunk import neutral
+from difax.trunk import neutral, unstack
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 ACCELERATORS: dict[str, Callable[..., Accelerator]] = {"none": neutral, **CACHES}
@@ -34,6 +38,8 @@ REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "grid": grids.GRIDS,
     "guide": guidance.GUIDES,
     "cache": ACCELERATORS,
+    "attend": ATTENTIONS,
+    "quant": QUANTS,
     "loss": losses.LOSSES,
     "data": DATASETS,
 }
@@ -83,16 +89,25 @@ class Run(NamedTuple):
     solver: Solver
     guide: Guide
     accelerator: Accelerator
+    attention: Attention
+    rules: Rules
+    stacked: bool
     times: np.ndarray
     rows: Row
     scale: float
 
+    def prepare(self, params: Params) -> Params:
+        """Parameters as they are sampled with: quantised, cast to the model's dtype, in the layout that was chosen."""
+        params = cast_params(quantize_params(params, self.rules), self.model.dtype)
+        return params if self.stacked else unstack(self.model, params)
+
 
 SECTIONS = (
     "model", "process", "prediction", "weights",
-    "solver", "grid", "steps", "guide", "scale", "cache",
+    "solver", "grid", "steps", "guide", "scale", "cache", "attend", "quant", "layout", "reduced",
     "data", "loss", "train",
 )  # fmt: skip
+LAYOUTS = ("stacked", "unstacked")
 
 
 def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
@@ -109,6 +124,9 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
     solver = make("solver", config["solver"])
     guide = make("guide", config["guide"])
     accelerator = make("cache", config.get("cache", {"name": "none"}))
+    attending = _attention(config.get("attend", {"name": "xla"}))
+    rules = make("quant", config.get("quant", {"name": "none"}), model)
+    layout = choose("layout", config.get("layout", "stacked"), LAYOUTS)
     times = grids.make_times(make("grid", config["grid"]), process, config["steps"])
     rows = make_rows(solver, guide, process, times)
     if prediction in ("eps", "score") and not np.all(rows.level.alpha > 0):
@@ -118,7 +136,32 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
         )
     if config["solver"].get("variance") == "learned" and not model.learn_sigma:
         raise ValueError("solver ddpm: variance='learned' needs a model with learn_sigma; allowed: small, large")
-    return Run(model, process, prediction, solver, guide, accelerator, times, rows, float(config["scale"]))
+    return Run(
+        model=model,
+        process=process,
+        prediction=prediction,
+        solver=solver,
+        guide=guide,
+        accelerator=accelerator,
+        attention=attending,
+        rules=rules,
+        stacked=layout == "stacked",
+        times=times,
+        rows=rows,
+        scale=float(config["scale"]),
+    )
+
+
+def _attention(section: Mapping[str, Any]) -> Attention:
+    """One attention with its hyperparameters, or several names between commas, the first that can being taken."""
+    if "name" not in section:
+        raise ValueError(f"attend: the name is missing; allowed: {', '.join(ATTENTIONS)}")
+    name, settings = section["name"], {k: v for k, v in section.items() if k != "name"}
+    if "," in name:
+        if settings:
+            raise ValueError(f"attend {name}: several names take no hyperparameters")
+        return attention(name)
+    return first_of({name: make("attend", section)})  # which turns its refusal into one line
 
 
 def build_task(config: Mapping[str, Any], previewer: Callable[[Run], Any] | None = None) -> Task:
@@ -191,9 +234,40 @@ def load_weights(config: Mapping[str, Any], model: Model, path: str | None = Non
     if pathlib.Path(path).is_dir() and (pathlib.Path(path) / "checkpoints").is_dir():
         step, params = restore_ema(path, model.init)
         return model, params, f"{path} (step {step}, EMA)"
-    if config["model"]["name"] == "dit" and not read_metadata(path):
-        given = {k: v for k, v in config["model"].items() if k in ("size", "heads", "dtype")}
-        found, params = load_dit(path, **given)
-        check_shapes(path, params, spec)
-        return found, params, source
+    if is_converted(path):
+        return model, load_converted(path, spec), source
+    name = config["model"]["name"]
+    if name in CHECKPOINTS and not read_metadata(path):
+        given = {k: v for k, v in config["model"].items() if k in UNSTORED and (name != "dit" or k != "variant")}
+        found = CHECKPOINTS[name].find(path, **given)
+        check_shapes(path, found.spec, spec)
+        return found.model, load_foreign(path, found), source
     return model, load_native(path, spec), source
+
+
+# what a published checkpoint may not tell about its model
+UNSTORED = (
+    "size", "heads", "dtype", "variant", "text_tokens", "axes_dim", "base_size", "interpolation_scale", "eps",
+)  # fmt: skip
+
+
+def recognise(path: str, model: str | None = None, layout: str | None = None, **geometry: Any) -> Foreign:
+    """The model that a published checkpoint holds.
+
+    Args:
+      path: as `difax.checkpoint.load_safetensors`.
+      model: a name of `CHECKPOINTS`; None tries them all.
+      layout, geometry: what the file does not tell, as arguments of the model's factory.
+
+    Raises:
+      ValueError: an unknown model, or a file of none of them.
+    """
+    names = sorted(tensor_shapes(path))
+    if model is None:
+        model = max(CHECKPOINTS, key=lambda name: CHECKPOINTS[name].known(names))
+        if not CHECKPOINTS[model].known(names):
+            raise ValueError(
+                f"{path}: no checkpoint of {', '.join(CHECKPOINTS)}; its first tensors: "
+                f"{', '.join(names[:3]) or 'none'}"
+            )
+    return CHECKPOINTS[choose("model", model, CHECKPOINTS)].find(path, layout=layout, **geometry)

@@ -8,10 +8,12 @@ a load needs the parameters themselves and one tensor more. A parameter is named
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -28,6 +30,10 @@ from safetensors.numpy import save_file
 from difax.contracts import Params
 
 FLOATS = ("F32", "F16", "BF16")
+# what safetensors calls the dtypes of parameters
+CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": jnp.bfloat16} | {
+    f"{kind.upper()}{8 * size}": f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)
+}
 _METADATA = "difax"  # one entry: the library writes several in random order, and files should be reproducible
 
 
@@ -38,11 +44,66 @@ class Source(NamedTuple):
         (q, k, v). A placeholder such as `{layer}` runs over all layers, stacked on a new leading axis.
     axes: permutation of the tensor's axes, after which it is folded into the parameter's shape (None: as is).
     shared: the file repeats one parameter in every layer; the copies must be equal, and one is taken.
+    widths: of several names' parts, relative to each other (None: equal); (1, 1, 1, 4) for q, k, v and an MLP.
+    order: the parameter's last axis is made of as many equal pieces of each tensor, in this order; (1, 0) swaps the
+        halves, (scale, shift) for (shift, scale).
     """
 
     keys: tuple[str, ...]
     axes: tuple[int, ...] | None = None
     shared: bool = False
+    widths: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+
+
+class Foreign(NamedTuple):
+    """What is known of another project's checkpoint before its weights are read: the model and the layout table.
+
+    table, layers, constants: as `load_safetensors` takes them.
+    """
+
+    model: Any
+    table: Mapping[str, Source]
+    layers: Mapping[str, int]
+    constants: Mapping[str, np.ndarray] = {}
+
+    @property
+    def spec(self) -> Params:
+        """Shapes of the model's parameters."""
+        return jax.eval_shape(self.model.init, jax.random.key(0))
+
+
+class Published(NamedTuple):
+    """The checkpoints of one architecture.
+
+    find(path, layout=None, **geometry) -> `Foreign`; tables: {layout: table}, by whose names a file is recognised.
+    """
+
+    find: Callable[..., Foreign]
+    tables: Mapping[str, Mapping[str, Source]]
+
+    def known(self, names: Iterable[str]) -> int:
+        """How many tensors of a file have a place in the best of the layouts."""
+        plain = [_NUMBER.sub("#", name) for name in names]
+        patterns = ({_NUMBER.sub("#", key) for s in table.values() for key in s.keys} for table in self.tables.values())
+        return max(sum(name in pattern for name in plain) for pattern in patterns)
+
+
+_NUMBER = re.compile(r"\{\w+\}|\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """One parameter of an open checkpoint, read when asked: `read(layer)`, or `read(None)` without layers."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    layers: int | None
+    read: Callable[[int | None], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class _Tensor(NamedTuple):
@@ -84,10 +145,34 @@ def load_safetensors(
       ValueError: no, truncated or foreign file; missing, surplus, wrongly shaped or typed tensor; copies or
         constants that differ. The message names the file, the tensor, what was found and what was expected.
     """
+    with _parameters(path, spec, table, layers or {}, constants or {}, dtype) as parameters:
+        return unflatten_dict({p: jnp.asarray(_whole(parameter)) for p, parameter in parameters.items()}, sep="/")
+
+
+def load_foreign(path: str | os.PathLike, found: Foreign, dtype: Any = None) -> Params:
+    """`load_safetensors` for a checkpoint that has been looked at."""
+    return load_safetensors(path, found.spec, found.table, found.layers, found.constants, dtype)
+
+
+@contextlib.contextmanager
+def opened_parameters(path: str | os.PathLike, found: Foreign, dtype: Any = None) -> Iterator[dict[str, Streamed]]:
+    """The parameters of a checkpoint by path, checked as `load_safetensors` does and not read yet."""
+    with _parameters(path, found.spec, found.table, found.layers, found.constants, dtype) as parameters:
+        yield parameters
+
+
+@contextlib.contextmanager
+def _parameters(
+    path: str | os.PathLike,
+    spec: Params,
+    table: Mapping[str, Source],
+    layers: Mapping[str, int],
+    constants: Mapping[str, np.ndarray],
+    dtype: Any,
+) -> Iterator[dict[str, Streamed]]:
     wanted: dict[str, Any] = dict(flatten_dict(spec, sep="/"))
     if set(wanted) != set(table):
         raise ValueError(f"the layout table and the model differ in {sorted(set(wanted) ^ set(table))}")
-    layers, constants = layers or {}, constants or {}
     rows = {p: _expand(source, layers) for p, source in table.items()}
     with _opened(path) as tensors:
         _check_names(path, tensors, rows, constants)
@@ -95,9 +180,16 @@ def load_safetensors(
             _check_tensors(p, table[p], wanted[p], row, tensors)
         for name in tensors.keys() & constants.keys():
             _check_constant(name, tensors[name], constants[name])
-        return unflatten_dict(
-            {p: _read(table[p], wanted[p].shape, row, tensors, dtype) for p, row in rows.items()}, sep="/"
-        )
+        yield {p: _streamed(p, table[p], wanted[p].shape, row, tensors, dtype) for p, row in rows.items()}
+
+
+def _whole(parameter: Streamed) -> np.ndarray:
+    if parameter.layers is None:
+        return parameter.read(None)
+    out = np.empty(parameter.shape, parameter.dtype)
+    for layer in range(parameter.layers):
+        out[layer] = parameter.read(layer)
+    return out
 
 
 def load_native(path: str | os.PathLike, spec: Params) -> Params:
@@ -238,11 +330,29 @@ def _opened(path: str | os.PathLike) -> Iterator[dict[str, _Tensor]]:
             for name in sorted(names ^ promised) if promised is not None else ():
                 fault = "lacks" if name not in names else "holds, unknown to its index,"
                 raise ValueError(f"{file}: this shard {fault} tensor {name!r}")
+            begins = _begins(file)
             for name in names:
                 view = handle.get_slice(name)
-                read = partial(handle.get_tensor, name)
-                tensors[name] = _Tensor(file, tuple(view.get_shape()), view.get_dtype(), read)
+                shape, dtype = tuple(view.get_shape()), view.get_dtype()
+                if dtype in CODES:
+                    read = partial(_read_tensor, file, shape, dtype, begins[name])
+                else:
+                    read = partial(handle.get_tensor, name)
+                tensors[name] = _Tensor(file, shape, dtype, read)
         yield tensors
+
+
+def _begins(file: Path) -> dict[str, int]:
+    """Where each tensor of a file that safetensors has accepted begins."""
+    with file.open("rb") as f:
+        length = struct.unpack("<Q", f.read(8))[0]
+        header = json.loads(f.read(length))
+    return {name: 8 + length + v["data_offsets"][0] for name, v in header.items() if name != "__metadata__"}
+
+
+def _read_tensor(file: Path, shape: tuple[int, ...], dtype: str, begin: int) -> np.ndarray:
+    # not through the library's memory map, whose pages stay with the process: a conversion would hold the whole file
+    return np.fromfile(file, np.dtype(CODES[dtype]), math.prod(shape), offset=begin).reshape(shape)
 
 
 # ---- checks and assembly -----------------------------------------------------------------------------------
@@ -261,10 +371,24 @@ def _stacked(source: Source) -> bool:
     return not source.shared and "{" in source.keys[0]
 
 
-def _part(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """What one tensor of a parameter fills: the parameter's shape without layers, cut along its last axis."""
+def _parts(p: str, source: Source, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """What each tensor of a parameter fills: the parameter's shape without layers, cut along its last axis."""
     shape = shape[1:] if _stacked(source) else shape
-    return (*shape[:-1], shape[-1] // len(source.keys)) if len(source.keys) > 1 else shape
+    if len(source.keys) == 1:
+        parts = [shape]
+    else:
+        widths = source.widths or (1,) * len(source.keys)
+        unit, rest = divmod(shape[-1], sum(widths))
+        if rest or len(widths) != len(source.keys):
+            raise ValueError(f"{p}: {len(source.keys)} tensors of widths {widths} do not add up to {shape[-1]}")
+        parts = [(*shape[:-1], width * unit) for width in widths]
+    if source.order is not None:
+        pieces = len(source.order)
+        if sorted(source.order) != list(range(pieces)) or any(part[-1] % pieces for part in parts):
+            raise ValueError(
+                f"{p}: order={source.order} does not name each equal piece of {parts[0][-1]} features once"
+            )
+    return parts
 
 
 def _check_names(
@@ -297,15 +421,15 @@ def _more(names: list[str]) -> str:
 def _check_tensors(p: str, source: Source, want: Any, row: list[list[str]], tensors: Mapping[str, _Tensor]) -> None:
     if _stacked(source) and want.shape[0] != len(row):
         raise ValueError(f"{p} has {want.shape[0]} layers in the model, {len(row)} in the checkpoint")
-    part = _part(source, want.shape)
-    axes = source.axes or tuple(range(len(part)))
-    unfolded = len(axes) == len(part)
-    expected = tuple(part[axes.index(i)] for i in range(len(axes))) if unfolded else None
+    parts = _parts(p, source, want.shape)
+    axes = source.axes or tuple(range(len(parts[0])))
+    unfolded = len(axes) == len(parts[0])
     kind = np.dtype(want.dtype)
     # any of the three floats serves a float parameter; an integer one must be exactly what it is
     codes = FLOATS if jnp.issubdtype(kind, jnp.floating) else (f"{kind.kind.upper()}{8 * kind.itemsize}",)
-    for name in (name for names in row for name in names):
+    for name, part in ((name, part) for names in row for name, part in zip(names, parts, strict=True)):
         file, shape, dtype, _ = tensors[name]
+        expected = tuple(part[axes.index(i)] for i in range(len(axes))) if unfolded else None
         if expected is None:
             fits = len(shape) == len(axes) and math.prod(shape) == math.prod(part)
             fits = fits and shape[axes[-1]] == part[-1]
@@ -338,28 +462,35 @@ def _check_constant(name: str, tensor: _Tensor, expected: np.ndarray) -> None:
         )
 
 
-def _read(
+def _streamed(
+    p: str,
     source: Source,
     shape: tuple[int, ...],
     row: list[list[str]],
     tensors: Mapping[str, _Tensor],
     dtype: Any,
-) -> Any:
-    if source.shared:
-        _check_copies([names[0] for names in row], tensors)
-        row = row[:1]
-    part = _part(source, shape)
-    out = np.empty(0)
-    for layer, names in enumerate(row):
-        for j, name in enumerate(names):
+) -> Streamed:
+    parts = _parts(p, source, shape)
+    stored = np.dtype(dtype or CODES[tensors[row[0][0]].dtype])
+
+    def read(layer: int | None) -> np.ndarray:
+        if source.shared:
+            _check_copies([names[0] for names in row], tensors)
+        out, start = np.empty(shape[1:] if _stacked(source) else shape, stored), 0
+        for name, part in zip(row[layer or 0], parts, strict=True):
             tensor = tensors[name].read()
-            if layer == j == 0:
-                out = np.empty(shape, dtype or tensor.dtype)
-            target = out[layer, ...] if _stacked(source) else out
-            if len(names) > 1:
-                target = target[..., j * part[-1] : (j + 1) * part[-1]]
-            target[...] = (tensor if source.axes is None else tensor.transpose(source.axes)).reshape(part)
-    return jnp.asarray(out)
+            values = (tensor if source.axes is None else tensor.transpose(source.axes)).reshape(part)
+            if source.order is not None:
+                pieces = np.split(values, len(source.order), axis=-1)
+                values = np.concatenate([pieces[i] for i in source.order], axis=-1)
+            target = out
+            if len(parts) > 1:
+                target = out[..., start : start + part[-1]]
+                start += part[-1]
+            target[...] = values
+        return out
+
+    return Streamed(shape, stored, len(row) if _stacked(source) else None, read)
 
 
 def _check_copies(names: list[str], tensors: Mapping[str, _Tensor]) -> None:

@@ -17,11 +17,15 @@ LISTS = (
     "grids",
     "guides",
     "caches",
+    "attends",
+    "quants",
     "losses",
     "data",
     "weights",
     "configs",
 )
+
+SHORT = ("solver", "grid", "guide", "cache", "attend", "quant")  # sections whose name has a flag of its own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,14 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
     sample = commands.add_parser("sample", parents=[common], help="draw images and say what they cost")
-    for name in ("solver", "grid", "guide", "cache"):
+    for name in SHORT:
         sample.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
     sample.add_argument("--steps", type=int, help="solver steps")
     sample.add_argument("--scale", type=float, help="guidance scale")
     sample.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
+    sample.add_argument("--layout", metavar="NAME", help="of the weights: stacked, or unstacked (blocks written out)")
     sample.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
     sample.add_argument("--repeat", type=int, default=1, help="rows of the labels, each with other noise")
     sample.add_argument("--seed", type=int, default=0, help="seed of the run; image i depends on (seed, i) alone")
+    sample.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
     sample.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
     sample.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
     sample.add_argument("--out", default="samples.png", metavar="FILE.png", help="the picture (default: %(default)s)")
@@ -113,6 +119,22 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, metavar="FILE.safetensors")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     export.set_defaults(run=_export)
+
+    convert = commands.add_parser("convert", help="turn a published safetensors checkpoint into an orbax one")
+    convert.add_argument("source", metavar="SRC", help=".safetensors file, its .index.json, or their folder")
+    convert.add_argument("target", metavar="DST", help="folder that does not exist yet")
+    convert.add_argument("--model", metavar="NAME", help="dit, flux, pixart or wan (default: by the tensors' names)")
+    convert.add_argument("--layout", metavar="NAME", help="original or diffusers (default: by the tensors' names)")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the result (default: the file's)")
+    convert.add_argument(
+        "--geometry",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the file does not tell, such as heads=16 or size=32",
+    )
+    convert.add_argument("--json", action="store_true", help="print the result as JSON")
+    convert.set_defaults(run=_convert)
 
     listing = commands.add_parser("list", help="what there is, one line each")
     listing.add_argument("kind", nargs="?", help=f"one of {', '.join(LISTS)}")
@@ -134,8 +156,8 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     for setting in options.set:
         key, _, value = setting.partition("=")
         settings.append((key, parse_value(value)))
-    short = {name: f"{name}.name" for name in ("solver", "grid", "guide", "cache")}
-    short |= {"steps": "steps", "scale": "scale", "dtype": "model.dtype"}
+    short = {name: f"{name}.name" for name in SHORT}
+    short |= {"layout": "layout", "steps": "steps", "scale": "scale", "dtype": "model.dtype"}
     for flag, key in short.items():
         if getattr(options, flag, None) is not None:
             settings.append((key, getattr(options, flag)))
@@ -153,8 +175,7 @@ def _sample(options: argparse.Namespace) -> int:
     import numpy as np
 
     from difax.build import build_run, load_weights
-    from difax.data import CLASS_NAMES
-    from difax.images import image_grid, save_png, to_uint8
+    from difax.images import picture, save_png
     from difax.report import draw, format_table
 
     if not options.no_compile_cache:
@@ -162,31 +183,83 @@ def _sample(options: argparse.Namespace) -> int:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "difax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     run = build_run(config)
-    names = CLASS_NAMES.get(config.get("data", {}).get("name"), ())
-    row = parse_labels(options.labels, run.model.classes, names)
-    labels = np.tile(row, options.repeat)
-    if options.random_init:
-        if options.weights:
-            raise ValueError("--random-init and --weights exclude each other")
+    random = options.random_init or (config.get("weights") == "random" and not options.weights)
+    full_size = {}
+    if options.random_init and options.weights:
+        raise ValueError("--random-init and --weights exclude each other")
+    if random:
+        config, run, full_size = _fitting(config, run)
         params, source = jax.jit(run.model.init)(jax.random.key(options.seed)), "random"
     else:
         model, params, source = load_weights(config, run.model, options.weights)
         run = run._replace(model=model)
+    cond, columns = _conditions(options, config, run.model, random)
     progress = not (options.quiet or options.json) and sys.stderr.isatty()
-    images, table = draw(run, params, labels, options.seed, progress)
-    save_png(out, image_grid(to_uint8(images), min(len(row), 10), scale=max(1, 96 // images.shape[1])))
+    images, table = draw(run, params, cond, options.seed, progress)
+    save_png(out, picture(images, columns))
     table = {
         "model": run.model.name,
         "weights": source,
         "solver": config["solver"]["name"],
         "guide": config["guide"]["name"],
         "cache": config.get("cache", {"name": "none"})["name"],
-        "dtype": config["model"].get("dtype", "float32"),
+        "attend": config.get("attend", {"name": "xla"})["name"],
+        "quant": config.get("quant", {"name": "none"})["name"],
+        "dtype": str(np.dtype(run.model.dtype)),
         **table,
+        **full_size,
         "out": str(out),
     }
     print(json.dumps(table) if options.json else format_table(table))
     return 0
+
+
+def _conditions(options: argparse.Namespace, config: dict[str, Any], model: Any, random: bool) -> tuple[Any, int]:
+    """The conditions of a run, and how many of them make a row of the picture."""
+    import jax
+    import numpy as np
+
+    from difax.conditions import labelled, load_conditions, random_conditions
+    from difax.data import CLASS_NAMES
+
+    if labelled(model):
+        if options.cond:
+            raise ValueError(f"--cond {options.cond}: {model.name} takes labels")
+        names = CLASS_NAMES.get(config.get("data", {}).get("name"), ())
+        row = np.asarray(parse_labels(options.labels, model.classes, names), np.int32)
+    elif options.labels:
+        raise ValueError(f"--labels {options.labels}: {model.name} takes no labels; give --cond FILE.safetensors")
+    elif options.cond:
+        row = load_conditions(model, options.cond)
+    elif random:
+        row = random_conditions(model, 1, options.seed)
+    else:
+        leaves = jax.tree_util.tree_flatten_with_path(model.cond)[0]
+        names = ", ".join(
+            f"{jax.tree_util.keystr(p, simple=True, separator='/')} [n, {str(a.shape)[1:-1]}]" for p, a in leaves
+        )
+        raise ValueError(f"{model.name} takes embeddings; give --cond FILE.safetensors with the tensors {names}")
+    columns = len(jax.tree.leaves(row)[0])
+    return jax.tree.map(lambda a: np.concatenate([a] * options.repeat), row), columns
+
+
+def _fitting(config: dict[str, Any], run: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """The run itself, or where its random weights do not fit into memory, its `reduced` size to draw with and what
+    compiling the full size told."""
+    from difax.build import build_run
+    from difax.report import ahead_of_time, memory_available, weight_bytes
+
+    needed, free = weight_bytes(run), memory_available()
+    if needed <= free:
+        return config, run, {}
+    if "reduced" not in config:
+        raise ValueError(
+            f"the weights of {run.model.name} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free, and this "
+            "configuration has no `reduced` size to draw with"
+        )
+    full = ahead_of_time(run)
+    smaller = {**config, **config["reduced"], "model": {**config["model"], **config["reduced"].get("model", {})}}
+    return smaller, build_run(smaller), {"full_size": full}
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -228,6 +301,32 @@ def _export(options: argparse.Namespace) -> int:
     params = jax.tree.map(lambda a: jnp.asarray(a).astype(options.dtype), params)
     save_safetensors(out, params, {"config": config, "step": step})
     print(f"{out}: {out.stat().st_size} bytes, step {step}, {options.dtype}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    import absl.logging
+    import jax.numpy as jnp
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of what it skips
+    from difax.build import recognise
+    from difax.config import parse_value
+    from difax.convert import convert
+
+    geometry = {}
+    for setting in options.geometry:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--geometry {setting}: allowed: KEY=VALUE")
+        geometry[key] = parse_value(value)
+    found = recognise(options.source, options.model, options.layout, **geometry)
+    done = convert(options.source, options.target, found, jnp.dtype(options.dtype) if options.dtype else None)
+    done = {"model": found.model.name, **done, "out": options.target}
+    text = (
+        f"{options.target}: {found.model.name}, {done['parameters']:,} parameters in {done['tensors']} tensors, "
+        f"{done['bytes']:,} bytes"
+    )
+    print(json.dumps(done) if options.json else text)
     return 0
 
 

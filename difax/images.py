@@ -13,6 +13,18 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
     return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
+def picture(samples: np.ndarray, columns: int) -> np.ndarray:
+    """Samples [N, H, W, C] or videos [N, F, H, W, C] in [-1, 1] as one grid; the frames of a video follow one another.
+
+    Args:
+      columns: samples a row; a video has a row of its own, of at most 8 of its frames.
+    """
+    if samples.ndim == 5:
+        frames = np.unique(np.linspace(0, samples.shape[1] - 1, 8).round().astype(int))
+        samples, columns = samples[:, frames].reshape(-1, *samples.shape[2:]), len(frames)
+    return image_grid(to_uint8(samples), min(columns, 10), scale=max(1, 96 // samples.shape[1]))
+
+
 def image_grid(images: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -> np.ndarray:
     """Lays uint8 images [N, H, W, C] out in rows of `columns`, on white; [H', W'] for one channel.
 

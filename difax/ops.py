@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from difax.contracts import BlockList, Scales, Segments
+from difax.qtensor import QTensor, quantized_dot
 
 MASKED = -1e30  # the logit of a pair that does not attend: finite, so that a row of nothing else stays finite
 
@@ -81,7 +82,7 @@ def trainable(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(wrap, params)
 
 
-def dot(x: jax.Array, w: jax.Array | Trainable, bias: jax.Array) -> jax.Array:
+def dot(x: jax.Array, w: jax.Array | Trainable | QTensor, bias: jax.Array) -> jax.Array:
     """x @ w + bias over the last axis of x, as one two-dimensional product.
 
     Weight and bias are read in the activation's dtype. Leading axes are folded first, so that every kind of weight
@@ -89,7 +90,7 @@ def dot(x: jax.Array, w: jax.Array | Trainable, bias: jax.Array) -> jax.Array:
 
     Args:
       x: [..., K] activations.
-      w: [K, N] weight, an array or `Trainable`.
+      w: [K, N] weight, an array, `Trainable` or `QTensor`.
       bias: [N].
 
     Returns:
@@ -99,6 +100,8 @@ def dot(x: jax.Array, w: jax.Array | Trainable, bias: jax.Array) -> jax.Array:
     x_MK, b_N = x.reshape(-1, k), bias.astype(x.dtype)
     if isinstance(w, Trainable):
         y_MN = _affine(x_MK, w.array.astype(x.dtype), b_N)
+    elif isinstance(w, QTensor):
+        y_MN = quantized_dot(x_MK, w) + b_N[None]
     else:
         product = jnp.matmul
         if x_MK.shape[0] == 1 and x.dtype == jnp.bfloat16:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import resource
 import sys
 import time
@@ -13,70 +14,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.build import REGISTRIES, Run, embedded_weights
+from difax.build import REGISTRIES, Run, embedded_weights, make
+from difax.conditions import labelled
 from difax.config import config_names, load_config
 from difax.contracts import Params
 from difax.cost import model_cost, run_cost
 from difax.images import image_grid, to_uint8
 from difax.noise import sample_keys
+from difax.qtensor import size_in_bytes
 from difax.sample import initial_noise, make_sampler
 
 CHUNK = 64
+# the configuration whose size `difax list models` states
+NATIVE = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1"}
 
 
-def draw(run: Run, params: Params, labels: Any, seed: int, progress: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
-    """Draws one image per label with one ahead-of-time compiled program, and measures it.
+def draw(run: Run, params: Params, cond: Any, seed: int, progress: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
+    """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
-    Images go through in equal chunks of at most 64; image i depends on (seed, i) and its label alone.
+    Samples go through in equal chunks of at most 64; sample i depends on (seed, i) and its condition alone.
 
     Args:
-      run, params: what to sample with. labels: [n] int. seed: of the run.
+      run, params: what to sample with. cond: labels [n] int, or a tree of arrays that lead with [n]. seed: of the run.
       progress: a bar on stderr, at the price of a callback per step.
 
     Returns:
-      images [n, H, W, C] float32 and the table: steps, evaluations (rows of the scan), network evaluations of one
-      image (both halves of guidance counted), GFLOPs of one image, compile and run seconds, peak memory.
+      samples [n, ...] float32 and the table: steps, evaluations (rows of the scan), network evaluations of one
+      sample (both halves of guidance counted), GFLOPs of one sample, compile and run seconds, peak memory.
     """
     from tqdm import tqdm
 
-    labels = np.asarray(labels, np.int32)
-    n = len(labels)
+    if labelled(run.model):
+        cond = np.asarray(cond, np.int32)
+    n = len(jax.tree.leaves(cond)[0])
     chunks = -(-n // CHUNK)
     size = -(-n // chunks)
-    padded = np.concatenate([labels, np.repeat(labels[-1:], chunks * size - n)])
-    evaluations = len(run.rows.i)
-    bar = tqdm(total=chunks * evaluations, unit="evaluation", disable=not progress, file=sys.stderr)
-
-    def advance(_: Any) -> None:
-        bar.update()
-
-    sampler = make_sampler(
-        run.model,
-        run.process,
-        run.prediction,
-        run.solver,
-        run.guide,
-        run.accelerator,
-        on_step=advance if progress else None,
-    )
-    # cast once, so that no weight is converted inside the loop
-    params = jax.tree.map(lambda a: jnp.asarray(a).astype(run.model.dtype), params)
+    padded = jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[-1:], chunks * size - n, 0)]), cond)
+    bar = tqdm(total=chunks * len(run.rows.i), unit="evaluation", disable=not progress, file=sys.stderr)
+    params = jax.block_until_ready(run.prepare(params))
     rows, scale = jax.tree.map(jnp.asarray, run.rows), jnp.asarray(run.scale, jnp.float32)
 
-    def inputs(chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def inputs(chunk: int) -> tuple[jax.Array, jax.Array, Any]:
         keys = sample_keys(seed, size, chunk * size)
         x = initial_noise(run.process, keys, run.model.input_shape)
-        return x, keys, jnp.asarray(padded[chunk * size : (chunk + 1) * size])
+        part = slice(chunk * size, (chunk + 1) * size)
+        return x, keys, jax.tree.map(lambda a: jnp.asarray(a[part]), padded)
 
-    x, keys, cond = inputs(0)
-    start = time.perf_counter()
-    program = sampler.lower(params, x, keys, cond, rows, scale).compile()
-    compile_seconds = time.perf_counter() - start
+    x, keys, some = inputs(0)
+    program, compile_seconds = _compiled(run, params, x, keys, some, (lambda _: bar.update()) if progress else None)
     images, seconds, trace = [], 0.0, None
     for chunk in range(chunks):
-        x, keys, cond = jax.block_until_ready(inputs(chunk))
+        x, keys, some = jax.block_until_ready(inputs(chunk))
         start = time.perf_counter()
-        image, trace = jax.block_until_ready(program(params, x, keys, cond, rows, scale))
+        image, trace = jax.block_until_ready(program(params, x, keys, some, rows, scale))
         seconds += time.perf_counter() - start
         images.append(np.asarray(image))
     bar.close()
@@ -84,20 +74,65 @@ def draw(run: Run, params: Params, labels: Any, seed: int, progress: bool = Fals
     stacked = np.concatenate(images)[:n]
     if not np.all(np.isfinite(stacked)):
         print("difax: warning: some images are not finite", file=sys.stderr)
-    gflops = run_cost(model_cost(run.model, params), trace) / 1e9
+    gflops = run_cost(model_cost(run.model, params, run.attention), trace) / 1e9
     return stacked, {
         "images": n,
         "steps": len(run.times) - 1,
-        "evaluations": evaluations,
+        "evaluations": len(run.rows.i),
         "network_evaluations": int(np.sum(np.asarray(trace.halves))),
         "computed_fraction": round(float(np.mean([np.mean(c) for c in trace.computed.values()])), 4),
         "gflops_per_image": round(gflops, 3),
+        "weights_mib": round(size_in_bytes(params) / 2**20, 1),
         "compile_seconds": round(compile_seconds, 2),
         "seconds_per_image": round(seconds / (chunks * size), 4),
         "peak_memory_mib": round(peak_memory(program) / 2**20, 1),
         "device": device_name(),
         "jax": jax.__version__,
     }
+
+
+def ahead_of_time(run: Run, n: int = 1) -> dict[str, Any]:
+    """Compiles the sampler of a run from shapes alone, without weights in memory: what the whole model would cost.
+
+    Returns:
+      The part of `draw`'s table that needs no run; the GFLOPs are of the neutral accelerator.
+    """
+    spec = jax.eval_shape(run.prepare, jax.eval_shape(run.model.init, jax.random.key(0)))
+    shape = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), tree)  # noqa: E731
+    keys = jax.eval_shape(lambda: sample_keys(0, n))
+    x = jax.ShapeDtypeStruct((n, *run.model.input_shape), jnp.float32)
+    program, compile_seconds = _compiled(run, spec, x, keys, shape(run.model.cond))
+    cost = model_cost(run.model, spec, run.attention)
+    return {
+        "parameters": parameter_count(run.model),
+        "evaluations": len(run.rows.i),
+        "gflops_per_evaluation": round(cost.evaluation / 1e9, 3),
+        "weights_mib": round(size_in_bytes(spec) / 2**20, 1),
+        "compile_seconds": round(compile_seconds, 2),
+        "peak_memory_mib": round(peak_memory(program) / 2**20, 1),
+    }
+
+
+def parameter_count(model: Any) -> int:
+    """Number of parameters of a model."""
+    return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+
+
+def _compiled(run: Run, params: Params, x: Any, keys: Any, cond: Any, on_step: Any = None) -> tuple[Any, float]:
+    sampler = make_sampler(
+        run.model,
+        run.process,
+        run.prediction,
+        run.solver,
+        run.guide,
+        run.accelerator,
+        attention=run.attention,
+        on_step=on_step,
+    )
+    rows, scale = jax.tree.map(jnp.asarray, run.rows), jnp.asarray(run.scale, jnp.float32)
+    start = time.perf_counter()
+    program = sampler.lower(params, x, keys, cond, rows, scale).compile()
+    return program, time.perf_counter() - start
 
 
 def peak_memory(program: Any) -> int:
@@ -113,6 +148,20 @@ def peak_memory(program: Any) -> int:
     )
 
 
+def weight_bytes(run: Run) -> int:
+    """Bytes of a run's random weights while they are made and prepared: once in float32, once as sampled with."""
+    spec = jax.eval_shape(run.model.init, jax.random.key(0))
+    return size_in_bytes(spec) + size_in_bytes(jax.eval_shape(run.prepare, spec))
+
+
+def memory_available() -> int:
+    """Bytes that the first device has left, or the host where the device's memory is the host's."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def device_name() -> str:
     """Platform and, where the runtime knows it, kind and number of the devices."""
     devices = jax.devices()
@@ -125,6 +174,8 @@ _ROWS = {
     "solver": "solver",
     "guide": "guidance",
     "cache": "cache",
+    "attend": "attention",
+    "quant": "quantisation",
     "dtype": "dtype",
     "images": "images",
     "steps": "steps",
@@ -132,6 +183,7 @@ _ROWS = {
     "network_evaluations": "network evaluations per image",
     "computed_fraction": "fraction of branches computed",
     "gflops_per_image": "GFLOPs per image",
+    "weights_mib": "weights (MiB)",
     "compile_seconds": "compile seconds",
     "seconds_per_image": "seconds per image",
     "peak_memory_mib": "peak memory (MiB)",
@@ -144,12 +196,24 @@ _ROWS = {
 def format_table(table: dict[str, Any]) -> str:
     """The table of `difax sample` for people."""
     width = max(map(len, _ROWS.values()))
-    return "\n".join(f"{_ROWS[k]:<{width}}  {v}" for k, v in table.items() if k in _ROWS)
+    lines = [f"{_ROWS[k]:<{width}}  {v}" for k, v in table.items() if k in _ROWS]
+    if "full_size" in table:
+        lines += ["", "compiled only, at full size:"]
+        lines += [f"{_ROWS.get(k, k.replace('_', ' ')):<{width}}  {v}" for k, v in table["full_size"].items()]
+    return "\n".join(lines)
 
 
 def previewer(run: Run) -> Callable[[Params], np.ndarray]:
     """params -> picture of two images of each of the first ten classes, for a training run; compiled once."""
-    sampler = make_sampler(run.model, run.process, run.prediction, run.solver, run.guide, run.accelerator)
+    sampler = make_sampler(
+        run.model,
+        run.process,
+        run.prediction,
+        run.solver,
+        run.guide,
+        run.accelerator,
+        attention=run.attention,
+    )
     classes = min(run.model.classes, 10)
     labels = jnp.arange(2 * classes) % classes
     rows = jax.tree.map(jnp.asarray, run.rows)
@@ -170,7 +234,19 @@ def listing(kind: str) -> list[tuple[str, str]]:
         return [(name, _first_line(_config_doc(name))) for name in config_names()]
     if kind == "weights":
         return [(name, f"weights embedded in difax: {name}") for name in embedded_weights()]
-    return [(name, _first_line(inspect.getdoc(f) or "")) for name, f in REGISTRIES[singular].items()]
+    lines = [(name, _first_line(inspect.getdoc(f) or "")) for name, f in REGISTRIES[singular].items()]
+    return [(n, f"{line}{_size(n)}") for n, line in lines] if kind == "models" else lines
+
+
+def _size(name: str) -> str:
+    """Parameters, and operations of one evaluation, of a model's native size."""
+    config = NATIVE.get(name)
+    if config is None:
+        return ""
+    model = make("model", load_config(config)["model"])
+    spec = jax.eval_shape(model.init, jax.random.key(0))
+    gflops = model_cost(model, spec).evaluation / 1e9
+    return f" [{config}: {parameter_count(model) / 1e6:,.0f} M parameters, {gflops:,.0f} GFLOPs a step]"
 
 
 def _config_doc(name: str) -> str:

@@ -20,9 +20,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from difax.checkpoint import Source, load_safetensors, nearest, tensor_shapes
+from difax.checkpoint import Foreign, Published, Source, load_foreign, nearest, tensor_shapes
 from difax.contracts import Model, Params
 from difax.models.dit import SIZES, DiTConfig, dit
 from difax.models.layers import sincos_positions
@@ -93,7 +91,21 @@ LAYOUTS = {
 def load_dit(
     path: str | os.PathLike, *, layout: str | None = None, param_dtype: Any = None, **overrides: Any
 ) -> tuple[Model, Params]:
-    """A DiT or SiT and its weights from a safetensors checkpoint of facebookresearch/DiT, SiT or diffusers.
+    """A DiT or SiT and its weights from a safetensors checkpoint: `find_dit`, then read.
+
+    Args:
+      path, layout, overrides: as `find_dit`.
+      param_dtype: floating dtype of the parameters; None keeps the file's.
+
+    Returns:
+      (model, params), params a nested dict of jax arrays with blocks stacked on a leading [depth] axis.
+    """
+    found = find_dit(path, layout=layout, **overrides)
+    return found.model, load_foreign(path, found, param_dtype)
+
+
+def find_dit(path: str | os.PathLike, *, layout: str | None = None, **overrides: Any) -> Foreign:
+    """The DiT or SiT that is in a safetensors checkpoint of facebookresearch/DiT, SiT or diffusers.
 
     Depth, width, patch, channels, classes, MLP ratio and learn_sigma come from the tensors' shapes, heads from
     the paper's sizes, the input size from stored positions (taken as square). For diffusers, a config.json
@@ -103,11 +115,10 @@ def load_dit(
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two. The
         .pt files of the original projects are pickles and are refused; convert them with torch once.
       layout: "original" (DiT and SiT), "diffusers", or None to recognise it by the tensors' names.
-      param_dtype: floating dtype of the parameters; None keeps the file's.
       **overrides: fields of `difax.models.dit.dit` (size, heads, dtype, ...), which win over what was found.
 
     Returns:
-      (model, params), params a nested dict of jax arrays with blocks stacked on a leading [depth] axis.
+      The model and the layout table, for `load_dit` and `difax.convert`.
 
     Raises:
       ValueError: as `difax.checkpoint.load_safetensors`; an unknown layout or override; heads or size that
@@ -144,15 +155,8 @@ def load_dit(
     named = letter is not None and fields["patch"] in (2, 4, 8)
     model = dit(f"{letter}/{fields['patch']}" if named else None, **fields)
     rows, columns = (n // fields["patch"] for n in model.input_shape[:2])
-    params = load_safetensors(
-        path,
-        jax.eval_shape(model.init, jax.random.key(0)),
-        rules.table,
-        layers={"layer": model.stages[0].depth},
-        constants={rules.positions: sincos_positions(fields["width"], rows, columns)[None]},
-        dtype=param_dtype,
-    )
-    return model, params
+    positions = sincos_positions(fields["width"], rows, columns)[None]
+    return Foreign(model, rules.table, {"layer": model.stages[0].depth}, {rules.positions: positions})
 
 
 def _layout(path: Any, layout: str | None, shapes: dict[str, Any]) -> str:
@@ -243,3 +247,6 @@ def _diffusers_config(path: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(f"{file}: {name}={config[name]!r}; allowed: {' or '.join(only)}")
     found = {"heads": "num_attention_heads", "size": "sample_size", "mlp_norm_eps": "norm_eps"}
     return {field: config[name] for field, name in found.items() if config.get(name) is not None}
+
+
+PUBLISHED = Published(find_dit, {name: layout.table for name, layout in LAYOUTS.items()})

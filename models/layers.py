@@ -20,7 +20,10 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        if self.is_initializing():
+            kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        else:  # `param` would hold a packed weight against the shape of the array that it stands for
+            kernel = self.get_variable("params", "kernel")
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return dot(x, kernel, bias)
 

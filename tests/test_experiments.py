@@ -14,15 +14,19 @@ from experiments.provenance import append_row, provenance, read_rows
 
 
 def test_bench_row_counts_its_own_work():
-    row = bench("S/8", 2, "float32", 2, [], 2, top=ceiling("float32", 128))
+    row = bench("S/8", 2, "float32", 2, [], 2, top=ceiling("float32", (128,)))
     model = dit("S/8")
     import jax
 
     flops = 2 * model_cost(model, jax.eval_shape(model.init, jax.random.key(0))).evaluation
     assert row["gflops"] == pytest.approx(flops / 1e9)
-    assert row["gflops_per_second"] == pytest.approx(row["gflops"] / row["seconds"])
-    assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
-    assert row["sample"]["steps"] == 2 and row["compile_seconds"] > 0 and row["peak_memory_mib"] > 0
+    for layout in ("stacked", "unstacked"):
+        part = row[layout]
+        assert part["gflops_per_second"] == pytest.approx(row["gflops"] / part["seconds"])
+        assert part["seconds_min"] <= part["seconds"] <= part["seconds_max"]
+        assert part["compile_seconds"] > 0 and part["peak_memory_mib"] > 0
+        assert row["sample"][layout]["compile_seconds"] > 0
+    assert row["sample"]["steps"] == 2 and row["sample"]["unstacked"]["seconds"] > 0
 
 
 def test_provenance_and_rows(tmp_path):

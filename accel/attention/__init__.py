@@ -1,0 +1,132 @@
+"""How the blocks attend, one file each, and the choice among several by what each can do."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from difax.accel.attention.chunked import chunked
+from difax.accel.attention.cudnn import cudnn
+from difax.accel.attention.window import window
+from difax.accel.attention.xla import xla
+from difax.contracts import Attention, AttentionSpec, Level, Row, State, Where
+from difax.trunk import stateless
+
+
+def _lifted(factory: Callable[..., Callable[..., Any]]) -> Callable[..., Attention]:
+    """A factory of functions as a factory of an `Attention` that remembers nothing."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **settings: Any) -> Attention:
+        return stateless(factory(*args, **settings))
+
+    return make
+
+
+ATTENTIONS: dict[str, Callable[..., Attention]] = {
+    "xla": _lifted(xla),
+    "chunked": _lifted(chunked),
+    "cudnn": _lifted(cudnn),
+    "window": _lifted(window),
+}
+
+
+def attention(names: str | Sequence[str], settings: Mapping[str, Mapping[str, Any]] | None = None) -> Attention:
+    """Builds the first of the named attentions that takes a call, decided for each shape of call (`first_of`).
+
+    Args:
+      names: of `ATTENTIONS`, in order of preference: "chunked", ["cudnn", "chunked"] or "cudnn,chunked".
+      settings: per name its factory's arguments, such as {"window": {"radius": 128}}.
+
+    Returns:
+      An `Attention`; where a call is declined by all of them it raises ValueError with every reason.
+
+    Raises:
+      ValueError: an unknown, missing or repeated name, or settings that a factory does not take.
+    """
+    given = [n.strip() for n in (names.split(",") if isinstance(names, str) else names)]
+    settings = settings or {}
+    if not given or len(set(given)) < len(given):
+        raise ValueError(
+            f"attention names {', '.join(given) or 'none'}; allowed: each once, of {', '.join(ATTENTIONS)}"
+        )
+    for name in given:
+        _choose("attention", name, list(ATTENTIONS))
+    for name, section in settings.items():
+        _choose("attention with settings", name, given)
+        for key in section:
+            _choose(f"setting of attention {name}", key, list(inspect.signature(ATTENTIONS[name]).parameters))
+
+    def make(name: str) -> Attention:
+        try:
+            return ATTENTIONS[name](**settings.get(name, {}))
+        except TypeError as error:  # an argument that has no default
+            raise ValueError(f"attention {name}: {error}") from None
+
+    return first_of({name: make(name) for name in given})
+
+
+def first_of(choices: Mapping[str, Attention]) -> Attention:
+    """The first of several attentions that does not decline, decided anew for every shape of call.
+
+    A choice declines by NotImplementedError, from `init` or at trace time from `apply`, which is tried on shapes
+    alone. Self-attention and cross-attention may so fall to different choices; `init` and `apply` agree on one call.
+
+    Args:
+      choices: name -> `Attention`, in order of preference. They may decline by shapes and dtypes, not by place.
+
+    Returns:
+      An `Attention` with the state of the chosen one. A call that all decline raises ValueError with every reason.
+
+    Raises:
+      ValueError: no choices.
+    """
+    if not choices:
+        raise ValueError("first_of: no choices; allowed: one or more")
+    decided: dict[Any, str] = {}
+
+    def choose(spec: AttentionSpec) -> Attention:
+        leaves, structure = jax.tree.flatten(spec)
+        key = structure, tuple((a.shape, str(a.dtype)) for a in leaves)
+        if key not in decided:
+            decided[key] = _decide(choices, spec)
+        return choices[decided[key]]
+
+    def apply(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, where: Where, row: Any, state: State) -> Any:
+        spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), AttentionSpec(q, k, v, segments))
+        return choose(spec).apply(q, k, v, segments, where, row, state)
+
+    return Attention(init=lambda spec: choose(spec).init(spec), apply=apply)
+
+
+def _decide(choices: Mapping[str, Attention], spec: AttentionSpec) -> str:
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)  # noqa: E731
+    f32, i32, flag = scalar(jnp.float32), scalar(jnp.int32), scalar(jnp.bool_)
+    row = Row(i32, i32, f32, f32, Level(f32, f32, f32, f32), (), flag, flag)
+    reasons = []
+    for name, choice in choices.items():
+
+        def call(given: AttentionSpec, layer: Any, row: Row, choice: Attention = choice) -> Any:
+            return choice.apply(*given, Where("", "", layer, 1), row, choice.init(spec))
+
+        try:
+            jax.eval_shape(call, spec, i32, row)
+            return name
+        except NotImplementedError as reason:
+            reasons.append(f"{name}: {reason}")
+    q, dtype = list(spec.q.shape), spec.q.dtype
+    ids = "" if spec.segments is None else ", segments"
+    raise ValueError(f"no attention takes this call (q {q} {dtype}, S {spec.k.shape[1]}{ids}): {'; '.join(reasons)}")
+
+
+def _choose(kind: str, value: str, allowed: list[str]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(allowed) or 'none'}")

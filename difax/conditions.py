@@ -1,0 +1,57 @@
+"""What a model is conditioned on, as a tree of arrays: labels, or embeddings of prompts made elsewhere.
+
+difax holds no text encoders: prompts arrive as the embeddings that the model's own encoder made, in one safetensors
+file with a tensor for every leaf of `Model.cond`, each leading with [n].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from difax.checkpoint import load_native, tensor_shapes
+from difax.contracts import Model
+
+
+def labelled(model: Model) -> bool:
+    """Whether the model is conditioned on a label alone."""
+    return isinstance(model.cond, jax.ShapeDtypeStruct)
+
+
+def random_conditions(model: Model, n: int, seed: int = 0) -> Any:
+    """Conditions [n] for models with random weights: standard normal embeddings, nothing masked, labels in turn."""
+    if labelled(model):
+        return np.arange(n, dtype=np.int32) % model.classes
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: Any) -> np.ndarray:
+        shape = (n, *leaf.shape)
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return rng.normal(size=shape).astype(leaf.dtype) if floating else np.ones(shape, leaf.dtype)
+
+    return jax.tree.map(draw, model.cond)
+
+
+def load_conditions(model: Model, path: str) -> Any:
+    """Reads the conditions [n] of a model that takes embeddings.
+
+    Args:
+      path: a .safetensors file with one tensor [n, ...] for every leaf of `model.cond`.
+
+    Raises:
+      ValueError: as `difax.checkpoint.load_safetensors`; tensors of unequal n; a model that takes labels.
+    """
+    if labelled(model):
+        raise ValueError(f"--cond {path}: {model.name} takes labels")
+    shapes = tensor_shapes(path)
+    lengths = {shapes[name][0] for name in flatten_dict(model.cond, sep="/") if shapes.get(name)}
+    n = lengths.pop() if lengths else 1
+    if lengths:
+        raise ValueError(f"{path}: the tensors lead with {sorted({n, *lengths})}; allowed: one number of conditions")
+    spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), model.cond)
+    found = load_native(path, spec)
+    return jax.tree.map(lambda a, s: np.asarray(a).astype(s.dtype), found, spec)

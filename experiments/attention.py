@@ -1,0 +1,151 @@
+"""Attention by blocks and within a window against the plain one: seconds, GFLOP/s and memory by length.
+
+  python -m experiments.attention                                                     difax alone
+  python -m experiments.attention --lane jax012 --torch-python PYTHON_WITH_TORCH      also torch's SDPA
+
+One call on q, k, v [1, tokens, 8, 64], default settings, the contenders turn by turn; torch's
+scaled_dot_product_attention runs in a process of its own. GFLOP/s count the two products over the pairs that attend
+(a window: over its own pairs). Peak memory is what XLA says that the compiled program needs. A contender that needs
+more than is free is left out, with that as the reason. Rows go to experiments/results/attention/LANE.jsonl; a row
+that is there already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from difax.accel.attention.chunked import chunked
+from difax.accel.attention.window import window
+from difax.accel.attention.xla import xla
+from difax.report import peak_memory
+from experiments.bench_step import Torch, ceiling, measure
+from experiments.provenance import RESULTS, append_row, provenance, read_rows
+
+TOKENS, DTYPES, HEADS, WIDTH, RADIUS = (1024, 4096, 16384), ("float32", "bfloat16"), 8, 64, 512
+WINDOW = f"window {RADIUS}"
+
+
+class TorchAttention(Torch):
+    """torch's scaled_dot_product_attention in a process of its own, asked for one call at a time."""
+
+    def __init__(self, python: str, tokens: int, dtype: str):
+        command = [python, "-m", "experiments.torch_attention", *map(str, (tokens, HEADS, WIDTH)), dtype]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ready = self._read()
+
+
+def pairs(name: str, tokens: int) -> int:
+    """How many pairs of a query and a key attend."""
+    return (
+        sum(min(i + RADIUS, tokens - 1) - max(i - RADIUS, 0) + 1 for i in range(tokens))
+        if name == WINDOW
+        else tokens**2
+    )
+
+
+def available_memory() -> int:
+    """Bytes that a new program may take without swapping."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def bench(tokens: int, dtype: str, repeats: int, python: str | None = None) -> dict[str, Any]:
+    """One row: a call of every contender at one length in one dtype.
+
+    Args:
+      repeats: measured calls of each, after one that is thrown away.
+      python: the interpreter with torch; None leaves torch out.
+    """
+    arguments = [jax.random.normal(jax.random.key(i), (1, tokens, HEADS, WIDTH)).astype(dtype) for i in range(3)]
+    contenders: dict[str, Callable[..., Any]] = {"xla": xla(), "chunked": chunked(), WINDOW: window(RADIUS)}
+    row: dict[str, Any] = {"tokens": tokens, "heads": HEADS, "head_width": WIDTH, "dtype": dtype, "repeats": repeats}
+    programs, times = {}, {}
+    for name, function in contenders.items():
+        start = time.perf_counter()
+        program = jax.jit(function).lower(*arguments).compile()
+        row[name] = {"compile_seconds": time.perf_counter() - start, "peak_memory_mib": peak_memory(program) / 2**20}
+        needs, free = peak_memory(program), available_memory()
+        if jax.default_backend() == "cpu" and needs > 0.9 * free:
+            row[name]["skipped"] = f"needs {needs / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free"
+        else:
+            programs[name] = program
+    outputs = {name: jax.block_until_ready(program(*arguments)) for name, program in programs.items()}
+    if "xla" in outputs:
+        error = jnp.abs(outputs["chunked"].astype(jnp.float32) - outputs["xla"].astype(jnp.float32)).max()
+        row["chunked"]["largest_difference_from_xla"] = float(error)
+    del outputs
+    worker = TorchAttention(python, tokens, dtype) if python else None
+    for _ in range(repeats):
+        for name, program in programs.items():
+            run = partial(lambda p: jax.block_until_ready(p(*arguments)), program)
+            wall, cpu = measure(run, 1, warm=False)
+            times.setdefault(name, []).append((wall[0], cpu[0]))
+        if worker:
+            answer = worker.step()
+            times.setdefault("torch_sdpa", []).append((answer["seconds"], answer["cpu_seconds"]))
+    if worker:
+        worker.close()
+        row["torch_sdpa"] = {"torch": worker.ready["torch"]}
+    for name, values in times.items():
+        wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
+        flops = 4 * HEADS * WIDTH * pairs(name, tokens)
+        row[name] |= {
+            "seconds": wall,
+            "seconds_min": min(w for w, _ in values),
+            "seconds_max": max(w for w, _ in values),
+            "cpu_seconds": cpu,
+            "gflops": flops / 1e9,
+            "gflops_per_second": flops / wall / 1e9,
+        }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--torch-python", help="interpreter that has the parity extra; without it torch is left out")
+    parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
+    parser.add_argument("--out", type=pathlib.Path, help="file of rows, instead of the lane's")
+    options = parser.parse_args()
+    path = options.out or RESULTS / "attention" / f"{options.lane}.jsonl"
+    for dtype in options.dtypes:
+        top = None
+        for tokens in options.tokens:
+            if (tokens, dtype) in {(row["tokens"], row["dtype"]) for row in read_rows(path)}:
+                continue
+            top = top or ceiling(dtype)
+            row = bench(tokens, dtype, options.repeats, options.torch_python)
+            source = provenance()
+            if options.torch_python:
+                source["command"] = source["command"].replace(options.torch_python, "PYTHON_WITH_TORCH")
+            append_row(path, {**row, "ceiling_gflops_per_second": top, "provenance": source})
+            for name in ("xla", "chunked", WINDOW, "torch_sdpa"):
+                part = row.get(name, {})
+                if "seconds" in part:
+                    print(
+                        f"{tokens:6} {dtype:8} {name:10} {1e3 * part['seconds']:9.1f} ms  CPU "
+                        f"{1e3 * part['cpu_seconds']:9.1f} ms  {part['gflops_per_second']:5.0f} GFLOP/s",
+                        flush=True,
+                    )
+                elif part:
+                    print(f"{tokens:6} {dtype:8} {name:10} left out: {part['skipped']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""PixArt-alpha and PixArt-Sigma: text-to-image Transformers with adaLN-single and cross-attention to a caption.
+
+Chen et al., PixArt-alpha, 2023, arXiv:2310.00426; Chen et al., PixArt-Sigma, 2024, arXiv:2403.04692. One network of
+the time gives six vectors s of width D for all blocks; a block adds its own table E and computes, with
+(shift, scale, gate, shift', scale', gate') = E + s and the projected caption y,
+
+  h <- h + gate attn(norm(h) (1 + scale) + shift)
+  h <- h + cross(h, y)                                      (no norm before, no gate)
+  h <- h + gate' mlp(norm(h) (1 + scale') + shift').
+
+The function is that of diffusers' PixArtTransformer2DModel. Both papers share it: Sigma has longer captions and no
+micro-conditions (its compressed keys and values are not in that class and not here).
+
+Shape letters: B batch, N tokens, L caption tokens, D width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.contracts import Context, Model, Params, Segments, Stage
+from difax.models.layers import Dense, patchify, timestep_embedding, unpatchify
+from difax.ops import attend, layer_norm
+
+VARIANTS = {"alpha": 120, "sigma": 300}  # name -> caption tokens; both are XL/2
+XL = {"depth": 28, "width": 1152, "heads": 16}
+FREQUENCIES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class PixArtConfig:
+    """Geometry and numerics of a PixArt; the arguments of `pixart` with nothing left open."""
+
+    depth: int
+    width: int
+    heads: int
+    patch: int
+    size: tuple[int, int]
+    channels: int
+    text_tokens: int
+    text_width: int
+    base_size: int
+    interpolation_scale: float
+    micro_conditioning: bool
+    learn_sigma: bool
+    dtype: Any
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.size[0] // self.patch, self.size[1] // self.patch
+
+    @property
+    def out_channels(self) -> int:
+        return self.channels * (2 if self.learn_sigma else 1)
+
+
+def scaled_positions(
+    width: int, rows: int, columns: int, base_size: int, interpolation_scale: float = 1.0
+) -> np.ndarray:
+    """Fixed 2-D sine-cosine positions of any grid, stretched to the extent of the grid that was trained on.
+
+    Token (i, j) stands at (i base_size/rows, j base_size/columns)/interpolation_scale.
+
+    Args:
+      width: features, divisible by 4: the first half comes from the column, the second from the row.
+      rows, columns: of the grid of patches.
+      base_size: rows of the square grid that the weights were trained on.
+      interpolation_scale: how many times finer that grid is than the one of the first training stage.
+
+    Returns:
+      [rows columns, width] float32.
+    """
+
+    def axis(n: int) -> np.ndarray:
+        place = np.arange(n) * (base_size / n / interpolation_scale)
+        angle = place[:, None] * 10_000.0 ** (-np.arange(width // 4) / (width / 4))
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+    column, row = np.broadcast_arrays(axis(columns)[None], axis(rows)[:, None])
+    return np.concatenate([column, row], axis=-1).reshape(rows * columns, width).astype(np.float32)
+
+
+def _normal(std: float) -> nn.initializers.Initializer:
+    return nn.initializers.normal(std)
+
+
+def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    return (layer_norm(x) * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+class PixArtBlock(nn.Module):
+    """One block: parameters and the pieces that the block runner puts together."""
+
+    config: PixArtConfig
+
+    def setup(self) -> None:
+        width = self.config.width
+        self.table = self.param("table", _normal(width**-0.5), (6, width))
+        self.qkv = Dense(3 * width)
+        self.out = Dense(width)
+        self.cross_q = Dense(width)
+        self.cross_kv = Dense(2 * width)
+        self.cross_out = Dense(width, kernel_init=nn.initializers.zeros)
+        self.fc1 = Dense(4 * width)
+        self.fc2 = Dense(width)
+
+    def mods(self, context: Context) -> dict[str, tuple[jax.Array, ...]]:
+        a, b, c, d, e, f = jnp.moveaxis(self.table.astype(jnp.float32)[None] + context["six"], 1, 0)
+        return {"attn": (a, b, c), "mlp": (d, e, f)}
+
+    def attn(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
+        x = _modulate(h_BND, *mods["attn"][:2])
+        b, n, d = x.shape
+        q, k, v = jnp.split(self.qkv(x).reshape(b, n, 3 * self.config.heads, -1), 3, axis=2)
+        return self.out(attend(q, k, v).reshape(b, n, d))
+
+    def cross(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
+        b, n, d = h_BND.shape
+        q_BNHK = self.cross_q(h_BND).reshape(b, n, self.config.heads, -1)
+        kv_BLHK = self.cross_kv(context["text"]).reshape(b, -1, 2 * self.config.heads, d // self.config.heads)
+        k, v = jnp.split(kv_BLHK, 2, axis=2)
+        segments = Segments(q=jnp.ones((b, n), jnp.int32), k=context["mask"])
+        return self.cross_out(attend(q_BNHK, k, v, segments).reshape(b, n, d))
+
+    def mlp(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
+        return self.fc2(_gelu(self.fc1(_modulate(h_BND, *mods["mlp"][:2]))))
+
+    def gate(self, mods: Any, branch: str) -> jax.Array:
+        return mods[branch][2][:, None] if branch in mods else jnp.ones((1, 1, 1))
+
+    def __call__(self, h_BND: jax.Array, context: Context, attend: Any) -> None:
+        """Touches every parameter once; used by `init` only."""
+        mods = self.mods(context)
+        self.attn(h_BND, mods, context, attend)
+        self.cross(h_BND, mods, context, attend)
+        self.mlp(h_BND, mods, context, attend)
+
+
+class Ends(nn.Module):
+    """What stands before and after the blocks: patch, time, size and caption embeddings, and the final layer."""
+
+    config: PixArtConfig
+
+    def setup(self) -> None:
+        c, small = self.config, _normal(0.02)
+        self.patch = Dense(c.width)
+        self.time1 = Dense(c.width, kernel_init=small)
+        self.time2 = Dense(c.width, kernel_init=small)
+        self.six = Dense(6 * c.width, kernel_init=small)
+        self.text1 = Dense(c.width, kernel_init=small)
+        self.text2 = Dense(c.width, kernel_init=small)
+        if c.micro_conditioning:
+            self.resolution1 = Dense(c.width // 3, kernel_init=small)
+            self.resolution2 = Dense(c.width // 3, kernel_init=small)
+            self.aspect1 = Dense(c.width // 3, kernel_init=small)
+            self.aspect2 = Dense(c.width // 3, kernel_init=small)
+        self.table = self.param("table", _normal(c.width**-0.5), (2, c.width))
+        self.out = Dense(c.patch * c.patch * c.out_channels, kernel_init=nn.initializers.zeros)
+
+    def embed(self, x: jax.Array, model_time: jax.Array, cond: Any) -> tuple[jax.Array, Context]:
+        c = self.config
+        positions = jnp.asarray(scaled_positions(c.width, *c.grid, c.base_size, c.interpolation_scale))[None]
+        tokens = self.patch(patchify(x, c.patch).astype(c.dtype)) + positions.astype(c.dtype)
+        # a few rows in float32, as every modulation that comes of them
+        time_BD = self.time2(nn.silu(self.time1(timestep_embedding(model_time, FREQUENCIES))))
+        if c.micro_conditioning:
+            time_BD = time_BD + jnp.concatenate(
+                [
+                    self._numbers(cond["resolution"], self.resolution1, self.resolution2),
+                    self._numbers(cond["aspect_ratio"], self.aspect1, self.aspect2),
+                ],
+                axis=-1,
+            )
+        six = self.six(nn.silu(time_BD)).reshape(-1, 6, c.width)
+        text = self.text2(_gelu(self.text1(cond["text"].astype(c.dtype))))
+        return tokens, {"time": time_BD, "six": six, "text": text, "mask": cond["mask"]}
+
+    def _numbers(self, values_BJ: jax.Array, first: Dense, second: Dense) -> jax.Array:
+        """Embeds J numbers a sample one by one, side by side: [B, J D/3]."""
+        features = timestep_embedding(values_BJ.reshape(-1), FREQUENCIES)
+        return second(nn.silu(first(features))).reshape(len(values_BJ), -1)
+
+    def head(self, tokens: jax.Array, context: Context) -> jax.Array:
+        shift, scale = jnp.moveaxis(self.table.astype(jnp.float32)[None] + context["time"][:, None], 1, 0)
+        return unpatchify(self.out(_modulate(tokens, shift, scale)), self.config.patch, *self.config.grid)
+
+    def __call__(self, x: jax.Array, model_time: jax.Array, cond: Any) -> tuple[jax.Array, Context]:
+        tokens, context = self.embed(x, model_time, cond)
+        self.head(tokens, context)
+        return tokens, context
+
+
+def pixart(
+    variant: str | None = None,
+    *,
+    depth: int | None = None,
+    width: int | None = None,
+    heads: int | None = None,
+    patch: int = 2,
+    size: int | tuple[int, int] = 128,
+    channels: int = 4,
+    text_tokens: int | None = None,
+    text_width: int = 4096,
+    base_size: int | None = None,
+    interpolation_scale: float | None = None,
+    micro_conditioning: bool | None = None,
+    learn_sigma: bool = True,
+    dtype: Any = "float32",
+) -> Model:
+    """A PixArt as a `Model`, conditioned on an encoded caption.
+
+    The condition is a dict: text [B, L, text_width] and mask [B, L] int32 (1: a token, 0: padding; at least one 1),
+    null_text and null_mask of the same shapes (the empty or the negative prompt), and with micro-conditioning
+    resolution [B, 2] (height, width in pixels) and aspect_ratio [B, 1] (height over width).
+
+    Args:
+      variant: "alpha" or "sigma", XL/2 of the papers with 120 or 300 caption tokens; or None and give depth, width,
+        heads and text_tokens yourself.
+      depth, width, heads: blocks, model width (divisible by heads and by 4; by 3 with micro-conditioning), heads
+        (28, 1152, 16).
+      patch: side of a patch (2).
+      size: height and width of the latents, divisible by patch; 32, 64, 128 for images of 256, 512, 1024 pixels.
+      channels: of the latents (4).
+      text_tokens, text_width: caption tokens (120 in alpha, 300 in Sigma) and features of the text encoder (4096,
+        T5-XXL).
+      base_size: rows of patches of the square latents that the weights were trained on, to which positions are
+        stretched; None takes it from a square `size`.
+      interpolation_scale: of the positions; None is (base_size patch) // 64, at least 1, as in diffusers.
+      micro_conditioning: embed resolution and aspect ratio; None is True for "alpha" of 128 x 128 latents.
+      learn_sigma: emit variance channels (True; samplers other than ddpm drop them).
+      dtype: "float32" or "bfloat16", of activations and dots; time, norms, modulation and softmax are float32.
+
+    Raises:
+      ValueError: unknown variant, a missing part of the geometry, or one that does not divide.
+
+    References: Chen et al. 2023, arXiv:2310.00426; Chen et al. 2024, arXiv:2403.04692.
+    """
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"unknown PixArt variant {variant!r}; allowed: {', '.join(VARIANTS)}")
+    given: dict[str, Any] = {"depth": depth, "width": width, "heads": heads, "text_tokens": text_tokens}
+    preset: dict[str, Any] = {} if variant is None else {**XL, "text_tokens": VARIANTS[variant]}
+    geometry: dict[str, Any] = {name: preset.get(name) if value is None else value for name, value in given.items()}
+    missing = [name for name, value in geometry.items() if value is None]
+    if missing:
+        raise ValueError(f"pixart: {', '.join(missing)} missing; give it, or a variant: {', '.join(VARIANTS)}")
+    hw = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    if patch < 1:
+        raise ValueError(f"pixart: patch={patch}; allowed: 1 or more")
+    if base_size is None:
+        if hw[0] != hw[1]:
+            raise ValueError(
+                f"pixart: size={hw[0]}x{hw[1]} does not tell the square size that the weights were trained on; "
+                "give base_size=... in patches (64 for 1024 pixels)"
+            )
+        base_size = hw[0] // patch
+    trained = base_size * patch
+    c = PixArtConfig(
+        **geometry,
+        patch=patch,
+        size=hw,
+        channels=channels,
+        text_width=text_width,
+        base_size=base_size,
+        interpolation_scale=max(trained // 64, 1) if interpolation_scale is None else interpolation_scale,
+        micro_conditioning=(variant == "alpha" and trained == 128)
+        if micro_conditioning is None
+        else micro_conditioning,
+        learn_sigma=learn_sigma,
+        dtype=jnp.dtype(dtype),
+    )
+    _check(c)
+    block, ends = PixArtBlock(c), Ends(c)
+    text, mask = (c.text_tokens, c.text_width), (c.text_tokens,)
+    shapes = {"text": text, "mask": mask, "null_text": text, "null_mask": mask}
+    if c.micro_conditioning:
+        shapes |= {"resolution": (2,), "aspect_ratio": (1,)}
+    cond_spec = {n: jax.ShapeDtypeStruct(s, "int32" if "mask" in n else "float32") for n, s in shapes.items()}
+
+    def init(key: jax.Array) -> Params:
+        ends_key, blocks_key = jax.random.split(key)
+        x = jnp.zeros((1, *c.size, c.channels))
+        cond = {name: jnp.ones((1, *s.shape), s.dtype) for name, s in cond_spec.items()}
+        (tokens, context), ends_params = ends.init_with_output(ends_key, x, jnp.zeros((1,)), cond)
+        one = lambda k: block.init(k, tokens, context, attend)["params"]  # noqa: E731
+        return {"ends": ends_params["params"], "blocks": jax.vmap(one)(jax.random.split(blocks_key, c.depth))}
+
+    def embed(params: Params, x: jax.Array, model_time: jax.Array, cond: Any) -> Any:
+        return ends.apply({"params": params["ends"]}, x, model_time, cond, method="embed")
+
+    def head(params: Params, tokens: jax.Array, context: Context) -> Any:
+        return ends.apply({"params": params["ends"]}, tokens, context, method="head")
+
+    return Model(
+        name=f"pixart-{variant or f'{c.depth}x{c.width}/{c.patch}'}",
+        init=init,
+        embed=embed,
+        stages=(Stage("blocks", c.depth, block, ("attn", "cross", "mlp")),),
+        head=head,
+        null=lambda cond: {**cond, "text": cond["null_text"], "mask": cond["null_mask"]},
+        input_shape=(*c.size, c.channels),
+        learn_sigma=c.learn_sigma,
+        classes=0,
+        dtype=c.dtype,
+        cond=cond_spec,
+    )
+
+
+def _check(c: PixArtConfig) -> None:
+    for name in ("depth", "width", "heads", "channels", "text_tokens", "text_width", "base_size"):
+        if getattr(c, name) < 1:
+            raise ValueError(f"pixart: {name}={getattr(c, name)}; allowed: 1 or more")
+    if c.width % c.heads or c.width % 4:
+        raise ValueError(f"pixart: width={c.width} must be divisible by heads={c.heads} and by 4")
+    if c.micro_conditioning and c.width % 3:
+        raise ValueError(f"pixart: width={c.width} must be divisible by 3 with micro_conditioning")
+    if min(c.size) < 1 or c.size[0] % c.patch or c.size[1] % c.patch:
+        raise ValueError(f"pixart: size={c.size[0]}x{c.size[1]} must be divisible by patch={c.patch}")
+    if not c.interpolation_scale > 0:
+        raise ValueError(f"pixart: interpolation_scale={c.interpolation_scale}; allowed: > 0")
+    if str(c.dtype) not in ("float32", "bfloat16"):
+        raise ValueError(f"pixart: dtype={c.dtype}; allowed: float32, bfloat16")

@@ -1,0 +1,212 @@
+"""PixArt weights of diffusers: the layout of PixArtTransformer2DModel as a table, and `load_pixart`.
+
+The checkpoints published in this layout are alpha's (XL-2-256x256, 512x512, 1024-MS) and Sigma's (XL-2-256 ... 2K-MS).
+Which of the two a file is, its tensors do not tell; they differ in the number of caption tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from difax.checkpoint import Foreign, Published, Source, load_foreign, nearest, tensor_shapes
+from difax.contracts import Model, Params
+from difax.models.pixart import XL, PixArtConfig, pixart, scaled_positions
+
+
+def _dense(path: str, *keys: str) -> dict[str, Source]:
+    """The rows of one dense layer, whose kernels the reference stores as [out, in]."""
+    return {
+        f"{path}/kernel": Source(tuple(f"{k}.weight" for k in keys), (1, 0)),
+        f"{path}/bias": Source(tuple(f"{k}.bias" for k in keys)),
+    }
+
+
+_BLOCK, _TIME = "transformer_blocks.{layer}", "adaln_single.emb"
+DIFFUSERS = {
+    # a convolution's [D, C, p, p] -> [p, p, C, D]: our patches run over row, column, channel
+    "ends/patch/kernel": Source(("pos_embed.proj.weight",), (2, 3, 1, 0)),
+    "ends/patch/bias": Source(("pos_embed.proj.bias",)),
+    **_dense("ends/time1", f"{_TIME}.timestep_embedder.linear_1"),
+    **_dense("ends/time2", f"{_TIME}.timestep_embedder.linear_2"),
+    **_dense("ends/six", "adaln_single.linear"),
+    **_dense("ends/text1", "caption_projection.linear_1"),
+    **_dense("ends/text2", "caption_projection.linear_2"),
+    "ends/table": Source(("scale_shift_table",)),
+    **_dense("ends/out", "proj_out"),
+    "blocks/table": Source((f"{_BLOCK}.scale_shift_table",)),
+    **_dense("blocks/qkv", *(f"{_BLOCK}.attn1.to_{part}" for part in "qkv")),
+    **_dense("blocks/out", f"{_BLOCK}.attn1.to_out.0"),
+    **_dense("blocks/cross_q", f"{_BLOCK}.attn2.to_q"),
+    **_dense("blocks/cross_kv", f"{_BLOCK}.attn2.to_k", f"{_BLOCK}.attn2.to_v"),
+    **_dense("blocks/cross_out", f"{_BLOCK}.attn2.to_out.0"),
+    **_dense("blocks/fc1", f"{_BLOCK}.ff.net.0.proj"),
+    **_dense("blocks/fc2", f"{_BLOCK}.ff.net.2"),
+}
+MICRO_CONDITIONS = {
+    **_dense("ends/resolution1", f"{_TIME}.resolution_embedder.linear_1"),
+    **_dense("ends/resolution2", f"{_TIME}.resolution_embedder.linear_2"),
+    **_dense("ends/aspect1", f"{_TIME}.aspect_ratio_embedder.linear_1"),
+    **_dense("ends/aspect2", f"{_TIME}.aspect_ratio_embedder.linear_2"),
+}
+POSITIONS = "pos_embed.pos_embed"  # a fixed buffer that some versions stored
+LAYOUTS = {"diffusers": {**DIFFUSERS, **MICRO_CONDITIONS}}
+
+
+def load_pixart(
+    path: str | os.PathLike, *, layout: str | None = None, param_dtype: Any = None, **overrides: Any
+) -> tuple[Model, Params]:
+    """A PixArt and its weights from a safetensors checkpoint: `find_pixart`, then read.
+
+    Args:
+      path, layout, overrides: as `find_pixart`.
+      param_dtype: floating dtype of the parameters; None keeps the file's.
+
+    Returns:
+      (model, params), params a nested dict of jax arrays with blocks stacked on a leading [depth] axis.
+    """
+    found = find_pixart(path, layout=layout, **overrides)
+    return found.model, load_foreign(path, found, param_dtype)
+
+
+def find_pixart(
+    path: str | os.PathLike, *, layout: str | None = None, variant: str | None = None, **overrides: Any
+) -> Foreign:
+    """The PixArt that is in a safetensors checkpoint of diffusers.
+
+    Depth, width, patch, channels, text_width, learn_sigma and micro_conditioning come from the tensors; 16 heads from
+    the width of XL; heads, base_size, size and interpolation_scale from a config.json beside the file. What
+    cannot be known must be given.
+
+    Args:
+      path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
+      layout: "diffusers", the only one.
+      variant: "alpha" or "sigma", for the number of caption tokens (120, 300); or give text_tokens.
+      **overrides: arguments of `difax.models.pixart.pixart` (size, heads, dtype, ...), which win over what was found.
+
+    Returns:
+      The model and the layout table, for `load_pixart` and `difax.convert`.
+
+    Raises:
+      ValueError: as `difax.checkpoint.load_safetensors` and `pixart`; an unknown layout or argument; a config.json of
+        another function; heads, size or caption tokens that neither the file nor the caller gives.
+
+    References: Chen et al. 2023, arXiv:2310.00426; Chen et al. 2024, arXiv:2403.04692.
+    """
+    allowed = {field.name for field in dataclasses.fields(PixArtConfig)}
+    for name in overrides:
+        if name not in allowed:
+            raise ValueError(
+                f"load_pixart: unknown argument {name!r}; nearest: {nearest(name, allowed)!r}; "
+                f"allowed: {', '.join(sorted(allowed))}"
+            )
+    if layout not in (None, *LAYOUTS):
+        raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
+    shapes = tensor_shapes(path)
+    fields = _geometry(path, shapes)
+    fields = {**fields, **_diffusers_config(path, fields), **overrides}
+    unknown = {
+        "heads": "the number of attention heads",
+        "size": "the latents' height and width",
+        "text_tokens": "the number of caption tokens",
+    }
+    for name, what in unknown.items():
+        if name not in fields and not (variant is not None and name == "text_tokens"):
+            hint = " (or variant='alpha' or 'sigma')" if name == "text_tokens" else ""
+            raise ValueError(
+                f"{path}: {what} cannot be known from the tensors (depth {fields['depth']}, width "
+                f"{fields['width']}); give {name}=...{hint}"
+            )
+    model = pixart(variant, **fields)
+    c = model.stages[0].block.config
+    table = LAYOUTS["diffusers"] if c.micro_conditioning else DIFFUSERS
+    stored = scaled_positions(c.width, c.base_size, c.base_size, c.base_size, c.interpolation_scale)
+    return Foreign(model, table, {"layer": c.depth}, {POSITIONS: stored[None]})
+
+
+def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The arguments of `pixart` that the tensors' shapes tell."""
+    if "blocks/cross_kv/kernel" in shapes:
+        raise ValueError(f"{path}: difax's own layout; read it with difax.checkpoint.load_native")
+    if not PUBLISHED.known(shapes):
+        raise ValueError(
+            f"{path}: no tensor of a PixArt in the layout diffusers; "
+            f"the file's first tensors: {', '.join(sorted(shapes)[:3]) or 'none'}"
+        )
+
+    def shape(parameter: str, rank: int) -> tuple[int, ...]:
+        name = DIFFUSERS[parameter].keys[0].format(layer=0)
+        if name not in shapes:
+            raise ValueError(
+                f"{path}: tensor {name!r} (for {parameter}) is missing; nearest in the file: {nearest(name, shapes)!r}"
+            )
+        if len(shapes[name]) != rank:
+            raise ValueError(f"{path}: tensor {name!r} has the wrong shape {shapes[name]}; expected {rank} axes")
+        return shapes[name]
+
+    width, channels, patch, other = shape("ends/patch/kernel", 4)
+    if patch != other:
+        raise ValueError(f"{path}: patches of {patch} x {other}; allowed: square ones")
+    emitted, plain = shape("ends/out/kernel", 2)[0], patch * patch * channels
+    if emitted not in (plain, 2 * plain):
+        raise ValueError(
+            f"{path}: the final layer emits {emitted} features for {patch} x {patch} patches of {channels} "
+            f"channels; expected {plain}, or {2 * plain} with learn_sigma"
+        )
+    layers = [int(m[1]) for m in map(re.compile(r"transformer_blocks\.(\d+)\.").match, shapes) if m]
+    fields = {
+        "depth": 1 + max(layers, default=0),
+        "width": width,
+        "patch": patch,
+        "channels": channels,
+        "text_width": shape("ends/text1/kernel", 2)[1],
+        "micro_conditioning": any(s.keys[0] in shapes for s in MICRO_CONDITIONS.values()),
+        "learn_sigma": emitted == 2 * plain,
+    }
+    if width == XL["width"]:
+        fields["heads"] = XL["heads"]
+    stored = shapes.get(POSITIONS)
+    if stored is not None and len(stored) == 3 and math.isqrt(stored[1]) ** 2 == stored[1]:
+        fields |= {"base_size": math.isqrt(stored[1]), "size": math.isqrt(stored[1]) * patch}
+    return fields
+
+
+def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
+    """Heads, size and positions from the config.json that diffusers writes beside the weights, if there."""
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: not a JSON object") from error
+    if "_class_name" not in config:
+        return {}  # some other program's config.json
+    # the first published files carry the name of the class that held PixArt before it had its own
+    rules = {
+        "_class_name": ("PixArtTransformer2DModel", "Transformer2DModel"),
+        "activation_fn": ("gelu-approximate",),
+        "norm_type": ("ada_norm_single",),
+        "norm_eps": (1e-6,),
+        "norm_elementwise_affine": (False,),
+        "attention_type": ("default", None),
+    }
+    for name, only in rules.items():
+        if config.get(name, only[0]) not in only:
+            raise ValueError(f"{file}: {name}={config[name]!r}; allowed: {' or '.join(map(str, only))}")
+    said, size = config.get("use_additional_conditions"), config.get("sample_size")
+    if said is not None and said != found["micro_conditioning"]:
+        state = "holds" if found["micro_conditioning"] else "lacks"
+        raise ValueError(f"{file}: use_additional_conditions={said}, but the checkpoint {state} their embedders")
+    names = {"heads": "num_attention_heads", "interpolation_scale": "interpolation_scale", "size": "sample_size"}
+    fields = {field: config[name] for field, name in names.items() if config.get(name) is not None}
+    return fields if size is None else {**fields, "base_size": size // found["patch"]}
+
+
+PUBLISHED = Published(find_pixart, LAYOUTS)

@@ -1,0 +1,151 @@
+"""Everything composes: solvers x caches x quantisation x attention x models x guidance, one row per cell."""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difax.build import Run, build_run
+from difax.conditions import random_conditions
+from difax.config import load_config
+from difax.noise import sample_keys
+from difax.sample import initial_noise, make_sampler
+from difax.trunk import unstack
+from tests.toys import QUICK, randomise
+
+STEPS = 3
+TINY_DIT = {
+    "model": {"name": "dit", "depth": 2, "width": 16, "heads": 2, "patch": 2, "size": 4, "channels": 3, "classes": 5},
+    "process": {"name": "flow"},
+    "prediction": "velocity",
+    "grid": {"name": "uniform"},
+}
+MODELS = ("dit", "flux", "pixart", "wan")
+SOLVERS = ("ddim", "dpmpp_2m")
+CACHES = ("none", "fora")
+QUANTS = ("none", "int8_w8a8")
+ATTENDS = ("xla", "chunked")
+GUIDES = ("none", "cfg")
+
+
+class Cell(NamedTuple):
+    """One composition: a name in each registry."""
+
+    model: str
+    solver: str = "ddim"
+    cache: str = "none"
+    quant: str = "none"
+    attend: str = "xla"
+    guide: str = "none"
+
+
+CELLS = [Cell(*names) for names in itertools.product(MODELS, SOLVERS, CACHES, QUANTS, ATTENDS, GUIDES)]
+
+
+class Drawn(NamedTuple):
+    samples: np.ndarray
+    computed: float
+    halves: list[float]
+    retraced: bool
+
+
+@functools.cache
+def weights(model: str) -> Any:
+    return randomise(jax.eval_shape(composed(Cell(model)).model.init, jax.random.key(0)))
+
+
+def composed(cell: Cell) -> Run:
+    config = TINY_DIT if cell.model == "dit" else load_config(f"{cell.model}_tiny")
+    config = {k: v for k, v in config.items() if k not in ("attend", "quant", "cache")}
+    names = [(section, {"name": getattr(cell, section)}) for section in Cell._fields[1:]]
+    blocks = {"block_q": 4, "block_k": 4} if cell.attend == "chunked" else {}
+    settings = {"steps": STEPS, "scale": 1.5, **dict(names), "attend": {"name": cell.attend, **blocks}}
+    return build_run({**config, **settings})
+
+
+@functools.cache
+def draw(cell: Cell) -> Drawn:
+    """Two samples of a cell, and whether another seed, scale and time grid trace it anew."""
+    run, traces = composed(cell), [0]
+
+    def embed(*arguments):
+        traces[0] += 1
+        return run.model.embed(*arguments)
+
+    model = run.model._replace(embed=embed)
+    sampler = make_sampler(
+        model, run.process, run.prediction, run.solver, run.guide, run.accelerator, attention=run.attention
+    )
+    params = run.prepare(weights(cell.model))
+    cond = jax.tree.map(jnp.asarray, random_conditions(run.model, 2))
+    sampler = jax.jit(sampler, compiler_options=QUICK)
+
+    def once(seed: int, scale: float, rows: Any) -> Any:
+        keys = sample_keys(seed, 2)
+        x = initial_noise(run.process, keys, run.model.input_shape)
+        return sampler(params, x, keys, cond, rows, jnp.float32(scale))
+
+    samples, trace = once(0, 1.5, run.rows)
+    first = traces[0]
+    once(1, 2.5, run.rows._replace(t=run.rows.t * 0.9))
+    computed = float(np.mean([np.mean(c) for c in trace.computed.values()]))
+    return Drawn(np.asarray(samples), computed, np.asarray(trace.halves).tolist(), traces[0] != first)
+
+
+def difference(a: Cell, b: Cell) -> float:
+    """Relative difference of two cells' samples."""
+    one, other = draw(a).samples, draw(b).samples
+    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+def test_cell(cell):
+    drawn = draw(cell)
+    assert np.all(np.isfinite(drawn.samples)) and not drawn.retraced
+    assert drawn.halves == [2.0 if cell.guide == "cfg" else 1.0] * STEPS
+    assert drawn.computed == pytest.approx(1 / STEPS if cell.cache == "fora" else 1)
+    if cell.attend == "chunked":  # exact: the same cell with the reference attention
+        assert difference(cell, cell._replace(attend="xla")) < (2e-2 if cell.quant != "none" else 1e-4)
+    for section in ("cache", "quant", "guide"):  # not exact: switched on, it changes the samples
+        if getattr(cell, section) != "none":
+            assert difference(cell, cell._replace(**{section: "none"})) > 1e-4, section
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_quantising_and_writing_the_blocks_out_commute(model):
+    run = composed(Cell(model, quant="int8_w8a8"))
+    one = unstack(run.model, run.prepare(weights(model)))
+    other = run._replace(rules=[(p.replace("/", "/.*", 1), how) for p, how in run.rules]).prepare(
+        unstack(run.model, weights(model))
+    )
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_exact_members_together_are_the_plain_run(model):
+    """Every block written out, chunked attention and a cache that never fills, at once."""
+    cell = Cell(model, guide="cfg")
+    run = composed(cell._replace(attend="chunked", cache="fora"))
+    from difax.accel.caches import CACHES as factories
+
+    sampler = make_sampler(
+        run.model,
+        run.process,
+        run.prediction,
+        run.solver,
+        run.guide,
+        factories["fora"](interval=1),
+        attention=run.attention,
+    )
+    keys = sample_keys(0, 2)
+    x = initial_noise(run.process, keys, run.model.input_shape)
+    cond = jax.tree.map(jnp.asarray, random_conditions(run.model, 2))
+    params = unstack(run.model, run.prepare(weights(model)))
+    got, _ = jax.jit(sampler, compiler_options=QUICK)(params, x, keys, cond, run.rows, jnp.float32(1.5))
+    want = draw(cell).samples
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-4
