@@ -189,11 +189,12 @@ def _sample(options: argparse.Namespace) -> int:
         raise ValueError("--random-init and --weights exclude each other")
     if random:
         config, run, full_size = _fitting(config, run)
+    cond, columns = _conditions(options, config, run.model, random)
+    if random:
         params, source = jax.jit(run.model.init)(jax.random.key(options.seed)), "random"
     else:
         model, params, source = load_weights(config, run.model, options.weights)
         run = run._replace(model=model)
-    cond, columns = _conditions(options, config, run.model, random)
     progress = not (options.quiet or options.json) and sys.stderr.isatty()
     images, table = draw(run, params, cond, options.seed, progress)
     save_png(out, picture(images, columns))

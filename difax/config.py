@@ -78,7 +78,8 @@ def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dic
             raise ValueError(f"config key {path!r}: {section} is a single value, set it by --config.{section}=")
         if key == "name":
             if config[section].get("name") != value:
-                choose(section, value, REGISTRIES[section])
+                for name in str(value).split(",") if section == "attend" else (value,):
+                    choose(section, name, REGISTRIES[section])
                 config[section] = {"name": value}
         else:
             # keys of a registry entry are checked against the factory's signature when it is called
@@ -140,7 +141,7 @@ def gin_settings(files: Sequence[str], bindings: Sequence[str]) -> tuple[str | N
     return base, [*top.items(), *nested]
 
 
-SCALARS = ("prediction", "steps", "scale", "weights")
+SCALARS = ("prediction", "steps", "scale", "weights", "layout")
 _configurables: dict[str, Any] = {}
 
 

@@ -59,7 +59,7 @@ class _StreamHandler(type_handlers.NumpyHandler):
         ]
 
 
-def _checkpointer(streaming: bool) -> ocp.PyTreeCheckpointer:
+def _checkpointer(streaming: bool) -> ocp.Checkpointer:
     more: dict[str, Any] = {}
     if streaming:
         kinds = (jax.Array, type_handlers.ArrayHandler()), (Streamed, _StreamHandler())

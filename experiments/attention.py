@@ -6,7 +6,7 @@
 One call on q, k, v [1, tokens, 8, 64], default settings, the contenders turn by turn; torch's
 scaled_dot_product_attention runs in a process of its own. GFLOP/s count the two products over the pairs that attend
 (a window: over its own pairs). Peak memory is what XLA says that the compiled program needs. A contender that needs
-more than is free is left out, with that as the reason. Rows go to experiments/results/attention/LANE.jsonl; a row
+more than 0.7 of what is free is left out, with that as the reason. Rows go to experiments/results/attention/LANE.jsonl; a row
 that is there already is not measured again.
 """
 
@@ -73,13 +73,14 @@ def bench(tokens: int, dtype: str, repeats: int, python: str | None = None) -> d
     arguments = [jax.random.normal(jax.random.key(i), (1, tokens, HEADS, WIDTH)).astype(dtype) for i in range(3)]
     contenders: dict[str, Callable[..., Any]] = {"xla": xla(), "chunked": chunked(), WINDOW: window(RADIUS)}
     row: dict[str, Any] = {"tokens": tokens, "heads": HEADS, "head_width": WIDTH, "dtype": dtype, "repeats": repeats}
+    row["load_before"] = os.getloadavg()[0]  # of other work too: CPU seconds bear it better than seconds
     programs, times = {}, {}
     for name, function in contenders.items():
         start = time.perf_counter()
         program = jax.jit(function).lower(*arguments).compile()
         row[name] = {"compile_seconds": time.perf_counter() - start, "peak_memory_mib": peak_memory(program) / 2**20}
         needs, free = peak_memory(program), available_memory()
-        if jax.default_backend() == "cpu" and needs > 0.9 * free:
+        if jax.default_backend() == "cpu" and needs > 0.7 * free:
             row[name]["skipped"] = f"needs {needs / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free"
         else:
             programs[name] = program

@@ -57,9 +57,25 @@ def _sample(options: argparse.Namespace) -> list[list[str]]:
     return [[*command, "--dtype", dtype] for dtype in ("float32", "bfloat16")]
 
 
+def _quantisation(options: argparse.Namespace) -> list[list[str]]:
+    path = options.out / ("quick_quantisation.json" if options.quick else "quantisation.json")
+    command = ["experiments.quantisation", "--out", str(path)]
+    return [
+        [*command, *(["--model", "S/8", "--batch", "1", "--repeats", "1", "--images", "0"] if options.quick else [])]
+    ]
+
+
+def _attention(options: argparse.Namespace) -> list[list[str]]:
+    path = options.out / ("quick_attention.jsonl" if options.quick else "attention.jsonl")
+    quick = ["--tokens", "256", "--repeats", "1"] if options.quick else []
+    return [["experiments.attention", "--out", str(path), *quick]]
+
+
 PARTS = {
     "train": Part("patch-2 DiT on Fashion-MNIST, resumed in slices of 8 minutes until its steps are done", _train),
     "bench_step": Part("a step and a sample of DiT-S/2, B/2, XL/2 in bf16, against torch eager and compile", _bench),
+    "attention": Part("chunked attention against the reference at 1k, 4k and 16k tokens", _attention),
+    "quantisation": Part("bytes, errors and seconds of every quantised DiT-B/2", _quantisation),
     "sample": Part("2,000 images of the embedded model in f32 and bf16: seconds and memory", _sample),
 }
 

@@ -66,7 +66,7 @@ def attention(names: str | Sequence[str], settings: Mapping[str, Mapping[str, An
     def make(name: str) -> Attention:
         try:
             return ATTENTIONS[name](**settings.get(name, {}))
-        except TypeError as error:  # an argument that has no default
+        except TypeError as error:  # a value of another type
             raise ValueError(f"attention {name}: {error}") from None
 
     return first_of({name: make(name) for name in given})

@@ -9,7 +9,9 @@ from difax.ops import attend
 
 
 def xla() -> Callable[..., Any]:
-    """The reference o = softmax(q k^T / sqrt(K)) v with all logits [B, H, T, S] in memory: `difax.ops.attend`.
+    """The reference o = softmax(q k^T / sqrt(K)) v as XLA compiles `difax.ops.attend`.
+
+    The logits [T, S] are in memory, of one head at a time or of all, as the XLA version has it.
 
     Returns:
       The function; it takes every option, on every platform.
