@@ -6,8 +6,8 @@
 One call on q, k, v [1, tokens, 8, 64], default settings, the contenders turn by turn; torch's
 scaled_dot_product_attention runs in a process of its own. GFLOP/s count the two products over the pairs that attend
 (a window: over its own pairs). Peak memory is what XLA says that the compiled program needs. A contender that needs
-more than 0.7 of what is free is left out, with that as the reason. Rows go to experiments/results/attention/LANE.jsonl; a row
-that is there already is not measured again.
+more than 0.7 of what is free is left out, with that as the reason. Rows go to
+experiments/results/attention/LANE.jsonl; a row that is there already is not measured again.
 """
 
 from __future__ import annotations
