@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difax.build import REGISTRIES
 from difax.checkpoint import save_safetensors
 from difax.cli import main, parse_labels
 from difax.config import config_names, gin_settings, load_config, override
@@ -223,3 +224,38 @@ def test_scale_one_is_the_conditional_model(here, capsys):
         pictures.append(np.asarray(Image.open("a.png"), np.int32))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert jnp.asarray(pictures[0]).std() > 1
+
+
+# what only some processes, platforms or settings take
+PARTNERS = {
+    ("guide", "interval"): [],
+    ("attend", "cudnn"): None,  # needs a GPU
+    ("attend", "window"): ["--config.attend.radius=8"],
+    ("grid", "leading"): ["--config", "fmnist_smoke:ddpm"],
+    ("grid", "quadratic"): ["--config", "fmnist_smoke:ddpm"],
+    ("solver", "ddpm"): ["--config", "fmnist_smoke:ddpm"],
+    ("quant", "int4_weight"): ["--config.quant.group=8"],
+    ("quant", "svdquant_w4a8"): ["--config.quant.rank=4"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, name",
+    [(kind, name) for kind in ("solver", "grid", "guide", "cache", "attend", "quant") for name in REGISTRIES[kind]],
+)
+def test_every_name_of_the_lists_runs(here, capsys, kind, name):
+    more = PARTNERS.get((kind, name), [])
+    if more is None:
+        pytest.skip("needs a GPU")
+    code, out, err = run(capsys, "sample", *TINY, f"--{kind}", name, *more, "--json")
+    assert code == 0, err
+    assert json.loads(out)["images"] == 2 and (here / "samples.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in config_names() if load_config(n).get("weights") == "random"])
+def test_every_configuration_with_random_weights_runs(here, capsys, name):
+    code, out, err = run(capsys, "sample", "--config", name, "--json", "--no-compile-cache")
+    assert code == 0, err
+    assert json.loads(out)["weights"] == "random"

@@ -251,11 +251,32 @@ def test_survives_orbax(tmp_path):
 # ---------------------------------------------------------------- qwix, with the `parity` extra
 
 
-@pytest.mark.parametrize("qtype", ["int8", "float8_e4m3fn"])
-def test_matches_qwix(qtype):
+@pytest.mark.parametrize("qtype, bound", [("int8", 127.5 / 127), ("int4", 7.5 / 7), ("float8_e4m3fn", 1)])
+def test_matches_qwix(qtype, bound):
+    """qwix scales integers by max |w| / (top + 1/2) and clips; difax, as the papers, by max |w| / top."""
     qwix = pytest.importorskip("qwix", reason="needs the parity extra (qwix)")
     array = qwix.quantize(jnp.asarray(W[0]), qtype, channelwise_axes=[1])
     q = quantize(jnp.asarray(W[0]), Quantisation(qtype))
-    np.testing.assert_allclose(q.scale, np.asarray(array.scale).reshape(1, -1), rtol=1e-6)
-    wrong = np.asarray(q.values, np.float32) != np.asarray(array.qvalue, np.float32)
-    assert wrong.mean() < 0.005
+    np.testing.assert_allclose(q.scale, bound * np.asarray(array.scale).reshape(1, -1), rtol=1e-6)
+    codes = oracle.unpack(np.asarray(q.values)) if qtype == "int4" else np.asarray(q.values)
+    apart = np.abs(codes.astype(np.float32) - np.asarray(array.qvalue).astype(np.float32))
+    assert apart.max() <= (0 if bound == 1 else 1)
+    error = [np.linalg.norm(np.asarray(w) - W[0]) for w in (dequantize(q), qwix.dequantize(array))]
+    assert 0.8 < error[0] / error[1] < 1.2, error
+
+
+def test_product_is_as_near_as_qwixs():
+    qwix = pytest.importorskip("qwix", reason="needs the parity extra (qwix)")
+    x, w = X[:4], W[0]
+    theirs = qwix.dot_general(
+        qwix.quantize(jnp.asarray(x), "int8", channelwise_axes=[0]),
+        qwix.quantize(jnp.asarray(w), "int8", channelwise_axes=[1]),
+        (((1,), (0,)), ((), ())),
+    )
+    ours = quantized_dot(jnp.asarray(x), quantize(jnp.asarray(w), Quantisation("int8", "int8")))
+    want = x.astype(np.float64) @ w
+    error = [
+        np.linalg.norm((np.asarray(y) - want) / np.linalg.norm(want, axis=1, keepdims=True)) for y in (ours, theirs)
+    ]
+    print(f"W8A8: relative error {error[0]:.4f}, qwix {error[1]:.4f}")
+    assert 0.7 < error[0] / error[1] < 1.3
