@@ -16,12 +16,13 @@ from difax.accel.attention import ATTENTIONS, attention, first_of
 from difax.accel.caches import CACHES
 from difax.accel.quant import QUANTS
 from difax.accel.solvers import SOLVERS
-from difax.checkpoint import Foreign, check_shapes, load_foreign, load_native, read_metadata, tensor_shapes
+from difax.checkpoint import check_shapes, load_native, read_metadata, tensor_shapes
 from difax.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
 from difax.convert import is_converted, load_converted
 from difax.data import DATASETS, Images
 from difax.models import CHECKPOINTS, MODELS
 from difax.process import PREDICTIONS, PROCESSES, Process
+from difax.published import Foreign, load_foreign
 from difax.qtensor import Rules, quantize_params
 from difax.qtensor import cast as cast_params
 from difax.sample import make_rows

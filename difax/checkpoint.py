@@ -13,7 +13,6 @@ import difflib
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -54,42 +53,6 @@ class Source(NamedTuple):
     shared: bool = False
     widths: tuple[int, ...] | None = None
     order: tuple[int, ...] | None = None
-
-
-class Foreign(NamedTuple):
-    """What is known of another project's checkpoint before its weights are read: the model and the layout table.
-
-    table, layers, constants: as `load_safetensors` takes them.
-    """
-
-    model: Any
-    table: Mapping[str, Source]
-    layers: Mapping[str, int]
-    constants: Mapping[str, np.ndarray] = {}
-
-    @property
-    def spec(self) -> Params:
-        """Shapes of the model's parameters."""
-        return jax.eval_shape(self.model.init, jax.random.key(0))
-
-
-class Published(NamedTuple):
-    """The checkpoints of one architecture.
-
-    find(path, layout=None, **geometry) -> `Foreign`; tables: {layout: table}, by whose names a file is recognised.
-    """
-
-    find: Callable[..., Foreign]
-    tables: Mapping[str, Mapping[str, Source]]
-
-    def known(self, names: Iterable[str]) -> int:
-        """How many tensors of a file have a place in the best of the layouts."""
-        plain = [_NUMBER.sub("#", name) for name in names]
-        patterns = ({_NUMBER.sub("#", key) for s in table.values() for key in s.keys} for table in self.tables.values())
-        return max(sum(name in pattern for name in plain) for pattern in patterns)
-
-
-_NUMBER = re.compile(r"\{\w+\}|\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,24 +108,12 @@ def load_safetensors(
       ValueError: no, truncated or foreign file; missing, surplus, wrongly shaped or typed tensor; copies or
         constants that differ. The message names the file, the tensor, what was found and what was expected.
     """
-    with _parameters(path, spec, table, layers or {}, constants or {}, dtype) as parameters:
+    with opened_safetensors(path, spec, table, layers or {}, constants or {}, dtype) as parameters:
         return unflatten_dict({p: jnp.asarray(_whole(parameter)) for p, parameter in parameters.items()}, sep="/")
 
 
-def load_foreign(path: str | os.PathLike, found: Foreign, dtype: Any = None) -> Params:
-    """`load_safetensors` for a checkpoint that has been looked at."""
-    return load_safetensors(path, found.spec, found.table, found.layers, found.constants, dtype)
-
-
 @contextlib.contextmanager
-def opened_parameters(path: str | os.PathLike, found: Foreign, dtype: Any = None) -> Iterator[dict[str, Streamed]]:
-    """The parameters of a checkpoint by path, checked as `load_safetensors` does and not read yet."""
-    with _parameters(path, found.spec, found.table, found.layers, found.constants, dtype) as parameters:
-        yield parameters
-
-
-@contextlib.contextmanager
-def _parameters(
+def opened_safetensors(
     path: str | os.PathLike,
     spec: Params,
     table: Mapping[str, Source],
@@ -170,6 +121,7 @@ def _parameters(
     constants: Mapping[str, np.ndarray],
     dtype: Any,
 ) -> Iterator[dict[str, Streamed]]:
+    """The parameters of a checkpoint by path, checked as `load_safetensors` does, and not read yet."""
     wanted: dict[str, Any] = dict(flatten_dict(spec, sep="/"))
     if set(wanted) != set(table):
         raise ValueError(f"the layout table and the model differ in {sorted(set(wanted) ^ set(table))}")

@@ -19,8 +19,9 @@ import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import future, type_handlers
 
-from difax.checkpoint import Foreign, Streamed, opened_parameters
+from difax.checkpoint import Streamed
 from difax.contracts import Params
+from difax.published import Foreign, opened_parameters
 
 _CONCURRENT_GB = 1
 

@@ -13,17 +13,26 @@ of 1e-6. Each layout sets the numerics of its own reference.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import re
-from pathlib import Path
 from typing import Any
 
-from difax.checkpoint import Foreign, Published, Source, load_foreign, nearest, tensor_shapes
+from difax.checkpoint import Source, tensor_shapes
 from difax.contracts import Model, Params
 from difax.models.dit import SIZES, DiTConfig, dit
 from difax.models.layers import sincos_positions
+from difax.published import (
+    Foreign,
+    Published,
+    check_arguments,
+    check_known,
+    choose_layout,
+    dense,
+    load_foreign,
+    read_config,
+    stored_depth,
+    stored_shape,
+)
 
 PATCH_AXES = (
     2,
@@ -33,25 +42,19 @@ PATCH_AXES = (
 )  # a convolution's [D, C, p, p] -> [p, p, C, D]: our patches run over row, column, channel
 
 
-def _dense(path: str, *keys: str, shared: bool = False) -> dict[str, Source]:
-    """The rows of one dense layer, whose kernels the references store as [out, in]."""
-    weights, biases = tuple(f"{k}.weight" for k in keys), tuple(f"{k}.bias" for k in keys)
-    return {f"{path}/kernel": Source(weights, (1, 0), shared), f"{path}/bias": Source(biases, None, shared)}
-
-
 ORIGINAL = {
     "ends/patch/kernel": Source(("x_embedder.proj.weight",), PATCH_AXES),
     "ends/patch/bias": Source(("x_embedder.proj.bias",)),
-    **_dense("ends/time1", "t_embedder.mlp.0"),
-    **_dense("ends/time2", "t_embedder.mlp.2"),
+    **dense("ends/time1", "t_embedder.mlp.0"),
+    **dense("ends/time2", "t_embedder.mlp.2"),
     "ends/label": Source(("y_embedder.embedding_table.weight",)),
-    **_dense("ends/ada", "final_layer.adaLN_modulation.1"),
-    **_dense("ends/out", "final_layer.linear"),
-    **_dense("blocks/ada", "blocks.{layer}.adaLN_modulation.1"),
-    **_dense("blocks/qkv", "blocks.{layer}.attn.qkv"),
-    **_dense("blocks/out", "blocks.{layer}.attn.proj"),
-    **_dense("blocks/fc1", "blocks.{layer}.mlp.fc1"),
-    **_dense("blocks/fc2", "blocks.{layer}.mlp.fc2"),
+    **dense("ends/ada", "final_layer.adaLN_modulation.1"),
+    **dense("ends/out", "final_layer.linear"),
+    **dense("blocks/ada", "blocks.{layer}.adaLN_modulation.1"),
+    **dense("blocks/qkv", "blocks.{layer}.attn.qkv"),
+    **dense("blocks/out", "blocks.{layer}.attn.proj"),
+    **dense("blocks/fc1", "blocks.{layer}.mlp.fc1"),
+    **dense("blocks/fc2", "blocks.{layer}.mlp.fc2"),
 }
 
 _BLOCK = "transformer_blocks.{layer}"
@@ -59,16 +62,16 @@ DIFFUSERS = {
     "ends/patch/kernel": Source(("pos_embed.proj.weight",), PATCH_AXES),
     "ends/patch/bias": Source(("pos_embed.proj.bias",)),
     # every block carries its own embedder; the published conversion filled all of them with one
-    **_dense("ends/time1", f"{_BLOCK}.norm1.emb.timestep_embedder.linear_1", shared=True),
-    **_dense("ends/time2", f"{_BLOCK}.norm1.emb.timestep_embedder.linear_2", shared=True),
+    **dense("ends/time1", f"{_BLOCK}.norm1.emb.timestep_embedder.linear_1", shared=True),
+    **dense("ends/time2", f"{_BLOCK}.norm1.emb.timestep_embedder.linear_2", shared=True),
     "ends/label": Source((f"{_BLOCK}.norm1.emb.class_embedder.embedding_table.weight",), shared=True),
-    **_dense("ends/ada", "proj_out_1"),
-    **_dense("ends/out", "proj_out_2"),
-    **_dense("blocks/ada", f"{_BLOCK}.norm1.linear"),
-    **_dense("blocks/qkv", *(f"{_BLOCK}.attn1.to_{part}" for part in "qkv")),
-    **_dense("blocks/out", f"{_BLOCK}.attn1.to_out.0"),
-    **_dense("blocks/fc1", f"{_BLOCK}.ff.net.0.proj"),
-    **_dense("blocks/fc2", f"{_BLOCK}.ff.net.2"),
+    **dense("ends/ada", "proj_out_1"),
+    **dense("ends/out", "proj_out_2"),
+    **dense("blocks/ada", f"{_BLOCK}.norm1.linear"),
+    **dense("blocks/qkv", *(f"{_BLOCK}.attn1.to_{part}" for part in "qkv")),
+    **dense("blocks/out", f"{_BLOCK}.attn1.to_out.0"),
+    **dense("blocks/fc1", f"{_BLOCK}.ff.net.0.proj"),
+    **dense("blocks/fc2", f"{_BLOCK}.ff.net.2"),
 }
 
 
@@ -126,15 +129,10 @@ def find_dit(path: str | os.PathLike, *, layout: str | None = None, **overrides:
 
     References: Peebles & Xie 2022, arXiv:2212.09748; Ma et al. (SiT) 2024, arXiv:2401.08740.
     """
-    allowed = {field.name for field in dataclasses.fields(DiTConfig)}
-    for name in overrides:
-        if name not in allowed:
-            raise ValueError(
-                f"load_dit: unknown argument {name!r}; nearest: {nearest(name, allowed)!r}; "
-                f"allowed: {', '.join(sorted(allowed))}"
-            )
+    check_arguments("load_dit", overrides, {field.name for field in dataclasses.fields(DiTConfig)})
     shapes = tensor_shapes(path)
-    layout = _layout(path, layout, shapes)
+    tables = {name: rules.table for name, rules in LAYOUTS.items()}
+    layout = choose_layout(path, "a DiT", tables, shapes, layout)
     rules = LAYOUTS[layout]
     fields = {
         **_geometry(path, rules, shapes),
@@ -144,12 +142,7 @@ def find_dit(path: str | os.PathLike, *, layout: str | None = None, **overrides:
     if layout == "diffusers":
         fields |= _diffusers_config(path)
     fields |= overrides
-    for name, what in (("heads", "the number of attention heads"), ("size", "the input's height and width")):
-        if name not in fields:
-            raise ValueError(
-                f"{path}: {what} cannot be known from the tensors (depth {fields['depth']}, width "
-                f"{fields['width']}); give {name}=..."
-            )
+    check_known(path, fields, {"heads": "the number of attention heads", "size": "the input's height and width"})
     geometry = (fields["depth"], fields["width"], fields["heads"])
     letter = next((s for s, preset in SIZES.items() if preset == geometry), None)
     named = letter is not None and fields["patch"] in (2, 4, 8)
@@ -159,48 +152,14 @@ def find_dit(path: str | os.PathLike, *, layout: str | None = None, **overrides:
     return Foreign(model, rules.table, {"layer": model.stages[0].depth}, {rules.positions: positions})
 
 
-def _layout(path: Any, layout: str | None, shapes: dict[str, Any]) -> str:
-    if layout is not None:
-        if layout not in LAYOUTS:
-            raise ValueError(
-                f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}; nearest: {nearest(layout, LAYOUTS)!r}"
-            )
-        return layout
-    if "blocks/qkv/kernel" in shapes:
-        raise ValueError(f"{path}: difax's own layout; read it with difax.checkpoint.load_native")
-
-    def known(name: str) -> int:
-        patterns = {k for source in LAYOUTS[name].table.values() for k in source.keys}
-        return sum(re.sub(r"\.\d+\.", ".{layer}.", k, count=1) in patterns for k in shapes)
-
-    best = max(LAYOUTS, key=known)
-    if not known(best):
-        raise ValueError(
-            f"{path}: no tensor of a DiT in the layouts {', '.join(LAYOUTS)}; "
-            f"the file's first tensors: {', '.join(sorted(shapes)[:3]) or 'none'}"
-        )
-    return best
-
-
 def _geometry(path: Any, rules: Layout, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The fields of `dit` that the tensors' shapes tell."""
 
-    def shape(parameter: str, rank: int) -> tuple[int, ...]:
-        name = rules.table[parameter].keys[0].format(layer=0)
-        if name not in shapes:
-            raise ValueError(
-                f"{path}: tensor {name!r} (for {parameter}) is missing; nearest in the file: {nearest(name, shapes)!r}"
-            )
-        if len(shapes[name]) != rank:
-            raise ValueError(f"{path}: tensor {name!r} has the wrong shape {shapes[name]}; expected {rank} axes")
-        return shapes[name]
-
+    shape = stored_shape(path, rules.table, shapes)
     width, channels, patch, other = shape("ends/patch/kernel", 4)
     if patch != other:
         raise ValueError(f"{path}: patches of {patch} x {other}; allowed: square ones")
-    prefix = rules.table["blocks/qkv/kernel"].keys[0].partition("{layer}")[0]
-    layer = re.compile(re.escape(prefix) + r"(\d+)\.")
-    depth = 1 + max((int(m[1]) for m in map(layer.match, shapes) if m), default=0)
+    depth = stored_depth(rules.table, shapes, "blocks/qkv/kernel")
     emitted, plain = shape("ends/out/kernel", 2)[0], patch * patch * channels
     if emitted not in (plain, 2 * plain):
         raise ValueError(
@@ -227,24 +186,13 @@ def _geometry(path: Any, rules: Layout, shapes: dict[str, tuple[int, ...]]) -> d
 
 def _diffusers_config(path: str | os.PathLike) -> dict[str, Any]:
     """Heads, size and epsilon from the config.json that diffusers writes beside the weights, if there."""
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object") from error
-    if "_class_name" not in config:
-        return {}  # some other program's config.json
     # published conversions carry the name of the class that held DiT before it had its own
     rules = {
         "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
         "activation_fn": ("gelu-approximate",),
         "norm_type": ("ada_norm_zero",),
     }
-    for name, only in rules.items():
-        if config.get(name, only[0]) not in only:
-            raise ValueError(f"{file}: {name}={config[name]!r}; allowed: {' or '.join(only)}")
+    _, config = read_config(path, rules)
     found = {"heads": "num_attention_heads", "size": "sample_size", "mlp_norm_eps": "norm_eps"}
     return {field: config[name] for field, name in found.items() if config.get(name) is not None}
 

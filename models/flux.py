@@ -31,9 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.contracts import Context, Model, Params, Stage, Tokens
-from difax.models.layers import Dense, timestep_embedding
+from difax.models.layers import Dense, gelu, modulate, timestep_embedding
 from difax.models.rope import apply_rotary, rotary_table
-from difax.ops import layer_norm
 
 # name -> guidance embedding, text tokens
 VARIANTS = {"dev": (True, 512), "schnell": (False, 256)}
@@ -95,14 +94,6 @@ def token_positions(text_tokens: int, rows: int, columns: int) -> np.ndarray:
     return np.concatenate([np.zeros((text_tokens, 3)), image])
 
 
-def _modulate(x_BND: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
-    return (layer_norm(x_BND, EPS) * (1 + scale_BD[:, None]) + shift_BD[:, None]).astype(x_BND.dtype)
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
-
-
 def _heads(qkv_BT3D: jax.Array, heads: int, q_scale: jax.Array, k_scale: jax.Array) -> tuple[jax.Array, ...]:
     """Queries, keys (both normed, float32) and values [B, T, H, K]."""
     q, k, v = jnp.split(qkv_BT3D.reshape(*qkv_BT3D.shape[:2], 3 * heads, -1), 3, axis=2)
@@ -136,13 +127,13 @@ class Stream(nn.Module):
         return tuple(jnp.split(self.ada(silu_c_BD).astype(jnp.float32), 6, axis=-1))
 
     def heads(self, h_BND: jax.Array, six: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return _heads(self.qkv(_modulate(h_BND, six[0], six[1])), self.config.heads, self.q_norm, self.k_norm)
+        return _heads(self.qkv(modulate(h_BND, six[0], six[1])), self.config.heads, self.q_norm, self.k_norm)
 
     def project(self, o_BND: jax.Array) -> jax.Array:
         return self.out(o_BND)
 
     def mlp(self, h_BND: jax.Array, six: tuple[jax.Array, ...]) -> jax.Array:
-        return self.fc2(_gelu(self.fc1(_modulate(h_BND, six[3], six[4]))))
+        return self.fc2(gelu(self.fc1(modulate(h_BND, six[3], six[4]))))
 
 
 class DoubleBlock(nn.Module):
@@ -199,10 +190,10 @@ class SingleBlock(nn.Module):
     def attn_mlp(self, tokens: Tokens, mods: Any, context: Context, attend: Any) -> Tokens:
         c, cut = self.config, tokens["txt"].shape[1]
         h_BTD = jnp.concatenate([tokens["txt"], tokens["img"]], axis=1)
-        qkv, hidden = jnp.split(self.linear1(_modulate(h_BTD, mods[0], mods[1])), [3 * c.width], axis=-1)
+        qkv, hidden = jnp.split(self.linear1(modulate(h_BTD, mods[0], mods[1])), [3 * c.width], axis=-1)
         q, k, v = _heads(qkv, c.heads, self.q_norm, self.k_norm)
         o = _attend(q, k, v, context, attend)
-        update = self.linear2(jnp.concatenate([o, _gelu(hidden)], axis=-1))
+        update = self.linear2(jnp.concatenate([o, gelu(hidden)], axis=-1))
         return {"txt": update[:, :cut], "img": update[:, cut:]}
 
     def gate(self, mods: Any, branch: str) -> dict[str, jax.Array]:
@@ -244,7 +235,7 @@ class Ends(nn.Module):
 
     def head(self, tokens: Tokens, context: Context) -> jax.Array:
         shift, scale = jnp.split(self.ada(context["silu_c"]).astype(jnp.float32), 2, axis=-1)
-        return unpack(self.out(_modulate(tokens["img"], shift, scale)), *self.config.grid)
+        return unpack(self.out(modulate(tokens["img"], shift, scale)), *self.config.grid)
 
     def __call__(self, x: jax.Array, model_time: jax.Array, cond: dict[str, jax.Array]) -> tuple[Tokens, Context]:
         tokens, context = self.embed(x, model_time, cond)

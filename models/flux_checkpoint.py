@@ -9,96 +9,98 @@ scale).
 from __future__ import annotations
 
 import inspect
-import json
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from difax.checkpoint import Foreign, Published, Source, load_foreign, nearest, tensor_shapes
+from difax.checkpoint import Source, nearest, tensor_shapes
 from difax.contracts import Model, Params
 from difax.models.flux import PATCH, flux
+from difax.published import (
+    Foreign,
+    Published,
+    check_arguments,
+    choose_layout,
+    dense,
+    load_foreign,
+    read_config,
+    stored_depth,
+    stored_shape,
+)
 
 MLP_RATIO = 4  # of every published FLUX
 Table = dict[str, Source]
 
 
-def _dense(path: str, *keys: str, **more: Any) -> Table:
-    """The rows of one dense layer, whose kernels the references store as [out, in]."""
-    weights, biases = tuple(f"{k}.weight" for k in keys), tuple(f"{k}.bias" for k in keys)
-    return {f"{path}/kernel": Source(weights, (1, 0), **more), f"{path}/bias": Source(biases, **more)}
-
-
 def _original_stream(stream: str) -> Table:
     block, path = f"double_blocks.{{double}}.{stream}", f"double/{stream}"
     return {
-        **_dense(f"{path}/ada", f"{block}_mod.lin"),
-        **_dense(f"{path}/qkv", f"{block}_attn.qkv"),
+        **dense(f"{path}/ada", f"{block}_mod.lin"),
+        **dense(f"{path}/qkv", f"{block}_attn.qkv"),
         f"{path}/q_norm": Source((f"{block}_attn.norm.query_norm.scale",)),
         f"{path}/k_norm": Source((f"{block}_attn.norm.key_norm.scale",)),
-        **_dense(f"{path}/out", f"{block}_attn.proj"),
-        **_dense(f"{path}/fc1", f"{block}_mlp.0"),
-        **_dense(f"{path}/fc2", f"{block}_mlp.2"),
+        **dense(f"{path}/out", f"{block}_attn.proj"),
+        **dense(f"{path}/fc1", f"{block}_mlp.0"),
+        **dense(f"{path}/fc2", f"{block}_mlp.2"),
     }
 
 
 _ORIGINAL_SINGLE = "single_blocks.{single}"
 ORIGINAL = {
-    **_dense("ends/img", "img_in"),
-    **_dense("ends/txt", "txt_in"),
-    **_dense("ends/time1", "time_in.in_layer"),
-    **_dense("ends/time2", "time_in.out_layer"),
-    **_dense("ends/pooled1", "vector_in.in_layer"),
-    **_dense("ends/pooled2", "vector_in.out_layer"),
-    **_dense("ends/guidance1", "guidance_in.in_layer"),
-    **_dense("ends/guidance2", "guidance_in.out_layer"),
-    **_dense("ends/ada", "final_layer.adaLN_modulation.1"),
-    **_dense("ends/out", "final_layer.linear"),
+    **dense("ends/img", "img_in"),
+    **dense("ends/txt", "txt_in"),
+    **dense("ends/time1", "time_in.in_layer"),
+    **dense("ends/time2", "time_in.out_layer"),
+    **dense("ends/pooled1", "vector_in.in_layer"),
+    **dense("ends/pooled2", "vector_in.out_layer"),
+    **dense("ends/guidance1", "guidance_in.in_layer"),
+    **dense("ends/guidance2", "guidance_in.out_layer"),
+    **dense("ends/ada", "final_layer.adaLN_modulation.1"),
+    **dense("ends/out", "final_layer.linear"),
     **_original_stream("img"),
     **_original_stream("txt"),
-    **_dense("single/ada", f"{_ORIGINAL_SINGLE}.modulation.lin"),
-    **_dense("single/linear1", f"{_ORIGINAL_SINGLE}.linear1"),
+    **dense("single/ada", f"{_ORIGINAL_SINGLE}.modulation.lin"),
+    **dense("single/linear1", f"{_ORIGINAL_SINGLE}.linear1"),
     "single/q_norm": Source((f"{_ORIGINAL_SINGLE}.norm.query_norm.scale",)),
     "single/k_norm": Source((f"{_ORIGINAL_SINGLE}.norm.key_norm.scale",)),
-    **_dense("single/linear2", f"{_ORIGINAL_SINGLE}.linear2"),
+    **dense("single/linear2", f"{_ORIGINAL_SINGLE}.linear2"),
 }
 
 _DOUBLE, _SINGLE = "transformer_blocks.{double}", "single_transformer_blocks.{single}"
 DIFFUSERS = {
-    **_dense("ends/img", "x_embedder"),
-    **_dense("ends/txt", "context_embedder"),
-    **_dense("ends/time1", "time_text_embed.timestep_embedder.linear_1"),
-    **_dense("ends/time2", "time_text_embed.timestep_embedder.linear_2"),
-    **_dense("ends/pooled1", "time_text_embed.text_embedder.linear_1"),
-    **_dense("ends/pooled2", "time_text_embed.text_embedder.linear_2"),
-    **_dense("ends/guidance1", "time_text_embed.guidance_embedder.linear_1"),
-    **_dense("ends/guidance2", "time_text_embed.guidance_embedder.linear_2"),
-    **_dense("ends/ada", "norm_out.linear", order=(1, 0)),
-    **_dense("ends/out", "proj_out"),
-    **_dense("double/img/ada", f"{_DOUBLE}.norm1.linear"),
-    **_dense("double/img/qkv", *(f"{_DOUBLE}.attn.to_{part}" for part in "qkv")),
+    **dense("ends/img", "x_embedder"),
+    **dense("ends/txt", "context_embedder"),
+    **dense("ends/time1", "time_text_embed.timestep_embedder.linear_1"),
+    **dense("ends/time2", "time_text_embed.timestep_embedder.linear_2"),
+    **dense("ends/pooled1", "time_text_embed.text_embedder.linear_1"),
+    **dense("ends/pooled2", "time_text_embed.text_embedder.linear_2"),
+    **dense("ends/guidance1", "time_text_embed.guidance_embedder.linear_1"),
+    **dense("ends/guidance2", "time_text_embed.guidance_embedder.linear_2"),
+    **dense("ends/ada", "norm_out.linear", order=(1, 0)),
+    **dense("ends/out", "proj_out"),
+    **dense("double/img/ada", f"{_DOUBLE}.norm1.linear"),
+    **dense("double/img/qkv", *(f"{_DOUBLE}.attn.to_{part}" for part in "qkv")),
     "double/img/q_norm": Source((f"{_DOUBLE}.attn.norm_q.weight",)),
     "double/img/k_norm": Source((f"{_DOUBLE}.attn.norm_k.weight",)),
-    **_dense("double/img/out", f"{_DOUBLE}.attn.to_out.0"),
-    **_dense("double/img/fc1", f"{_DOUBLE}.ff.net.0.proj"),
-    **_dense("double/img/fc2", f"{_DOUBLE}.ff.net.2"),
-    **_dense("double/txt/ada", f"{_DOUBLE}.norm1_context.linear"),
-    **_dense("double/txt/qkv", *(f"{_DOUBLE}.attn.add_{part}_proj" for part in "qkv")),
+    **dense("double/img/out", f"{_DOUBLE}.attn.to_out.0"),
+    **dense("double/img/fc1", f"{_DOUBLE}.ff.net.0.proj"),
+    **dense("double/img/fc2", f"{_DOUBLE}.ff.net.2"),
+    **dense("double/txt/ada", f"{_DOUBLE}.norm1_context.linear"),
+    **dense("double/txt/qkv", *(f"{_DOUBLE}.attn.add_{part}_proj" for part in "qkv")),
     "double/txt/q_norm": Source((f"{_DOUBLE}.attn.norm_added_q.weight",)),
     "double/txt/k_norm": Source((f"{_DOUBLE}.attn.norm_added_k.weight",)),
-    **_dense("double/txt/out", f"{_DOUBLE}.attn.to_add_out"),
-    **_dense("double/txt/fc1", f"{_DOUBLE}.ff_context.net.0.proj"),
-    **_dense("double/txt/fc2", f"{_DOUBLE}.ff_context.net.2"),
-    **_dense("single/ada", f"{_SINGLE}.norm.linear"),
-    **_dense(
+    **dense("double/txt/out", f"{_DOUBLE}.attn.to_add_out"),
+    **dense("double/txt/fc1", f"{_DOUBLE}.ff_context.net.0.proj"),
+    **dense("double/txt/fc2", f"{_DOUBLE}.ff_context.net.2"),
+    **dense("single/ada", f"{_SINGLE}.norm.linear"),
+    **dense(
         "single/linear1",
         *(f"{_SINGLE}.{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
         widths=(1, 1, 1, MLP_RATIO),
     ),
     "single/q_norm": Source((f"{_SINGLE}.attn.norm_q.weight",)),
     "single/k_norm": Source((f"{_SINGLE}.attn.norm_k.weight",)),
-    **_dense("single/linear2", f"{_SINGLE}.proj_out"),
+    **dense("single/linear2", f"{_SINGLE}.proj_out"),
 }
 
 
@@ -163,15 +165,9 @@ def find_flux(path: str | os.PathLike, *, layout: str | None = None, **overrides
 
     References: Black Forest Labs 2024, https://github.com/black-forest-labs/flux.
     """
-    allowed = inspect.signature(flux).parameters
-    for name in overrides:
-        if name not in allowed:
-            raise ValueError(
-                f"load_flux: unknown argument {name!r}; nearest: {nearest(name, allowed)!r}; "
-                f"allowed: {', '.join(sorted(allowed))}"
-            )
+    check_arguments("load_flux", overrides, inspect.signature(flux).parameters)
     shapes = tensor_shapes(path)
-    layout = _layout(path, shapes) if layout is None else layout
+    layout = choose_layout(path, "a FLUX", LAYOUTS, shapes, layout)
     fields = _geometry(path, layout_table(layout), shapes)
     if layout == "diffusers":
         fields |= _diffusers_config(path)
@@ -194,41 +190,10 @@ def _published(fields: Mapping[str, Any]) -> bool:
     return all(fields[name] == defaults[name].default for name in ("double_depth", "single_depth", "width", "heads"))
 
 
-def _layout(path: Any, shapes: Mapping[str, Any]) -> str:
-    if "double/img/qkv/kernel" in shapes:
-        raise ValueError(f"{path}: difax's own layout; read it with difax.checkpoint.load_native")
-
-    def known(name: str) -> int:
-        keys = {re.sub(r"\{\w+\}", "0", k) for source in LAYOUTS[name].values() for k in source.keys}
-        return sum(re.sub(r"(?<=blocks\.)\d+", "0", k) in keys for k in shapes)
-
-    best = max(LAYOUTS, key=known)
-    if not known(best):
-        raise ValueError(
-            f"{path}: no tensor of a FLUX in the layouts {', '.join(LAYOUTS)}; "
-            f"the file's first tensors: {', '.join(sorted(shapes)[:3]) or 'none'}"
-        )
-    return best
-
-
 def _geometry(path: Any, table: Table, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The arguments of `flux` that the tensors' shapes tell."""
 
-    def shape(parameter: str, rank: int = 2) -> tuple[int, ...]:
-        name = table[parameter].keys[0].format(double=0, single=0)
-        if name not in shapes:
-            raise ValueError(
-                f"{path}: tensor {name!r} (for {parameter}) is missing; nearest in the file: {nearest(name, shapes)!r}"
-            )
-        if len(shapes[name]) != rank:
-            raise ValueError(f"{path}: tensor {name!r} has the wrong shape {shapes[name]}; expected {rank} axes")
-        return shapes[name]
-
-    def depth(parameter: str) -> int:
-        prefix = table[parameter].keys[0].partition("{")[0]
-        layer = re.compile(re.escape(prefix) + r"(\d+)\.")
-        return 1 + max((int(m[1]) for m in map(layer.match, shapes) if m), default=0)
-
+    shape = stored_shape(path, table, shapes)
     width, features = shape("ends/img/kernel")
     (head_width,) = shape("single/q_norm", 1)
     emitted = shape("ends/out/kernel")[0]
@@ -240,8 +205,8 @@ def _geometry(path: Any, table: Table, shapes: Mapping[str, tuple[int, ...]]) ->
     if width % head_width:
         raise ValueError(f"{path}: width {width} is not divisible by the head width {head_width}")
     return {
-        "double_depth": depth("double/img/qkv/kernel"),
-        "single_depth": depth("single/linear1/kernel"),
+        "double_depth": stored_depth(table, shapes, "double/img/qkv/kernel"),
+        "single_depth": stored_depth(table, shapes, "single/linear1/kernel"),
         "width": width,
         "heads": width // head_width,
         "channels": features // PATCH**2,
@@ -254,18 +219,7 @@ def _geometry(path: Any, table: Table, shapes: Mapping[str, tuple[int, ...]]) ->
 
 def _diffusers_config(path: str | os.PathLike) -> dict[str, Any]:
     """The rotary sections from the config.json that diffusers writes beside the weights, if there."""
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object") from error
-    if "_class_name" not in config:
-        return {}  # some other program's config.json
-    for name, only in {"_class_name": "FluxTransformer2DModel", "patch_size": 1}.items():
-        if config.get(name, only) != only:
-            raise ValueError(f"{file}: {name}={config[name]!r}; allowed: {only}")
+    _, config = read_config(path, {"_class_name": ("FluxTransformer2DModel",), "patch_size": (1,)})
     return {"axes_dim": tuple(config["axes_dims_rope"])} if "axes_dims_rope" in config else {}
 
 

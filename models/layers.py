@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.ops import dot
+from difax.ops import dot, layer_norm
 
 
 class Dense(nn.Module):
@@ -26,6 +26,16 @@ class Dense(nn.Module):
             kernel = self.get_variable("params", "kernel")
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return dot(x, kernel, bias)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU, in float32 (a bfloat16 tanh is 3 times slower on CPU, and less exact)."""
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def modulate(x_BND: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """norm(x) (1 + scale) + shift, computed in float32 and returned in the dtype of x."""
+    return (layer_norm(x_BND, eps) * (1 + scale_BD[:, None]) + shift_BD[:, None]).astype(x_BND.dtype)
 
 
 def timestep_embedding(t: jax.Array, width: int, shift: int = 0, max_period: float = 10_000.0) -> jax.Array:

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.contracts import Context, Model, Params, Segments, Stage
-from difax.models.layers import Dense, patchify, timestep_embedding, unpatchify
-from difax.ops import attend, layer_norm
+from difax.models.layers import Dense, gelu, modulate, patchify, timestep_embedding, unpatchify
+from difax.ops import attend
 
 VARIANTS = {"alpha": 120, "sigma": 300}  # name -> caption tokens; both are XL/2
 XL = {"depth": 28, "width": 1152, "heads": 16}
@@ -90,14 +90,6 @@ def _normal(std: float) -> nn.initializers.Initializer:
     return nn.initializers.normal(std)
 
 
-def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    return (layer_norm(x) * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
-
-
 class PixArtBlock(nn.Module):
     """One block: parameters and the pieces that the block runner puts together."""
 
@@ -119,7 +111,7 @@ class PixArtBlock(nn.Module):
         return {"attn": (a, b, c), "mlp": (d, e, f)}
 
     def attn(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
-        x = _modulate(h_BND, *mods["attn"][:2])
+        x = modulate(h_BND, *mods["attn"][:2])
         b, n, d = x.shape
         q, k, v = jnp.split(self.qkv(x).reshape(b, n, 3 * self.config.heads, -1), 3, axis=2)
         return self.out(attend(q, k, v).reshape(b, n, d))
@@ -133,7 +125,7 @@ class PixArtBlock(nn.Module):
         return self.cross_out(attend(q_BNHK, k, v, segments).reshape(b, n, d))
 
     def mlp(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
-        return self.fc2(_gelu(self.fc1(_modulate(h_BND, *mods["mlp"][:2]))))
+        return self.fc2(gelu(self.fc1(modulate(h_BND, *mods["mlp"][:2]))))
 
     def gate(self, mods: Any, branch: str) -> jax.Array:
         return mods[branch][2][:, None] if branch in mods else jnp.ones((1, 1, 1))
@@ -182,7 +174,7 @@ class Ends(nn.Module):
                 axis=-1,
             )
         six = self.six(nn.silu(time_BD)).reshape(-1, 6, c.width)
-        text = self.text2(_gelu(self.text1(cond["text"].astype(c.dtype))))
+        text = self.text2(gelu(self.text1(cond["text"].astype(c.dtype))))
         return tokens, {"time": time_BD, "six": six, "text": text, "mask": cond["mask"]}
 
     def _numbers(self, values_BJ: jax.Array, first: Dense, second: Dense) -> jax.Array:
@@ -192,7 +184,7 @@ class Ends(nn.Module):
 
     def head(self, tokens: jax.Array, context: Context) -> jax.Array:
         shift, scale = jnp.moveaxis(self.table.astype(jnp.float32)[None] + context["time"][:, None], 1, 0)
-        return unpatchify(self.out(_modulate(tokens, shift, scale)), self.config.patch, *self.config.grid)
+        return unpatchify(self.out(modulate(tokens, shift, scale)), self.config.patch, *self.config.grid)
 
     def __call__(self, x: jax.Array, model_time: jax.Array, cond: Any) -> tuple[jax.Array, Context]:
         tokens, context = self.embed(x, model_time, cond)

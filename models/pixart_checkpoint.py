@@ -7,53 +7,53 @@ Which of the two a file is, its tensors do not tell; they differ in the number o
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from difax.checkpoint import Foreign, Published, Source, load_foreign, nearest, tensor_shapes
+from difax.checkpoint import Source, tensor_shapes
 from difax.contracts import Model, Params
 from difax.models.pixart import XL, PixArtConfig, pixart, scaled_positions
-
-
-def _dense(path: str, *keys: str) -> dict[str, Source]:
-    """The rows of one dense layer, whose kernels the reference stores as [out, in]."""
-    return {
-        f"{path}/kernel": Source(tuple(f"{k}.weight" for k in keys), (1, 0)),
-        f"{path}/bias": Source(tuple(f"{k}.bias" for k in keys)),
-    }
-
+from difax.published import (
+    Foreign,
+    Published,
+    check_arguments,
+    check_known,
+    choose_layout,
+    dense,
+    load_foreign,
+    read_config,
+    stored_depth,
+    stored_shape,
+)
 
 _BLOCK, _TIME = "transformer_blocks.{layer}", "adaln_single.emb"
 DIFFUSERS = {
     # a convolution's [D, C, p, p] -> [p, p, C, D]: our patches run over row, column, channel
     "ends/patch/kernel": Source(("pos_embed.proj.weight",), (2, 3, 1, 0)),
     "ends/patch/bias": Source(("pos_embed.proj.bias",)),
-    **_dense("ends/time1", f"{_TIME}.timestep_embedder.linear_1"),
-    **_dense("ends/time2", f"{_TIME}.timestep_embedder.linear_2"),
-    **_dense("ends/six", "adaln_single.linear"),
-    **_dense("ends/text1", "caption_projection.linear_1"),
-    **_dense("ends/text2", "caption_projection.linear_2"),
+    **dense("ends/time1", f"{_TIME}.timestep_embedder.linear_1"),
+    **dense("ends/time2", f"{_TIME}.timestep_embedder.linear_2"),
+    **dense("ends/six", "adaln_single.linear"),
+    **dense("ends/text1", "caption_projection.linear_1"),
+    **dense("ends/text2", "caption_projection.linear_2"),
     "ends/table": Source(("scale_shift_table",)),
-    **_dense("ends/out", "proj_out"),
+    **dense("ends/out", "proj_out"),
     "blocks/table": Source((f"{_BLOCK}.scale_shift_table",)),
-    **_dense("blocks/qkv", *(f"{_BLOCK}.attn1.to_{part}" for part in "qkv")),
-    **_dense("blocks/out", f"{_BLOCK}.attn1.to_out.0"),
-    **_dense("blocks/cross_q", f"{_BLOCK}.attn2.to_q"),
-    **_dense("blocks/cross_kv", f"{_BLOCK}.attn2.to_k", f"{_BLOCK}.attn2.to_v"),
-    **_dense("blocks/cross_out", f"{_BLOCK}.attn2.to_out.0"),
-    **_dense("blocks/fc1", f"{_BLOCK}.ff.net.0.proj"),
-    **_dense("blocks/fc2", f"{_BLOCK}.ff.net.2"),
+    **dense("blocks/qkv", *(f"{_BLOCK}.attn1.to_{part}" for part in "qkv")),
+    **dense("blocks/out", f"{_BLOCK}.attn1.to_out.0"),
+    **dense("blocks/cross_q", f"{_BLOCK}.attn2.to_q"),
+    **dense("blocks/cross_kv", f"{_BLOCK}.attn2.to_k", f"{_BLOCK}.attn2.to_v"),
+    **dense("blocks/cross_out", f"{_BLOCK}.attn2.to_out.0"),
+    **dense("blocks/fc1", f"{_BLOCK}.ff.net.0.proj"),
+    **dense("blocks/fc2", f"{_BLOCK}.ff.net.2"),
 }
 MICRO_CONDITIONS = {
-    **_dense("ends/resolution1", f"{_TIME}.resolution_embedder.linear_1"),
-    **_dense("ends/resolution2", f"{_TIME}.resolution_embedder.linear_2"),
-    **_dense("ends/aspect1", f"{_TIME}.aspect_ratio_embedder.linear_1"),
-    **_dense("ends/aspect2", f"{_TIME}.aspect_ratio_embedder.linear_2"),
+    **dense("ends/resolution1", f"{_TIME}.resolution_embedder.linear_1"),
+    **dense("ends/resolution2", f"{_TIME}.resolution_embedder.linear_2"),
+    **dense("ends/aspect1", f"{_TIME}.aspect_ratio_embedder.linear_1"),
+    **dense("ends/aspect2", f"{_TIME}.aspect_ratio_embedder.linear_2"),
 }
 POSITIONS = "pos_embed.pos_embed"  # a fixed buffer that some versions stored
 LAYOUTS = {"diffusers": {**DIFFUSERS, **MICRO_CONDITIONS}}
@@ -99,30 +99,15 @@ def find_pixart(
 
     References: Chen et al. 2023, arXiv:2310.00426; Chen et al. 2024, arXiv:2403.04692.
     """
-    allowed = {field.name for field in dataclasses.fields(PixArtConfig)}
-    for name in overrides:
-        if name not in allowed:
-            raise ValueError(
-                f"load_pixart: unknown argument {name!r}; nearest: {nearest(name, allowed)!r}; "
-                f"allowed: {', '.join(sorted(allowed))}"
-            )
-    if layout not in (None, *LAYOUTS):
-        raise ValueError(f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}")
+    check_arguments("load_pixart", overrides, {field.name for field in dataclasses.fields(PixArtConfig)})
     shapes = tensor_shapes(path)
+    choose_layout(path, "a PixArt", LAYOUTS, shapes, layout)
     fields = _geometry(path, shapes)
     fields = {**fields, **_diffusers_config(path, fields), **overrides}
-    unknown = {
-        "heads": "the number of attention heads",
-        "size": "the latents' height and width",
-        "text_tokens": "the number of caption tokens",
-    }
-    for name, what in unknown.items():
-        if name not in fields and not (variant is not None and name == "text_tokens"):
-            hint = " (or variant='alpha' or 'sigma')" if name == "text_tokens" else ""
-            raise ValueError(
-                f"{path}: {what} cannot be known from the tensors (depth {fields['depth']}, width "
-                f"{fields['width']}); give {name}=...{hint}"
-            )
+    unknown = {"heads": "the number of attention heads", "size": "the latents' height and width"}
+    if variant is None:
+        unknown["text_tokens"] = "the number of caption tokens"
+    check_known(path, fields, unknown, {"text_tokens": " (or variant='alpha' or 'sigma')"})
     model = pixart(variant, **fields)
     c = model.stages[0].block.config
     table = LAYOUTS["diffusers"] if c.micro_conditioning else DIFFUSERS
@@ -132,24 +117,7 @@ def find_pixart(
 
 def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The arguments of `pixart` that the tensors' shapes tell."""
-    if "blocks/cross_kv/kernel" in shapes:
-        raise ValueError(f"{path}: difax's own layout; read it with difax.checkpoint.load_native")
-    if not PUBLISHED.known(shapes):
-        raise ValueError(
-            f"{path}: no tensor of a PixArt in the layout diffusers; "
-            f"the file's first tensors: {', '.join(sorted(shapes)[:3]) or 'none'}"
-        )
-
-    def shape(parameter: str, rank: int) -> tuple[int, ...]:
-        name = DIFFUSERS[parameter].keys[0].format(layer=0)
-        if name not in shapes:
-            raise ValueError(
-                f"{path}: tensor {name!r} (for {parameter}) is missing; nearest in the file: {nearest(name, shapes)!r}"
-            )
-        if len(shapes[name]) != rank:
-            raise ValueError(f"{path}: tensor {name!r} has the wrong shape {shapes[name]}; expected {rank} axes")
-        return shapes[name]
-
+    shape = stored_shape(path, DIFFUSERS, shapes)
     width, channels, patch, other = shape("ends/patch/kernel", 4)
     if patch != other:
         raise ValueError(f"{path}: patches of {patch} x {other}; allowed: square ones")
@@ -159,9 +127,8 @@ def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any
             f"{path}: the final layer emits {emitted} features for {patch} x {patch} patches of {channels} "
             f"channels; expected {plain}, or {2 * plain} with learn_sigma"
         )
-    layers = [int(m[1]) for m in map(re.compile(r"transformer_blocks\.(\d+)\.").match, shapes) if m]
     fields = {
-        "depth": 1 + max(layers, default=0),
+        "depth": stored_depth(DIFFUSERS, shapes, "blocks/qkv/kernel"),
         "width": width,
         "patch": patch,
         "channels": channels,
@@ -179,15 +146,6 @@ def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any
 
 def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
     """Heads, size and positions from the config.json that diffusers writes beside the weights, if there."""
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object") from error
-    if "_class_name" not in config:
-        return {}  # some other program's config.json
     # the first published files carry the name of the class that held PixArt before it had its own
     rules = {
         "_class_name": ("PixArtTransformer2DModel", "Transformer2DModel"),
@@ -197,9 +155,7 @@ def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[st
         "norm_elementwise_affine": (False,),
         "attention_type": ("default", None),
     }
-    for name, only in rules.items():
-        if config.get(name, only[0]) not in only:
-            raise ValueError(f"{file}: {name}={config[name]!r}; allowed: {' or '.join(map(str, only))}")
+    file, config = read_config(path, rules)
     said, size = config.get("use_additional_conditions"), config.get("sample_size")
     if said is not None and said != found["micro_conditioning"]:
         state = "holds" if found["micro_conditioning"] else "lacks"

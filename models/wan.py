@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.contracts import Context, Model, Params, Stage
-from difax.models.layers import Dense, timestep_embedding
+from difax.models.layers import Dense, gelu, modulate, timestep_embedding
 from difax.models.rope import apply_rotary, rotary_table
-from difax.ops import attend, layer_norm
+from difax.ops import attend
 
 # name -> depth, width, heads, ffn (table 3 of the paper)
 VARIANTS = {"1.3B": (30, 1536, 12, 8960), "14B": (40, 5120, 40, 13824)}
@@ -97,10 +97,6 @@ def _normal(std: float) -> nn.initializers.Initializer:
     return nn.initializers.normal(std)
 
 
-def _gelu(x: jax.Array) -> jax.Array:
-    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
-
-
 class WanBlock(nn.Module):
     """One block: parameters and the pieces that the block runner puts together."""
 
@@ -126,14 +122,11 @@ class WanBlock(nn.Module):
         a, b, c, d, e, f = jnp.moveaxis(self.table.astype(jnp.float32)[None] + context["six"], 1, 0)
         return {"attn": (a, b, c), "mlp": (d, e, f)}
 
-    def _modulate(self, x: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> jax.Array:
-        return (layer_norm(x, self.config.eps) * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
-
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], self.config.heads, -1)
 
     def attn(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
-        q, k, v = jnp.split(self.qkv(self._modulate(h_BND, *mods["attn"])), 3, axis=-1)
+        q, k, v = jnp.split(self.qkv(modulate(h_BND, *mods["attn"][:2], eps=self.config.eps)), 3, axis=-1)
         rotary = context["cos"], context["sin"]
         q = apply_rotary(self._heads(self.norm_q(q)), *rotary).astype(v.dtype)
         k = apply_rotary(self._heads(self.norm_k(k)), *rotary).astype(v.dtype)
@@ -146,7 +139,7 @@ class WanBlock(nn.Module):
         return self.cross_out(attend(self._heads(q), self._heads(k), self._heads(v)).reshape(h_BND.shape))
 
     def mlp(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
-        return self.fc2(_gelu(self.fc1(self._modulate(h_BND, *mods["mlp"]))))
+        return self.fc2(gelu(self.fc1(modulate(h_BND, *mods["mlp"][:2], eps=self.config.eps))))
 
     def gate(self, mods: Any, branch: str) -> jax.Array:
         return mods[branch][2][:, None] if branch in mods else jnp.ones((1, 1, 1))
@@ -181,14 +174,14 @@ class Ends(nn.Module):
         # float32, as the original keeps the time and every modulation whatever the rest computes in
         time_BD = self.time2(nn.silu(self.time1(timestep_embedding(model_time, FREQUENCIES))))
         six = self.six(nn.silu(time_BD)).reshape(-1, 6, c.width)
-        text = self.text2(_gelu(self.text1(cond["text"].astype(c.dtype))))
+        text = self.text2(gelu(self.text1(cond["text"].astype(c.dtype))))
         cos, sin = rotary_grid(c.grid, c.rotary_axes)
         return tokens, {"time": time_BD, "six": six, "text": text, "cos": cos, "sin": sin}
 
     def head(self, tokens: jax.Array, context: Context) -> jax.Array:
         shift, scale = jnp.moveaxis(self.table.astype(jnp.float32)[None] + context["time"][:, None], 1, 0)
-        x = layer_norm(tokens, self.config.eps) * (1 + scale[:, None]) + shift[:, None]
-        return unpatchify_video(self.out(x.astype(tokens.dtype)), self.config.patch, self.config.grid)
+        x = modulate(tokens, shift, scale, self.config.eps)
+        return unpatchify_video(self.out(x), self.config.patch, self.config.grid)
 
     def __call__(self, x: jax.Array, model_time: jax.Array, cond: Any) -> tuple[jax.Array, Context]:
         tokens, context = self.embed(x, model_time, cond)

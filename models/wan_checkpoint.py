@@ -7,27 +7,28 @@ what diffusers calls norm2 (before the cross-attention) is norm3 in the original
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from difax.checkpoint import Foreign, Published, Source, load_foreign, nearest, tensor_shapes
+from difax.checkpoint import Source, tensor_shapes
 from difax.contracts import Model, Params
 from difax.models.wan import VARIANTS, WanConfig, wan
+from difax.published import (
+    Foreign,
+    Published,
+    check_arguments,
+    check_known,
+    choose_layout,
+    dense,
+    load_foreign,
+    read_config,
+    stored_depth,
+    stored_shape,
+)
 
 TABLE_AXES = (0, 1, 2)  # tables are stored as [1, 6, D] and folded to [6, D]
-
-
-def _dense(path: str, *keys: str) -> dict[str, Source]:
-    """The rows of one dense layer, whose kernels the references store as [out, in]."""
-    return {
-        f"{path}/kernel": Source(tuple(f"{k}.weight" for k in keys), (1, 0)),
-        f"{path}/bias": Source(tuple(f"{k}.bias" for k in keys)),
-    }
 
 
 def _table(
@@ -39,19 +40,19 @@ def _table(
         "ends/patch/kernel": Source(("patch_embedding.weight",), (2, 3, 4, 1, 0)),
         "ends/patch/bias": Source(("patch_embedding.bias",)),
         "blocks/table": Source((f"blocks.{{layer}}.{table}",), TABLE_AXES),
-        **_dense("blocks/qkv", *(f"{attn}.{part}{p}" for p in "qkv")),
+        **dense("blocks/qkv", *(f"{attn}.{part}{p}" for p in "qkv")),
         "blocks/norm_q/scale": Source((f"{attn}.norm_q.weight",)),
         "blocks/norm_k/scale": Source((f"{attn}.norm_k.weight",)),
-        **_dense("blocks/out", f"{attn}.{out}"),
+        **dense("blocks/out", f"{attn}.{out}"),
         "blocks/cross_norm/scale": Source((f"{cross_norm}.weight",)),
         "blocks/cross_norm/bias": Source((f"{cross_norm}.bias",)),
-        **_dense("blocks/cross_q", f"{cross}.{part}q"),
-        **_dense("blocks/cross_kv", f"{cross}.{part}k", f"{cross}.{part}v"),
+        **dense("blocks/cross_q", f"{cross}.{part}q"),
+        **dense("blocks/cross_kv", f"{cross}.{part}k", f"{cross}.{part}v"),
         "blocks/cross_norm_q/scale": Source((f"{cross}.norm_q.weight",)),
         "blocks/cross_norm_k/scale": Source((f"{cross}.norm_k.weight",)),
-        **_dense("blocks/cross_out", f"{cross}.{out}"),
-        **_dense("blocks/fc1", f"blocks.{{layer}}.{ffn[0]}"),
-        **_dense("blocks/fc2", f"blocks.{{layer}}.{ffn[1]}"),
+        **dense("blocks/cross_out", f"{cross}.{out}"),
+        **dense("blocks/fc1", f"blocks.{{layer}}.{ffn[0]}"),
+        **dense("blocks/fc2", f"blocks.{{layer}}.{ffn[1]}"),
     }
 
 
@@ -60,13 +61,13 @@ ORIGINAL = {
     **_table(
         f"{_BLOCK}.self_attn", f"{_BLOCK}.cross_attn", f"{_BLOCK}.norm3", "o", "", ("ffn.0", "ffn.2"), "modulation"
     ),
-    **_dense("ends/time1", "time_embedding.0"),
-    **_dense("ends/time2", "time_embedding.2"),
-    **_dense("ends/six", "time_projection.1"),
-    **_dense("ends/text1", "text_embedding.0"),
-    **_dense("ends/text2", "text_embedding.2"),
+    **dense("ends/time1", "time_embedding.0"),
+    **dense("ends/time2", "time_embedding.2"),
+    **dense("ends/six", "time_projection.1"),
+    **dense("ends/text1", "text_embedding.0"),
+    **dense("ends/text2", "text_embedding.2"),
     "ends/table": Source(("head.modulation",), TABLE_AXES),
-    **_dense("ends/out", "head.head"),
+    **dense("ends/out", "head.head"),
 }
 DIFFUSERS = {
     **_table(
@@ -78,13 +79,13 @@ DIFFUSERS = {
         ("ffn.net.0.proj", "ffn.net.2"),
         "scale_shift_table",
     ),
-    **_dense("ends/time1", f"{_CONDITION}.time_embedder.linear_1"),
-    **_dense("ends/time2", f"{_CONDITION}.time_embedder.linear_2"),
-    **_dense("ends/six", f"{_CONDITION}.time_proj"),
-    **_dense("ends/text1", f"{_CONDITION}.text_embedder.linear_1"),
-    **_dense("ends/text2", f"{_CONDITION}.text_embedder.linear_2"),
+    **dense("ends/time1", f"{_CONDITION}.time_embedder.linear_1"),
+    **dense("ends/time2", f"{_CONDITION}.time_embedder.linear_2"),
+    **dense("ends/six", f"{_CONDITION}.time_proj"),
+    **dense("ends/text1", f"{_CONDITION}.text_embedder.linear_1"),
+    **dense("ends/text2", f"{_CONDITION}.text_embedder.linear_2"),
     "ends/table": Source(("scale_shift_table",), TABLE_AXES),
-    **_dense("ends/out", "proj_out"),
+    **dense("ends/out", "proj_out"),
 }
 LAYOUTS = {"original": ORIGINAL, "diffusers": DIFFUSERS}
 
@@ -125,60 +126,21 @@ def find_wan(path: str | os.PathLike, *, layout: str | None = None, **overrides:
 
     References: Wan Team 2025, arXiv:2503.20314.
     """
-    allowed = {field.name for field in dataclasses.fields(WanConfig)}
-    for name in overrides:
-        if name not in allowed:
-            raise ValueError(
-                f"load_wan: unknown argument {name!r}; nearest: {nearest(name, allowed)!r}; "
-                f"allowed: {', '.join(sorted(allowed))}"
-            )
+    check_arguments("load_wan", overrides, {field.name for field in dataclasses.fields(WanConfig)})
     shapes = tensor_shapes(path)
-    layout = _layout(path, layout, shapes)
+    layout = choose_layout(path, "a Wan", LAYOUTS, shapes, layout)
     fields = {**_geometry(path, LAYOUTS[layout], shapes), **_config(path), **overrides}
-    for name, what in (("heads", "the number of attention heads"), ("size", "the latents' (frames, height, width)")):
-        if name not in fields:
-            raise ValueError(
-                f"{path}: {what} cannot be known from the tensors (depth {fields['depth']}, width "
-                f"{fields['width']}); give {name}=..."
-            )
+    unknown = {"heads": "the number of attention heads", "size": "the latents' (frames, height, width)"}
+    check_known(path, fields, unknown)
     geometry = tuple(fields[name] for name in ("depth", "width", "heads", "ffn"))
     model = wan(next((name for name, preset in VARIANTS.items() if preset == geometry), None), **fields)
     return Foreign(model, LAYOUTS[layout], {"layer": fields["depth"]})
 
 
-def _layout(path: Any, layout: str | None, shapes: Mapping[str, Any]) -> str:
-    if layout is not None:
-        if layout not in LAYOUTS:
-            raise ValueError(
-                f"unknown layout {layout!r}; allowed: {', '.join(LAYOUTS)}; nearest: {nearest(layout, LAYOUTS)!r}"
-            )
-        return layout
-    if "blocks/cross_kv/kernel" in shapes:
-        raise ValueError(f"{path}: difax's own layout; read it with difax.checkpoint.load_native")
-
-    known = {name: Published(find_wan, {name: table}).known(shapes) for name, table in LAYOUTS.items()}
-    best = max(known, key=known.__getitem__)
-    if not known[best]:
-        raise ValueError(
-            f"{path}: no tensor of a Wan in the layouts {', '.join(LAYOUTS)}; "
-            f"the file's first tensors: {', '.join(sorted(shapes)[:3]) or 'none'}"
-        )
-    return best
-
-
 def _geometry(path: Any, table: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The arguments of `wan` that the tensors' shapes tell."""
 
-    def shape(parameter: str, rank: int) -> tuple[int, ...]:
-        name = table[parameter].keys[0].format(layer=0)
-        if name not in shapes:
-            raise ValueError(
-                f"{path}: tensor {name!r} (for {parameter}) is missing; nearest in the file: {nearest(name, shapes)!r}"
-            )
-        if len(shapes[name]) != rank:
-            raise ValueError(f"{path}: tensor {name!r} has the wrong shape {shapes[name]}; expected {rank} axes")
-        return shapes[name]
-
+    shape = stored_shape(path, table, shapes)
     width, channels, *patch = shape("ends/patch/kernel", 5)
     emitted, expected = shape("ends/out/kernel", 2)[0], math.prod(patch) * channels
     if emitted != expected:
@@ -186,9 +148,8 @@ def _geometry(path: Any, table: Mapping[str, Source], shapes: Mapping[str, tuple
             f"{path}: the final layer emits {emitted} features for patches of {patch} with {channels} channels; "
             f"expected {expected} (image-to-video networks take more channels than they emit)"
         )
-    layers = [int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if m]
     fields = {
-        "depth": 1 + max(layers, default=0),
+        "depth": stored_depth(table, shapes, "blocks/qkv/kernel"),
         "width": width,
         "ffn": shape("blocks/fc1/kernel", 2)[0],
         "channels": channels,
@@ -203,15 +164,6 @@ def _geometry(path: Any, table: Mapping[str, Source], shapes: Mapping[str, tuple
 
 def _config(path: str | os.PathLike) -> dict[str, Any]:
     """Heads, eps and caption tokens from the config.json that both projects put beside the weights, if there."""
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object") from error
-    if "_class_name" not in config:
-        return {}  # some other program's config.json
     rules = {
         "_class_name": ("WanTransformer3DModel", "WanModel"),
         "model_type": ("t2v",),
@@ -220,9 +172,7 @@ def _config(path: str | os.PathLike) -> dict[str, Any]:
         "image_dim": (None,),
         "added_kv_proj_dim": (None,),
     }
-    for name, only in rules.items():
-        if config.get(name, only[0]) not in only:
-            raise ValueError(f"{file}: {name}={config[name]!r}; allowed: {' or '.join(map(str, only))}")
+    _, config = read_config(path, rules)
     names = (("heads", "num_attention_heads"), ("heads", "num_heads"), ("eps", "eps"), ("text_tokens", "text_len"))
     return {field: config[name] for field, name in names if config.get(name) is not None}
 

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from difax.build import load_weights, recognise
-from difax.checkpoint import load_foreign, opened_parameters
 from difax.cli import main
 from difax.convert import is_converted, load_converted
+from difax.published import load_foreign, opened_parameters
 
 GOLDEN = Path(__file__).parent / "golden"
 # the file of each model and layout, and what it does not tell
