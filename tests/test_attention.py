@@ -89,7 +89,7 @@ def oracle(q: Any, k: Any, v: Any, keep: np.ndarray, segments: Segments | None =
     if segments is not None:
         equal = np.asarray(segments.q)[:, None, :, None] == np.asarray(segments.k)[:, None, None, :]
         keep = keep & equal
-    some = keep.any(-1, keepdims=True)
+    some = np.asarray(keep.any(-1, keepdims=True))
     p = np.where(keep | ~some, np.exp(np.where(some, x, 0)), 0)
     total = p.sum(-1)
     o = np.einsum("bhts,bshk->bthk", p / total[..., None], v)
