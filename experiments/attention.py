@@ -5,8 +5,10 @@
 
 One call on q, k, v [1, tokens, 8, 64], default settings, the contenders turn by turn; torch's
 scaled_dot_product_attention runs in a process of its own. GFLOP/s count the two products over the pairs that attend
-(a window: over its own pairs). Peak memory is what XLA says that the compiled program needs. A contender that needs
-more than 0.7 of what is free is left out, with that as the reason. Rows go to
+(a window: over its own pairs). `planned_memory_mib` is what XLA says that the compiled program needs, which on a CPU
+leaves out what one product hands to the next at run time; `memory_growth_mib` (Linux) is by how much the resident
+memory of a process of its own grows at most during a call. A contender that needs more than 0.7 of what is free is
+left out, with that as the reason. Rows go to
 experiments/results/attention/LANE.jsonl; a row that is there already is not measured again.
 """
 
@@ -17,6 +19,7 @@ import os
 import pathlib
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -63,6 +66,32 @@ def available_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def contenders() -> dict[str, Callable[..., Any]]:
+    """What is compared, by name."""
+    return {"xla": xla(), "chunked": chunked(), WINDOW: window(RADIUS)}
+
+
+def inputs(tokens: int, dtype: str) -> list[jax.Array]:
+    """Random q, k, v."""
+    return [jax.random.normal(jax.random.key(i), (1, tokens, HEADS, WIDTH)).astype(dtype) for i in range(3)]
+
+
+def resident(field: str) -> float:
+    """MiB of this process: "VmRSS" now, "VmHWM" the most since `/proc/self/clear_refs` was last told 5."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def growth(name: str, tokens: int, dtype: str) -> float:
+    """By how many MiB a second call of one contender makes this process grow at most."""
+    arguments, program = inputs(tokens, dtype), jax.jit(contenders()[name])
+    jax.block_until_ready(program(*arguments))  # and its result is dropped
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    jax.block_until_ready(program(*arguments))
+    return resident("VmHWM") - before
+
+
 def bench(tokens: int, dtype: str, repeats: int, python: str | None = None) -> dict[str, Any]:
     """One row: a call of every contender at one length in one dtype.
 
@@ -70,20 +99,24 @@ def bench(tokens: int, dtype: str, repeats: int, python: str | None = None) -> d
       repeats: measured calls of each, after one that is thrown away.
       python: the interpreter with torch; None leaves torch out.
     """
-    arguments = [jax.random.normal(jax.random.key(i), (1, tokens, HEADS, WIDTH)).astype(dtype) for i in range(3)]
-    contenders: dict[str, Callable[..., Any]] = {"xla": xla(), "chunked": chunked(), WINDOW: window(RADIUS)}
+    arguments = inputs(tokens, dtype)
     row: dict[str, Any] = {"tokens": tokens, "heads": HEADS, "head_width": WIDTH, "dtype": dtype, "repeats": repeats}
     row["load_before"] = os.getloadavg()[0]  # of other work too: CPU seconds bear it better than seconds
     programs, times = {}, {}
-    for name, function in contenders.items():
+    for name, function in contenders().items():
         start = time.perf_counter()
         program = jax.jit(function).lower(*arguments).compile()
-        row[name] = {"compile_seconds": time.perf_counter() - start, "peak_memory_mib": peak_memory(program) / 2**20}
+        row[name] = {"compile_seconds": time.perf_counter() - start, "planned_memory_mib": peak_memory(program) / 2**20}
         needs, free = peak_memory(program), available_memory()
         if jax.default_backend() == "cpu" and needs > 0.7 * free:
             row[name]["skipped"] = f"needs {needs / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free"
-        else:
-            programs[name] = program
+            continue
+        programs[name] = program
+        if jax.default_backend() == "cpu" and pathlib.Path("/proc/self/clear_refs").exists():
+            command = [sys.executable, "-m", "experiments.attention", "--growth-of", name]
+            command += ["--tokens", str(tokens), "--dtypes", dtype]
+            grown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            row[name]["memory_growth_mib"] = float(grown)
     outputs = {name: jax.block_until_ready(program(*arguments)) for name, program in programs.items()}
     if "xla" in outputs:
         error = jnp.abs(outputs["chunked"].astype(jnp.float32) - outputs["xla"].astype(jnp.float32)).max()
@@ -123,7 +156,11 @@ def main() -> None:
     parser.add_argument("--torch-python", help="interpreter that has the parity extra; without it torch is left out")
     parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
     parser.add_argument("--out", type=pathlib.Path, help="file of rows, instead of the lane's")
+    parser.add_argument("--growth-of", choices=contenders(), help="only print how much memory a call of it takes")
     options = parser.parse_args()
+    if options.growth_of:
+        print(growth(options.growth_of, options.tokens[0], options.dtypes[0]))
+        return
     path = options.out or RESULTS / "attention" / f"{options.lane}.jsonl"
     for dtype in options.dtypes:
         top = None
