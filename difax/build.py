@@ -26,6 +26,7 @@ from difax.published import Foreign, load_foreign
 from difax.qtensor import Rules, quantize_params
 from difax.qtensor import cast as cast_params
 from difax.sample import make_rows
+from difax.stack import stack
 from difax.train import Task, TrainOptions, restore_ema
 from difax.trunk import neutral, unstack
 
@@ -109,6 +110,7 @@ SECTIONS = (
     "data", "loss", "train",
 )  # fmt: skip
 LAYOUTS = ("stacked", "unstacked")
+TOGETHER = {"attend": ",", "cache": "+"}  # what stands between several names in one section
 
 
 def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
@@ -124,12 +126,12 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
     prediction = choose("prediction", config["prediction"], PREDICTIONS)
     solver = make("solver", config["solver"])
     guide = make("guide", config["guide"])
-    accelerator = make("cache", config.get("cache", {"name": "none"}))
+    accelerator = _accelerator(config.get("cache", {"name": "none"}))
     attending = _attention(config.get("attend", {"name": "xla"}))
     rules = make("quant", config.get("quant", {"name": "none"}), model)
     layout = choose("layout", config.get("layout", "stacked"), LAYOUTS)
     times = grids.make_times(make("grid", config["grid"]), process, config["steps"])
-    rows = make_rows(solver, guide, process, times)
+    rows = make_rows(solver, guide, process, times, accelerator, model.stages)
     if prediction in ("eps", "score") and not np.all(rows.level.alpha > 0):
         raise ValueError(
             f"grid {config['grid']['name']} evaluates {process.name} where alpha = 0, and a prediction of "
@@ -151,6 +153,26 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
         rows=rows,
         scale=float(config["scale"]),
     )
+
+
+def _accelerator(section: Mapping[str, Any]) -> Accelerator:
+    """One cache with its hyperparameters, or several names between plus signs, with keys "name.hyperparameter"."""
+    names = str(section.get("name", "")).split(TOGETHER["cache"])
+    if len(names) == 1:
+        return make("cache", section)
+    members: dict[str, dict[str, Any]] = {}
+    for name in names:
+        choose("cache", name, ACCELERATORS)
+        if name in members:
+            raise ValueError(f"cache {section['name']}: {name} is named twice; allowed: once")
+        members[name] = {"name": name}
+    for path, value in section.items():
+        if path != "name":
+            name, _, key = path.partition(".")
+            if not key:
+                raise ValueError(f"key of cache {section['name']}: {path!r}; allowed: {names[0]}.{path}")
+            members[choose("cache of the key " + path, name, names)][key] = value
+    return stack(*(make("cache", member) for member in members.values()))
 
 
 def _attention(section: Mapping[str, Any]) -> Attention:

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from difax.build import REGISTRIES, SECTIONS, choose
+from difax.build import REGISTRIES, SECTIONS, TOGETHER, choose
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "configs"
 if not FOLDER.is_dir():  # a checkout without its links, see difax/__init__.py
@@ -72,13 +72,13 @@ def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dic
         if not key:
             config[section] = _typed(path, value, config.get(section))
             continue
-        if "." in key:
+        if "." in key and section != "cache":  # of several caches together: cache.fora.interval
             raise ValueError(f"config key {path!r}: sections are one level deep")
         if not isinstance(config.setdefault(section, {}), dict):
             raise ValueError(f"config key {path!r}: {section} is a single value, set it by --config.{section}=")
         if key == "name":
             if config[section].get("name") != value:
-                for name in str(value).split(",") if section == "attend" else (value,):
+                for name in str(value).split(TOGETHER[section]) if section in TOGETHER else (value,):
                     choose(section, name, REGISTRIES[section])
                 config[section] = {"name": value}
         else:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import numpy as np
 
 Array = Any  # numpy (float64, on the host) or jax, by context
 Params = Any
@@ -32,6 +33,32 @@ class Level(NamedTuple):
     sigma_dot: Array
 
 
+@flax.struct.dataclass
+class Plan:
+    """What an accelerator decided before the run, on the host.
+
+    index: int32 [E], which of `modes` each evaluation has.
+    values: any pytree of numbers that the evaluations look up, leaves lead with [E] (weights, thresholds, decisions
+        that differ by layer); traced, so that other numbers need no new compilation.
+    modes: the distinct ways in which evaluations are run, hashable and ordered; each is traced once, with what it
+        fills left out. Runs with the same modes in another order share a compilation.
+    owner: name of the accelerator that made it.
+    """
+
+    index: Array
+    values: Any = ()
+    modes: tuple[Any, ...] = flax.struct.field(pytree_node=False, default=((),))
+    owner: str = flax.struct.field(pytree_node=False, default="none")
+
+
+class Chosen(NamedTuple):
+    """A plan as the evaluation under way sees it: its mode (static), its numbers, and how many halves run (static)."""
+
+    mode: Any
+    values: Any
+    halves: int
+
+
 class Row(NamedTuple):
     """One model evaluation of a run: the element that the sampling scan consumes. Every leaf leads with [E].
 
@@ -47,6 +74,7 @@ class Row(NamedTuple):
     coefficients: Any  # the solver's own table
     guided: Array  # bool: is the unconditional half evaluated here
     fresh: Array  # bool: some remembered half is undefined here, so nothing may be reused
+    plan: Any = ()  # `Plan` of the accelerator; `Chosen` where an accelerator's functions see the row
 
 
 class Prediction(NamedTuple):
@@ -77,15 +105,17 @@ class Guide(NamedTuple):
     plan(row) -> Row: fills `guided` and `fresh` on the host.
     halves: how many copies of the batch the accelerator's state is made for (1 or 2).
     init(x) -> state.
-    apply(denoise, x, cond, null, scale, row, state, accelerator_state)
-        -> (output, state, accelerator_state, computed): `denoise(x, cond, row, accelerator_state, half)` runs the
-        network; `half` is "both" (conditional rows first) or "cond".
+    apply(denoise, x, cond, null, scale, row, state, memory) -> (output, state, memory, trace):
+        `denoise(x, cond, row, memory, half)` -> (output, memory, trace) runs the network; `half` is "both"
+        (conditional rows first), "cond" or "uncond".
+    together: do the halves run in one batch, and an online gate decides for both at once.
     """
 
     plan: Callable[[Row], Row]
     halves: int
     init: Callable[[jax.Array], State]
     apply: Callable[..., tuple[jax.Array, State, State, Any]]
+    together: bool = True
 
 
 class Stage(NamedTuple):
@@ -94,8 +124,11 @@ class Stage(NamedTuple):
     block: a stateless `flax.linen` module with the methods `mods(context)` -> per-branch modulation,
         one method per name in `branches` `(tokens, mods, context, attend) -> update before the gate`, and
         `gate(mods, branch)` -> what multiplies the update before it is added; update and gate have the structure of
-        the tokens. `attend(q, k, v, segments=None) -> o` is called at most once in a branch.
+        the tokens. `attend(q, k, v, segments=None) -> o` is called at most once in a branch. The first dense layer
+        that a branch calls is given the modulated hidden stream (`Model.hidden`).
     enter: (tokens, context) -> tokens, run once before the first block of the stage.
+    takes: for long skips, the name of an earlier stage of the same depth: block j is first given the tokens behind
+        that stage's block depth - 1 - j, by the block's method `skip(tokens, taken)` -> tokens.
     """
 
     name: str
@@ -103,6 +136,7 @@ class Stage(NamedTuple):
     block: Any
     branches: tuple[str, ...]
     enter: Callable[[Tokens, Context], Tokens] = lambda tokens, context: tokens
+    takes: str | None = None
 
 
 class Model(NamedTuple):
@@ -124,6 +158,7 @@ class Model(NamedTuple):
     classes: int  # 0 for a model that is not conditioned on labels
     dtype: Any = "float32"  # of activations and dots; parameters are cast to it before sampling
     cond: Any = jax.ShapeDtypeStruct((), "int32")  # of one sample's condition, without the batch: here a label
+    hidden: Callable[[Tokens], jax.Array] = lambda tokens: tokens  # the stream [B, N, D] that the head reads
 
 
 class Classifier(NamedTuple):
@@ -143,12 +178,17 @@ class Classifier(NamedTuple):
 
 
 class Where(NamedTuple):
-    """The place of one branch: static stage and branch names, the (traced) layer index and the stage's depth."""
+    """The place of a block or of one of its branches.
+
+    stage, branch (None for the block as a whole), depth (of the stage): static; layer: traced index in the stage.
+    learned: what the accelerator's own parameters hold for this layer (`params["accelerator"][stage]`), or ().
+    """
 
     stage: str
-    branch: str
+    branch: str | None
     layer: Array
     depth: int
+    learned: Any = ()
 
 
 class Segments(NamedTuple):
@@ -202,41 +242,107 @@ class Attention(NamedTuple):
 
 
 class TrunkSpec(NamedTuple):
-    """What an accelerator may allocate for: per stage its depth, and per branch the update's ShapeDtypeStruct
-    and its `AttentionSpec` (None: the branch does not attend)."""
+    """What an accelerator may allocate for: per stage its depth, and per branch the update's ShapeDtypeStruct,
+    its `AttentionSpec` (None: the branch does not attend) and its dense layers {name: (x, y)}; the tokens between
+    blocks, and the network's output; halves: how many copies of the batch these shapes hold."""
 
     depth: dict[str, int]
     update: dict[str, dict[str, Any]]
     attention: dict[str, dict[str, AttentionSpec | None]]
+    dense: dict[str, dict[str, dict[str, tuple[Any, Any]]]]
     tokens: Any
+    hidden: Any
+    first_input: Any
+    output: Any
+    halves: int = 1
+    together: bool = True
+
+
+class Done(NamedTuple):
+    """What one branch did: computed, float32 scalar or [halves], the fraction really computed; metric: any pytree of
+    float32 arrays to be handed out with the trace, whose last axis is the halves."""
+
+    computed: Any
+    metric: Any = ()
+
+
+class Report(NamedTuple):
+    """What a run of blocks did.
+
+    computed: {stage: float32 [L, branches, halves]}; entered: {stage: float32 [L, halves]}, blocks whose conditioning
+    was computed; metric: {"output", "trunk": pytree, "block": {stage: pytree [L]}, "branch": {stage: {branch: [L]}}},
+    the last axis of every leaf being the halves. Of one block: the same without stages and layers.
+    """
+
+    computed: Any
+    entered: Any
+    metric: dict[str, Any]
+
+
+def no_plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
+    """The plan of an accelerator that decides nothing before the run: one mode."""
+    return Plan(index=np.zeros(len(rows.i), np.int32))
+
+
+def no_memory(spec: TrunkSpec, modes: tuple[Any, ...]) -> dict[str, Any]:
+    """The memory of an accelerator that remembers nothing."""
+    return {
+        "output": (),
+        "trunk": (),
+        "block": {stage: () for stage in spec.update},
+        "branch": {stage: dict.fromkeys(updates, ()) for stage, updates in spec.update.items()},
+    }
 
 
 class Accelerator(NamedTuple):
-    """What may be computed or filled in the stack of blocks, and what is remembered for it.
+    """What may be computed or filled, and what is remembered for it. Every part has a neutral default.
 
-    The runner's memory is {"trunk": pytree, "branch": {stage: {branch: pytree with leading [depth]}}, "attention":
-    the same for `Attention`}.
+    A part that an accelerator gives is a level that it acts on; `difax.stack.stack` puts accelerators of different
+    levels together, and the levels nest in the order of the fields below: guide > output > trunk > block > branch.
 
-    init(spec) -> the first two.
-    trunk(run, tokens, context, memory, row) -> (tokens, memory, computed): wraps the run of all blocks,
-        `run(tokens, memory)` -> (tokens, memory, computed).
-    branch(compute, where, state, inner, row) -> (update, state, inner, computed): wraps one residual branch of one
-        block. `compute(inner)` -> (update before the gate, inner), where `inner` is what the branch's attention
-        remembers: handed through, unchanged where nothing is computed. `computed` is a float32 scalar, the
-        fraction really computed.
+    name: for messages. branches: the branches that `branch` acts on; None is all.
+    plan(rows, stages) -> Plan, on the host.
+    guide(guide) -> guide: how the unconditional half is produced.
+    init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "block": {stage: pytree with leading [depth]},
+        "branch": {stage: {branch: the same}}} for the modes of a plan.
+    output(run, state, memory, row) -> (output, state, memory, report, ran): wraps the whole network,
+        `run(memory)` -> (output, memory, report); ran: 1.0, or 0.0 where the network was not run.
+    trunk(blocks, tokens, context, state, memory, row) -> (tokens, state, memory, report): wraps the blocks,
+        `blocks.run(tokens, memory, first=0, last=None)` -> (tokens, memory, report) runs those from `first` up to
+        `last`, counted over all stages; what is left out reports zeros (`difax.trunk.Blocks`).
+    block(run, where, tokens, state, inner, row) -> (tokens, state, inner, done): wraps one block,
+        `run(tokens, inner)` -> (tokens, inner, done).
+    branch(compute, gate, where, state, inner, row) -> (residual, state, inner, Done): wraps one residual branch.
+        `compute(inner, attend=None, dense=None, tokens=None)` -> (update before the gate, inner); `gate(update)` ->
+        what is added to the tokens. `inner` is what the branch's attention remembers: handed through, unchanged
+        where nothing is computed. The hooks stand in for every attention call, `attend(q, k, v, segments, apply)`,
+        and for every dense layer, `dense(name, x, apply)`; `tokens` are other inputs than the whole ones.
+
+    A state that comes back as the very object that went in is not written again.
     """
 
-    init: Callable[[TrunkSpec], State]
-    trunk: Callable[..., tuple[Tokens, State, Any]]
-    branch: Callable[..., tuple[Any, State, State, jax.Array]]
+    name: str = "none"
+    branches: tuple[str, ...] | None = None
+    plan: Callable[..., Plan] = no_plan
+    init: Callable[[TrunkSpec, tuple[Any, ...]], State] = no_memory
+    guide: Callable[[Guide], Guide] | None = None
+    output: Callable[..., Any] | None = None
+    trunk: Callable[..., Any] | None = None
+    block: Callable[..., Any] | None = None
+    branch: Callable[..., Any] | None = None
 
 
 class Trace(NamedTuple):
     """What a run really did, per evaluation: the source of every cost that difax reports.
 
-    computed: {stage: float32 [E, L, branches]} fraction of the branch computed, over the halves that ran.
-    halves: float32 [E], copies of the batch that went through the network (1 unguided, 2 with guidance).
+    computed: {stage: float32 [E, L, branches, halves]} fraction of the branch computed in each half, 0 for a half
+    that did not run.
+    entered: {stage: float32 [E, L, halves]}, blocks whose conditioning was computed.
+    halves: float32 [E], copies of the batch that were embedded and went through the head (1 unguided, 2 with guidance).
+    metric: of the accelerator, as in `Report`, leaves lead with [E].
     """
 
     computed: dict[str, jax.Array]
+    entered: dict[str, jax.Array]
     halves: jax.Array
+    metric: dict[str, Any]

@@ -96,14 +96,15 @@ def model_cost(model: Model, params: Params, attention: Attention | None = None)
 def run_cost(cost: ModelCost, trace: Trace) -> float:
     """Operations per sample of a whole run: what its trace says was computed.
 
-    sum over evaluations of halves (ends + sum over stages of depth mods + sum over layers, branches of computed cost).
+    sum over evaluations of halves ends + sum over stages and halves of (entered blocks mods + sum over layers and
+    branches of the computed fraction of their cost).
     """
-    halves = np.asarray(trace.halves, np.float64)
-    per = np.full(len(halves), cost.ends)
-    for stage, depth in cost.depth.items():
-        computed = np.asarray(trace.computed[stage], np.float64)  # [E, L, branches]
-        per += depth * cost.mods[stage] + computed.sum(1) @ np.asarray(cost.branches[stage])
-    return float(halves @ per)
+    total = cost.ends * float(np.sum(np.asarray(trace.halves, np.float64)))
+    for stage in cost.depth:
+        computed = np.asarray(trace.computed[stage], np.float64)  # [E, L, branches, halves]
+        total += cost.mods[stage] * float(np.sum(np.asarray(trace.entered[stage], np.float64)))
+        total += float(computed.sum((0, 1, 3)) @ np.asarray(cost.branches[stage]))
+    return total
 
 
 def _count(jaxpr: Any) -> float:

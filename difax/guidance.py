@@ -16,43 +16,46 @@ from difax.contracts import Guide, Row
 def unguided() -> Guide:
     """No guidance: the conditional half alone; the scale is ignored."""
 
-    def apply(denoise, x, cond, null, scale, row, state, accelerator_state):
-        output, accelerator_state, computed = denoise(x, cond, row, accelerator_state, "cond")
-        return output, state, accelerator_state, computed
+    def apply(denoise, x, cond, null, scale, row, state, memory):
+        output, memory, trace = denoise(x, cond, row, memory, "cond")
+        return output, state, memory, trace
 
     return Guide(plan=lambda rows: rows, halves=1, init=lambda x: (), apply=apply)
 
 
-def cfg(channels: int | None = None) -> Guide:
+def cfg(channels: int | None = None, together: bool = True) -> Guide:
     """Classifier-free guidance at every evaluation.
 
     Args:
       channels: guide only the first so many output channels and leave the rest conditional (3 in the original
         DiT's sampler, "for exact reproducibility"); None guides all channels of the prediction. Variance channels
         are never guided.
+      together: run both halves as one batch; False runs them one after the other, so that what is remembered, and
+        what an online cache decides, is each half's own ("separate cfg").
 
     References: Ho & Salimans, Classifier-Free Diffusion Guidance, 2022, arXiv:2207.12598.
     """
     _check_channels(channels)
 
-    def apply(denoise, x, cond, null, scale, row, state, accelerator_state):
-        output, accelerator_state, computed = _both(denoise, x, cond, null, scale, row, accelerator_state, channels)
-        return output, state, accelerator_state, computed
+    def apply(denoise, x, cond, null, scale, row, state, memory):
+        output, memory, trace = _both(denoise, x, cond, null, scale, row, memory, channels, together)
+        return output, state, memory, trace
 
     return Guide(
         plan=lambda rows: rows._replace(guided=np.ones_like(rows.guided)),
         halves=2,
         init=lambda x: (),
         apply=apply,
+        together=together,
     )
 
 
-def interval(low: float = 0.0, high: float = 1.0, channels: int | None = None) -> Guide:
+def interval(low: float = 0.0, high: float = 1.0, channels: int | None = None, together: bool = True) -> Guide:
     """Classifier-free guidance where low <= t <= high only; elsewhere the unconditional half is not evaluated.
 
     Args:
       low, high: bounds in process time, 0 <= low <= high <= 1 (the paper gives its bounds as noise levels).
-      channels: as in `cfg`.
+      channels, together: as in `cfg`.
 
     References: Kynkaanniemi et al., Applying Guidance in a Limited Interval, 2024, arXiv:2404.07724.
     """
@@ -66,33 +69,47 @@ def interval(low: float = 0.0, high: float = 1.0, channels: int | None = None) -
         begins = guided & ~np.concatenate([[False], guided[:-1]])
         return rows._replace(guided=guided, fresh=rows.fresh | begins)
 
-    def apply(denoise, x, cond, null, scale, row, state, accelerator_state):
-        def on(accelerator_state):
-            return _both(denoise, x, cond, null, scale, row, accelerator_state, channels)
+    def apply(denoise, x, cond, null, scale, row, state, memory):
+        def on(memory):
+            return _both(denoise, x, cond, null, scale, row, memory, channels, together)
 
-        def off(accelerator_state):
-            return denoise(x, cond, row, accelerator_state, "cond")
+        def off(memory):
+            return denoise(x, cond, row, memory, "cond")
 
-        output, accelerator_state, computed = jax.lax.cond(row.guided, on, off, accelerator_state)
-        return output, state, accelerator_state, computed
+        output, memory, trace = jax.lax.cond(row.guided, on, off, memory)
+        return output, state, memory, trace
 
-    return Guide(plan=plan, halves=2, init=lambda x: (), apply=apply)
+    return Guide(plan=plan, halves=2, init=lambda x: (), apply=apply, together=together)
 
 
 GUIDES = {"none": unguided, "cfg": cfg, "interval": interval}
 
 
-def _both(denoise, x, cond, null, scale, row, accelerator_state, channels):
-    doubled = jnp.concatenate([x, x])
-    conds = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
-    output, accelerator_state, computed = denoise(doubled, conds, row, accelerator_state, "both")
-    on, off = jnp.split(output, 2)
+def _both(denoise, x, cond, null, scale, row, memory, channels, together):
+    if together:
+        conds = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
+        output, memory, trace = denoise(jnp.concatenate([x, x]), conds, row, memory, "both")
+        on, off = jnp.split(output, 2)
+    else:
+        on, memory, first = denoise(x, cond, row, memory, "cond")
+        off, memory, second = denoise(x, null, row, memory, "uncond")
+        trace = jax.tree.map(jnp.add, first, second)
+    return mix_halves(on, off, scale, x.shape[-1], channels), memory, trace
+
+
+def mix_halves(on: jax.Array, off: jax.Array, scale: jax.Array, predicted: int, channels: int | None) -> jax.Array:
+    """off + scale (on - off) in the guided channels, on in the others.
+
+    Args:
+      on, off: outputs of the conditional and the unconditional half [B, ..., C or more].
+      predicted: channels of the prediction, behind which the variance stands.
+      channels: how many of them are guided, None for all.
+    """
     mixed = off + scale * (on - off)
-    # beyond the guided channels (the rest of the prediction, and the variance) the conditional half stands
-    guided = x.shape[-1] if channels is None else min(channels, x.shape[-1])
-    if guided < output.shape[-1]:
+    guided = predicted if channels is None else min(channels, predicted)
+    if guided < on.shape[-1]:
         mixed = jnp.concatenate([mixed[..., :guided], on[..., guided:]], axis=-1)
-    return mixed, accelerator_state, computed
+    return mixed
 
 
 def _check_channels(channels: int | None) -> None:

@@ -317,8 +317,8 @@ def learned_log_variance(variance: jax.Array, log_beta: Array, log_beta_tilde: A
 
 
 def predict(output: jax.Array, kind: str, learn_sigma: bool, x: jax.Array, level: Level) -> Prediction:
-    """Splits off the variance channels and converts the rest: network output -> `Prediction`, in float32."""
-    output = output.astype(jnp.float32)
+    """Splits off the variance channels and converts the rest: network output -> `Prediction`, in float32 or wider."""
+    output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
     main, variance = split_variance(output, learn_sigma)
     x0, eps = convert(main, kind, x, level)
     return Prediction(x0, eps, variance)

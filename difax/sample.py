@@ -10,6 +10,7 @@ A technique enters through its seam (solver, guide, accelerator, attention) and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,23 +19,52 @@ import numpy as np
 
 from difax import noise
 from difax import process as process_
-from difax.contracts import Accelerator, Attention, Guide, Model, Row, Solver, State, Trace
+from difax.contracts import (
+    Accelerator,
+    Attention,
+    Chosen,
+    Guide,
+    Model,
+    Report,
+    Row,
+    Solver,
+    Stage,
+    State,
+    Trace,
+    no_plan,
+)
 from difax.guidance import unguided
 from difax.process import Process
 from difax.trunk import memory_for, neutral, reference_attention, run_trunk, trunk_spec
 
 
-def make_rows(solver: Solver, guide: Guide, process: Process, times: np.ndarray) -> Row:
-    """Lays out the evaluations of a run: the solver's table with the guide's plan, rounded to float32 once.
+def make_rows(
+    solver: Solver,
+    guide: Guide,
+    process: Process,
+    times: np.ndarray,
+    accelerator: Accelerator | None = None,
+    stages: tuple[Stage, ...] = (),
+) -> Row:
+    """Lays out the evaluations of a run: the solver's table with the guide's and the accelerator's plans, rounded to
+    float32 once (not at all where jax has 64 bits).
 
     Args:
       times: decreasing times [n + 1] in [0, 1], from `difax.grids.make_times`.
+      accelerator: the one that the sampler has; None is the neutral one.
+      stages: `model.stages`, for which the accelerator plans.
 
     Returns:
       Rows [E] as numpy arrays (E = n for one-evaluation solvers, 2n - 1 for Heun).
     """
-    rows = guide.plan(solver.grid(process, np.asarray(times, np.float64)))
-    return jax.tree.map(lambda a: a.astype(np.float32) if a.dtype == np.float64 else a, rows)
+    accelerator = accelerator or neutral()
+    rows = _guided(guide, accelerator).plan(solver.grid(process, np.asarray(times, np.float64)))
+    rows = rows._replace(plan=accelerator.plan(rows, stages))
+    return jax.tree.map(lambda a: a.astype(jnp.result_type(float)) if a.dtype == np.float64 else a, rows)
+
+
+def _guided(guide: Guide, accelerator: Accelerator) -> Guide:
+    return guide if accelerator.guide is None else accelerator.guide(guide)
 
 
 def initial_noise(process: Process, keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -61,7 +91,7 @@ def make_sampler(
     Args of the factory:
       model, process, prediction: the network, its noising process, and what it predicts (`PREDICTIONS`).
       solver, guide, accelerator, attention: the seams; they default to no guidance, the neutral accelerator and the
-        reference attention.
+        reference attention. The rows of a run are laid out for the same accelerator (`make_rows`).
       on_step: called on the host with the index of each finished evaluation (a progress bar); costs a callback.
 
     Args of the sampler:
@@ -77,23 +107,46 @@ def make_sampler(
     """
     if prediction not in process_.PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; allowed: {', '.join(process_.PREDICTIONS)}")
-    guide = guide or unguided()
     accelerator = accelerator or neutral()
+    guide = _guided(guide or unguided(), accelerator)
     attention = attention or reference_attention()
 
     def sample(params, x, keys, cond, rows, scale):
+        planner = "none" if accelerator.plan is no_plan else accelerator.name
+        if rows.plan.owner != planner:
+            raise ValueError(f"the rows were laid out for {rows.plan.owner}, the sampler runs {planner}: see make_rows")
         null = model.null(cond)
-        axes, memory = _memory(model, params, accelerator, attention, x, cond, guide.halves)
-        whole = guide.halves * x.shape[0]
+        axes, memory = _memory(model, params, accelerator, attention, x, cond, guide, rows.plan.modes)
 
-        def denoise(x_in, cond_in, row, state, half):
-            part = state if x_in.shape[0] == whole else _slice(state, axes, x_in.shape[0])
-            time = jnp.full(x_in.shape[:1], row.model_time)
-            tokens, context = model.embed(params, x_in, time, cond_in)
-            tokens, part, computed = run_trunk(model, params, tokens, context, accelerator, attention, part, row)
-            output = model.head(params, tokens, context).astype(jnp.float32)
-            state = part if x_in.shape[0] == whole else _write(state, part, axes)
-            return output, state, Trace(computed, jnp.asarray(2.0 if half == "both" else 1.0))
+        def denoise(x_in, cond_in, row, memory, half):
+            halves = 2 if half == "both" else 1
+            at = None if halves == guide.halves else int(half == "uncond")  # which half of the memory
+
+            def evaluate(mode, memory):
+                chosen = row._replace(plan=Chosen(mode, row.plan.values, halves))
+
+                def run(part):
+                    time = jnp.full(x_in.shape[:1], row.model_time)
+                    tokens, context = model.embed(params, x_in, time, cond_in)
+                    tokens, part, report = run_trunk(
+                        model, params, tokens, context, accelerator, attention, part, chosen
+                    )
+                    output = model.head(params, tokens, context)
+                    return output.astype(jnp.promote_types(output.dtype, jnp.float32)), part, report
+
+                part = _slice(memory, axes, at)
+                if accelerator.output is None:
+                    output, new, report = run(part)
+                    ran = 1.0
+                else:
+                    output, state, new, report, ran = accelerator.output(run, part["output"], part, chosen)
+                    new = {**new, "output": state}
+                return output, _write(memory, part, new, axes, at), _padded(report, guide.halves, at or 0), halves * ran
+
+            modes = [partial(evaluate, mode) for mode in row.plan.modes]
+            out = modes[0](memory) if len(modes) == 1 else jax.lax.switch(row.plan.index, modes, memory)
+            output, memory, report, ran = out
+            return output, memory, Trace(report.computed, report.entered, jnp.asarray(ran, jnp.float32), report.metric)
 
         def body(carry, row):
             x, solver_state, guide_state, memory, keys = carry
@@ -112,17 +165,17 @@ def make_sampler(
     return jax.jit(sample, donate_argnames="x")
 
 
-def _memory(model, params, accelerator, attention, x, cond, halves) -> tuple[Any, State]:
-    """The runner's memory for `halves` copies of the batch, and the batch axis of each of its leaves."""
+def _memory(model, params, accelerator, attention, x, cond, guide, modes) -> tuple[Any, State]:
+    """The runner's memory for all copies of the batch that the guide runs, and the batch axis of each of its leaves."""
 
     def spec(copies: int):
         grow = lambda a: jax.ShapeDtypeStruct((copies * a.shape[0], *a.shape[1:]), a.dtype)  # noqa: E731
-        return trunk_spec(model, params, grow(x), jax.tree.map(grow, cond))
+        return trunk_spec(model, params, grow(x), jax.tree.map(grow, cond), copies, guide.together)
 
-    small = jax.eval_shape(lambda: memory_for(spec(1), accelerator, attention))
-    large = jax.eval_shape(lambda: memory_for(spec(2), accelerator, attention))
+    small = jax.eval_shape(lambda: memory_for(spec(1), accelerator, attention, modes))
+    large = jax.eval_shape(lambda: memory_for(spec(2), accelerator, attention, modes))
     axes = jax.tree.map(_batch_axis, small, large)
-    return axes, memory_for(spec(halves), accelerator, attention)
+    return axes, memory_for(spec(guide.halves), accelerator, attention, modes)
 
 
 def _batch_axis(small: Any, large: Any) -> int:
@@ -131,13 +184,36 @@ def _batch_axis(small: Any, large: Any) -> int:
     return grown[0] if grown else -1
 
 
-def _slice(state: State, axes: Any, size: int) -> State:
-    cut = lambda a, axis: a if axis < 0 else jax.lax.slice_in_dim(a, 0, size, axis=axis)  # noqa: E731
+def _slice(state: State, axes: Any, at: int | None) -> State:
+    """The part of the memory that belongs to the first or second half; all of it for None."""
+    if at is None:
+        return state
+
+    def cut(a, axis):
+        size = a.shape[axis] // 2
+        return a if axis < 0 else jax.lax.slice_in_dim(a, at * size, (at + 1) * size, axis=axis)
+
     return jax.tree.map(cut, state, axes)
 
 
-def _write(state: State, part: State, axes: Any) -> State:
-    def put(a, p, axis):
-        return p if axis < 0 else jax.lax.dynamic_update_slice_in_dim(a, p, 0, axis)
+def _write(state: State, part: State, new: State, axes: Any, at: int | None) -> State:
+    """The memory with one half's part replaced, where that was written at all."""
+    if at is None:
+        return new
 
-    return jax.tree.map(put, state, part, axes)
+    def put(a, old, n, axis):
+        if n is old:
+            return a
+        return n if axis < 0 else jax.lax.dynamic_update_slice_in_dim(a, n, at * n.shape[axis], axis)
+
+    return jax.tree.map(put, state, part, new, axes)
+
+
+def _padded(report: Report, halves: int, at: int) -> Report:
+    """A report with zeros for the halves that did not run: the last axis of every leaf is the halves."""
+
+    def pad(a):
+        width = halves - a.shape[-1]
+        return a if width == 0 else jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(at, width - at)])
+
+    return jax.tree.map(pad, report)

@@ -1,14 +1,16 @@
-"""The block runner: folds the stages of a model and offers the trunk and branch seams to an accelerator.
+"""The block runner: folds the stages of a model and offers the levels trunk, block and branch to an accelerator.
 
 The only place where blocks are put together. A model gives the pieces of a block, an accelerator decides what is
-computed and what is filled, and this file adds `gate * update` to the tokens.
+computed and what is filled, and this file adds what the branches give to the tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -18,8 +20,10 @@ from difax.contracts import (
     Attention,
     AttentionSpec,
     Context,
+    Done,
     Model,
     Params,
+    Report,
     Row,
     Segments,
     Stage,
@@ -32,20 +36,7 @@ from difax.contracts import (
 
 def neutral() -> Accelerator:
     """The accelerator that changes nothing: every branch of every block is computed, nothing is remembered."""
-    return Accelerator(
-        init=lambda spec: {"trunk": (), "branch": {s: {b: () for b in u} for s, u in spec.update.items()}},
-        trunk=run_all,
-        branch=lambda compute, where, state, inner, row: _computed(state, *compute(inner)),
-    )
-
-
-def _computed(state: State, update: Any, inner: State) -> tuple[Any, State, State, jax.Array]:
-    return update, state, inner, jnp.ones((), jnp.float32)
-
-
-def run_all(run: Any, tokens: Tokens, context: Context, memory: State, row: Row) -> tuple[Tokens, State, Any]:
-    """The trunk seam of accelerators that act on branches only: run every block."""
-    return run(tokens, memory)
+    return Accelerator()
 
 
 def stateless(attend: Callable[..., Any]) -> Attention:
@@ -56,7 +47,7 @@ def stateless(attend: Callable[..., Any]) -> Attention:
     )
 
 
-def memory_for(spec: TrunkSpec, accelerator: Accelerator, attention: Attention) -> State:
+def memory_for(spec: TrunkSpec, accelerator: Accelerator, attention: Attention, modes: tuple[Any, ...]) -> State:
     """What the runner carries from one evaluation to the next: the accelerator's and the attention's memory."""
 
     def every_layer(stage: str, branch: str) -> State:
@@ -65,7 +56,24 @@ def memory_for(spec: TrunkSpec, accelerator: Accelerator, attention: Attention) 
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (spec.depth[stage], *a.shape)), state)
 
     remembered = {s: {b: every_layer(s, b) for b in branches} for s, branches in spec.update.items()}
-    return {**accelerator.init(spec), "attention": remembered}
+    return {**accelerator.init(spec, modes), "attention": remembered}
+
+
+class Blocks(NamedTuple):
+    """The blocks of a model on embedded tokens, as the trunk level of an accelerator gets them.
+
+    run(tokens, memory, first=0, last=None) -> (tokens, memory, report): those from `first` up to `last`.
+    skip(tokens, memory) -> the same, with nothing run: zeros in the report.
+    first_input(tokens) -> what the first dense layer of the first block is given: the modulated input.
+    hidden(tokens) -> the stream [B, N, D] that the head reads.
+    depth: number of blocks, over all stages.
+    """
+
+    run: Callable[..., tuple[Tokens, State, Report]]
+    skip: Callable[..., tuple[Tokens, State, Report]]
+    first_input: Callable[[Tokens], Any]
+    hidden: Callable[[Tokens], jax.Array]
+    depth: int
 
 
 def run_trunk(
@@ -78,78 +86,277 @@ def run_trunk(
     memory: State,
     row: Row | None,
     unroll: int | bool = 1,
-) -> tuple[Tokens, State, dict[str, jax.Array]]:
+) -> tuple[Tokens, State, Report]:
     """Runs all stages of a model on embedded tokens through an accelerator and an attention.
 
     Args:
-      model, params: the network; `params[stage.name]` leads with [depth], or is a tuple of layers (`unstack`).
+      model, params: the network; `params[stage.name]` leads with [depth], or is a tuple of layers (`unstack`), and so
+        does `params["accelerator"][stage.name]`, if there, which is handed to the accelerator layer by layer.
       tokens, context: what `model.embed` returned.
       accelerator, attention: what may be filled instead of computed, and how the blocks attend.
       memory: of both, as `memory_for` made it.
-      row: the evaluation under way (None outside of sampling, for the neutral accelerator).
+      row: the evaluation under way with its chosen plan (None outside of sampling, for the neutral accelerator).
       unroll: of the `lax.scan` over depth; True writes the blocks out (faster gradients on CPU, slower compile).
 
     Returns:
-      (tokens, memory, computed {stage: [L, branches] float32}).
+      (tokens, memory, report).
     """
+    halves = 1 if row is None else row.plan.halves
+    emitted: dict[str, list[tuple[int, int, Tokens]]] = {s.takes: [] for s in model.stages if s.takes}
+    learned = params.get("accelerator", {})
+    depth = sum(stage.depth for stage in model.stages)
 
-    def run(tokens: Tokens, memory: State) -> tuple[Tokens, State, dict[str, jax.Array]]:
-        branch, inner, computed = {}, {}, {}
+    def run(tokens: Tokens, memory: State, first: int = 0, last: int | None = None) -> tuple[Tokens, State, Report]:
+        memory, start, reports = dict(memory), 0, {}
         for stage in model.stages:
             n = stage.name
-            tokens = stage.enter(tokens, context)
-            state = (memory["branch"][n], memory["attention"][n])
-            block = _block(stage, context, accelerator, attention, row)
-            tokens, (branch[n], inner[n]), computed[n] = _run_stage(
-                block, stage.depth, params[n], tokens, state, unroll
+            low, high = max(first - start, 0), min((depth if last is None else last) - start, stage.depth)
+            start += stage.depth
+            if low == 0 and high > 0:
+                tokens = stage.enter(tokens, context)
+            fold = _Fold(stage, context, accelerator, attention, row, halves, n in emitted)
+            state = {level: memory[level][n] for level in ("block", "branch", "attention")}
+            skips = _taken(emitted[stage.takes], stage.depth, low, high) if stage.takes and low < high else None
+            tokens, state, out, reports[n] = fold(
+                tokens, (params[n], learned.get(n, ())), state, skips, low, high, unroll
             )
-        return tokens, {**memory, "branch": branch, "attention": inner}, computed
+            if n in emitted and low < high:
+                emitted[n].append((low, high, out))
+            for level, new in state.items():
+                memory[level] = {**memory[level], n: new}
+        metric = {level: {n: r.metric[level] for n, r in reports.items()} for level in ("block", "branch")}
+        report = Report(
+            {n: r.computed for n, r in reports.items()},
+            {n: r.entered for n, r in reports.items()},
+            {"output": (), "trunk": (), **metric},
+        )
+        return tokens, memory, report
 
-    return accelerator.trunk(run, tokens, context, memory, row)
+    def skip(tokens: Tokens, memory: State) -> tuple[Tokens, State, Report]:
+        before = {name: list(parts) for name, parts in emitted.items()}
+        shapes = jax.eval_shape(lambda: run(tokens, memory)[2])
+        emitted.update(before)  # what an abstract run emits is nobody's
+        return tokens, memory, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+    def first_input(tokens: Tokens) -> Any:
+        stage = model.stages[0]
+        p, tokens = {"params": first_layer(params[stage.name])}, stage.enter(tokens, context)
+        mods = stage.block.apply(p, context, method="mods")
+
+        def branch(dense: Any) -> Any:
+            with _hooked(dense):
+                return stage.block.apply(p, tokens, mods, context, ops.attend, method=stage.branches[0])
+
+        return modulated_input(branch)
+
+    if accelerator.trunk is None:
+        return run(tokens, memory)
+    blocks = Blocks(run, skip, first_input, model.hidden, depth)
+    tokens, state, memory, report = accelerator.trunk(blocks, tokens, context, memory["trunk"], memory, row)
+    return tokens, {**memory, "trunk": state}, report
 
 
-def _block(stage: Stage, context: Context, accelerator: Accelerator, attention: Attention, row: Row | None) -> Any:
-    """One block as the body of a scan: (tokens, (params, index, state)) -> (tokens, (state, computed))."""
+class _Found(Exception):
+    """Carries a value out of the middle of a network."""
 
-    def block(tokens: Tokens, layer: Any) -> tuple[Tokens, Any]:
-        p, index, (branch_state, attention_state) = layer
-        mods = stage.block.apply({"params": p}, context, method="mods")
-        fractions = []
-        for branch in stage.branches:
-            where = Where(stage.name, branch, index, stage.depth)
+    def __init__(self, value: Any):
+        super().__init__()
+        self.value = value
 
-            def compute(inner: State, branch: str = branch, tokens: Tokens = tokens, where: Where = where) -> Any:
-                cell = [inner]
 
-                def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None = None) -> jax.Array:
-                    o, cell[0] = attention.apply(q, k, v, segments, where, row, cell[0])
-                    return o
+def modulated_input(compute: Callable[..., Any], *arguments: Any) -> Any:
+    """What the first dense layer of a branch is given; nothing behind it is run.
 
-                update = stage.block.apply({"params": p}, tokens, mods, context, attend, method=branch)
-                return update, cell[0]
+    Args:
+      compute: takes the arguments and `dense=...` (that of `Accelerator.branch`, with `inner`).
+    """
 
-            update, new, inner, fraction = accelerator.branch(
-                compute, where, branch_state[branch], attention_state[branch], row
-            )
+    def stop(name: str, x: jax.Array, apply: Any) -> Any:
+        raise _Found(x)
+
+    try:
+        compute(*arguments, dense=stop)
+    except _Found as found:
+        return found.value
+    raise ValueError("the branch has no dense layer")
+
+
+def _hooked(dense: Callable[..., Any]) -> Any:
+    """A context in which every dense layer of a block is called as dense(name, x, apply)."""
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name != "__call__" or not context.module.has_variable("params", "kernel"):
+            return call(*args, **kwargs)
+        return dense("/".join(context.module.path), args[0], call)
+
+    return nn.intercept_methods(intercept)
+
+
+class _Fold:
+    """The blocks of one stage, folded over the tokens by a `lax.scan`, or written out for a tuple of layers."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        context: Context,
+        accelerator: Accelerator,
+        attention: Attention,
+        row: Row | None,
+        halves: int,
+        emits: bool,
+    ):
+        self.stage, self.context, self.accelerator, self.attention = stage, context, accelerator, attention
+        self.row, self.halves, self.emits = row, halves, emits
+
+    def __call__(
+        self, tokens: Tokens, params: Any, state: State, skips: Any, low: int, high: int, unroll: int | bool
+    ) -> tuple[Tokens, State, Tokens, Report]:
+        """Blocks low to high: (tokens, state, what each block emitted [high - low, ...] or None, report)."""
+        depth = self.stage.depth
+        if low >= high:
+            if self.accelerator.block is None and self.accelerator.branch is None:
+                metric = {"block": (), "branch": dict.fromkeys(self.stage.branches, ())}
+                computed = jnp.zeros((depth, len(self.stage.branches), self.halves), jnp.float32)
+                return tokens, state, None, Report(computed, jnp.zeros((depth, self.halves), jnp.float32), metric)
+            if self.stage.takes:  # of the tokens' shape, as what it takes has
+                skips = jax.tree.map(lambda a: jnp.zeros((depth, *a.shape), a.dtype), tokens)
+            nothing = jax.eval_shape(lambda: self(tokens, params, state, skips, 0, depth, unroll)[3])
+            return tokens, state, None, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
+        leaves, tree = jax.tree.flatten(state)
+        written: list[bool] = []
+
+        def layer(tokens: Tokens, index: Any, p: Any, skip: Any, own: list[Any]) -> Any:
+            tokens, new, done = self._block(tokens, p, index, skip, tree.unflatten(own))
+            flat = tree.flatten_up_to(new)
+            written[:] = [a is not b for a, b in zip(own, flat, strict=True)]
+            kept = [a for a, w in zip(flat, written, strict=True) if w]
+            return tokens, (kept, tokens if self.emits else (), done)
+
+        if isinstance(params[0], tuple):
+            outs = []
+            for index in range(low, high):
+                own = [a[index] for a in leaves]
+                p = (params[0][index], params[1][index] if params[1] else ())
+                skip = jax.tree.map(lambda a, i=index - low: a[i], skips)
+                tokens, out = layer(tokens, jnp.int32(index), p, skip, own)
+                outs.append(out)
+            kept, out, done = jax.tree.map(lambda *a: jnp.stack(a), *outs)
+        elif (low, high) == (0, depth):
+
+            def whole(tokens: Tokens, xs: Any) -> Any:
+                return layer(tokens, *xs)
+
+            xs = (jnp.arange(depth), params, skips, leaves)
+            tokens, (kept, out, done) = jax.lax.scan(whole, tokens, xs, unroll=unroll)
+        else:
+            # by index, since a slice of the stacked parameters would be copied
+
+            def part(tokens: Tokens, xs: Any) -> Any:
+                index, skip = xs
+                at = partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+                return layer(tokens, index, jax.tree.map(at, params), skip, [at(a) for a in leaves])
+
+            tokens, (kept, out, done) = jax.lax.scan(part, tokens, (jnp.arange(low, high), skips), unroll=unroll)
+        full = (low, high) == (0, depth)
+        place = partial(jax.lax.dynamic_update_slice_in_dim, start_index=low, axis=0)
+        new = iter(kept)
+        leaves = [
+            (next(new) if full else place(a, next(new))) if w else a for a, w in zip(leaves, written, strict=True)
+        ]
+        if not full:
+            done = jax.tree.map(lambda a: place(jnp.zeros((depth, *a.shape[1:]), a.dtype), a), done)
+        return tokens, tree.unflatten(leaves), out if self.emits else None, done
+
+    def _block(self, tokens: Tokens, params: Any, index: Any, skip: Any, state: State) -> tuple[Tokens, State, Report]:
+        p, learned = params
+        where = Where(self.stage.name, None, index, self.stage.depth, learned)
+
+        def run(tokens: Tokens, inner: Any) -> tuple[Tokens, Any, Report]:
+            return self._branches(tokens, p, where, skip, inner)
+
+        inner = {"branch": state["branch"], "attention": state["attention"]}
+        if self.accelerator.block is None:
+            tokens, inner, done = run(tokens, inner)
+            return tokens, {"block": state["block"], **inner}, done
+        tokens, own, inner, done = self.accelerator.block(run, where, tokens, state["block"], inner, self.row)
+        return tokens, {"block": own, **inner}, done
+
+    def _branches(self, tokens: Tokens, p: Params, where: Where, skip: Any, state: State) -> Any:
+        apply = partial(self.stage.block.apply, {"params": p})
+        if self.stage.takes:
+            tokens = apply(tokens, skip, method="skip")
+        mods = apply(self.context, method="mods")
+        branch_state, attention_state = state["branch"], state["attention"]
+        computed, metrics = [], {}
+        for branch in self.stage.branches:
+            at = where._replace(branch=branch)
+            compute = partial(self._compute, apply, mods, branch, tokens, at)
+
+            def gate(update: Any, branch: str = branch, tokens: Tokens = tokens) -> Any:
+                factor = apply(mods, branch, method="gate")
+                return jax.tree.map(lambda h, g, u: (g * u).astype(h.dtype), tokens, factor, update)
+
+            acts = self.accelerator.branches
+            if self.accelerator.branch is None or (acts is not None and branch not in acts):
+                update, inner = compute(attention_state[branch])
+                residual, new, done = gate(update), branch_state[branch], Done(1.0)
+            else:
+                residual, new, inner, done = self.accelerator.branch(
+                    compute, gate, at, branch_state[branch], attention_state[branch], self.row
+                )
             branch_state, attention_state = {**branch_state, branch: new}, {**attention_state, branch: inner}
-            gate = stage.block.apply({"params": p}, mods, branch, method="gate")
-            tokens = jax.tree.map(lambda h, g, u: h + (g * u).astype(h.dtype), tokens, gate, update)
-            fractions.append(fraction)
-        return tokens, ((branch_state, attention_state), jnp.stack(fractions))
+            tokens = jax.tree.map(jnp.add, tokens, residual)
+            computed.append(jnp.broadcast_to(jnp.asarray(done.computed, jnp.float32), (self.halves,)))
+            metrics[branch] = done.metric
+        entered = jnp.ones((self.halves,), jnp.float32)
+        report = Report(jnp.stack(computed), entered, {"block": (), "branch": metrics})
+        return tokens, {"branch": branch_state, "attention": attention_state}, report
 
-    return block
+    def _compute(
+        self,
+        apply: Any,
+        mods: Any,
+        branch: str,
+        tokens: Tokens,
+        where: Where,
+        inner: State,
+        attend: Any = None,
+        dense: Any = None,
+        **other: Tokens,
+    ) -> tuple[Any, State]:
+        cell = [inner]
+
+        def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None = None) -> jax.Array:
+            o, cell[0] = self.attention.apply(q, k, v, segments, where, self.row, cell[0])
+            return o
+
+        def hooked(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None = None) -> jax.Array:
+            return attend(q, k, v, segments, plain)
+
+        call = partial(
+            apply,
+            other.get("tokens", tokens),
+            mods,
+            self.context,
+            plain if attend is None else hooked,
+            method=branch,
+        )
+        if dense is None:
+            return call(), cell[0]
+        with _hooked(dense):
+            update = call()
+        return update, cell[0]
 
 
-def _run_stage(block: Any, depth: int, params: Params, tokens: Tokens, state: State, unroll: int | bool) -> Any:
-    if isinstance(params, tuple):
-        done = []
-        for index, layer in enumerate(params):
-            tokens, out = block(tokens, (layer, jnp.int32(index), jax.tree.map(lambda a, i=index: a[i], state)))
-            done.append(out)
-        state, computed = jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
-        return tokens, state, computed
-    tokens, (state, computed) = jax.lax.scan(block, tokens, (params, jnp.arange(depth), state), unroll=unroll)
-    return tokens, state, computed
+def _taken(emitted: list[tuple[int, int, Tokens]], depth: int, low: int, high: int) -> Tokens:
+    """What blocks low to high of a stage take of the one that emitted: block j takes that of block depth - 1 - j."""
+    parts = []
+    for start, end, values in sorted(emitted, key=lambda part: -part[0]):
+        a, b = max(start, depth - high), min(end, depth - low)
+        if a < b:
+            parts.append(jax.tree.map(lambda v, a=a - start, b=b - start: jnp.flip(v[a:b], 0), values))
+    taken = jax.tree.map(lambda *v: jnp.concatenate(v), *parts) if len(parts) > 1 else parts[0]
+    return taken
 
 
 def unstack(model: Model, params: Params) -> Params:
@@ -162,10 +369,13 @@ def unstack(model: Model, params: Params) -> Params:
     Args:
       params: with stages that lead with [depth].
     """
-    stages = {
-        s.name: tuple(jax.tree.map(lambda a, i=i: a[i], params[s.name]) for i in range(s.depth)) for s in model.stages
-    }
-    return {**params, **stages}
+
+    def layers(tree: Params) -> Params:
+        depth = {s.name: s.depth for s in model.stages if s.name in tree}
+        return {n: tuple(jax.tree.map(lambda a, i=i: a[i], tree[n]) for i in range(d)) for n, d in depth.items()}
+
+    learned = {"accelerator": layers(params["accelerator"])} if "accelerator" in params else {}
+    return {**params, **layers(params), **learned}
 
 
 def first_layer(stage_params: Params) -> Params:
@@ -173,9 +383,16 @@ def first_layer(stage_params: Params) -> Params:
     return stage_params[0] if isinstance(stage_params, tuple) else jax.tree.map(lambda a: a[0], stage_params)
 
 
-def trunk_spec(model: Model, params: Params, x: Any, cond: Any) -> TrunkSpec:
-    """Shapes of every branch's update and attention call for inputs x [B, ...] and cond, by abstract evaluation."""
+def trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int = 1, together: bool = True) -> TrunkSpec:
+    """Shapes of every branch's update, attention call and dense layers for inputs x [B, ...] and cond, by abstract
+    evaluation.
+
+    Args:
+      halves: how many copies of the batch x holds; together: do they run in one batch.
+    """
+    shape = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
     calls: dict[str, dict[str, AttentionSpec | None]] = {s.name: dict.fromkeys(s.branches) for s in model.stages}
+    layers: dict[str, dict[str, dict[str, Any]]] = {s.name: {b: {} for b in s.branches} for s in model.stages}
 
     def shapes(params: Params, x: jax.Array, cond: Any) -> Any:
         tokens, context = model.embed(params, x, jnp.zeros(x.shape[:1]), cond)
@@ -190,16 +407,34 @@ def trunk_spec(model: Model, params: Params, x: Any, cond: Any) -> TrunkSpec:
                 def record(q: Any, k: Any, v: Any, segments: Any = None, s: str = stage.name, b: str = branch) -> Any:
                     if calls[s][b] is not None:
                         raise ValueError(f"{model.name}: the branch {b} of {s} attends more than once; allowed: once")
-                    shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
-                    calls[s][b] = AttentionSpec(*jax.tree.map(shape, (q, k, v, segments)))
+                    calls[s][b] = AttentionSpec(*shape((q, k, v, segments)))
                     return ops.attend(q, k, v, segments)
 
-                update = stage.block.apply({"params": p}, tokens, mods, context, record, method=branch)
-                updates[stage.name][branch] = update
-        return first, updates
+                def dense(name: str, x: Any, apply: Any, found: dict[str, Any] = layers[stage.name][branch]) -> Any:
+                    y = apply(x)
+                    found[name] = shape((x, y))
+                    return y
 
-    tokens, updates = jax.eval_shape(shapes, params, x, cond)
-    return TrunkSpec({s.name: s.depth for s in model.stages}, updates, calls, tokens)
+                with _hooked(dense):
+                    update = stage.block.apply({"params": p}, tokens, mods, context, record, method=branch)
+                updates[stage.name][branch] = update
+        return first, updates, model.head(params, tokens, context)
+
+    tokens, updates, output = jax.eval_shape(shapes, params, x, cond)
+    first = model.stages[0]
+    inputs = [x for x, _ in layers[first.name][first.branches[0]].values()]
+    return TrunkSpec(
+        depth={s.name: s.depth for s in model.stages},
+        update=updates,
+        attention=calls,
+        dense=layers,
+        tokens=tokens,
+        hidden=jax.eval_shape(model.hidden, tokens),
+        first_input=inputs[0] if inputs else None,
+        output=output,
+        halves=halves,
+        together=together,
+    )
 
 
 def forward(
@@ -222,7 +457,7 @@ def forward(
     """
     attention = attention or reference_attention()
     accelerator = neutral()
-    memory = memory_for(trunk_spec(model, params, x, cond), accelerator, attention)
+    memory = memory_for(trunk_spec(model, params, x, cond), accelerator, attention, ((),))
     tokens, context = model.embed(params, x, model_time, cond)
     tokens, _, _ = run_trunk(model, params, tokens, context, accelerator, attention, memory, None, unroll)
     return model.head(params, tokens, context)

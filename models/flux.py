@@ -149,8 +149,8 @@ class DoubleBlock(nn.Module):
         return {"txt": self.txt.mods(context["silu_c"]), "img": self.img.mods(context["silu_c"])}
 
     def attn(self, tokens: Tokens, mods: Any, context: Context, attend: Any) -> Tokens:
-        txt = self.txt.heads(tokens["txt"], mods["txt"])
         img = self.img.heads(tokens["img"], mods["img"])
+        txt = self.txt.heads(tokens["txt"], mods["txt"])
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt, img, strict=True))
         o = _attend(q, k, v, context, attend)
         cut = tokens["txt"].shape[1]
@@ -350,6 +350,7 @@ def flux(
         classes=0,
         dtype=c.dtype,
         cond=spec,
+        hidden=lambda tokens: tokens["img"],
     )
 
 

@@ -57,7 +57,7 @@ def test_trace_counts_what_an_unrolled_run_computes(name):
     model = dit(**TINY)
     params = model.init(jax.random.key(0))
     process, solver = flow(), SOLVERS["ddim"]()
-    rows = make_rows(solver, guide, process, make_times(GRIDS["uniform"](), process, 7))
+    rows = make_rows(solver, guide, process, make_times(GRIDS["uniform"](), process, 7), cache, model.stages)
     keys = sample_keys(0, 2)
     x = initial_noise(process, keys, model.input_shape)
     sampler = make_sampler(model, process, "velocity", solver, guide, cache)
@@ -78,7 +78,7 @@ def test_trace_counts_what_an_unrolled_run_computes(name):
 def test_trace_of_nothing_costs_the_ends():
     model = dit(**TINY)
     cost = model_cost(model, shapes(model))
-    trace = Trace({"blocks": jnp.zeros((3, 2, 2))}, jnp.ones(3))
+    trace = Trace({"blocks": jnp.zeros((3, 2, 2, 1))}, {"blocks": jnp.ones((3, 2, 1))}, jnp.ones(3), {})
     assert run_cost(cost, trace) == 3 * (cost.ends + 2 * cost.mods["blocks"])
 
 

@@ -45,13 +45,23 @@ class Setup(NamedTuple):
         x = initial_noise(self.process, keys, self.model.input_shape)
         return x, keys, jnp.asarray(labels, jnp.int32)
 
+    def planned(self, accelerator=None):
+        """The rows, with the plan of an accelerator."""
+        return (
+            self.rows
+            if accelerator is None
+            else self.rows._replace(plan=accelerator.plan(self.rows, self.model.stages))
+        )
+
     def quick(self, accelerator=None, **inputs):
         """The sampler compiled ahead of time, with no effort, for inputs of one shape."""
-        lowered = self.sampler(accelerator).lower(self.params, *self.inputs(**inputs), self.rows, 1.0)
+        rows = self.planned(accelerator)
+        lowered = self.sampler(accelerator).lower(self.params, *self.inputs(**inputs), rows, 1.0)
         return lowered.compile(compiler_options=QUICK)
 
     def run(self, scale=1.0, accelerator=None, **inputs):
-        return self.quick(accelerator, **inputs)(self.params, *self.inputs(**inputs), self.rows, scale)
+        program, rows = self.quick(accelerator, **inputs), self.planned(accelerator)
+        return program(self.params, *self.inputs(**inputs), rows, scale)
 
 
 def setup(
@@ -399,12 +409,12 @@ def test_evaluations_are_counted_per_half(solver, process, n, guide, evaluations
     assert len(s.rows.t) == evaluations
     trace = s.run(scale=2.0)[1]
     assert trace.halves.shape == (evaluations,) and trace.halves.sum() == halves
-    assert trace.computed["blocks"].shape == (evaluations, s.model.stages[0].depth, 2)
+    assert trace.computed["blocks"].shape == (evaluations, s.model.stages[0].depth, 2, halves // evaluations)
     assert np.all(trace.computed["blocks"] == 1)
 
 
 def test_trace_shows_what_a_cache_skipped():
     s = setup(guide="cfg", n=5)
     trace = s.run(scale=2.0, accelerator=CACHES["fora"](interval=2))[1]
-    np.testing.assert_array_equal(trace.computed["blocks"].mean((1, 2)), [1, 0, 1, 0, 1])
+    np.testing.assert_array_equal(trace.computed["blocks"].mean((1, 2, 3)), [1, 0, 1, 0, 1])
     assert trace.halves.sum() == 10

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Level, Model, Prediction, Solver
+from difax.contracts import Level, Model, Prediction, Solver, Stage
 from difax.models import dit
+from difax.models.layers import Dense
 from difax.process import Process
 from difax.trunk import forward
 from tests.oracles.mixture import Mixture
@@ -59,6 +61,51 @@ def randomise(params: Any, seed: int = 0) -> Any:
         return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
 
     return jax.tree.unflatten(tree, [draw(leaf) for leaf in leaves])
+
+
+class TanhBlock(nn.Module):
+    """h + 0.5 tanh(h W + tau b): the block of the toy network that golden_dbcache.md describes."""
+
+    width: int
+
+    def setup(self):
+        self.dense = Dense(self.width)
+
+    def mods(self, context):
+        return {}
+
+    def f(self, h, mods, context, attend):
+        p = self.dense.variables["params"]
+        return 0.5 * jnp.tanh(h @ p["kernel"] + context["tau"] * p["bias"][None, None])
+
+    def gate(self, mods, branch):
+        return jnp.ones((1, 1, 1))
+
+
+def tanh_stack() -> tuple[Model, Any, np.ndarray]:
+    """The toy network of tests/golden/dbcache.json with its parameters and x0; the condition scales the input."""
+    r = np.random.default_rng(0)
+    w = r.standard_normal((6, 8, 8)) * 0.6 / np.sqrt(8)
+    b = r.standard_normal((6, 8)) * 0.5
+    x0 = r.standard_normal((1, 4, 8))
+
+    def embed(params, x, model_time, cond):
+        return x * cond[:, None, None], {"tau": model_time[:, None, None]}
+
+    model = Model(
+        name="tanh",
+        init=lambda key: {"blocks": {"dense": {"kernel": jnp.asarray(w), "bias": jnp.asarray(b)}}},
+        embed=embed,
+        stages=(Stage("blocks", 6, TanhBlock(8), ("f",)),),
+        head=lambda params, tokens, context: tokens,
+        null=lambda cond: 0.9 * cond,
+        input_shape=(4, 8),
+        learn_sigma=False,
+        classes=0,
+        dtype="float64",
+        cond=jax.ShapeDtypeStruct((), "float64"),
+    )
+    return model, model.init(jax.random.key(0)), x0
 
 
 def tiny_dit(**overrides: Any) -> tuple[Model, Any]:

@@ -1,0 +1,260 @@
+"""When = an online gate: a number that the run itself gives decides whether a span of blocks is computed or filled.
+
+Six switches make TeaCache, FBCache, DBCache and their relatives one function: the probe, the map of its relative
+change, whether that accumulates, when the probe's reference is refreshed, the span of blocks, and the caps.
+
+  d = mean|p_ref - p| / mean|p_ref|;   a = map(d), or acc + map(d) where it accumulates
+  reuse iff a < threshold, and nothing forbids it;   tokens = span's input + fill(span's last residuals)
+
+Everything that a sweep varies (threshold, warm-up, masks, caps) enters with the rows and is traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.accel.caches.fill import Fill, check_dtype, hold, stored
+from difax.contracts import Accelerator, Plan, Report, Row, Stage, State, Tokens, TrunkSpec, no_memory
+from difax.trunk import Blocks
+
+ASK, COMPUTE, REUSE = 0, 1, 2
+
+
+class Rule(NamedTuple):
+    """What a gate asks at one evaluation; every field is [E], and traced.
+
+    force: ASK, COMPUTE or REUSE. threshold: of a. certain: a threshold from here on reuses unseen (cache-dit: 1).
+    most, streak: reused evaluations at most, in all and in a row (-1: no limit). cap: of the sum of all d so far.
+    """
+
+    force: Any
+    threshold: Any
+    certain: Any
+    most: Any
+    streak: Any
+    cap: Any
+
+
+class Memory(NamedTuple):
+    """What a gate remembers: G groups decide each for itself (all samples as one, or one by one)."""
+
+    reference: Any  # the probe, float32
+    ring: tuple[Tokens, ...]  # the span's last residuals, the newest first, then the last values of either kind
+    steps: Any  # int32 [depth, G], when they were computed; -1: not yet
+    accumulated: Any  # float32 [G]
+    total: Any  # float32 [G]
+    streak: Any  # int32 [G]
+    hits: Any  # int32 [G]
+
+
+def rule(rows: Row, force: Any, threshold: float, **limits: float) -> Rule:
+    """A `Rule` for all evaluations from the settings of a technique."""
+    values = {"certain": np.inf, "most": -1, "streak": -1, "cap": np.inf, **limits, "threshold": threshold}
+    e = len(rows.i)
+    force = np.broadcast_to(np.asarray(force, np.int32), (e,))
+    return Rule(force=force, **{k: np.full(e, v, np.float64) for k, v in values.items()})
+
+
+def gated(
+    name: str,
+    rules: Callable[[Row, tuple[Stage, ...]], Rule],
+    *,
+    first: Callable[[int], int] = lambda depth: 0,
+    last: Callable[[int], int] = lambda depth: 0,
+    probe: str = "input",
+    transform: Callable[[jax.Array], jax.Array] = lambda d: d,
+    accumulate: bool = False,
+    refresh: str = "compute",
+    fill: Fill | None = None,
+    per_sample: bool = False,
+    dtype: str | None = None,
+) -> Accelerator:
+    """An accelerator that fills a span of blocks where a gate allows it.
+
+    Args:
+      name: of the technique.
+      rules: (rows, stages) -> what the gate asks at each evaluation.
+      first, last: depth of the model -> how many blocks before and behind the span always run.
+      probe: "input", what the first dense layer of the model is given; "residual", what the `first` blocks added.
+      transform: of the relative change d.
+      accumulate: add up since the last computed evaluation.
+      refresh: the probe's reference is that of the last "compute", or "always" of the evaluation before.
+      fill: of the span's residual (the newest as it is).
+      per_sample: every sample decides for itself, so that a batch of N equals N batches of one. The span is computed
+        for the whole batch as soon as one sample asks for it: what is saved is what all agree to save.
+      dtype: of the residuals that are kept; None: that of the model.
+
+    Returns:
+      An `Accelerator` that remembers a probe and `fill.depth` residuals of the tokens, and reports the metric d.
+    """
+    check_dtype(name, dtype)
+    fill = fill or hold()
+
+    def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
+        depth = sum(stage.depth for stage in stages)
+        if first(depth) + last(depth) >= depth or min(first(depth), last(depth)) < 0:
+            raise ValueError(
+                f"{name}: first={first(depth)} and last={last(depth)} blocks always run; allowed: 0 or more, together "
+                f"less than the {depth} blocks of the model"
+            )
+        if probe == "residual" and first(depth) < 1:
+            raise ValueError(f"{name}: first={first(depth)}; allowed: 1 or more, whose residual is the probe")
+        return Plan(np.zeros(len(rows.i), np.int32), rules(rows, stages), owner=name)
+
+    def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
+        memory = no_memory(spec, modes)
+        rows = spec.hidden.shape[0]
+        groups = rows // spec.halves if per_sample else 1
+        if not spec.together:
+            groups *= spec.halves
+        shape = spec.hidden if probe == "residual" else spec.first_input
+        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype if dtype is None else dtype), spec.tokens)
+        number = partial(jnp.zeros, (groups,))
+        memory["trunk"] = Memory(
+            reference=jnp.zeros(shape.shape, _wide(shape.dtype)),
+            ring=(empty,) * (fill.depth + fill.recent),
+            steps=jnp.full((fill.depth, groups), -1, jnp.int32),
+            accumulated=number(jnp.float32),
+            total=number(jnp.float32),
+            streak=number(jnp.int32),
+            hits=number(jnp.int32),
+        )
+        return memory
+
+    def trunk(blocks: Blocks, tokens: Tokens, context: Any, state: Memory, memory: State, row: Row) -> Any:
+        ask: Rule = row.plan.values
+        entered, report = tokens, None
+        low, high = first(blocks.depth), blocks.depth - last(blocks.depth)
+        if low:
+            tokens, memory, report = blocks.run(tokens, memory, 0, low)
+        hidden = blocks.hidden(tokens)
+        seen = hidden - blocks.hidden(entered) if probe == "residual" else blocks.first_input(entered)
+        groups = state.hits.shape[0]
+        d = relative_change(state.reference, seen, groups)
+        score = transform(d) + (state.accumulated if accumulate else 0.0)
+        known = (state.steps[0] >= 0) & ~row.fresh
+        limited = (ask.most >= 0) & (state.hits >= ask.most) | (ask.streak >= 0) & (state.streak >= ask.streak)
+        limited |= (state.total >= ask.cap) | (ask.threshold <= 0)
+        asked = known & (ask.force == ASK) & ~limited
+        certain = ask.threshold >= ask.certain
+        reuse = known & (ask.force == REUSE) | asked & (certain | (score < ask.threshold))
+        measured = asked & ~certain
+
+        def compute(memory: State) -> Any:
+            out, memory, done = blocks.run(tokens, memory, low, high)
+            residual = jax.tree.map(jnp.subtract, out, tokens)
+            if groups == 1:
+                return out, memory, done, *_pushed(state, residual, row.i, None, fill, dtype)
+            value = _value(state, row.i, residual, fill)
+            out = jax.tree.map(lambda o, t, v: _where(reuse, t + v, o), out, tokens, value)
+            return out, memory, done, *_pushed(state, residual, row.i, ~reuse, fill, dtype)
+
+        def filled(memory: State) -> Any:
+            value = _value(state, row.i, tokens, fill)
+            out, memory, done = blocks.skip(jax.tree.map(jnp.add, tokens, value), memory)
+            return out, memory, done, *_recalled(state, value, fill, dtype)
+
+        tokens, memory, done, ring, steps = jax.lax.cond(jnp.all(reuse), filled, compute, memory)
+        report = done if report is None else added(report, done)
+        if high < blocks.depth:
+            tokens, memory, done = blocks.run(tokens, memory, high, blocks.depth)
+            report = added(report, done)
+        keep = reuse if refresh == "compute" else jnp.zeros_like(reuse)
+        state = Memory(
+            reference=_where(keep, state.reference, seen.astype(state.reference.dtype)),
+            ring=ring,
+            steps=steps,
+            accumulated=jnp.where(reuse, score, 0.0).astype(jnp.float32) if accumulate else state.accumulated,
+            total=state.total + jnp.where(measured & (d > 0), d, 0.0).astype(jnp.float32),
+            streak=jnp.where(reuse, state.streak + 1, 0),
+            hits=state.hits + reuse,
+        )
+        metric = jnp.where(known, d, jnp.nan).astype(jnp.float32)
+        shown = {"metric": metric, "asked": asked.astype(jnp.float32), "reused": reuse.astype(jnp.float32)}
+        shown = {k: jnp.repeat(a[:, None] if per_sample else a, row.plan.halves, axis=-1) for k, a in shown.items()}
+        report = report._replace(metric={**report.metric, "trunk": shown})
+        return tokens, state, memory, report
+
+    return Accelerator(name=name, plan=plan, init=init, trunk=trunk)
+
+
+def relative_change(reference: jax.Array, now: jax.Array, groups: int) -> jax.Array:
+    """mean|reference - now| / mean|reference| of each group of rows, [groups].
+
+    Args:
+      reference, now: [B, ...]; the rows of group g are g, g + groups, ... (the halves of guidance lie one behind
+        the other). One group is the whole batch.
+    """
+    wide = _wide(reference.dtype)
+    change = jnp.abs(reference.astype(wide) - now.astype(wide))
+
+    def total(a: jax.Array) -> jax.Array:
+        per_row = a.reshape(a.shape[0], -1).sum(1)
+        return per_row.reshape(-1, groups).sum(0)
+
+    return total(change) / total(jnp.abs(reference.astype(wide)))
+
+
+def added(one: Report, other: Report) -> Report:
+    """What two runs over different blocks did, together."""
+    return jax.tree.map(jnp.add, one, other)
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _where(choose: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    """yes where a row's group chooses so, [B, ...]."""
+    if choose.shape[0] > 1:
+        rows = jnp.tile(choose, yes.shape[0] // choose.shape[0])
+        choose = rows.reshape(-1, *(1,) * (yes.ndim - 1))
+    return jnp.where(choose, yes, no)
+
+
+def _value(state: Memory, now: jax.Array, like: Tokens, fill: Fill) -> Tokens:
+    """What the fill makes of the ring, in the types of `like`."""
+    if fill.weights is None:
+        return jax.tree.map(lambda r, a: r.astype(a.dtype), state.ring[0], like)
+    weigh = fill.weights
+    weights = jax.vmap(lambda steps: weigh(steps, now), in_axes=1, out_axes=1)(state.steps)  # [depth, G]
+
+    def one(a: Any, *values: jax.Array) -> jax.Array:
+        wide = _wide(a.dtype)
+        total = jnp.zeros(a.shape, wide)
+        for w, v in zip(weights, values, strict=True):
+            rows = jnp.tile(w, v.shape[0] // w.shape[0]).reshape(-1, *(1,) * (v.ndim - 1))
+            total += rows.astype(wide) * v.astype(wide)
+        return total.astype(a.dtype)
+
+    return jax.tree.map(one, like, *state.ring)
+
+
+def _pushed(state: Memory, residual: Tokens, now: jax.Array, fresh: Any, fill: Fill, dtype: str | None) -> Any:
+    """The ring and its steps behind a computed evaluation; of the groups that are `fresh` only, None for all."""
+    new = stored(residual, dtype)
+    ring = (new, *state.ring[: fill.depth - 1])
+    if fill.recent:
+        ring += (new, *state.ring[fill.depth : fill.depth + fill.recent - 1])
+    steps = jnp.concatenate([jnp.full((1, state.steps.shape[1]), now, jnp.int32), state.steps[:-1]])
+    if fresh is None:
+        return ring, steps
+    select = partial(jax.tree.map, lambda n, o: _where(fresh, n, o))
+    return select(ring, state.ring), jnp.where(fresh[None], steps, state.steps)
+
+
+def _recalled(state: Memory, value: Tokens, fill: Fill, dtype: str | None) -> Any:
+    """The ring and its steps behind a filled evaluation."""
+    if not fill.recent:
+        return state.ring, state.steps
+    full = state.steps[1] >= 0  # before the second computed value nothing is extrapolated, and nothing remembered
+    recent = (stored(value, dtype), *state.ring[fill.depth : fill.depth + fill.recent - 1])
+    old = state.ring[fill.depth :]
+    recent = jax.tree.map(lambda n, o: _where(full, n, o), recent, old)
+    return (*state.ring[: fill.depth], *recent), state.steps
