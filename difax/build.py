@@ -26,7 +26,7 @@ from difax.published import Foreign, load_foreign
 from difax.qtensor import Rules, quantize_params
 from difax.qtensor import cast as cast_params
 from difax.sample import make_rows
-from difax.stack import stack
+from difax.stack import stack, with_learned
 from difax.train import Task, TrainOptions, restore_ema
 from difax.trunk import neutral, unstack
 
@@ -99,8 +99,10 @@ class Run(NamedTuple):
     scale: float
 
     def prepare(self, params: Params) -> Params:
-        """Parameters as they are sampled with: quantised, cast to the model's dtype, in the layout that was chosen."""
+        """Parameters as they are sampled with: quantised, cast to the model's dtype, with those that the cache has
+        learned, in the layout that was chosen."""
         params = cast_params(quantize_params(params, self.rules), self.model.dtype)
+        params = with_learned(params, self.accelerator)
         return params if self.stacked else unstack(self.model, params)
 
 

@@ -301,6 +301,8 @@ class Accelerator(NamedTuple):
     levels together, and the levels nest in the order of the fields below: guide > output > trunk > block > branch.
 
     name: for messages. branches: the branches that `branch` acts on; None is all.
+    learned: {stage: {name: array [L, ...]}}, fitted parameters, which become `params["accelerator"]`
+        (`difax.stack.with_learned`) and reach block and branch, layer by layer, as `where.learned`.
     plan(rows, stages) -> Plan, on the host.
     guide(guide) -> guide: how the unconditional half is produced.
     init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "block": {stage: pytree with leading [depth]},
@@ -330,6 +332,7 @@ class Accelerator(NamedTuple):
     trunk: Callable[..., Any] | None = None
     block: Callable[..., Any] | None = None
     branch: Callable[..., Any] | None = None
+    learned: dict[str, dict[str, Any]] | None = None
 
 
 class Trace(NamedTuple):

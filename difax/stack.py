@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Accelerator, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
+from difax.contracts import Accelerator, Params, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
 
 LEVELS = ("guide", "output", "trunk", "block", "branch")  # from the outermost to the innermost
 
@@ -88,7 +90,23 @@ def stack(*accelerators: Accelerator) -> Accelerator:
         trunk=wrapped("trunk"),
         block=wrapped("block"),
         branch=of_branch if branching else None,
+        learned=_merged([a.learned for a in members if a.learned is not None]),
     )
+
+
+def _merged(learned: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]] | None:
+    merged: dict[str, dict[str, Any]] = {}
+    for one in learned:
+        for stage, arrays in one.items():
+            merged[stage] = {**merged.get(stage, {}), **arrays}
+    return merged or None
+
+
+def with_learned(params: Params, accelerator: Accelerator) -> Params:
+    """The parameters of a model with those of an accelerator that has some."""
+    if accelerator.learned is None:
+        return params
+    return {**params, "accelerator": jax.tree.map(jnp.asarray, accelerator.learned)}
 
 
 def joined(plans: list[Plan], owner: str) -> Plan:
