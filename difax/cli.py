@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
     sample.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
     sample.add_argument("--out", default="samples.png", metavar="FILE.png", help="the picture (default: %(default)s)")
+    sample.add_argument(
+        "--trace", metavar="FILE.npz", help="what was computed: step, layer, branch, half; the gate's metric"
+    )
     sample.add_argument("--json", action="store_true", help="print the table as JSON")
     sample.add_argument("--no-compile-cache", action="store_true", help="compile anew")
     sample.set_defaults(run=_sample)
@@ -167,6 +170,8 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
 def _sample(options: argparse.Namespace) -> int:
     config = _config(options, "fmnist_dit")
     out = writable(options.out, (".png",))
+    if options.trace:
+        writable(options.trace, (".npz",), "--trace")
     if options.repeat < 1:
         raise ValueError(f"--repeat={options.repeat}; allowed: 1 or more")
     if not 0 <= options.seed < 2**32:
@@ -175,6 +180,7 @@ def _sample(options: argparse.Namespace) -> int:
     import numpy as np
 
     from difax.build import build_run, load_weights
+    from difax.decisions import save_trace
     from difax.images import picture, save_png
     from difax.report import draw, format_table
 
@@ -196,8 +202,10 @@ def _sample(options: argparse.Namespace) -> int:
         model, params, source = load_weights(config, run.model, options.weights)
         run = run._replace(model=model)
     progress = not (options.quiet or options.json) and sys.stderr.isatty()
-    images, table = draw(run, params, cond, options.seed, progress)
+    images, table, trace = draw(run, params, cond, options.seed, progress)
     save_png(out, picture(images, columns))
+    if options.trace:
+        save_trace(options.trace, run.rows, trace)
     table = {
         "model": run.model.name,
         "weights": source,
@@ -345,7 +353,7 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-def writable(path: str, suffixes: tuple[str, ...]) -> pathlib.Path:
+def writable(path: str, suffixes: tuple[str, ...], flag: str = "--out") -> pathlib.Path:
     """Checks before any work that a file can be written there; returns its path.
 
     Raises:
@@ -353,13 +361,13 @@ def writable(path: str, suffixes: tuple[str, ...]) -> pathlib.Path:
     """
     target = pathlib.Path(path)
     if target.suffix not in suffixes:
-        raise ValueError(f"--out {path}: the name must end in {' or '.join(suffixes)}")
+        raise ValueError(f"{flag} {path}: the name must end in {' or '.join(suffixes)}")
     if target.is_dir():
-        raise ValueError(f"--out {path}: that is a folder")
+        raise ValueError(f"{flag} {path}: that is a folder")
     if not target.parent.is_dir():
-        raise ValueError(f"--out {path}: the folder {target.parent} does not exist")
+        raise ValueError(f"{flag} {path}: the folder {target.parent} does not exist")
     if not os.access(target.parent, os.W_OK):
-        raise ValueError(f"--out {path}: the folder {target.parent} is not writable")
+        raise ValueError(f"{flag} {path}: the folder {target.parent} is not writable")
     return target
 
 

@@ -289,6 +289,7 @@ def no_memory(spec: TrunkSpec, modes: tuple[Any, ...]) -> dict[str, Any]:
     return {
         "output": (),
         "trunk": (),
+        "along": {},
         "block": {stage: () for stage in spec.update},
         "branch": {stage: dict.fromkeys(updates, ()) for stage, updates in spec.update.items()},
     }
@@ -305,20 +306,22 @@ class Accelerator(NamedTuple):
         (`difax.stack.with_learned`) and reach block and branch, layer by layer, as `where.learned`.
     plan(rows, stages) -> Plan, on the host.
     guide(guide) -> guide: how the unconditional half is produced.
-    init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "block": {stage: pytree with leading [depth]},
-        "branch": {stage: {branch: the same}}} for the modes of a plan.
+    init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "along": {name: pytree}, "block": {stage: pytree
+        with leading [depth]}, "branch": {stage: {branch: the same}}} for the modes of a plan. What is "along" goes from
+        branch to branch and block to block, and on to the next evaluation: `memory["along"]`, `inner["along"]`.
     output(run, state, memory, row) -> (output, state, memory, report, ran): wraps the whole network,
         `run(memory)` -> (output, memory, report); ran: 1.0, or 0.0 where the network was not run.
     trunk(blocks, tokens, context, state, memory, row) -> (tokens, state, memory, report): wraps the blocks,
         `blocks.run(tokens, memory, first=0, last=None)` -> (tokens, memory, report) runs those from `first` up to
         `last`, counted over all stages; what is left out reports zeros (`difax.trunk.Blocks`).
     block(run, where, tokens, state, inner, row) -> (tokens, state, inner, done): wraps one block,
-        `run(tokens, inner)` -> (tokens, inner, done).
+        `run(tokens, inner)` -> (tokens, inner, done) (`difax.trunk.Block`).
     branch(compute, gate, where, state, inner, row) -> (residual, state, inner, Done): wraps one residual branch.
         `compute(inner, attend=None, dense=None, tokens=None)` -> (update before the gate, inner); `gate(update)` ->
-        what is added to the tokens. `inner` is what the branch's attention remembers: handed through, unchanged
+        what is added to the tokens. `inner` holds what the branch's attention remembers: handed through, unchanged
         where nothing is computed. The hooks stand in for every attention call, `attend(q, k, v, segments, apply)`,
-        and for every dense layer, `dense(name, x, apply)`; `tokens` are other inputs than the whole ones.
+        and for every dense layer, `dense(name, x, apply)`; `tokens` are other inputs than the whole ones, which are
+        `compute.tokens` (`difax.trunk.Compute`).
 
     A state that comes back as the very object that went in is not written again.
     """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import pathlib
 
 import numpy as np
+
+from difax.files import replacing
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
@@ -47,11 +48,5 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Writes a uint8 picture [H, W] or [H, W, 3]; the file appears whole or not at all."""
     from PIL import Image
 
-    path = pathlib.Path(path)
-    aside = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as aside:
         Image.fromarray(image).save(aside, format="PNG")
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,9 @@ import numpy as np
 from difax.build import REGISTRIES, Run, embedded_weights, make
 from difax.conditions import labelled
 from difax.config import config_names, load_config
-from difax.contracts import Params
+from difax.contracts import Params, Trace
 from difax.cost import model_cost, run_cost
+from difax.decisions import averaged, inert, summary
 from difax.images import image_grid, to_uint8
 from difax.noise import sample_keys
 from difax.qtensor import size_in_bytes
@@ -29,7 +30,15 @@ CHUNK = 64
 NATIVE = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1"}
 
 
-def draw(run: Run, params: Params, cond: Any, seed: int, progress: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
+class Drawn(NamedTuple):
+    """samples [n, ...] float32; table: what they cost (`draw`); trace: the mean over the chunks."""
+
+    samples: np.ndarray
+    table: dict[str, Any]
+    trace: Trace
+
+
+def draw(run: Run, params: Params, cond: Any, seed: int, progress: bool = False) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
     Samples go through in equal chunks of at most 64; sample i depends on (seed, i) and its condition alone.
@@ -39,8 +48,9 @@ def draw(run: Run, params: Params, cond: Any, seed: int, progress: bool = False)
       progress: a bar on stderr, at the price of a callback per step.
 
     Returns:
-      samples [n, ...] float32 and the table: steps, evaluations (rows of the scan), network evaluations of one
-      sample (both halves of guidance counted), GFLOPs of one sample, compile and run seconds, peak memory.
+      `Drawn`; its table has steps, evaluations (rows of the scan), network evaluations of one sample (both halves of
+      guidance counted), what a cache decided (`difax.decisions`), GFLOPs of one sample, compile and run seconds, peak
+      memory. A cache that did nothing is warned of on stderr.
     """
     from tqdm import tqdm
 
@@ -62,25 +72,30 @@ def draw(run: Run, params: Params, cond: Any, seed: int, progress: bool = False)
 
     x, keys, some = inputs(0)
     program, compile_seconds = _compiled(run, params, x, keys, some, (lambda _: bar.update()) if progress else None)
-    images, seconds, trace = [], 0.0, None
+    images, seconds, traces = [], 0.0, []
     for chunk in range(chunks):
         x, keys, some = jax.block_until_ready(inputs(chunk))
         start = time.perf_counter()
         image, trace = jax.block_until_ready(program(params, x, keys, some, rows, scale))
         seconds += time.perf_counter() - start
         images.append(np.asarray(image))
+        traces.append(trace)
     bar.close()
-    assert trace is not None
+    trace = averaged(traces)
     stacked = np.concatenate(images)[:n]
     if not np.all(np.isfinite(stacked)):
         print("difax: warning: some images are not finite", file=sys.stderr)
+    silent = inert(run.rows, trace)
+    if silent:
+        print(f"difax: warning: {silent}", file=sys.stderr)
     gflops = run_cost(model_cost(run.model, params, run.attention), trace) / 1e9
-    return stacked, {
+    table = {
         "images": n,
         "steps": len(run.times) - 1,
         "evaluations": len(run.rows.i),
         "network_evaluations": int(np.sum(np.asarray(trace.halves))),
         "computed_fraction": round(float(np.mean([np.mean(c) for c in trace.computed.values()])), 4),
+        **({} if run.rows.plan.owner == "none" else summary(trace)),
         "gflops_per_image": round(gflops, 3),
         "weights_mib": round(size_in_bytes(params) / 2**20, 1),
         "compile_seconds": round(compile_seconds, 2),
@@ -89,6 +104,7 @@ def draw(run: Run, params: Params, cond: Any, seed: int, progress: bool = False)
         "device": device_name(),
         "jax": jax.__version__,
     }
+    return Drawn(stacked, table, trace)
 
 
 def ahead_of_time(run: Run, n: int = 1) -> dict[str, Any]:
@@ -182,6 +198,9 @@ _ROWS = {
     "evaluations": "evaluations",
     "network_evaluations": "network evaluations per image",
     "computed_fraction": "fraction of branches computed",
+    "decisions": "computed (F), filled (.)",
+    "hit_rate": "evaluations that filled something",
+    "metric": "the gate's metric",
     "gflops_per_image": "GFLOPs per image",
     "weights_mib": "weights (MiB)",
     "compile_seconds": "compile seconds",
@@ -196,11 +215,19 @@ _ROWS = {
 def format_table(table: dict[str, Any]) -> str:
     """The table of `difax sample` for people."""
     width = max(map(len, _ROWS.values()))
-    lines = [f"{_ROWS[k]:<{width}}  {v}" for k, v in table.items() if k in _ROWS]
+    lines = [f"{_ROWS[k]:<{width}}  {_shown(v)}" for k, v in table.items() if k in _ROWS and v is not None]
     if "full_size" in table:
         lines += ["", "compiled only, at full size:"]
         lines += [f"{_ROWS.get(k, k.replace('_', ' ')):<{width}}  {v}" for k, v in table["full_size"].items()]
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {v:.3g}" for k, v in value.items())
+    if isinstance(value, list):
+        return value[0] if len(set(value)) == 1 else " | ".join(value)
+    return str(value)
 
 
 def previewer(run: Run) -> Callable[[Params], np.ndarray]:

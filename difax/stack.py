@@ -60,6 +60,7 @@ def stack(*accelerators: Accelerator) -> Accelerator:
         for level, i in owner.items():
             if level != "guide":
                 memory[level] = memories[i][level]
+        memory["along"] = {name: of for one in memories for name, of in one["along"].items()}
         for stage, branches in memory["branch"].items():
             for name in branches:
                 i = only if only is not None else taken.get(name)

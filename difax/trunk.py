@@ -76,6 +76,39 @@ class Blocks(NamedTuple):
     depth: int
 
 
+class Block(NamedTuple):
+    """One block, as the block level of an accelerator gets it.
+
+    It is called: (tokens, inner) -> (tokens, inner, done).
+    skip(tokens, inner) -> the same, with nothing run: zeros in what was done.
+    hidden(tokens) -> the stream [B, N, D] that the head reads.
+    """
+
+    run: Callable[..., tuple[Tokens, State, Report]]
+    hidden: Callable[[Tokens], jax.Array]
+
+    def __call__(self, tokens: Tokens, inner: State) -> tuple[Tokens, State, Report]:
+        return self.run(tokens, inner)
+
+    def skip(self, tokens: Tokens, inner: State) -> tuple[Tokens, State, Report]:
+        shapes = jax.eval_shape(lambda: self.run(tokens, inner)[2])
+        return tokens, inner, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
+class Compute(NamedTuple):
+    """One residual branch, as the branch level of an accelerator gets it.
+
+    It is called: (inner, attend=None, dense=None, tokens=None) -> (update before the gate, inner).
+    tokens: the whole ones, which it is given unless the call names others.
+    """
+
+    run: Callable[..., tuple[Any, State]]
+    tokens: Tokens
+
+    def __call__(self, inner: State, attend: Any = None, dense: Any = None, tokens: Tokens = None) -> tuple[Any, State]:
+        return self.run(self.tokens if tokens is None else tokens, inner, attend, dense)
+
+
 def run_trunk(
     model: Model,
     params: Params,
@@ -114,11 +147,11 @@ def run_trunk(
             start += stage.depth
             if low == 0 and high > 0:
                 tokens = stage.enter(tokens, context)
-            fold = _Fold(stage, context, accelerator, attention, row, halves, n in emitted)
+            fold = _Fold(stage, context, accelerator, attention, row, halves, n in emitted, model.hidden)
             state = {level: memory[level][n] for level in ("block", "branch", "attention")}
             skips = _taken(emitted[stage.takes], stage.depth, low, high) if stage.takes and low < high else None
-            tokens, state, out, reports[n] = fold(
-                tokens, (params[n], learned.get(n, ())), state, skips, low, high, unroll
+            (tokens, memory["along"]), state, out, reports[n] = fold(
+                (tokens, memory["along"]), (params[n], learned.get(n, ())), state, skips, low, high, unroll
             )
             if n in emitted and low < high:
                 emitted[n].append((low, high, out))
@@ -204,33 +237,37 @@ class _Fold:
         row: Row | None,
         halves: int,
         emits: bool,
+        hidden: Callable[[Tokens], jax.Array],
     ):
         self.stage, self.context, self.accelerator, self.attention = stage, context, accelerator, attention
-        self.row, self.halves, self.emits = row, halves, emits
+        self.row, self.halves, self.emits, self.hidden = row, halves, emits, hidden
 
     def __call__(
-        self, tokens: Tokens, params: Any, state: State, skips: Any, low: int, high: int, unroll: int | bool
-    ) -> tuple[Tokens, State, Tokens, Report]:
-        """Blocks low to high: (tokens, state, what each block emitted [high - low, ...] or None, report)."""
+        self, carry: Any, params: Any, state: State, skips: Any, low: int, high: int, unroll: int | bool
+    ) -> tuple[Any, State, Tokens, Report]:
+        """Blocks low to high: (carry, state, what each block emitted [high - low, ...] or None, report).
+
+        What one block hands to the next is (tokens, the accelerator's "along").
+        """
         depth = self.stage.depth
         if low >= high:
             if self.accelerator.block is None and self.accelerator.branch is None:
                 metric = {"block": (), "branch": dict.fromkeys(self.stage.branches, ())}
                 computed = jnp.zeros((depth, len(self.stage.branches), self.halves), jnp.float32)
-                return tokens, state, None, Report(computed, jnp.zeros((depth, self.halves), jnp.float32), metric)
+                return carry, state, None, Report(computed, jnp.zeros((depth, self.halves), jnp.float32), metric)
             if self.stage.takes:  # of the tokens' shape, as what it takes has
-                skips = jax.tree.map(lambda a: jnp.zeros((depth, *a.shape), a.dtype), tokens)
-            nothing = jax.eval_shape(lambda: self(tokens, params, state, skips, 0, depth, unroll)[3])
-            return tokens, state, None, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
+                skips = jax.tree.map(lambda a: jnp.zeros((depth, *a.shape), a.dtype), carry[0])
+            nothing = jax.eval_shape(lambda: self(carry, params, state, skips, 0, depth, unroll)[3])
+            return carry, state, None, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
         leaves, tree = jax.tree.flatten(state)
         written: list[bool] = []
 
-        def layer(tokens: Tokens, index: Any, p: Any, skip: Any, own: list[Any]) -> Any:
-            tokens, new, done = self._block(tokens, p, index, skip, tree.unflatten(own))
+        def layer(carry: Any, index: Any, p: Any, skip: Any, own: list[Any]) -> Any:
+            carry, new, done = self._block(carry, p, index, skip, tree.unflatten(own))
             flat = tree.flatten_up_to(new)
             written[:] = [a is not b for a, b in zip(own, flat, strict=True)]
             kept = [a for a, w in zip(flat, written, strict=True) if w]
-            return tokens, (kept, tokens if self.emits else (), done)
+            return carry, (kept, carry[0] if self.emits else (), done)
 
         if isinstance(params[0], tuple):
             outs = []
@@ -238,25 +275,25 @@ class _Fold:
                 own = [a[index] for a in leaves]
                 p = (params[0][index], params[1][index] if params[1] else ())
                 skip = jax.tree.map(lambda a, i=index - low: a[i], skips)
-                tokens, out = layer(tokens, jnp.int32(index), p, skip, own)
+                carry, out = layer(carry, jnp.int32(index), p, skip, own)
                 outs.append(out)
             kept, out, done = jax.tree.map(lambda *a: jnp.stack(a), *outs)
         elif (low, high) == (0, depth):
 
-            def whole(tokens: Tokens, xs: Any) -> Any:
-                return layer(tokens, *xs)
+            def whole(carry: Any, xs: Any) -> Any:
+                return layer(carry, *xs)
 
             xs = (jnp.arange(depth), params, skips, leaves)
-            tokens, (kept, out, done) = jax.lax.scan(whole, tokens, xs, unroll=unroll)
+            carry, (kept, out, done) = jax.lax.scan(whole, carry, xs, unroll=unroll)
         else:
             # by index, since a slice of the stacked parameters would be copied
 
-            def part(tokens: Tokens, xs: Any) -> Any:
+            def part(carry: Any, xs: Any) -> Any:
                 index, skip = xs
                 at = partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
-                return layer(tokens, index, jax.tree.map(at, params), skip, [at(a) for a in leaves])
+                return layer(carry, index, jax.tree.map(at, params), skip, [at(a) for a in leaves])
 
-            tokens, (kept, out, done) = jax.lax.scan(part, tokens, (jnp.arange(low, high), skips), unroll=unroll)
+            carry, (kept, out, done) = jax.lax.scan(part, carry, (jnp.arange(low, high), skips), unroll=unroll)
         full = (low, high) == (0, depth)
         place = partial(jax.lax.dynamic_update_slice_in_dim, start_index=low, axis=0)
         new = iter(kept)
@@ -265,66 +302,71 @@ class _Fold:
         ]
         if not full:
             done = jax.tree.map(lambda a: place(jnp.zeros((depth, *a.shape[1:]), a.dtype), a), done)
-        return tokens, tree.unflatten(leaves), out if self.emits else None, done
+        return carry, tree.unflatten(leaves), out if self.emits else None, done
 
-    def _block(self, tokens: Tokens, params: Any, index: Any, skip: Any, state: State) -> tuple[Tokens, State, Report]:
-        p, learned = params
+    def _block(self, carry: Any, params: Any, index: Any, skip: Any, state: State) -> Any:
+        (tokens, along), (p, learned) = carry, params
         where = Where(self.stage.name, None, index, self.stage.depth, learned)
 
         def run(tokens: Tokens, inner: Any) -> tuple[Tokens, Any, Report]:
             return self._branches(tokens, p, where, skip, inner)
 
-        inner = {"branch": state["branch"], "attention": state["attention"]}
+        inner, own = {"branch": state["branch"], "attention": state["attention"], "along": along}, state["block"]
         if self.accelerator.block is None:
             tokens, inner, done = run(tokens, inner)
-            return tokens, {"block": state["block"], **inner}, done
-        tokens, own, inner, done = self.accelerator.block(run, where, tokens, state["block"], inner, self.row)
-        return tokens, {"block": own, **inner}, done
+        else:
+            block = Block(run, self.hidden)
+            tokens, own, inner, done = self.accelerator.block(block, where, tokens, own, inner, self.row)
+        return (
+            (tokens, inner["along"]),
+            {"block": own, "branch": inner["branch"], "attention": inner["attention"]},
+            done,
+        )
 
     def _branches(self, tokens: Tokens, p: Params, where: Where, skip: Any, state: State) -> Any:
         apply = partial(self.stage.block.apply, {"params": p})
         if self.stage.takes:
             tokens = apply(tokens, skip, method="skip")
         mods = apply(self.context, method="mods")
-        branch_state, attention_state = state["branch"], state["attention"]
+        branch_state, attention_state, along = state["branch"], state["attention"], state["along"]
         computed, metrics = [], {}
         for branch in self.stage.branches:
             at = where._replace(branch=branch)
-            compute = partial(self._compute, apply, mods, branch, tokens, at)
+            compute = Compute(partial(self._compute, apply, mods, branch, at), tokens)
 
             def gate(update: Any, branch: str = branch, tokens: Tokens = tokens) -> Any:
                 factor = apply(mods, branch, method="gate")
                 return jax.tree.map(lambda h, g, u: (g * u).astype(h.dtype), tokens, factor, update)
 
-            acts = self.accelerator.branches
+            acts, inner = self.accelerator.branches, {"attention": attention_state[branch], "along": along}
             if self.accelerator.branch is None or (acts is not None and branch not in acts):
-                update, inner = compute(attention_state[branch])
+                update, inner = compute(inner)
                 residual, new, done = gate(update), branch_state[branch], Done(1.0)
             else:
                 residual, new, inner, done = self.accelerator.branch(
-                    compute, gate, at, branch_state[branch], attention_state[branch], self.row
+                    compute, gate, at, branch_state[branch], inner, self.row
                 )
-            branch_state, attention_state = {**branch_state, branch: new}, {**attention_state, branch: inner}
+            branch_state, along = {**branch_state, branch: new}, inner["along"]
+            attention_state = {**attention_state, branch: inner["attention"]}
             tokens = jax.tree.map(jnp.add, tokens, residual)
             computed.append(jnp.broadcast_to(jnp.asarray(done.computed, jnp.float32), (self.halves,)))
             metrics[branch] = done.metric
         entered = jnp.ones((self.halves,), jnp.float32)
         report = Report(jnp.stack(computed), entered, {"block": (), "branch": metrics})
-        return tokens, {"branch": branch_state, "attention": attention_state}, report
+        return tokens, {"branch": branch_state, "attention": attention_state, "along": along}, report
 
     def _compute(
         self,
         apply: Any,
         mods: Any,
         branch: str,
-        tokens: Tokens,
         where: Where,
+        tokens: Tokens,
         inner: State,
-        attend: Any = None,
-        dense: Any = None,
-        **other: Tokens,
+        attend: Any,
+        dense: Any,
     ) -> tuple[Any, State]:
-        cell = [inner]
+        cell = [inner["attention"]]
 
         def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None = None) -> jax.Array:
             o, cell[0] = self.attention.apply(q, k, v, segments, where, self.row, cell[0])
@@ -335,17 +377,18 @@ class _Fold:
 
         call = partial(
             apply,
-            other.get("tokens", tokens),
+            tokens,
             mods,
             self.context,
             plain if attend is None else hooked,
             method=branch,
         )
         if dense is None:
-            return call(), cell[0]
-        with _hooked(dense):
             update = call()
-        return update, cell[0]
+        else:
+            with _hooked(dense):
+                update = call()
+        return update, {**inner, "attention": cell[0]}
 
 
 def _taken(emitted: list[tuple[int, int, Tokens]], depth: int, low: int, high: int) -> Tokens:

@@ -169,7 +169,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         )
     halves(judge.test, options.samples, model.classes)  # refuses a number before hours of sampling
     labels = np.arange(options.samples, dtype=np.int32) % model.classes
-    images, table = draw(run, params, labels, options.seed, progress=sys.stderr.isatty())
+    images, table, _ = draw(run, params, labels, options.seed, progress=sys.stderr.isatty())
     measures = judge_samples(judge, to_uint8(images), labels)
     print(format_report(measures, CLASS_NAMES[load_config(CLASSIFIER)["data"]["name"]]), flush=True)
     sampler = {k: config[k] for k in ("solver", "grid", "guide", "cache", "steps", "scale") if k in config}

@@ -109,7 +109,7 @@ def images(n: int) -> dict[str, Any]:
         config = override(load_config("fmnist_dit"), [("quant.name", name)])
         run = build_run(config)
         model, params, _ = load_weights(config, run.model)
-        samples, table = draw(run._replace(model=model), params, labels, 0)
+        samples, table, _ = draw(run._replace(model=model), params, labels, 0)
         samples = samples.clip(-1, 1)
         reference = samples if reference is None else reference
         found[name] = {

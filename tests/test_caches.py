@@ -51,6 +51,12 @@ CASES = [
         on={"threshold": 1e9, "warmup": 2, "max_continuous": 2},
         computed=(1, 1, 0.5, 0.5, 1, 0.5),
     ),
+    Case(
+        "dbprune",
+        off={"threshold": 0.0, "warmup": 2},
+        on={"threshold": 1e9, "warmup": 2, "max_continuous": 2},
+        computed=(1, 1, 0.5, 0.5, 1, 0.5),
+    ),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 active = pytest.mark.parametrize("case", [c for c in CASES if c.on], ids=lambda c: c.name)

@@ -140,19 +140,13 @@ def test_exact_members_together_are_the_plain_run(model):
     run = composed(cell._replace(attend="chunked", cache="fora"))
     from difax.accel.caches import CACHES as factories
 
-    sampler = make_sampler(
-        run.model,
-        run.process,
-        run.prediction,
-        run.solver,
-        run.guide,
-        factories["fora"](interval=1),
-        attention=run.attention,
-    )
+    fora = factories["fora"](interval=1)
+    sampler = make_sampler(run.model, run.process, run.prediction, run.solver, run.guide, fora, attention=run.attention)
+    rows = run.rows._replace(plan=fora.plan(run.rows, run.model.stages))
     keys = sample_keys(0, 2)
     x = initial_noise(run.process, keys, run.model.input_shape)
     cond = jax.tree.map(jnp.asarray, random_conditions(run.model, 2))
     params = unstack(run.model, run.prepare(weights(model)))
-    got, _ = jax.jit(sampler, compiler_options=QUICK)(params, x, keys, cond, run.rows, jnp.float32(1.5))
+    got, _ = jax.jit(sampler, compiler_options=QUICK)(params, x, keys, cond, rows, jnp.float32(1.5))
     want = draw(cell).samples
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-4

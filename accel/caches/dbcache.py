@@ -62,12 +62,16 @@ def dbcache(
     References: cache-dit 1.5.3. Halves of guidance that run in one batch decide as one ("fused"); separate contexts
       are those of the guide, `cfg(together=False)`.
     """
-    _check(threshold, warmup, warmup_interval, mask, policy, forecast, order)
+    check("dbcache", threshold, warmup, warmup_interval, mask, policy)
+    if forecast not in FORECASTS:
+        raise ValueError(f"dbcache: forecast={forecast!r}; allowed: {', '.join(FORECASTS)}")
+    if order < 0:
+        raise ValueError(f"dbcache: order={order}; allowed: 0 or more")
 
     def rules(rows, stages):
         return rule(
             rows,
-            _forced(len(rows.i), warmup, warmup_interval, mask, policy),
+            forced("dbcache", len(rows.i), warmup, warmup_interval, mask, policy),
             threshold,
             certain=1.0,
             most=max_cached,
@@ -117,11 +121,14 @@ def _fill(forecast: str, order: int) -> Fill:
     return {"hold": hold, "taylor": lambda: taylor(order, first=3), "foca": foca}[forecast]()
 
 
-def _forced(evaluations: int, warmup: int, interval: int, mask: Sequence[int] | None, policy: str) -> np.ndarray:
+def forced(
+    name: str, evaluations: int, warmup: int, interval: int, mask: Sequence[int] | None, policy: str
+) -> np.ndarray:
+    """ASK, COMPUTE or REUSE at each evaluation, from cache-dit's warm-up and mask."""
     force = np.full(evaluations, ASK)
     if mask is not None:
         if len(mask) != evaluations:
-            raise ValueError(f"dbcache: the mask has {len(mask)} entries; the run has {evaluations} evaluations")
+            raise ValueError(f"{name}: the mask has {len(mask)} entries; the run has {evaluations} evaluations")
         steps = np.asarray(mask)
         force[steps == 1] = COMPUTE
         if policy == "static":
@@ -131,16 +138,13 @@ def _forced(evaluations: int, warmup: int, interval: int, mask: Sequence[int] | 
     return force
 
 
-def _check(threshold, warmup, interval, mask, policy, forecast, order) -> None:
+def check(name: str, threshold: float, warmup: int, interval: int, mask: Sequence[int] | None, policy: str) -> None:
+    """Refuses settings that cache-dit's rules cannot mean."""
     if not threshold >= 0:
-        raise ValueError(f"dbcache: threshold={threshold}; allowed: 0 or more")
+        raise ValueError(f"{name}: threshold={threshold}; allowed: 0 or more")
     if warmup < 0 or interval < 1:
-        raise ValueError(f"dbcache: warmup={warmup}, warmup_interval={interval}; allowed: 0 or more, and 1 or more")
+        raise ValueError(f"{name}: warmup={warmup}, warmup_interval={interval}; allowed: 0 or more, and 1 or more")
     if mask is not None and not set(mask) <= {0, 1}:
-        raise ValueError(f"dbcache: mask={tuple(mask)}; allowed: 1 (compute) and 0 (may be reused)")
+        raise ValueError(f"{name}: mask={tuple(mask)}; allowed: 1 (compute) and 0 (may be reused)")
     if policy not in POLICIES:
-        raise ValueError(f"dbcache: policy={policy!r}; allowed: {', '.join(POLICIES)}")
-    if forecast not in FORECASTS:
-        raise ValueError(f"dbcache: forecast={forecast!r}; allowed: {', '.join(FORECASTS)}")
-    if order < 0:
-        raise ValueError(f"dbcache: order={order}; allowed: 0 or more")
+        raise ValueError(f"{name}: policy={policy!r}; allowed: {', '.join(POLICIES)}")

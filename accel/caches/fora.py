@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from difax.accel.caches.planned import every, everywhere, planned
-from difax.contracts import Accelerator
+import numpy as np
+
+from difax.accel.caches.planned import Schedule, every, everywhere, planned
+from difax.contracts import Accelerator, Row, Stage
 
 
 def fora(interval: int = 3, dtype: str | None = None) -> Accelerator:
@@ -24,3 +26,24 @@ def fora(interval: int = 3, dtype: str | None = None) -> Accelerator:
     if interval < 1:
         raise ValueError(f"fora: interval={interval}; allowed: 1 or more")
     return planned("fora", lambda rows, stages: everywhere(every(interval, rows), stages), dtype=dtype)
+
+
+def fora_dit(interval: int = 3, dtype: str | None = None) -> Accelerator:
+    """FORA with the clock of the authors' DiT code, which counts the steps down to 0.
+
+    compute at evaluation i of E iff i = 0 or (E - 1 - i) mod interval = 0: the last one is always computed, and the
+    second too where E - 2 is a multiple of the interval.
+
+    Args:
+      interval, dtype: as in `fora`.
+
+    References: Selvaraju et al. 2024, arXiv:2407.01425, by the rule of prathebaselva/FORA (src/models.py).
+    """
+    if interval < 1:
+        raise ValueError(f"fora_dit: interval={interval}; allowed: 1 or more")
+
+    def schedule(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
+        i = np.asarray(rows.i)
+        return everywhere((i == 0) | ((len(i) - 1 - i) % interval == 0), stages)
+
+    return planned("fora_dit", schedule, dtype=dtype)

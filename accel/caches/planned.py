@@ -31,6 +31,7 @@ def planned(
     *,
     branches: tuple[str, ...] | None = None,
     after_gate: bool = False,
+    correct: Callable[[Any, Where, Row], Any] | None = None,
     dtype: str | None = None,
 ) -> Accelerator:
     """An accelerator that fills branches of blocks by a static plan.
@@ -41,6 +42,7 @@ def planned(
       fill: what stands in (the newest value).
       branches: the branches it acts on, None for all.
       after_gate: keep what is added to the tokens, and not the update before the gate.
+      correct: (filled value, where, row) -> what stands in instead of it.
       dtype: of the ring ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"); None: that of the model.
 
     Returns:
@@ -80,7 +82,8 @@ def planned(
         def filled() -> Any:
             like = jax.eval_shape(lambda: computed(inner)[1])
             weights = numbers.get("weights")
-            value = mix(ring[: 1 if weights is None else None], weights, like)
+            value = mix(ring, None if weights is None else weights[: len(ring)], like)
+            value = value if correct is None else correct(value, where, row)
             return value if after_gate else gate(value)
 
         if doing is None:
@@ -119,7 +122,7 @@ def _tabulate(name: str, sites: dict[Any, np.ndarray], depth: dict[str, int], fr
     layered = {site for site, flags in sites.items() if flags.ndim == 2}
     for site, flags in sites.items():
         if site not in layered:
-            doing[site], weights[site] = _one_site(flags, fresh, fill)
+            doing[site], weights[site] = ring_plan(flags, fresh, fill)
     modes = [tuple((site, d[e]) for site, d in sorted(doing.items()) if d[e] is not None) for e in range(steps)]
     if len(set(modes)) > MODES:
         layered |= doing.keys()
@@ -142,7 +145,7 @@ def _tabulate(name: str, sites: dict[Any, np.ndarray], depth: dict[str, int], fr
     return Plan(**indexed(modes), values=values, owner=name)
 
 
-def _one_site(flags: np.ndarray, fresh: np.ndarray, fill: Fill) -> tuple[list[Any], np.ndarray]:
+def ring_plan(flags: np.ndarray, fresh: np.ndarray, fill: Fill) -> tuple[list[Any], np.ndarray]:
     """What each evaluation does at one site that is the same in all layers, and its weights by slot [E, depth]."""
     doing: list[Any] = ["fill"] * len(flags)
     weights = np.zeros((len(flags), fill.depth))

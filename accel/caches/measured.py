@@ -1,0 +1,126 @@
+"""What was measured on a model before the run: the tables that a cache plans from, and the files that hold them.
+
+A file is one JSON object, written by `difax calibrate`:
+
+  {"technique": "smoothcache",                     the cache that plans from it
+   "model": "dit-XL/2", "solver": "ddim",          what was run
+   "steps": 50,                                    model evaluations of that run
+   "data": "16 samples, seed 0, guidance 1.5",     on what, in words
+   "kmax": 3,                                      settings of the technique, if it has some
+   "errors": {stage: {branch: nested lists}}}      its table, or several
+
+null in a table is a value that does not exist. Technique, evaluations, stages and branches must be those of the run;
+the rest tells a reader what the numbers are worth.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from difax.contracts import Stage
+
+
+def load(technique: str, file: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      ValueError: no such file, or no JSON.
+    """
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise ValueError(f"{technique}: file={file!r}: no such file")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{technique}: file={file!r} is not JSON: {error}") from None
+
+
+def read(technique: str, file: str, tables: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object of a calibration.
+
+    Raises:
+      ValueError: as `load`, or a file of another technique, or one without a table that is asked for.
+    """
+    content = load(technique, file)
+    found = content.get("technique") if isinstance(content, dict) else None
+    if found != technique:
+        raise ValueError(f"{technique}: file={file!r} was measured for {found}; allowed: {technique}")
+    for key in tables:
+        if key not in content:
+            raise ValueError(f"{technique}: file={file!r} has no {key!r}; it has {', '.join(sorted(content))}")
+    return content
+
+
+def same_length(technique: str, steps: int, evaluations: int) -> None:
+    """Refuses what was measured over another number of evaluations."""
+    if steps != evaluations:
+        raise ValueError(f"{technique}: measured over {steps} evaluations; allowed: the {evaluations} of this run")
+
+
+def by_stage(technique: str, given: Mapping[str, Any], stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
+    """{stage: {branch: value}} of the same, or of {branch: value}, which speaks of every stage that has the branch.
+
+    Raises:
+      ValueError: a stage or branch that the model does not have (with the nearest match).
+    """
+    if all(isinstance(value, Mapping) for value in given.values()):
+        for stage in given:
+            _known(technique, "stage", stage, [s.name for s in stages])
+        nested = {s.name: dict(given.get(s.name, {})) for s in stages}
+    else:
+        for branch in given:
+            _known(technique, "branch", branch, [b for s in stages for b in s.branches])
+        nested = {s.name: {b: given[b] for b in s.branches if b in given} for s in stages}
+    for s in stages:
+        for branch in nested[s.name]:
+            _known(technique, f"branch of {s.name}", branch, s.branches)
+    return nested
+
+
+def table(
+    technique: str,
+    given: Mapping[str, Any],
+    stages: tuple[Stage, ...],
+    shape: Callable[[Stage], tuple[int | None, ...]],
+) -> dict[str, dict[str, np.ndarray]]:
+    """A table as float64 arrays, null as nan.
+
+    Args:
+      shape: stage -> the shape of one branch's numbers; None is any length.
+
+    Raises:
+      ValueError: names that the model does not have, or numbers of another shape.
+    """
+    nested = by_stage(technique, given, stages)
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    for stage in stages:
+        arrays[stage.name] = {}
+        for branch, numbers in nested[stage.name].items():
+            want = shape(stage)
+            try:
+                array = np.asarray(numbers, np.float64)
+            except (TypeError, ValueError):
+                raise ValueError(f"{technique}: the numbers of {stage.name}.{branch} are no table") from None
+            fits = array.ndim == len(want) and all(w in (None, n) for w, n in zip(want, array.shape, strict=True))
+            if not fits:
+                allowed = " x ".join("any" if w is None else str(w) for w in want)
+                raise ValueError(
+                    f"{technique}: the numbers of {stage.name}.{branch} are {' x '.join(map(str, array.shape))}; "
+                    f"allowed: {allowed}"
+                )
+            arrays[stage.name][branch] = array
+    return arrays
+
+
+def _known(technique: str, kind: str, name: str, allowed: Any) -> None:
+    names = list(dict.fromkeys(allowed))
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, 1, 0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{technique}: no {kind} {name!r} in this model{hint}; allowed: {', '.join(names)}")

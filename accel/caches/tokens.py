@@ -1,0 +1,458 @@
+"""Where = some of the tokens: a score says which of a branch's tokens are computed, the others keep what they had.
+
+A full evaluation computes everything, and remembers each branch's output and what the score needs. A partial one
+gathers the inputs of the chosen tokens, runs the branch on them alone, and scatters what comes out into the held
+output, which is then used whole. That is exact for branches in which a token's output depends on this token only: those
+that do not attend, and cross-attention. Branches in which the tokens attend to each other (`attn`, and FLUX's
+`attn_mlp`, whose queries and keys are rotated by their place besides) are held whole between full evaluations.
+
+How many tokens are computed may differ by layer and evaluation, while a program needs fixed sizes. So a partial
+evaluation is one mode with a ladder of sizes, one small program a rung, of which each layer runs the smallest that is
+large enough; tokens beyond the layer's own number are computed there and dropped, and `computed` counts them.
+
+Shape letters: B batch, T queries, S keys, N tokens, D width, H heads, K head width, M chosen tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax import ops
+from difax.accel.caches.fill import check_dtype, stored
+from difax.contracts import Accelerator, Done, Plan, Row, Segments, Stage, State, Tokens, TrunkSpec, Where, no_memory
+from difax.cost import count
+from difax.stack import indexed
+from difax.trunk import Compute
+
+ATTENDED = ("attention", "key_norm", "value_norm")  # scores that a full evaluation takes from the stage's attention
+SCORES = (*ATTENDED, "similarity", "staleness", "random")
+SELECTIONS = ("top", "stratified")
+STREAMS = ("txt", "img")  # the order in which a joint attention takes the streams of a model with several
+IMAGE = "img"  # the stream whose tokens lie on a grid
+RUNGS = 16
+QUERIES = 128  # so many rows of an attention map exist at once while its columns are summed
+
+
+class Schedule(NamedTuple):
+    """What a technique computes; every array leads with [E, L], in its stage.
+
+    full: {stage: bool}, is the whole block computed.
+    share: {stage: {branch: float}}, the share of the tokens that is computed where it is not; a branch that is missing
+        is held.
+    idle: bool [E], the blocks that are not full do not run at all (another level fills them).
+    score: {stage: float [E, L, N]}, for the score "given".
+    """
+
+    full: dict[str, np.ndarray]
+    share: dict[str, dict[str, np.ndarray]]
+    idle: np.ndarray
+    score: dict[str, np.ndarray] | None = None
+
+
+class Held(NamedTuple):
+    """Of one branch: its output, how long ago each token was computed (only where tokens are computed one by one), and
+    what the attention of a full evaluation says about the tokens."""
+
+    value: Any
+    age: Any = ()
+    score: Any = ()
+
+
+def token_cache(
+    name: str,
+    schedule: Callable[[Row, tuple[Stage, ...]], Schedule],
+    *,
+    score: str = "attention",
+    staleness: float = 0.0,
+    bonus: float = 0.0,
+    grid: tuple[int, ...] | None = None,
+    select: str = "top",
+    seed: int = 0,
+    dtype: str | None = None,
+) -> Accelerator:
+    """An accelerator that computes some tokens of branches by a static plan.
+
+    Args:
+      name: of the technique.
+      schedule: (rows, stages) -> what is computed; an evaluation that is `fresh` is computed whole.
+      score: of a token, the highest are computed. From the attention of the last full evaluation: "attention", the sum
+        of its column over all queries, mean over heads; "key_norm", the mean norm of its keys; "value_norm", the sum
+        of 1 - norm of its values (small values first). Else "similarity", 1 - cosine of input and held output;
+        "staleness", its age; "random", one draw a layer and evaluation for all samples and both halves; "given", from
+        the schedule. All but the last two are divided by their norm over the tokens.
+      staleness: added to the score for each evaluation since the token was computed.
+      bonus: the best token of each 2 x 2 cell gains this share of its score.
+      grid: (rows, columns) or (frames, rows, columns) of the tokens, for the bonus; None is a square, and no bonus
+        where the number of tokens is not that of an even square. A text stream has none.
+      select: "top", or "stratified", the best of each of M equal stretches of tokens (M is then that of the rung).
+      seed: of "random". dtype: of the held outputs; None is that of the model.
+
+    Returns:
+      An `Accelerator` that remembers one output per branch and layer, and with the scores of `ATTENDED` one number per
+      layer and token (no attention map). Their own product, queries by keys once more at a full evaluation
+      ("attention" only), is not in `computed`.
+    """
+    check_dtype(name, dtype)
+    _check(name, score, select, staleness, bonus)
+
+    def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
+        return _tabulate(name, schedule(rows, stages), np.asarray(rows.fresh, bool))
+
+    def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
+        memory = no_memory(spec, modes)
+        if all(what == "full" for what, _ in modes):
+            return memory
+        sites = {site for _, ladders in modes for site, _ in ladders}
+        for stage, updates in spec.update.items():
+            partial_ = {b for b in updates if (stage, b) in sites and not attends_itself(spec, stage, b)}
+            source = None
+            if partial_ and score in ATTENDED:
+                source = next((b for b in updates if attends_itself(spec, stage, b)), None)
+                if source is None:
+                    raise ValueError(
+                        f"{name}: score={score!r}, but in the stage {stage} no token attends to another; allowed: "
+                        f"{', '.join(s for s in SCORES if s not in ATTENDED)}"
+                    )
+            for branch, update in updates.items():
+                depth = spec.depth[stage]
+
+                def zeros(shape: Any, kind: Any, depth: int = depth, update: Any = update) -> Any:
+                    return jax.tree.map(lambda a: jnp.zeros((depth, *shape(a)), kind or a.dtype), update)
+
+                memory["branch"][stage][branch] = Held(
+                    zeros(lambda a: a.shape, dtype),
+                    zeros(lambda a: a.shape[:-1], jnp.int32) if branch in partial_ else (),
+                    zeros(lambda a: a.shape[:-1], jnp.float32) if branch == source else (),
+                )
+        return memory
+
+    def block(run: Any, where: Where, tokens: Tokens, state: State, inner: State, row: Row) -> Any:
+        """Lends what the attention says to the branches that choose by it."""
+        held = inner["branch"]
+        source = next((h.score for h in held.values() if isinstance(h, Held) and _some(h.score)), None)
+        if source is None or row.plan.mode[0] not in ("partial", "mixed"):
+            tokens, inner, done = run(tokens, inner)
+            return tokens, state, inner, done
+        lent = {b: h._replace(score=source) if _some(h.age) else h for b, h in held.items()}
+        tokens, inner, done = run(tokens, {**inner, "branch": lent})
+        back = {b: h._replace(score=()) if _some(h.age) else h for b, h in inner["branch"].items()}
+        return tokens, state, {**inner, "branch": back}, done
+
+    def branch(compute: Compute, gate: Any, where: Where, held: Held, inner: State, row: Row) -> Any:
+        what, ladders = row.plan.mode
+        if what == "full":
+            update, inner = compute(inner)
+            return gate(update), held, inner, Done(1.0)
+
+        def whole(inner: State) -> Any:
+            seen = []
+
+            def attend(q: Any, k: Any, v: Any, segments: Any, apply: Any) -> Any:
+                seen.append(attended_score(score, q, k, v, segments))
+                return apply(q, k, v, segments)
+
+            scored = _some(held.score) and not _some(held.age)
+            update, inner = compute(inner, attend=attend) if scored else compute(inner)
+            kept = Held(
+                stored(update, dtype),
+                jax.tree.map(jnp.zeros_like, held.age),
+                by_stream(seen[0], held.value) if scored else held.score,
+            )
+            return update, kept, inner, jnp.float32(1)
+
+        def part(inner: State) -> Any:
+            new, computed = held, jnp.float32(0)
+            if _some(held.age):
+                values, at = row.plan.values, dict(where=where, row=row)
+                scores = _scores(score, staleness, held, compute.tokens, seed, values.get("score"), **at)
+                if bonus:
+                    scores = _each(lambda stream, s: with_bonus(s, bonus, _grid(s, grid, stream)), scores)
+                share, rung = (values[k][where.stage][where.branch][where.layer] for k in ("share", "rung"))
+                ladder = dict(ladders)[where.stage, where.branch]
+                new, inner, computed = _refreshed(compute, held, inner, scores, share, rung, ladder, select, dtype)
+            update = jax.tree.map(lambda a, t: a.astype(t.dtype), new.value, compute.tokens)
+            return update, new, inner, computed
+
+        if what == "mixed":
+            full = row.plan.values["full"][where.stage][where.layer]
+            update, held, inner, computed = jax.lax.cond(full, whole, part, inner)
+        else:
+            update, held, inner, computed = (whole if what == "store" else part)(inner)
+        return gate(update), held, inner, Done(computed)
+
+    return Accelerator(name=name, plan=plan, init=init, block=block if score in ATTENDED else None, branch=branch)
+
+
+def attends_itself(spec: TrunkSpec, stage: str, branch: str) -> bool:
+    """Do the tokens of a branch attend to each other: has its attention as many keys as there are tokens."""
+    # a caption of exactly that length passes for it: its cross-attention is then held whole, which is never wrong
+    call = spec.attention[stage][branch]
+    return call is not None and call.k.shape[1] == sum(a.shape[1] for a in jax.tree.leaves(spec.update[stage][branch]))
+
+
+# ---------------------------------------------------------------- the token axis
+
+
+def gather(tokens: Tokens, index: Any) -> Tokens:
+    """The tokens [B, N, D] at index [B, M], stream by stream: [B, M, D]."""
+    return jax.tree.map(lambda a, i: jnp.take_along_axis(a, i[..., None], axis=1), tokens, index)
+
+
+def scatter(held: jax.Array, index: jax.Array, fresh: Any, number: Any = None) -> jax.Array:
+    """held [B, N, ...] with `fresh` [B, M, ...] at index [B, M]; of the first `number` of them only, None for all."""
+    rows = jnp.arange(held.shape[0])[:, None]
+    if number is not None:  # the others point behind the end
+        index = jnp.where(jnp.arange(index.shape[1])[None] < number, index, held.shape[1])
+    return held.at[rows, index].set(fresh, mode="drop")
+
+
+def top(score: jax.Array, number: int) -> jax.Array:
+    """Index [B, number] of the tokens of the highest score [B, N], the best first; of equal ones the earlier."""
+    return jax.lax.top_k(score, number)[1]
+
+
+def stratified(score: jax.Array, number: int) -> jax.Array:
+    """Index [B, number] of the best token of each of so many stretches of (nearly) equal length."""
+    edges = np.arange(number + 1) * score.shape[1] // max(number, 1)
+    width = int(np.diff(edges).max(initial=0))
+    place = edges[:-1, None] + np.arange(width)
+    inside = place < edges[1:, None]
+    cut = jnp.where(inside[None], score[:, np.minimum(place, score.shape[1] - 1)], -jnp.inf)
+    return jnp.argmax(cut, axis=-1).astype(jnp.int32) + edges[None, :-1].astype(np.int32)
+
+
+def with_bonus(score: jax.Array, share: float, grid: tuple[int, ...] | None, cell: int = 2) -> jax.Array:
+    """score [B, N] with the highest of each cell x cell of the grid raised by `share` of itself."""
+    if grid is None:
+        return score
+    b, (*frames, rows, columns) = score.shape[0], grid
+    cells = score.reshape(b, math.prod(frames), rows // cell, cell, columns // cell, cell).swapaxes(3, 4)
+    flat = cells.reshape(*cells.shape[:-2], cell * cell)
+    best = jax.nn.one_hot(jnp.argmax(flat, axis=-1), cell * cell, dtype=bool)
+    raised = jnp.where(best, flat * (1 + share), flat)
+    return raised.reshape(cells.shape).swapaxes(3, 4).reshape(score.shape)
+
+
+def attended_score(kind: str, q_BTHK: Any, k_BSHK: Any, v_BSHK: Any, segments: Segments | None) -> jax.Array:
+    """What an attention says about each of its keys, [B, S] in float32."""
+    if kind == "attention":
+        return column_sums(q_BTHK, k_BSHK, segments)
+    if kind == "key_norm":
+        return jnp.linalg.norm(k_BSHK.astype(jnp.float32), axis=-1).mean(-1)
+    return (1 - jnp.linalg.norm(v_BSHK.astype(jnp.float32), axis=-1)).sum(-1)
+
+
+def column_sums(q_BTHK: jax.Array, k_BSHK: jax.Array, segments: Segments | None = None) -> jax.Array:
+    """sum over queries of softmax(q k^T / sqrt(K)), mean over heads: [B, S], a few rows of the map at a time."""
+    b, t, h, width = q_BTHK.shape
+    rows = min(QUERIES, t)
+    blocks = -(-t // rows)
+    q = jnp.pad(q_BTHK, ((0, 0), (0, blocks * rows - t), (0, 0), (0, 0))) * width**-0.5
+    real = jnp.arange(blocks * rows) < t
+    ids = jnp.zeros((b, blocks * rows), jnp.int32)
+    if segments is not None:
+        ids = jnp.pad(segments.q, ((0, 0), (0, blocks * rows - t)))
+
+    def add(total: jax.Array, part: Any) -> Any:
+        q_BRHK, real_R, ids_BR = part
+        logits = jnp.einsum("brhk,bshk->bhrs", q_BRHK, k_BSHK, preferred_element_type=jnp.float32)
+        if segments is not None:
+            logits = jnp.where(ids_BR[:, None, :, None] == segments.k[:, None, None, :], logits, ops.MASKED)
+        return total + (jax.nn.softmax(logits, axis=-1) * real_R[None, None, :, None]).sum(2).mean(1), None
+
+    parts = (
+        jnp.moveaxis(q.reshape(b, blocks, rows, h, width), 1, 0),
+        real.reshape(blocks, rows),
+        jnp.moveaxis(ids.reshape(b, blocks, rows), 1, 0),
+    )
+    return jax.lax.scan(add, jnp.zeros((b, k_BSHK.shape[1]), jnp.float32), parts)[0]
+
+
+def by_stream(score_BS: jax.Array, like: Tokens) -> Any:
+    """The score of a joint attention's keys, cut into the streams of the tokens."""
+    if not isinstance(like, dict):
+        return score_BS
+    if not set(like) <= set(STREAMS):
+        raise ValueError(f"tokens of the streams {', '.join(like)}; allowed: {', '.join(STREAMS)}, in this order")
+    names = [s for s in STREAMS if s in like]
+    cuts = np.cumsum([like[s].shape[1] for s in names])[:-1]
+    return dict(zip(names, jnp.split(score_BS, cuts, axis=1), strict=True))
+
+
+def normalised(score: jax.Array) -> jax.Array:
+    """score [B, N] over its norm."""
+    return score / jnp.maximum(jnp.linalg.norm(score, axis=1, keepdims=True), 1e-12)
+
+
+# ---------------------------------------------------------------- one evaluation of one branch
+
+
+def _some(tree: Any) -> bool:
+    return bool(jax.tree.leaves(tree))
+
+
+def _each(function: Any, *trees: Any) -> Any:
+    """function(name of the stream or None, its leaves), stream by stream."""
+    if isinstance(trees[0], dict):
+        return {s: function(s, *(t[s] for t in trees)) for s in trees[0]}
+    return function(None, *trees)
+
+
+def _grid(score: jax.Array, grid: tuple[int, ...] | None, stream: str | None) -> tuple[int, ...] | None:
+    n, side = score.shape[1], math.isqrt(score.shape[1])
+    if stream not in (None, IMAGE):
+        return None
+    if grid is None:
+        return (side, side) if side * side == n and side % 2 == 0 else None
+    if math.prod(grid) != n or len(grid) not in (2, 3) or grid[-1] % 2 or grid[-2] % 2:
+        raise ValueError(
+            f"grid={tuple(grid)} for {n} tokens; allowed: (rows, columns) or (frames, rows, columns) that multiply to "
+            "it, with even rows and columns"
+        )
+    return grid
+
+
+def _scores(
+    kind: str, staleness: float, held: Held, tokens: Tokens, seed: int, given: Any, where: Where, row: Row
+) -> Any:
+    """The score [B, N] of every token of a branch, in each stream."""
+    key = jax.random.fold_in(jax.random.key(seed), row.i)
+    key = jax.random.fold_in(key, zlib.crc32(f"{where.stage}/{where.branch}".encode()) >> 1)
+    key = jax.random.fold_in(key, where.layer)
+
+    def one(stream: str | None, age: jax.Array, x: jax.Array, value: jax.Array, seen: Any) -> jax.Array:
+        if kind == "random":
+            own = jax.random.fold_in(key, STREAMS.index(stream) if stream in STREAMS else 0)
+            base = jax.random.uniform(own, age.shape[1:], jnp.float32)[None]
+        elif kind == "given":
+            base = given[where.stage][where.layer][None].astype(jnp.float32)
+        elif kind == "staleness":
+            base = normalised(age.astype(jnp.float32))
+        elif kind == "similarity":
+            a, b = x.astype(jnp.float32), value.astype(jnp.float32)
+            norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+            base = normalised(1 - (a * b).sum(-1) / jnp.maximum(norms, 1e-12))
+        else:
+            base = normalised(seen)
+        return jnp.broadcast_to(base + staleness * age, age.shape)
+
+    seen = held.score if kind in ATTENDED else held.age
+    return _each(one, held.age, tokens, held.value, seen)
+
+
+def _refreshed(
+    compute: Compute,
+    held: Held,
+    inner: State,
+    scores: Any,
+    share: jax.Array,
+    rung: jax.Array,
+    ladder: tuple[float, ...],
+    select: str,
+    dtype: str | None,
+) -> tuple[Held, State, jax.Array]:
+    """What is held with the best tokens computed anew, as many as the layer's share says."""
+    length = jax.tree.map(lambda a: a.shape[1], held.age)
+    sizes = [jax.tree.map(lambda n, f=f: portion(f, n), length) for f in ladder]
+    best = jax.tree.map(top, scores, sizes[-1]) if select == "top" else None
+    older = jax.tree.map(lambda a: a + 1, held.age)
+
+    def step(size: Any) -> Any:
+        def run(inner: State) -> Any:
+            if not any(jax.tree.leaves(size)):
+                return held.value, older, inner, jnp.float32(0)
+            if best is None:
+                index, number = jax.tree.map(stratified, scores, size), size
+            else:
+                index = jax.tree.map(lambda i, n: i[:, :n], best, size)
+                # in float32 a share of exactly m tokens may come out as a little less
+                number = jax.tree.map(lambda n: jnp.floor(share * n * (1 + 1e-6)).astype(jnp.int32), length)
+            fresh, inner = compute(inner, tokens=gather(compute.tokens, index))
+            value = jax.tree.map(scatter, held.value, index, stored(fresh, dtype), number)
+            age = jax.tree.map(lambda a, i, n: scatter(a, i, 0, n), older, index, number)
+            return value, age, inner, jnp.float32(_fraction(compute, inner, size))
+
+        return run
+
+    runs = [step(size) for size in sizes]
+    value, age, inner, computed = runs[0](inner) if len(runs) == 1 else jax.lax.switch(rung, runs, inner)
+    return held._replace(value=value, age=age), inner, computed
+
+
+def portion(share: float, tokens: int) -> int:
+    """How many tokens a share of them is."""
+    return int(math.floor(share * tokens * (1 + 1e-6)))
+
+
+def _fraction(compute: Compute, inner: State, size: Any) -> float:
+    """Which part of the branch's products is left where so many tokens of each stream are computed."""
+    fewer = jax.tree.map(lambda a, n: jax.ShapeDtypeStruct((a.shape[0], n, a.shape[2]), a.dtype), compute.tokens, size)
+
+    def attend(q: Any, k: Any, v: Any, segments: Any, apply: Any) -> Any:
+        return ops.attend(q, k, v, segments)
+
+    def products(tokens: Any) -> float:
+        return count(lambda t: compute(inner, attend=attend, tokens=t)[0], tokens)
+
+    whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), compute.tokens)
+    return products(fewer) / products(whole)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def _tabulate(name: str, asked: Schedule, fresh: np.ndarray) -> Plan:
+    """The plan of a schedule: modes are ("full" | "store" | "partial" | "mixed", ladders of the sites)."""
+    fresh = fresh.copy()
+    fresh[0] = True
+    full = {s: np.asarray(a, bool) | fresh[:, None] for s, a in asked.full.items()}
+    every = np.all([a.all(1) for a in full.values()], axis=0)
+    some = np.any([a.any(1) for a in full.values()], axis=0) & ~every
+    idle = np.asarray(asked.idle, bool) & ~fresh
+    share = {s: {b: np.clip(a, 0.0, 1.0) for b, a in of.items() if (a > 0).any()} for s, of in asked.share.items()}
+    used, what = False, ["full"] * len(fresh)
+    for e in reversed(range(len(fresh))):
+        if some[e]:
+            what[e], used = "mixed", True
+        elif every[e]:
+            what[e], used = ("store" if used else "full"), False
+        elif not idle[e]:
+            what[e], used = "partial", True
+    if not used and "partial" not in what and "mixed" not in what:
+        return Plan(**indexed([("full", ())] * len(fresh)), owner=name)
+    ladders, rung = {}, {}
+    for stage, of in share.items():
+        for branch, a in of.items():
+            partly = ~full[stage] & ~idle[:, None]
+            if partly.any():
+                steps = ladders[stage, branch] = ladder(a[partly])
+                at = np.minimum(np.searchsorted(steps, a), len(steps) - 1)
+                rung.setdefault(stage, {})[branch] = at.astype(np.int32)
+    fixed = tuple(sorted(ladders.items()))
+    modes = [(w, fixed if w != "full" else ()) for w in what]
+    values = {"full": full, "share": share, "rung": rung}
+    return Plan(**indexed(modes), values=values | ({} if asked.score is None else {"score": asked.score}), owner=name)
+
+
+def ladder(shares: np.ndarray) -> tuple[float, ...]:
+    """The shares for which there is a program: those that occur, or where they are many, sixteenths that hold them."""
+    distinct = np.unique(shares)
+    if len(distinct) > RUNGS:
+        distinct = np.unique(np.ceil(distinct * RUNGS) / RUNGS)
+    return tuple(float(f) for f in distinct)
+
+
+def _check(name: str, score: str, select: str, staleness: float, bonus: float) -> None:
+    if score not in (*SCORES, "given"):
+        raise ValueError(f"{name}: score={score!r}; allowed: {', '.join(SCORES)}")
+    if select not in SELECTIONS:
+        raise ValueError(f"{name}: select={select!r}; allowed: {', '.join(SELECTIONS)}")
+    if not staleness >= 0 or not bonus >= 0:
+        raise ValueError(f"{name}: staleness={staleness}, bonus={bonus}; allowed: 0 or more")

@@ -1,0 +1,363 @@
+"""What all caches share: sweeps compile once, nothing leaves the device, stacks, samples and devices that agree."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difax import process as P
+from difax.accel.caches import CACHES
+from difax.accel.caches.fill import damped, foca, hold, newton, taylor
+from difax.accel.solvers import SOLVERS
+from difax.contracts import Accelerator
+from difax.decisions import averaged, inert, strip, summary
+from difax.grids import GRIDS, make_times
+from difax.guidance import GUIDES
+from difax.mesh import batch_sharding, data_mesh, replicated
+from difax.noise import sample_keys
+from difax.sample import initial_noise, make_rows, make_sampler
+from difax.stack import stack
+from difax.trunk import neutral, trunk_spec, unstack
+from tests.toys import QUICK, tiny_dit
+
+STEPS = 8
+
+
+class Problem:
+    """Guided DDIM on a tiny DiT of four blocks."""
+
+    def __init__(self, guide="cfg", together=True, depth=4, dtype="float32"):
+        self.model, self.params = tiny_dit(depth=depth, dtype=dtype)
+        self.process, self.solver = P.vp_linear(), SOLVERS["ddim"]()
+        self.guide = GUIDES[guide](together=together) if guide == "cfg" else GUIDES[guide]()
+        self.times = make_times(GRIDS["uniform"](), self.process, STEPS)
+
+    def rows(self, accelerator: Accelerator):
+        return make_rows(self.solver, self.guide, self.process, self.times, accelerator, self.model.stages)
+
+    def sampler(self, accelerator: Accelerator):
+        sampler = make_sampler(self.model, self.process, "eps", self.solver, self.guide, accelerator)
+        return jax.jit(sampler, compiler_options=QUICK)
+
+    def inputs(self, labels=(3, 0), seed=0):
+        keys = sample_keys(seed, len(labels))
+        return initial_noise(self.process, keys, self.model.input_shape), keys, jnp.asarray(labels, jnp.int32)
+
+    def run(self, accelerator: Accelerator, params=None, **inputs):
+        x, keys, labels = self.inputs(**inputs)
+        return self.sampler(accelerator)(params or self.params, x, keys, labels, self.rows(accelerator), 2.0)
+
+
+# ---------------------------------------------------------------- fills
+
+
+def ring(values, steps, fill):
+    padded = np.asarray([*steps, *[-1] * (fill.depth - len(steps))])
+    return lambda now: float(np.dot(fill.weights(padded, now)[: len(values)], values))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_newton_is_exact_to_its_degree_at_any_distances(order):
+    steps = np.asarray([9, 7, 4, 0])[: order + 1]
+    curve = np.polynomial.Polynomial(np.arange(1.0, order + 2))
+    fill = newton(order)
+    assert ring(curve(steps), steps, fill)(11) == pytest.approx(curve(11))
+    with_less = ring(curve(steps)[:2], steps[:2], fill)  # two values known: the straight line through them
+    line = curve(steps[0]) + (curve(steps[0]) - curve(steps[1])) / (steps[0] - steps[1]) * 2
+    assert with_less(11) == pytest.approx(line)
+
+
+def test_weights_of_the_papers():
+    steps = lambda n: np.arange(n)[::-1]  # noqa: E731
+    np.testing.assert_allclose(taylor(2).weights(steps(3), 3), [5 / 2, -2, 1 / 2])
+    np.testing.assert_allclose(taylor(3).weights(steps(4), 4), [8 / 3, -5 / 2, 1, -1 / 6])
+    np.testing.assert_allclose(newton(2).weights(steps(3), 3), [3, -3, 1])
+    np.testing.assert_allclose(newton(3).weights(steps(4), 4), [4, -6, 4, -1])
+    np.testing.assert_allclose(damped(lambda now: 0.5).weights(np.asarray([4, 2]), 5), [1.5, -0.5])
+    np.testing.assert_allclose(foca().weights(np.asarray([4, 3]), 8), [1 + 4.5 / 4, -4.5 / 4, 4.5 / 4, -4.5 / 4])
+
+
+def test_taylor_misses_a_parabola_as_published():
+    """On t^2 + 2t + 1 with computed values two apart it errs where Newton's polynomial is exact."""
+    curve, steps = np.polynomial.Polynomial([1.0, 2.0, 1.0]), np.asarray([6, 3, 0])
+    for now in (7, 8):
+        assert ring(curve(steps), steps, newton(2))(now) == pytest.approx(curve(now))
+        assert abs(ring(curve(steps), steps, taylor(2))(now) - curve(now)) > 1
+
+
+@pytest.mark.parametrize("make", [lambda: taylor(2), lambda: taylor(3, 2), lambda: newton(2), foca])
+def test_weights_are_the_same_traced(make):
+    fill = make()
+    for steps in ([7, 5, 2, 0], [7, 5, -1, -1], [7, -1, -1, -1]):
+        host = np.asarray(steps[: fill.depth])
+        traced = jax.jit(fill.weights)(jnp.asarray(host), jnp.int32(9))
+        np.testing.assert_allclose(traced, fill.weights(host, 9), rtol=1e-6)
+    assert hold().weights is None
+
+
+# ---------------------------------------------------------------- one program
+
+
+SWEEPS = {
+    "fora": [dict(interval=n) for n in (2, 3, 4)],
+    "taylorseer": [dict(interval=n, order=1) for n in (2, 3)],
+    "teacache": [dict(threshold=t) for t in (0.0, 0.2, 0.5)],
+    "dbcache": [dict(threshold=t, warmup=w, max_continuous=c) for t, w, c in ((0.0, 2, -1), (0.6, 2, 2), (0.9, 3, 1))],
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_compiles_once(name):
+    p, traces = Problem(), [0]
+    embed = p.model.embed
+
+    def counted(*a):
+        traces[0] += 1
+        return embed(*a)
+
+    p.model = p.model._replace(embed=counted)
+    sampler = p.sampler(CACHES[name](**SWEEPS[name][0]))
+    seen = []
+    for setting in SWEEPS[name]:
+        samples, trace = sampler(p.params, *p.inputs(), p.rows(CACHES[name](**setting)), 2.0)
+        want, _ = p.run(CACHES[name](**setting))
+        np.testing.assert_allclose(samples, want, rtol=1e-5, atol=1e-5)
+        seen.append((traces[0], np.asarray(trace.computed["blocks"]).sum()))
+        traces[0] = 0
+    assert [n for n, _ in seen[1:]] == [seen[1][0]] * len(seen[1:])
+    sampled = [c for _, c in seen]
+    assert len(set(sampled)) == len(sampled)  # and every setting did something else
+
+
+@pytest.mark.parametrize("name", ["none", "fora", "taylorseer", "teacache", "dbcache"])
+def test_nothing_is_fetched_or_sent_during_a_run(name):
+    p, accelerator = Problem(), neutral() if name == "none" else CACHES[name]()
+    sampler = p.sampler(accelerator)
+    rows, scale = jax.tree.map(jnp.asarray, p.rows(accelerator)), jnp.float32(2.0)
+    sampler(p.params, *p.inputs(), rows, scale)
+    inputs = p.inputs()
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(sampler(p.params, *inputs, rows, scale))
+
+
+def test_rows_of_another_accelerator_are_refused():
+    p = Problem()
+    with pytest.raises(ValueError, match="laid out for none, the sampler runs fora"):
+        p.sampler(CACHES["fora"]())(p.params, *p.inputs(), p.rows(neutral()), 2.0)
+
+
+@pytest.mark.parametrize("name", ["fora", "taylorseer", "teacache", "dbcache"])
+def test_written_out_blocks_give_the_same(name):
+    p = Problem()
+    accelerator = CACHES[name](**{"threshold": 0.3} if name in ("teacache", "dbcache") else {})
+    want, trace = p.run(accelerator)
+    got, other = p.run(accelerator, params=unstack(p.model, p.params))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, trace.computed, other.computed)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def memory_values(name, dtype=None, **settings):
+    p = Problem()
+    accelerator = CACHES[name](dtype=dtype, **settings)
+    shapes = [jax.ShapeDtypeStruct((2 * 2, *p.model.input_shape), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)]
+    spec = trunk_spec(p.model, p.params, *shapes, halves=2)
+    memory = jax.eval_shape(lambda: accelerator.init(spec, p.rows(accelerator).plan.modes))
+    leaves = [a for a in jax.tree.leaves(memory) if a.ndim > 2]
+    return sum(a.size for a in leaves), sum(a.size * a.dtype.itemsize for a in leaves), spec
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "branches", "tokens"),
+    [
+        ("fora", dict(interval=3), 8, 0),
+        ("fora", dict(interval=1), 0, 0),
+        ("taylorseer", dict(interval=3, order=2), 3 * 8, 0),
+        ("teacache", {}, 0, 2),
+        ("fbcache", {}, 0, 2),
+        ("dbcache", dict(forecast="taylor", order=2), 0, 4),
+    ],
+)
+def test_memory_is_what_the_docstring_says(name, settings, branches, tokens):
+    """In outputs of a branch of one layer, and in copies of the tokens: each is 2 halves x 2 samples x N x D."""
+    values, size, spec = memory_values(name, **settings)
+    assert values == (branches + tokens) * spec.hidden.size
+    assert size == 4 * values
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float8_e4m3fn", 1)])
+def test_a_narrow_ring_is_narrow_and_close(dtype, itemsize):
+    values, size, _ = memory_values("fora", dtype)
+    assert size == itemsize * values
+    p = Problem()
+    want, _ = p.run(CACHES["fora"](interval=2))
+    got, _ = p.run(CACHES["fora"](interval=2, dtype=dtype))
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    print(f"ring in {dtype}: {error:.1e}")
+    assert 0 < error < {"bfloat16": 2e-2, "float8_e4m3fn": 0.2}[dtype]
+
+
+# ---------------------------------------------------------------- batches, halves and devices
+
+
+@pytest.mark.parametrize("name", ["teacache", "fbcache", "dbcache"])
+@pytest.mark.parametrize("together", [True, False])
+def test_per_sample_a_batch_is_its_singles(name, together):
+    """With a threshold at which the samples disagree; one number for the whole batch gives other images."""
+    p = Problem(together=together)
+    settings = {
+        "teacache": dict(threshold=0.34),
+        "fbcache": dict(threshold=0.5),
+        "dbcache": dict(threshold=0.45, warmup=1),
+    }
+    accelerator = CACHES[name](per_sample=True, **settings[name])
+    labels = (3, 0, 1, 4)
+    samples, trace = p.run(accelerator, labels=labels)
+    keys, singles, decisions = sample_keys(0, 4), [], []
+    x = initial_noise(p.process, keys, p.model.input_shape)
+    sampler, rows = p.sampler(accelerator), p.rows(accelerator)
+    for b in range(4):
+        one = slice(b, b + 1)
+        alone, alone_trace = sampler(p.params, x[one], keys[one], jnp.asarray(labels[one], jnp.int32), rows, 2.0)
+        singles.append(alone)
+        decisions.append(alone_trace.metric["trunk"]["reused"][:, 0])
+    np.testing.assert_allclose(samples, jnp.concatenate(singles), rtol=1e-4, atol=1e-4)
+    reused = np.stack(decisions, 1)
+    np.testing.assert_array_equal(trace.metric["trunk"]["reused"], reused)
+    assert (reused.any(1) & ~reused.all(1)).any()  # they disagreed somewhere
+    # whatever one sample asks for is computed for all
+    ran = np.asarray(trace.computed["blocks"])[:, -1, 0, 0]
+    np.testing.assert_array_equal(ran, 1 - reused[..., 0].all(1))
+
+
+def test_halves_that_run_apart_decide_apart():
+    p = Problem(together=False)
+    accelerator = CACHES["fbcache"](threshold=0.5)
+    _, trace = p.run(accelerator)
+    strips = summary(trace)["decisions"]
+    print(strips)
+    assert strips[0] != strips[1]
+    np.testing.assert_array_equal(trace.halves, np.full(STEPS, 2))
+
+
+@pytest.mark.parametrize("name", ["teacache", "dbcache"])
+def test_decisions_are_the_same_on_any_number_of_devices(name):
+    p = Problem()
+    accelerator = CACHES[name](**{"teacache": dict(threshold=0.35), "dbcache": dict(threshold=0.5, warmup=2)}[name])
+    labels, found = (0, 1, 2, 3, 4, 0, 1, 2), []
+    rows, sampler = p.rows(accelerator), p.sampler(accelerator)
+    for devices in (1, 2, 4, 8):
+        mesh = data_mesh(devices)
+        x, keys, cond = (jax.device_put(a, batch_sharding(mesh, len(labels))) for a in p.inputs(labels=labels))
+        params = jax.device_put(p.params, replicated(mesh))
+        samples, trace = sampler(params, x, keys, cond, rows, 2.0)
+        found.append((strip(trace), np.asarray(samples)))
+    assert len({s for s, _ in found}) == 1 and "F" in found[0][0][1:-1] and set(found[0][0]) != {"F"}
+    for _, samples in found[1:]:
+        np.testing.assert_allclose(samples, found[0][1], rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- several at once
+
+
+def test_different_levels_stack_in_any_order():
+    """A step gate around a held stack: where the gate opens, FORA decides; both have their plan and their memory."""
+    p = Problem()
+    gate, inner = CACHES["teacache"](threshold=0.25), CACHES["fora"](interval=2)
+    one, trace = p.run(stack(gate, inner))
+    other, _ = p.run(stack(inner, gate))
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    _, alone = p.run(gate)
+    full = np.asarray(alone.computed["blocks"]).mean((1, 2, 3))
+    got = np.asarray(trace.computed["blocks"]).mean((1, 2, 3))
+    assert got.sum() < full.sum() and np.all(got[1::2] == 0)
+
+
+def test_branches_apart_stack():
+    p = Problem()
+    accelerator = stack(CACHES["fora"](interval=2)._replace(branches=("attn",)), neutral())
+    assert accelerator.name == "fora"
+    both = stack(
+        CACHES["fora"](interval=2)._replace(branches=("attn",)),
+        CACHES["taylorseer"](interval=4, order=1)._replace(branches=("mlp",)),
+    )
+    _, trace = p.run(both)
+    computed = np.asarray(trace.computed["blocks"]).mean((1, 3))
+    np.testing.assert_array_equal(computed[:, 0], [1, 0, 1, 0, 1, 0, 1, 0])
+    np.testing.assert_array_equal(computed[:, 1], [1, 1, 0, 0, 0, 1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (("fora", "taylorseer"), "fora and taylorseer both act on branches"),
+        (("teacache", "dbcache"), "teacache and dbcache both act on the trunk"),
+    ],
+)
+def test_the_same_level_is_refused_by_name(names, match):
+    with pytest.raises(ValueError, match=match):
+        stack(*(CACHES[n]() for n in names))
+
+
+# ---------------------------------------------------------------- what a run says
+
+
+def test_strip_and_summary():
+    p = Problem()
+    _, trace = p.run(CACHES["fora"](interval=3))
+    assert strip(trace) == "F..F..F."
+    found = summary(averaged([trace, trace]))
+    assert found["decisions"] == ["F..F..F."] * 2 and found["hit_rate"] == 0.625 and found["metric"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "match"),
+    [
+        ("teacache", dict(threshold=1e-9), r"filled nothing in this run; its metric .*50 %: .*threshold 1e-09"),
+        (
+            "dbcache",
+            dict(threshold=0.9, warmup=7, warmup_interval=6, max_cached=1),
+            "filled nothing behind its warm-up",
+        ),
+        ("fora", dict(interval=2), None),
+        ("none", {}, None),
+    ],
+)
+def test_a_cache_that_does_nothing_is_told(name, settings, match):
+    p, accelerator = Problem(), neutral() if name == "none" else CACHES[name](**settings)
+    _, trace = p.run(accelerator)
+    told = inert(p.rows(accelerator), trace)
+    print(strip(trace), told)
+    if match is None:
+        assert told is None
+    else:
+        assert told and re.search(match, told)
+
+
+def test_a_learned_accelerator_sees_its_own_layer():
+    """Per-layer parameters arrive with the layer, in both layouts of the weights."""
+    from difax.contracts import Done
+    from difax.stack import with_learned
+
+    def branch(compute, gate, where, state, inner, row):
+        update, inner = compute(inner)
+        return gate(update * where.learned["factor"]), state, inner, Done(1.0)
+
+    factors = np.asarray([1.0, 0.5, 0.0, 2.0], np.float32)
+    accelerator = Accelerator(name="scaled", branch=branch, learned={"blocks": {"factor": factors}})
+    p = Problem("none")
+    params = with_learned(p.params, accelerator)
+    got, _ = p.run(accelerator, params=params)
+    scaled = jax.tree.map(lambda a: a, p.params)
+    for dense in ("out", "fc2"):
+        for leaf in ("kernel", "bias"):
+            a = scaled["blocks"][dense][leaf]
+            scaled["blocks"][dense][leaf] = a * factors.reshape(-1, *(1,) * (a.ndim - 1))
+    want, _ = p.run(neutral(), params=scaled)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    out, _ = p.run(accelerator, params=unstack(p.model, params))
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
