@@ -14,6 +14,9 @@ import numpy as np
 from difax import grids, guidance, losses
 from difax.accel.attention import ATTENTIONS, attention, first_of
 from difax.accel.caches import CACHES
+from difax.accel.caches.scheduled import scheduled
+from difax.accel.fit import CALIBRATIONS
+from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
 from difax.accel.quant import QUANTS
 from difax.accel.solvers import SOLVERS
 from difax.checkpoint import check_shapes, load_native, read_metadata, tensor_shapes
@@ -30,6 +33,14 @@ from difax.stack import stack, with_learned
 from difax.train import Task, TrainOptions, restore_ema
 from difax.trunk import neutral, unstack
 
+__all__ = [
+    "CALIBRATIONS",
+    "by_dynamic_programming",
+    "refine",
+    "scheduled",
+    "soft_hold",
+    "uniform",
+]  # for the entry points
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 ACCELERATORS: dict[str, Callable[..., Accelerator]] = {"none": neutral, **CACHES}
 
@@ -97,6 +108,7 @@ class Run(NamedTuple):
     times: np.ndarray
     rows: Row
     scale: float
+    described: Mapping[str, str]  # the names that the configuration gave to its sections
 
     def prepare(self, params: Params) -> Params:
         """Parameters as they are sampled with: quantised, cast to the model's dtype, with those that the cache has
@@ -154,6 +166,7 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
         times=times,
         rows=rows,
         scale=float(config["scale"]),
+        described={k: str(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v},
     )
 
 

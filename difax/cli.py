@@ -123,6 +123,26 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     export.set_defaults(run=_export)
 
+    calibrate = commands.add_parser(
+        "calibrate", parents=[common], help="measure what a cache plans from, or search a plan for a budget"
+    )
+    for name in SHORT:
+        calibrate.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
+    calibrate.add_argument("--steps", type=int, help="solver steps")
+    calibrate.add_argument("--scale", type=float, help="guidance scale")
+    calibrate.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
+    calibrate.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
+    calibrate.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
+    calibrate.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
+    calibrate.add_argument("--random-init", action="store_true", help="random weights, to try the command")
+    calibrate.add_argument("--samples", type=int, default=16, help="samples to draw (default: %(default)s)")
+    calibrate.add_argument("--batch", type=int, default=4, help="samples at a time (default: %(default)s)")
+    calibrate.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    calibrate.add_argument("--budget", type=float, default=0.4, help="of scheduled: share of the operations of a run")
+    calibrate.add_argument("--rounds", type=int, default=12, help="of scheduled: exchanges, at most")
+    calibrate.add_argument("--out", required=True, metavar="FILE.json", help="for the cache's file=...")
+    calibrate.set_defaults(run=_calibrate, repeat=1)
+
     convert = commands.add_parser("convert", help="turn a published safetensors checkpoint into an orbax one")
     convert.add_argument("source", metavar="SRC", help=".safetensors file, its .index.json, or their folder")
     convert.add_argument("target", metavar="DST", help="folder that does not exist yet")
@@ -220,6 +240,53 @@ def _sample(options: argparse.Namespace) -> int:
         "out": str(out),
     }
     print(json.dumps(table) if options.json else format_table(table))
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    out = writable(options.out, (".json",))
+    for name in ("samples", "batch", "rounds"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}={getattr(options, name)}; allowed: 1 or more")
+    from difax.build import CALIBRATIONS, build_run, choose, load_weights
+
+    if not options.cache:
+        raise ValueError(f"--cache is missing; allowed: scheduled, {', '.join(CALIBRATIONS)}")
+    technique = choose("calibration", options.cache, ["scheduled", *CALIBRATIONS])
+    options.cache = None
+    config = _config(options, "fmnist_dit")
+    settings = {k: v for k, v in config.get("cache", {}).items() if k != "name"}
+    config = {k: v for k, v in config.items() if k != "cache"}
+    run = build_run(config)
+    cond, _ = _conditions(options, config, run.model, options.random_init)
+    import jax
+
+    from difax.calibrate import Sampler, calibrate, save_json, search
+
+    if options.random_init:
+        params = jax.jit(run.model.init)(jax.random.key(options.seed))
+    else:
+        model, params, _ = load_weights(config, run.model, options.weights)
+        run = run._replace(model=model)
+    params = jax.block_until_ready(run.prepare(params))
+    sampler = Sampler(run, params, cond, options.seed)
+    tell = lambda text: None if options.quiet else print(f"difax: {text}", file=sys.stderr)  # noqa: E731
+    if technique == "scheduled":
+        for key in settings:
+            choose("key of cache scheduled", key, ("where", "forecast", "order"))
+        content = search(sampler, options.budget, options.samples, tell, rounds=options.rounds, **settings)
+        kept = "".join("F" if c else "." for c in content["schedule"])
+        shown = {"schedule": kept, **{f"loss, {k}": f"{v:.4g}" for k, v in content["losses"].items()}}
+    else:
+        if settings:
+            raise ValueError(f"cache {technique}: a calibration takes no keys, not {', '.join(settings)}")
+        content = calibrate(technique, sampler, options.samples, options.batch, tell)
+        shown = {k: v for k, v in content.items() if isinstance(v, (str, int, float))}
+        if technique == "teacache":
+            shown["coefficients"] = ", ".join(f"{c:.6g}" for c in content["coefficients"])
+    save_json(out, content)
+    for key, value in {**shown, "written to": str(out)}.items():
+        print(f"{key:<26}{value}")
     return 0
 
 

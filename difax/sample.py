@@ -82,6 +82,7 @@ def make_sampler(
     *,
     attention: Attention | None = None,
     on_step: Callable[[Any], None] | None = None,
+    remat: bool = False,
 ) -> Any:
     """Builds the jitted sampler `sample(params, x, keys, cond, rows, scale) -> (samples, trace)`.
 
@@ -93,6 +94,7 @@ def make_sampler(
       solver, guide, accelerator, attention: the seams; they default to no guidance, the neutral accelerator and the
         reference attention. The rows of a run are laid out for the same accelerator (`make_rows`).
       on_step: called on the host with the index of each finished evaluation (a progress bar); costs a callback.
+      remat: for gradients through the sampler: keep each evaluation's inputs only, and compute it again.
 
     Args of the sampler:
       params: the model's parameters.
@@ -159,7 +161,7 @@ def make_sampler(
             return (x, solver_state, guide_state, memory, keys), trace
 
         carry = (x, solver.init(x), guide.init(x), memory, keys)
-        (x, *_), trace = jax.lax.scan(body, carry, rows)
+        (x, *_), trace = jax.lax.scan(jax.checkpoint(body) if remat else body, carry, rows)
         return x, trace
 
     return jax.jit(sample, donate_argnames="x")

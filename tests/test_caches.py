@@ -38,9 +38,14 @@ class Case(NamedTuple):
         return ACCELERATORS[self.name](**getattr(self, which))
 
 
+ROUTED = np.full((STEPS, 2, 2), -5.0)  # logits of routers: evaluations, layers, branches
+ROUTED[1, 0, 0] = ROUTED[5, :, 1] = 5.0
+DISTANCE = abs(np.subtract.outer(range(STEPS), range(STEPS)))
+HALF_OF_THE_TOKENS = {"interval": 4, "ratio": 0.2, "step_weight": 0.0, "layer_weight": 0.0}  # of the MLPs
 CASES = [
     Case("none", off={}),
     Case("fora", off={"interval": 1}, on={"interval": 3}, computed=(1, 0, 0, 1, 0, 0)),
+    Case("scheduled", off={"schedule": [1] * STEPS}, on={"schedule": [1, 0, 0, 1, 0, 0]}, computed=(1, 0, 0, 1, 0, 0)),
     Case("taylorseer", off={"interval": 1}, on={"interval": 3, "order": 2}, computed=(1, 1, 0, 0, 1, 0)),
     Case("taylorseer_diffusers", off={"interval": 1}, on={"interval": 3, "first": 2}, computed=(1, 1, 0, 1, 0, 0)),
     Case("teacache", off={"threshold": 0.0}, on={"threshold": 1e9}, computed=(1, 0, 0, 0, 0, 1)),
@@ -57,6 +62,44 @@ CASES = [
         on={"threshold": 1e9, "warmup": 2, "max_continuous": 2},
         computed=(1, 1, 0.5, 0.5, 1, 0.5),
     ),
+    Case("fora_dit", off={"interval": 1}, on={"interval": 3}, computed=(1, 0, 1, 0, 0, 1)),
+    Case(
+        "smoothcache",
+        off={"schedule": {"attn": (1,) * STEPS}},
+        on={"schedule": {"attn": (1, 0, 1, 0, 0, 1), "mlp": (1, 1, 0, 0, 1, 1)}},
+        computed=(1, 0.5, 0.5, 0, 0.5, 1),
+    ),
+    Case("learning_to_cache", off={"logits": abs(ROUTED)}, on={"logits": ROUTED}, computed=(1, 0.25, 1, 0, 1, 0.5)),
+    Case("harmonica", off={"logits": abs(ROUTED)}, on={"logits": ROUTED}, computed=(1, 0.25, 0, 0, 0, 0.5)),
+    Case("pab", off={"ranges": {"attn": 1}}, on={"ranges": {"attn": 2}}, computed=(1, 0.5, 1, 0.5, 1, 1)),
+    Case(
+        "delta_dit",
+        off={"interval": 1},
+        on={"interval": 2, "cutoff": 3, "blocks": 1},
+        computed=(1, 0.5, 1, 0.5, 1, 0.5),
+    ),
+    Case("magcache", off={"ratios": [1.0], "streak": 0}, on={"ratios": [1.0]}, computed=(1, 0, 0, 0, 1, 0)),
+    Case("ab_cache", off={"interval": 1}, on={"interval": 3, "order": 2}, computed=(1, 1, 0, 0, 1, 0)),
+    Case("frdiff", off={"interval": 1}, on={"interval": 3, "bias": -1.0}, computed=(1, 0, 0, 1, 0, 0)),
+    Case(
+        "block_caching",
+        off={"changes": {"attn": np.full((2, STEPS), 0.3)}, "threshold": 0.0},
+        on={"changes": {"attn": np.full((2, STEPS), 0.3), "mlp": [[0.6] * STEPS, [0.2] * STEPS]}},
+        computed=(1, 0.25, 0.75, 0.5, 0.75, 0.25),
+    ),
+    Case(
+        "bacache",
+        off={"similarities": {"mlp": np.ones((2, STEPS, STEPS))}, "updates": STEPS, "bubble": 0},
+        on={"similarities": {"attn": [1.0 / (1 + DISTANCE)] * 2}, "updates": 2, "bubble": 0},
+        computed=(1, 0.5, 0.5, 1, 0.5, 0.5),
+    ),
+    # of 9216 multiply-adds in attention, q k^T are 512
+    Case("attention_map", off={"reuse": 0}, on={"reuse": 5}, computed=(1, *(1 - 256 / 9216,) * 5)),
+    Case("adacache", off={"codebook": ((1.0, 1),)}, on={"codebook": ((1.0, 3),)}, computed=(1, 1, 0, 0, 1, 1)),
+    Case("lazydit", off={}, on={"threshold": 0.6}, computed=(1, 0, 0, 0, 0, 0)),
+    Case("toca", off={"interval": 1}, on=HALF_OF_THE_TOKENS, computed=(1, 0.25, 0.25, 0.25, 0.25, 1)),
+    Case("duca", off={"interval": 1}, on=HALF_OF_THE_TOKENS, computed=(1, 0, 0.25, 0, 0.25, 1)),
+    Case("fastcache", off={"threshold": 0.0}, on={"threshold": 1e9}, computed=(1, 0, 0, 0, 0, 0)),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 active = pytest.mark.parametrize("case", [c for c in CASES if c.on], ids=lambda c: c.name)
@@ -122,7 +165,7 @@ def test_switched_on_it_computes_what_it_says_and_changes_the_samples(case, dtyp
     error = np.abs(got - want).max() / np.abs(want).max()
     print(f"{case.name} {dtype}: relative error {error:.3f}")
     assert error > 1e-4  # the noise of rounding is 1e-6
-    np.testing.assert_array_equal(trace.computed["blocks"].mean((1, 2, 3)), case.computed)
+    np.testing.assert_allclose(trace.computed["blocks"].mean((1, 2, 3)), case.computed, rtol=1e-6)
     np.testing.assert_array_equal(trace.halves, np.full(STEPS, 2))
 
 
@@ -153,7 +196,8 @@ def test_memory_keeps_its_types_and_its_leading_layers(case, dtype):
     for branch, update in spec.update["blocks"].items():
         for leaf in jax.tree.leaves(memory["branch"]["blocks"][branch]):
             assert leaf.shape[0] == spec.depth["blocks"]  # the block runner scans over it
-            assert case.name == "taylorseer_diffusers" or leaf.dtype == update.dtype
+            held = leaf.shape[1:] == update.shape and case.name != "taylorseer_diffusers"
+            assert not held or leaf.dtype == update.dtype
 
 
 # ---------------------------------------------------------------- DBCache, by what cache-dit 1.5.3 does

@@ -1,5 +1,7 @@
 """Caches that decide while they run, and those that act on guidance, by their rules in plain Python and golden data."""
 
+import functools
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -14,16 +16,28 @@ from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
 from difax.guidance import GUIDES
 from difax.noise import sample_keys
+from difax.ops import attend
 from difax.sample import make_rows, make_sampler
+from difax.stack import with_learned
+from tests.oracles import online as oracle
+from tests.test_caches import LABELS, STEPS, Problem, problem
 from tests.toys import QUICK, tanh_stack
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
 
-def toy_run(accelerator: Any, guide: Any = None, steps: int = 16) -> tuple[np.ndarray, Any]:
-    """A float64 run of the tanh network: Euler from tau = 1, scale 2."""
+def toy_run(accelerator: Any, guide: Any = None, steps: int = 16, video: bool = False) -> tuple[np.ndarray, Any]:
+    """A float64 run of the tanh network: Euler from tau = 1, scale 2; video: its tokens are a grid of 2 frames."""
     with jax.enable_x64(True):
         model, params, x0 = tanh_stack()
+        if video:
+            flat = model
+            model = model._replace(
+                embed=lambda p, x, t, c: flat.embed(p, x.reshape(len(x), 4, 8), t, c),
+                head=lambda p, tokens, context: tokens.reshape(-1, 2, 2, 1, 8),
+                input_shape=(2, 2, 1, 8),
+            )
+            x0 = x0.reshape(1, 2, 2, 1, 8)
         process, solver, guide = P.flow(time_scale=1.0), SOLVERS["euler"](), guide or GUIDES["none"]()
         rows = make_rows(solver, guide, process, np.linspace(1.0, 0.0, steps + 1), accelerator, model.stages)
         sampler = make_sampler(model, process, "velocity", solver, guide, accelerator)
@@ -93,3 +107,181 @@ def test_dbprune_does_what_cache_dit_does(name):
 def test_dbprune_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         toy_run(CACHES["dbprune"](**settings))
+
+
+# ---------------------------------------------------------------- AdaCache, by a plain loop
+
+BOOK = ((0.046, 5), (0.0475, 4), (0.049, 3), (0.06, 2), (1.0, 1))
+
+
+@pytest.mark.parametrize("block", [None, 0, 5])
+def test_adacache_by_a_plain_loop(block):
+    """In float64, on the toy network: the same evaluations and intervals, the same samples."""
+    want, computed, intervals = oracle.adacache(24, BOOK, 2 if block is None else block)
+    got, trace = toy_run(CACHES["adacache"](BOOK, block=block), steps=24)
+    assert 2 < len(computed) < 24 and len(set(intervals)) > 2
+    full = trace.computed["blocks"][:, :, 0, 0]
+    np.testing.assert_array_equal(full.min(1), full.max(1))
+    assert list(np.flatnonzero(full[:, 0])) == computed
+    assert list(trace.metric["trunk"]["interval"][computed[1:], 0]) == intervals
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_adacache_with_motion_by_a_plain_loop():
+    book = ((0.03, 5), (0.06, 4), (0.12, 3), (0.3, 2), (1.0, 1))
+    want, computed, intervals = oracle.adacache(24, book, 2, frames=2, window=(3, 20))
+    accelerator = CACHES["adacache"](book, moreg=True, frames=2, window=(3, 20))
+    got, trace = toy_run(accelerator, steps=24, video=True)
+    assert 2 < len(computed) < 24 and len(set(intervals)) > 2
+    assert list(np.flatnonzero(trace.computed["blocks"][:, 0, 0, 0])) == computed
+    assert list(trace.metric["trunk"]["interval"][computed[1:], 0]) == intervals
+    np.testing.assert_allclose(got.reshape(want.shape), want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"codebook": "50"}, "codebook='50'; allowed: pairs of numbers, or 100, 30-fast, 30-slow"),
+        ({"codebook": ((0.2, 1), (0.1, 2))}, "allowed: increasing bounds, and intervals of 1 or more"),
+        ({"codebook": ((0.2, 0),)}, "allowed: increasing bounds, and intervals of 1 or more"),
+        ({"moreg": True}, "moreg=True with frames=None; give the frames"),
+        ({"moreg": True, "frames": 1}, "frames=1; allowed: 2 or more"),
+        ({"moreg": True, "frames": 2}, "allowed: a model of videos"),
+        ({"block": 6}, "block=6; allowed: 0 to 5"),
+        ({"branch": "attn"}, "branch='attn'; allowed: f in block 2"),
+        ({"dtype": "int8"}, "adacache: dtype='int8'"),
+    ],
+)
+def test_adacache_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        toy_run(CACHES["adacache"](**settings))
+
+
+# ---------------------------------------------------------------- LazyDiT, by a plain loop
+
+
+def pieces(p: Problem) -> oracle.Network:
+    """A DiT as plain functions for the oracles."""
+    stage = p.model.stages[0]
+
+    def layer(i):
+        return {"params": jax.tree.map(lambda a: a[i], p.params["blocks"])}
+
+    @jax.jit
+    def branches(tokens, context):
+        out = []
+        for i in range(stage.depth):
+            mods = stage.block.apply(layer(i), context, method="mods")
+            updates = {b: stage.block.apply(layer(i), tokens, mods, context, attend, method=b) for b in stage.branches}
+            gates = {b: stage.block.apply(layer(i), mods, b, method="gate") for b in stage.branches}
+            out.append({b: (updates[b], gates[b], *mods[b][:2]) for b in stage.branches})
+        return out
+
+    @jax.jit
+    def embed(x, k, labels):
+        return p.model.embed(p.params, x, jnp.full(labels.shape, k, jnp.float32), labels)
+
+    head = jax.jit(lambda tokens, context: p.model.head(p.params, tokens, context))
+    return oracle.Network(
+        embed,
+        lambda i, name, tokens, context: jax.tree.map(np.asarray, branches(tokens, context)[i][name]),
+        lambda tokens, context: np.asarray(head(tokens, context)),
+        stage.depth,
+    )
+
+
+def by_ddim(p: Problem, eps: Any) -> np.ndarray:
+    """The oracle's samples of a problem."""
+    abar = np.append(p.process.level(p.rows().t.astype(np.float64)).alpha ** 2, 1.0)
+    return oracle.guided_ddim(np.asarray(p.inputs()[1]), abar, 2.0, eps)
+
+
+def both(p: Problem) -> dict[str, Any]:
+    return {"cond": LABELS, "null": p.model.null(LABELS)}
+
+
+def gates(scale: float) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {b: (scale * rng.normal(size=(2, STEPS, 16))).astype(np.float32) for b in ("attn", "mlp")}
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_lazydit_by_a_plain_loop(soft):
+    p, weights = problem(), gates(0.02)
+    accelerator = CACHES["lazydit"]({"blocks": weights}, soft=soft)
+    got, trace = p._replace(params=with_learned(p.params, accelerator)).run(accelerator)
+    eps, scores = oracle.lazydit(pieces(p), p.rows().model_time, both(p), weights, soft)
+    want = by_ddim(p, eps)
+    computed = np.ones((STEPS, 2, 2))
+    for b, name in enumerate(("attn", "mlp")):
+        for i, layer in itertools.product(range(STEPS), range(2)):
+            s = np.stack([scores[half, i, layer, name] for half in ("cond", "null")], -1)  # [samples, halves]
+            got_s = trace.metric["branch"]["blocks"][name]["score"][i, layer]
+            np.testing.assert_allclose(got_s, s, rtol=1e-3, atol=1e-4)
+            computed[i, layer, b] = soft or i == 0 or np.any(s >= 0.5)
+    rows = np.concatenate([s for (_, i, _, _), s in scores.items() if i > 0])
+    assert 0.2 < (rows >= 0.5).mean() < 0.8 and (soft or 0 < (computed == 0).sum())
+    for half in range(2):
+        np.testing.assert_array_equal(trace.computed["blocks"][..., half], computed)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+def test_a_batch_of_lazydit_is_its_samples_one_by_one():
+    p, accelerator = problem(), CACHES["lazydit"]({"blocks": gates(0.02)})
+    params, x, keys, labels = p.inputs()
+    params = with_learned(params, accelerator)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def sample(x, keys, labels):
+        return p.sampler(accelerator)(params, x, keys, labels, p.rows(accelerator), 2.0)
+
+    whole, _ = sample(x, keys, labels)
+    for n in range(2):
+        one, trace = sample(x[n : n + 1], keys[n : n + 1], labels[n : n + 1])
+        np.testing.assert_allclose(one[0], whole[n], rtol=1e-4, atol=1e-4)
+        assert trace.computed["blocks"].mean() < 0.9
+
+
+def test_soft_gates_of_lazydit_have_gradients():
+    p, accelerator = problem(), CACHES["lazydit"]({"blocks": gates(0.02)}, soft=True)
+    params, x, keys, labels = p.inputs()
+    params = with_learned(params, accelerator)
+    sampler, rows = p.sampler(accelerator), p.rows(accelerator)
+
+    def total(learned: Any) -> jax.Array:
+        return sampler({**params, "accelerator": learned}, x, keys, labels, rows, 2.0)[0].sum()
+
+    slope = jax.jit(jax.grad(total), compiler_options=QUICK)(params["accelerator"])
+    for name, g in slope["blocks"].items():
+        assert np.all(np.isfinite(g)) and np.all(np.any(g[:, 1:], -1)), name
+        assert not np.any(g[:, 0]), name  # nothing is held at the first evaluation
+
+
+def test_lazydit_reads_its_file(tmp_path):
+    np.savez(tmp_path / "gates.npz", **{f"blocks.{b}": w for b, w in gates(1.0).items()})
+    got = CACHES["lazydit"](file=str(tmp_path / "gates.npz")).learned
+    assert got is not None and list(got) == ["blocks"]
+    for b, w in gates(1.0).items():
+        np.testing.assert_array_equal(got["blocks"][f"{b}.lazy"], w)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": 1.5}, "threshold=1.5; allowed: 0 to 1"),
+        ({"weights": {}, "file": "a"}, "weights and file were both given"),
+        ({"file": "gates.txt"}, "file='gates.txt'; allowed: an .npz file"),
+        ({"weights": {"blocks": {"cross": np.zeros((2, 6, 16))}}}, "blocks.cross; allowed: blocks.attn, blocks.mlp"),
+        ({"weights": {"blocks": {"attn": np.zeros((2, 5, 16))}}}, r"\(2, 5, 16\); expected \[2, 6, D\]"),
+        ({"weights": {"blocks": {"attn": np.zeros((2, 6, 9))}}}, "9 features; blocks.attn has 16"),
+    ],
+)
+def test_lazydit_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        accelerator, p = CACHES["lazydit"](**settings), problem()
+        p._replace(params=with_learned(p.params, accelerator)).run(accelerator)
+
+
+def test_lazydit_refuses_parameters_without_its_weights():
+    with pytest.raises(ValueError, match="hold no weights; see difax.stack.with_learned"):
+        problem().run(CACHES["lazydit"]({"blocks": gates(1.0)}))

@@ -1,4 +1,4 @@
-"""AB-Cache. Yu et al., Training-Free Acceleration of Diffusion Models via Adams-Bashforth Cached Feature Reuse, 2025."""
+"""AB-Cache. Yu et al., Training-Free Acceleration of Diffusion Models via Adams-Bashforth Cached Feature Reuse."""
 
 from __future__ import annotations
 
@@ -52,6 +52,4 @@ def ab_cache(
 
     if where == "output":
         return planned_output("ab_cache", computed, newton(order - 1), dtype=dtype)
-    return planned(
-        "ab_cache", lambda rows, stages: everywhere(computed(rows), stages), newton(order - 1), dtype=dtype
-    )
+    return planned("ab_cache", lambda rows, stages: everywhere(computed(rows), stages), newton(order - 1), dtype=dtype)

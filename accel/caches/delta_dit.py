@@ -42,8 +42,6 @@ def delta_dit(
         if size > depth:
             raise ValueError(f"delta_dit: blocks={size}; allowed: up to the {depth} of the model")
         rear, front = (depth - size, depth), (0, size)
-        return [
-            None if i % interval == 0 else rear if evaluations - i > late else front for i in range(evaluations)
-        ]
+        return [None if i % interval == 0 else rear if evaluations - i > late else front for i in range(evaluations)]
 
     return planned_span("delta_dit", schedule, dtype=dtype)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from difax.accel.caches.output import planned_output
-from difax.accel.caches.planned import everywhere, planned
+from difax.accel.caches.planned import Schedule, everywhere, planned
 from difax.contracts import Accelerator, Plan, Row, Stage
 from difax.stack import stack
 
@@ -62,8 +62,11 @@ def frdiff(
         i = np.asarray(rows.i)
         return np.clip((slope * (i / len(i) - bias) + 2) / 4, 0.0, 1.0)
 
+    def schedule(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
+        return everywhere(keys(rows), stages, branches)
+
     both = stack(
-        planned("frdiff", lambda rows, stages: everywhere(keys(rows), stages, branches), branches=branches, dtype=dtype),
+        planned("frdiff", schedule, branches=branches, dtype=dtype),
         planned_output("frdiff", keys, share=share, dtype=dtype),
     )
 

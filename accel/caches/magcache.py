@@ -54,9 +54,10 @@ def magcache(
     Returns:
       An `Accelerator` that remembers one residual of the tokens; its plan is made before the run.
 
-    References: Ma et al. 2025. Defaults and rounding are those of diffusers 0.42's `MagCacheConfig`. Of FLUX's text
-      tokens, too, the residual is added, where diffusers passes them through unchanged, and both halves of guidance
-      share one list of ratios, where the authors' Wan has two. The authors' FLUX script forces one more evaluation.
+    References: Ma et al. 2025. Defaults, rounding and plans are those of diffusers 0.42's `MagCacheConfig`. To FLUX's
+      text tokens, too, the residual is added, where diffusers passes them through unchanged, and both halves of
+      guidance share one list of ratios, where the authors' Wan has two. The authors' FLUX script forces one more
+      evaluation.
     """
     if (ratios is None) == (file is None):
         raise ValueError(

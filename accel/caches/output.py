@@ -66,8 +66,7 @@ def planned_output(
             value, memory, report = run(memory)
             if doing is not None:
                 slot = doing[1]
-                kept = stored(value.astype(ring[slot].dtype), dtype)
-                ring = (*ring[:slot], kept, *ring[slot + 1 :])
+                ring = (*ring[:slot], stored(value, ring[slot].dtype.name), *ring[slot + 1 :])
             return value, ring, memory, report, 1.0
         like, _, nothing = jax.eval_shape(run, memory)
         filled = mix(ring[:1], None, like) if fill.weights is None else mix(ring, numbers["weights"][: len(ring)], like)

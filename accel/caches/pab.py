@@ -55,8 +55,8 @@ def pab(
         raise ValueError(f"pab: mlp_skip={mlp_skip}, mlp_blocks={mlp_blocks}; allowed: 0 or more, and 1 or more")
 
     def schedule(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
-        time = np.asarray(rows.model_time, np.float64)
-        inside = (low < time) & (time < high)
+        time = np.round(np.asarray(rows.model_time, np.float64), 6)  # a bound may be the time of an evaluation
+        inside = (low <= time) & (time <= high)
         have = {b for s in stages for b in s.branches}
         chosen = {b: r for b, r in RANGES.items() if b in have} if ranges is None else ranges
         if not inside.any() and any(r > 1 for r in chosen.values()):

@@ -40,7 +40,8 @@ def learning_to_cache(
     Returns:
       An `Accelerator` that remembers one output per branch and layer.
 
-    References: Ma et al. 2024, by the rule of horseee/learning-to-cache (DiT/models/dynamic_models.py).
+    References: Ma et al. 2024, by the rule of horseee/learning-to-cache (DiT/models/dynamic_models.py). Of the authors'
+      router for 50 steps the plan is, entry by entry, the schedule that SmoothCache's authors publish for L2C.
     """
     return _routed("learning_to_cache", logits, file, threshold, dtype, every_second=True)
 
@@ -97,7 +98,7 @@ def _per_stage(name: str, given: Any, evaluations: int, stages: tuple[Stage, ...
         if len(stages) > 1:
             names = ", ".join(s.name for s in stages)
             raise ValueError(f"{name}: one array of logits; allowed for this model: one for each stage of {names}")
-        given = {stages[0].name: given}
+        given = {s.name: given for s in stages}
     scores = {}
     for stage in stages:
         want = (evaluations, stage.depth, len(stage.branches))

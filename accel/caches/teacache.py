@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
-
 import jax.numpy as jnp
 import numpy as np
 
+from difax.accel.caches import measured
 from difax.accel.caches.gate import ASK, COMPUTE, gated, rule
 from difax.contracts import Accelerator
 
@@ -80,7 +78,7 @@ def _polynomial(coefficients: str | tuple[float, ...] | None, file: str | None) 
     if file is not None:
         if coefficients is not None:
             raise ValueError("teacache: coefficients and file were both given; allowed: one of them")
-        return tuple(json.loads(pathlib.Path(file).read_text())["coefficients"])
+        return tuple(measured.read("teacache", file, ("coefficients",))["coefficients"])
     if coefficients is None:
         return (1.0, 0.0)
     if isinstance(coefficients, str):

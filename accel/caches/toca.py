@@ -37,8 +37,9 @@ def toca(
     With s = T - 1 ... 0 the steps that are left, an evaluation is full iff s = T - 1 or s mod c = 0, where c is set by
     each full one: c = 2 for s in [0.2 T, 0.4 T), else round(interval / (1.4 - 0.8 s/T)). Any other computes in layer l
     the floor(r N) tokens of the highest score,
-    r = ratio (1 + v - 2v l/(L-1)) (1 + w - 2w s/T) module, score = |column sums of the attention| + staleness age/interval,
-    the best of each 2 x 2 cell raised by `bonus`; age counts partial evaluations since the token was computed.
+      r = ratio (1 + v - 2v l/(L-1)) (1 + w - 2w s/T) module,
+      score = normalised column sums of the attention + staleness age/interval,
+    the best of each 2 x 2 cell raised by `bonus`; age counts the partial evaluations since the token was computed.
 
     Args:
       preset: "ddim50" or "ddpm250", for interval (3, 4), step_weight w (2.0, 0.4) and layer_weight v (-0.2, 0.8), each
@@ -60,8 +61,9 @@ def toca(
     """
     if preset not in PRESETS:
         raise ValueError(f"toca: preset={preset!r}; allowed: {', '.join(PRESETS)}")
-    given = (interval, step_weight, layer_weight)
-    n, w, v = (b if a is None else a for a, b in zip(given, PRESETS[preset], strict=True))
+    n, w, v = PRESETS[preset]
+    n = n if interval is None else interval
+    w, v = w if step_weight is None else step_weight, v if layer_weight is None else layer_weight
     check("toca", n, ratio)
 
     def schedule(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
@@ -85,11 +87,50 @@ def toca(
 
 
 def clock(evaluations: int, interval: int, ratio: float, quirks: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Steps left modulo c, for the first block and for the others, in the order of the run; 0 is full."""
-    first, rest = np.zeros(evaluations, int), np.zeros(evaluations, int)
-    c = interval
-    for i in range(1, evaluations):
-        first[i] = rest[i] = (evaluations - 1 - i) % c if i > 1 else (evaluations - 1 - i) % _cycle(
-            evaluations - 1, evaluations, interval, ratio
-        )
+    """Steps left modulo c for the first block and for the others, in the order of the run; 0 is a full evaluation."""
+    first, rest, c = np.zeros(evaluations, int), np.zeros(evaluations, int), 1
+    for i in range(evaluations):
+        left = evaluations - 1 - i
+        first[i] = rest[i] = 0 if i == 0 else left % c
+        if first[i] == 0:
+            c = _cycle(left, evaluations, interval, ratio)
+            rest[i] = left % c if quirks and i > 0 else 0
     return first, rest
+
+
+def _cycle(left: int, evaluations: int, interval: int, ratio: float) -> int:
+    if interval == 1 or ratio == 0:
+        return interval
+    if int(0.2 * evaluations) <= left < int(0.4 * evaluations):
+        return 2
+    return max(round(interval / (1.4 - 0.8 * left / evaluations)), 1)
+
+
+def shares(
+    name: str,
+    rows: Row,
+    stages: tuple[Stage, ...],
+    ratio: float,
+    step_weight: float,
+    layer_weight: float,
+    modules: Mapping[str, float],
+) -> dict[str, dict[str, np.ndarray]]:
+    """Which share of its tokens a partial evaluation computes in each stage, branch and layer, [E, L]."""
+    try:
+        sites = everywhere(np.zeros(0), stages, tuple(modules))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    t = len(rows.i)
+    by_step = 1 + step_weight - 2 * step_weight * (t - 1 - np.arange(t)) / t
+    out: dict[str, dict[str, np.ndarray]] = {}
+    for stage in stages:
+        by_layer = 1 + layer_weight - 2 * layer_weight * np.arange(stage.depth) / max(stage.depth - 1, 1)
+        r = ratio * by_layer * by_step[:, None]
+        out[stage.name] = {branch: np.clip(r * modules[branch], 0, 1) for branch in sites[stage.name]}
+    return out
+
+
+def check(name: str, interval: int, ratio: float) -> None:
+    """Refuses what the clock cannot mean."""
+    if interval < 1 or not 0 <= ratio <= 1:
+        raise ValueError(f"{name}: interval={interval}, ratio={ratio}; allowed: 1 or more, and 0 to 1")

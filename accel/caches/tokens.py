@@ -91,7 +91,7 @@ def token_cache(
       bonus: the best token of each 2 x 2 cell gains this share of its score.
       grid: (rows, columns) or (frames, rows, columns) of the tokens, for the bonus; None is a square, and no bonus
         where the number of tokens is not that of an even square. A text stream has none.
-      select: "top", or "stratified", the best of each of M equal stretches of tokens (M is then that of the rung).
+      select: "top", or "stratified", the best of each of as many equal stretches of tokens.
       seed: of "random". dtype: of the held outputs; None is that of the model.
 
     Returns:
@@ -170,13 +170,14 @@ def token_cache(
         def part(inner: State) -> Any:
             new, computed = held, jnp.float32(0)
             if _some(held.age):
-                values, at = row.plan.values, dict(where=where, row=row)
-                scores = _scores(score, staleness, held, compute.tokens, seed, values.get("score"), **at)
+                values = row.plan.values
+                scores = _scores(score, staleness, held, compute.tokens, seed, values.get("score"), where, row)
                 if bonus:
                     scores = _each(lambda stream, s: with_bonus(s, bonus, _grid(s, grid, stream)), scores)
-                share, rung = (values[k][where.stage][where.branch][where.layer] for k in ("share", "rung"))
-                ladder = dict(ladders)[where.stage, where.branch]
-                new, inner, computed = _refreshed(compute, held, inner, scores, share, rung, ladder, select, dtype)
+                share, ladder = values["share"][where.stage][where.branch], dict(ladders)[where.stage, where.branch]
+                new, inner, computed = _refreshed(
+                    compute, held, inner, scores, share[where.layer], ladder, select, dtype
+                )
             update = jax.tree.map(lambda a, t: a.astype(t.dtype), new.value, compute.tokens)
             return update, new, inner, computed
 
@@ -218,14 +219,14 @@ def top(score: jax.Array, number: int) -> jax.Array:
     return jax.lax.top_k(score, number)[1]
 
 
-def stratified(score: jax.Array, number: int) -> jax.Array:
-    """Index [B, number] of the best token of each of so many stretches of (nearly) equal length."""
-    edges = np.arange(number + 1) * score.shape[1] // max(number, 1)
-    width = int(np.diff(edges).max(initial=0))
-    place = edges[:-1, None] + np.arange(width)
-    inside = place < edges[1:, None]
-    cut = jnp.where(inside[None], score[:, np.minimum(place, score.shape[1] - 1)], -jnp.inf)
-    return jnp.argmax(cut, axis=-1).astype(jnp.int32) + edges[None, :-1].astype(np.int32)
+def stratified(score: jax.Array, number: Any) -> jax.Array:
+    """score [B, N] with all at -inf but the best of each of so many stretches of (nearly) equal length."""
+    b, n = score.shape
+    stretch = jnp.arange(n) * number // n
+    best = jax.vmap(lambda s: jax.ops.segment_max(s, stretch, n))(score)[:, stretch]
+    place = jnp.where(score == best, jnp.arange(n)[None], n)
+    first = jax.vmap(lambda at: jax.ops.segment_min(at, stretch, n))(place)[:, stretch]
+    return jnp.where(jnp.arange(n)[None] == first, score, -jnp.inf)
 
 
 def with_bonus(score: jax.Array, share: float, grid: tuple[int, ...] | None, cell: int = 2) -> jax.Array:
@@ -353,36 +354,43 @@ def _refreshed(
     inner: State,
     scores: Any,
     share: jax.Array,
-    rung: jax.Array,
     ladder: tuple[float, ...],
     select: str,
     dtype: str | None,
 ) -> tuple[Held, State, jax.Array]:
     """What is held with the best tokens computed anew, as many as the layer's share says."""
-    length = jax.tree.map(lambda a: a.shape[1], held.age)
-    sizes = [jax.tree.map(lambda n, f=f: portion(f, n), length) for f in ladder]
-    best = jax.tree.map(top, scores, sizes[-1]) if select == "top" else None
-    older = jax.tree.map(lambda a: a + 1, held.age)
+    # in float32 a share of exactly m tokens may come out as a little less
+    number = jax.tree.map(lambda a: jnp.floor(share * a.shape[1] * (1 + 1e-6)).astype(jnp.int32), held.age)
+    sizes: list[Any] = []
+    for f in ladder:
+        size = jax.tree.map(lambda a, f=f: portion(f, a.shape[1]), held.age)
+        sizes += [size] if size not in sizes else []  # of few tokens, two shares may be as many
+    enough = np.asarray([jax.tree.leaves(size) for size in sizes])  # [rungs, streams]
+    rung = jnp.sum(jnp.any(enough < jnp.stack(jax.tree.leaves(number))[None], axis=1))
+    if select == "stratified":
+        scores = jax.tree.map(stratified, scores, number)
+    index = jax.tree.map(top, scores, sizes[-1])
+    chosen = gather(compute.tokens, index)
+    whole, each = _products(compute, inner)
+    shapes = jax.eval_shape(lambda: compute(inner, tokens=chosen)[0])
 
     def step(size: Any) -> Any:
+        left = [a.shape[1] - n for a, n in zip(jax.tree.leaves(held.age), jax.tree.leaves(size), strict=True)]
+        computed = 1 - sum(np.multiply(left, each)) / whole if any(jax.tree.leaves(size)) else 0.0
+
         def run(inner: State) -> Any:
-            if not any(jax.tree.leaves(size)):
-                return held.value, older, inner, jnp.float32(0)
-            if best is None:
-                index, number = jax.tree.map(stratified, scores, size), size
-            else:
-                index = jax.tree.map(lambda i, n: i[:, :n], best, size)
-                # in float32 a share of exactly m tokens may come out as a little less
-                number = jax.tree.map(lambda n: jnp.floor(share * n * (1 + 1e-6)).astype(jnp.int32), length)
-            fresh, inner = compute(inner, tokens=gather(compute.tokens, index))
-            value = jax.tree.map(scatter, held.value, index, stored(fresh, dtype), number)
-            age = jax.tree.map(lambda a, i, n: scatter(a, i, 0, n), older, index, number)
-            return value, age, inner, jnp.float32(_fraction(compute, inner, size))
+            fresh = jax.tree.map(lambda a: jnp.zeros((a.shape[0], 0, a.shape[2]), a.dtype), shapes)
+            if computed:
+                fresh, inner = compute(inner, tokens=jax.tree.map(lambda a, n: a[:, :n], chosen, size))
+            fresh = jax.tree.map(lambda a, b: jnp.pad(a, ((0, 0), (0, b.shape[1] - a.shape[1]), (0, 0))), fresh, shapes)
+            return fresh, inner, jnp.float32(computed)
 
         return run
 
     runs = [step(size) for size in sizes]
-    value, age, inner, computed = runs[0](inner) if len(runs) == 1 else jax.lax.switch(rung, runs, inner)
+    fresh, inner, computed = runs[0](inner) if len(runs) == 1 else jax.lax.switch(rung, runs, inner)
+    value = jax.tree.map(scatter, held.value, index, stored(fresh, dtype), number)
+    age = jax.tree.map(lambda a, i, n: scatter(a + 1, i, 0, n), held.age, index, number)
     return held._replace(value=value, age=age), inner, computed
 
 
@@ -391,18 +399,22 @@ def portion(share: float, tokens: int) -> int:
     return int(math.floor(share * tokens * (1 + 1e-6)))
 
 
-def _fraction(compute: Compute, inner: State, size: Any) -> float:
-    """Which part of the branch's products is left where so many tokens of each stream are computed."""
-    fewer = jax.tree.map(lambda a, n: jax.ShapeDtypeStruct((a.shape[0], n, a.shape[2]), a.dtype), compute.tokens, size)
+def _products(compute: Compute, inner: State) -> tuple[float, list[float]]:
+    """Operations of a branch's products, and how many of them are those of one token of each stream."""
+    leaves, tree = jax.tree.flatten(compute.tokens)
 
     def attend(q: Any, k: Any, v: Any, segments: Any, apply: Any) -> Any:
         return ops.attend(q, k, v, segments)
 
-    def products(tokens: Any) -> float:
-        return count(lambda t: compute(inner, attend=attend, tokens=t)[0], tokens)
+    def of(lengths: list[int]) -> float:
+        shapes = [(a.shape[0], n, a.shape[2]) for a, n in zip(leaves, lengths, strict=True)]
+        tokens = [jax.ShapeDtypeStruct(s, a.dtype) for s, a in zip(shapes, leaves, strict=True)]
+        return count(lambda t: compute(inner, attend=attend, tokens=t)[0], tree.unflatten(tokens))
 
-    whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), compute.tokens)
-    return products(fewer) / products(whole)
+    lengths = [a.shape[1] for a in leaves]
+    whole = of(lengths)
+    single = [of([*lengths[:i], 1, *lengths[i + 1 :]]) for i in range(len(lengths))]
+    return whole, [(whole - one) / max(n - 1, 1) for one, n in zip(single, lengths, strict=True)]
 
 
 # ---------------------------------------------------------------- the plan
@@ -427,25 +439,23 @@ def _tabulate(name: str, asked: Schedule, fresh: np.ndarray) -> Plan:
             what[e], used = "partial", True
     if not used and "partial" not in what and "mixed" not in what:
         return Plan(**indexed([("full", ())] * len(fresh)), owner=name)
-    ladders, rung = {}, {}
+    ladders = {}
     for stage, of in share.items():
         for branch, a in of.items():
             partly = ~full[stage] & ~idle[:, None]
             if partly.any():
-                steps = ladders[stage, branch] = ladder(a[partly])
-                at = np.minimum(np.searchsorted(steps, a), len(steps) - 1)
-                rung.setdefault(stage, {})[branch] = at.astype(np.int32)
+                ladders[stage, branch] = ladder(a[partly])
     fixed = tuple(sorted(ladders.items()))
     modes = [(w, fixed if w != "full" else ()) for w in what]
-    values = {"full": full, "share": share, "rung": rung}
+    values = {"full": full, "share": share}
     return Plan(**indexed(modes), values=values | ({} if asked.score is None else {"score": asked.score}), owner=name)
 
 
 def ladder(shares: np.ndarray) -> tuple[float, ...]:
-    """The shares for which there is a program: those that occur, or where they are many, sixteenths that hold them."""
+    """The shares for which there is a program: those that occur, or where they are many, the sixteenths around them."""
     distinct = np.unique(shares)
     if len(distinct) > RUNGS:
-        distinct = np.unique(np.ceil(distinct * RUNGS) / RUNGS)
+        distinct = np.arange(np.floor(distinct[0] * RUNGS), np.ceil(distinct[-1] * RUNGS) + 1) / RUNGS
     return tuple(float(f) for f in distinct)
 
 

@@ -1,0 +1,199 @@
+"""AdaCache. Kahatapitiya et al., Adaptive Caching for Faster Video Generation with Diffusion Transformers, 2024."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.accel.caches.fill import check_dtype, stored
+from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, Tokens, TrunkSpec, Where, no_memory
+from difax.trunk import Blocks
+
+# change below which the next so many evaluations make one interval; the last interval has no bound
+CODEBOOKS = {
+    "100": ((0.03, 12), (0.05, 10), (0.07, 8), (0.09, 6), (0.11, 4), (1.0, 3)),
+    "30-fast": ((0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.40, 2), (1.0, 1)),
+    "30-slow": ((0.08, 3), (0.16, 2), (0.24, 1), (0.32, 1), (0.40, 1), (1.0, 1)),
+}
+WINDOWS = {100: (10, 90), 30: (4, 26)}  # evaluations, counted from 1, in which motion is measured
+# m = (motion / USUAL)^SHARPNESS, and m + SLOPE |m - m'| / interval
+USUAL, SHARPNESS, SLOPE = 0.385, 8, 10
+
+
+class Values(NamedTuple):
+    """Leaves [E, ...]: always computed; bounds and intervals of the codebook; is motion measured."""
+
+    force: Any
+    bounds: Any
+    intervals: Any
+    moving: Any
+
+
+class Clock(NamedTuple):
+    """residual: of all blocks; [1] each: the next evaluation to compute, the interval it ends, the last motion."""
+
+    residual: Tokens
+    next: Any
+    interval: Any
+    motion: Any
+
+
+class Probe(NamedTuple):
+    """What the measured branch added when it was last computed; its relative change [1], and its motion [1]."""
+
+    reference: Tokens
+    change: Any
+    motion: Any
+
+
+def adacache(
+    codebook: str | Sequence[tuple[float, int]] = "100",
+    *,
+    block: int | None = None,
+    branch: str | None = None,
+    moreg: bool = False,
+    frames: int | None = None,
+    window: tuple[int, int] | None = None,
+    dtype: str | None = None,
+) -> Accelerator:
+    """Computes all blocks, or adds what they added last; how much one of them changes says for how long.
+
+    At a computed evaluation d = |r' - r|_1 / |r'|_1 / interval, r what one branch of one block added (behind its gate),
+    r' at the computed evaluation before; the codebook gives d the next interval. The first, the second, and the last
+    two evaluations are always computed. With `moreg`, d is multiplied by m + 10 |m - m_before| / interval with
+    m = (motion / 0.385)^8 of motion = |r[later frame] - r[frame]|_1 / (|r[later frames]|_1 + |r[earlier frames]|_1).
+
+    Args:
+      codebook: pairs (bound, interval), d < bound, in increasing order, the last without bound; or the name of one of
+        the authors': "100" (steps), "30-fast", "30-slow".
+      block: whose change is measured, counted over all stages (None: the middle one, 13 of 28).
+      branch: which of its branches (None: the first, self-attention).
+      moreg: motion regularisation, for videos (False).
+      frames: of the token grid, which moreg needs (Wan: its latents' frames, 21 for 81 frames of 480p).
+      window: first and last evaluation, counted from 1, whose motion counts (None: (10, 90) of 100, (4, 26) of 30, and
+        the same share of another number).
+      dtype: of the residual of all blocks; None is the model's.
+
+    Returns:
+      An `Accelerator` that remembers one residual of the tokens and the measured branch's.
+
+    References: Kahatapitiya et al. 2024, arXiv:2411.02397, and their code, which holds two residuals in each block; as
+      all blocks share one clock, the sum of them is held here, which adds up the same in another order. There the
+      measured branch is a temporal attention, and d may be the mean over several blocks (one by default). Change,
+      motion and intervals equal those of its compute_next_step (commit 2c6d3ca); a whole run was compared with plain
+      Python only.
+    """
+    bounds, intervals = _codebook(codebook)
+    check_dtype("adacache", dtype)
+    if moreg and frames is None:
+        raise ValueError("adacache: moreg=True with frames=None; give the frames of the token grid, 2 or more")
+    if frames is not None and frames < 2:
+        raise ValueError(f"adacache: frames={frames}; allowed: 2 or more")
+
+    def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
+        e = len(rows.i)
+        force = np.zeros(e, bool)
+        force[[0, max(e - 2, 0), e - 1]] = True
+        low, high = WINDOWS.get(e, (round(0.1 * e), round(0.9 * e))) if window is None else window
+        moving = (np.arange(1, e + 1) >= low) & (np.arange(1, e + 1) <= high)
+        values = Values(force, np.tile(bounds[:-1], (e, 1)), np.tile(intervals, (e, 1)), moving)
+        return Plan(np.zeros(e, np.int32), values, (_place(stages, block, branch),), "adacache")
+
+    def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
+        memory = no_memory(spec, modes)
+        if moreg and (spec.output.ndim < 5 or spec.output.shape[1] % frames or spec.hidden.shape[1] % frames):
+            raise ValueError(
+                f"adacache: moreg=True, frames={frames}; allowed: a model of videos, the frames of its token grid; "
+                f"this one has outputs {spec.output.shape[1:]} and {spec.hidden.shape[1]} tokens"
+            )
+        groups = (1 if spec.together else spec.halves,)
+        empty = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
+        kept = jax.tree.map(lambda a: jnp.zeros(a.shape, dtype or a.dtype), spec.tokens)
+        memory["trunk"] = Clock(kept, jnp.zeros(groups, jnp.int32), jnp.ones(groups, jnp.int32), jnp.ones(groups))
+        memory["along"]["adacache"] = Probe(empty(spec.tokens), jnp.zeros(groups), jnp.zeros(groups))
+        return memory
+
+    def of_branch(compute: Any, gate: Any, where: Where, state: State, inner: State, row: Row) -> Any:
+        update, inner = compute(inner)
+        residual, (stage, name, layer) = gate(update), row.plan.mode
+        if (where.stage, where.branch) == (stage, name):
+            measure = partial(_measured, frames=frames if moreg else None)
+            probe = inner["along"]["adacache"]
+            probe = jax.lax.cond(where.layer == layer, measure, lambda probe, _: probe, probe, residual)
+            inner = {**inner, "along": {**inner["along"], "adacache": probe}}
+        return residual, state, inner, Done(1.0)
+
+    def trunk(blocks: Blocks, tokens: Tokens, context: Any, state: Clock, memory: State, row: Row) -> Any:
+        values: Values = row.plan.values
+
+        def compute(memory: State) -> Any:
+            out, memory, done = blocks.run(tokens, memory)
+            probe: Probe = memory["along"]["adacache"]
+            # the second of two computed evaluations is the first that has something to be compared with
+            first = (row.i == 0) | row.fresh
+            motion = jnp.where(values.moving, (probe.motion / USUAL) ** SHARPNESS, 1.0)
+            pace = motion + SLOPE * jnp.abs(motion - state.motion) / state.interval if moreg else 1.0
+            d = probe.change / state.interval * pace
+            chosen = values.intervals[(d[:, None] >= values.bounds[None]).sum(1)]
+            interval = jnp.where(first, 1, chosen).astype(jnp.int32)
+            residual = stored(jax.tree.map(jnp.subtract, out, tokens), dtype)
+            motion = jnp.where(first, 1.0, motion).astype(state.motion.dtype) if moreg else state.motion
+            clock = Clock(residual, (row.i + interval).astype(jnp.int32), interval, motion)
+            return out, memory, done, clock, jnp.where(first, jnp.nan, d).astype(jnp.float32)
+
+        def filled(memory: State) -> Any:
+            out = jax.tree.map(lambda t, r: t + r.astype(t.dtype), tokens, state.residual)
+            out, memory, done = blocks.skip(out, memory)
+            return out, memory, done, state, jnp.full(state.next.shape, jnp.nan, jnp.float32)
+
+        due = values.force | row.fresh | (row.i >= state.next[0])
+        tokens, memory, report, state, d = jax.lax.cond(due, compute, filled, memory)
+        shown = {"metric": d, "interval": state.interval.astype(jnp.float32)}
+        shown = {k: jnp.repeat(a, row.plan.halves) for k, a in shown.items()}
+        return tokens, state, memory, report._replace(metric={**report.metric, "trunk": shown})
+
+    return Accelerator(name="adacache", plan=plan, init=init, trunk=trunk, branch=of_branch)
+
+
+def _measured(probe: Probe, residual: Tokens, frames: int | None) -> Probe:
+    """The probe with this residual, its change since the last one and, for a number of frames, its motion."""
+
+    def norm(tree: Tokens) -> Any:
+        return sum(jnp.abs(a).sum() for a in jax.tree.leaves(tree))
+
+    wide = partial(jax.tree.map, lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)))
+    old, new, motion = wide(probe.reference), wide(residual), probe.motion
+    change = norm(jax.tree.map(jnp.subtract, old, new)) / norm(old)
+    if frames is not None:
+        step = new.shape[1] // frames
+        later, earlier = new[:, step:], new[:, :-step]
+        motion = jnp.full_like(motion, norm(later - earlier) / (norm(later) + norm(earlier)))
+    return Probe(residual, jnp.full_like(probe.change, change), motion)
+
+
+def _codebook(codebook: str | Sequence[tuple[float, int]]) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(codebook, str) and codebook not in CODEBOOKS:
+        raise ValueError(f"adacache: codebook={codebook!r}; allowed: pairs of numbers, or {', '.join(CODEBOOKS)}")
+    pairs = CODEBOOKS[codebook] if isinstance(codebook, str) else codebook
+    bounds, intervals = (np.asarray([pair[k] for pair in pairs]) for k in (0, 1))
+    if not len(pairs) or np.any(np.diff(bounds) <= 0) or np.any((intervals < 1) | (intervals % 1 != 0)):
+        raise ValueError(f"adacache: codebook={codebook}; allowed: increasing bounds, and intervals of 1 or more")
+    return bounds.astype(np.float64), intervals.astype(np.int32)
+
+
+def _place(stages: tuple[Stage, ...], block: int | None, branch: str | None) -> tuple[str, str, int]:
+    """Stage, branch and layer of the measured one."""
+    places = [(stage, layer) for stage in stages for layer in range(stage.depth)]
+    at = (len(places) - 1) // 2 if block is None else block
+    if not 0 <= at < len(places):
+        raise ValueError(f"adacache: block={block}; allowed: 0 to {len(places) - 1} in this model")
+    stage, layer = places[at]
+    name = stage.branches[0] if branch is None else branch
+    if name not in stage.branches:
+        raise ValueError(f"adacache: branch={branch!r}; allowed: {', '.join(stage.branches)} in block {at}")
+    return stage.name, name, layer

@@ -1,0 +1,225 @@
+"""`difax calibrate`: runs a model and writes what a cache plans from, or searches a plan for a budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.build import CALIBRATIONS, Run, by_dynamic_programming, choose, refine, scheduled, soft_hold, uniform
+from difax.contracts import Accelerator, Params, Trace
+from difax.cost import model_cost
+from difax.files import replacing
+from difax.noise import sample_keys
+from difax.sample import initial_noise, make_sampler
+from difax.stack import with_learned
+
+Progress = Callable[[str], None]
+
+
+class Sampler(NamedTuple):
+    """A run's sampler with another accelerator: draw(accelerator's plan) -> (samples, trace) of fixed noise."""
+
+    run: Run
+    params: Params
+    cond: Any
+    seed: int
+
+    def inputs(self, start: int, n: int) -> tuple[jax.Array, jax.Array, Any]:
+        """Noise, keys and conditions of samples start ... start + n - 1; conditions repeat."""
+        keys = sample_keys(self.seed, n, start)
+        there = len(jax.tree.leaves(self.cond)[0])
+        index = (start + np.arange(n)) % there
+        cond = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[index]), self.cond)
+        return initial_noise(self.run.process, keys, self.run.model.input_shape), keys, cond
+
+    def program(self, accelerator: Accelerator, remat: bool = False) -> Any:
+        """The jitted sampler with an accelerator in place of the run's."""
+        run = self.run
+        return make_sampler(
+            run.model,
+            run.process,
+            run.prediction,
+            run.solver,
+            run.guide,
+            accelerator,
+            attention=run.attention,
+            remat=remat,
+        )
+
+    def rows(self, accelerator: Accelerator) -> Any:
+        """The run's rows with an accelerator's plan."""
+        plan = accelerator.plan(self.run.rows, self.run.model.stages)
+        rounded = lambda a: a.astype(jnp.result_type(float)) if a.dtype == np.float64 else a  # noqa: E731
+        return jax.tree.map(jnp.asarray, self.run.rows._replace(plan=jax.tree.map(rounded, plan)))
+
+    def scale(self) -> jax.Array:
+        """Of the guidance."""
+        return jnp.asarray(self.run.scale, jnp.float32)
+
+
+def calibrate(technique: str, sampler: Sampler, samples: int, batch: int, progress: Progress) -> dict[str, Any]:
+    """Measures the table that a technique plans from.
+
+    Args:
+      technique: a key of `CALIBRATIONS`.
+      samples: how many are drawn, in batches of `batch`.
+
+    Returns:
+      The object of the file (`difax.accel.caches.measured`).
+    """
+    run = sampler.run
+    calibration = CALIBRATIONS[choose("calibration", technique, CALIBRATIONS)]
+    recorder = calibration.recorder(len(run.rows.i))
+    program, rows = sampler.program(recorder), sampler.rows(recorder)
+    params = with_learned(sampler.params, recorder)
+    traces: list[Trace] = []
+    for start in range(0, samples, batch):
+        x, keys, cond = sampler.inputs(start, min(batch, samples - start))
+        _, trace = program(params, x, keys, cond, rows, sampler.scale())
+        traces.append(jax.tree.map(np.asarray, trace))
+        progress(f"{min(start + batch, samples)} of {samples} samples")
+    return {"technique": technique, **_about(sampler, samples), **calibration.table(traces)}
+
+
+def search(
+    sampler: Sampler,
+    budget: float,
+    samples: int,
+    progress: Progress,
+    *,
+    where: str = "branches",
+    forecast: str = "hold",
+    order: int = 1,
+    rounds: int = 12,
+    gradient_samples: int = 4,
+) -> dict[str, Any]:
+    """Searches the evaluations to compute for a budget (`difax.accel.fit.search`).
+
+    Args:
+      budget: of the operations of a run without a cache, 0 to 1.
+      samples: on whose distance to the uncached ones the search is made.
+      where, forecast, order: of `scheduled`.
+      rounds: of exchanges, at most. gradient_samples: of the soft run that is differentiated.
+
+    Returns:
+      The object of the file that `scheduled` reads, with the losses of the starts and of what was found.
+    """
+    run, evaluations = sampler.run, len(sampler.run.rows.i)
+    full = computed_for(run, sampler.params, budget)
+    make = partial(scheduled, where=where, forecast=forecast, order=order)
+    loss = Loss(sampler, make, samples)
+    gradient = None
+    if where == "branches" and forecast == "hold":
+        gradient = _gradient(sampler, min(gradient_samples, samples), loss.wanted)
+    starts = {"uniform": uniform(evaluations, full)}
+    recorder = CALIBRATIONS["smoothcache"].recorder(evaluations)
+    if evaluations > 2:
+        table = calibrate("smoothcache", sampler, min(samples, 8), min(samples, 8), progress)["errors"]
+        found = [np.asarray(e, np.float64) for branches in table.values() for e in branches.values()]
+        starts["dynamic programming"] = by_dynamic_programming(np.mean(found, axis=0), full)
+    del recorder
+    losses = {name: loss(schedule) for name, schedule in starts.items()}
+    best = min(losses, key=lambda name: losses[name])
+    done = refine(
+        starts[best],
+        loss,
+        gradient,
+        rounds=rounds,
+        progress=lambda n, value: progress(f"{n} plans measured, loss {value:.4g}"),
+    )
+    return {
+        "technique": "scheduled",
+        **_about(sampler, samples),
+        "budget": budget,
+        "schedule": done.schedule.astype(int).tolist(),
+        "where": where,
+        "forecast": forecast,
+        "order": order,
+        "losses": {**losses, "found": done.loss},
+        "history": [float(value) for value, _ in done.history],
+    }
+
+
+class Loss:
+    """schedule -> mean squared distance of its samples to the uncached ones."""
+
+    def __init__(self, sampler: Sampler, make: Callable[..., Accelerator], samples: int, start: int = 0):
+        self.sampler, self.make, self.samples, self.start = sampler, make, samples, start
+        neutral = Accelerator()
+        x, keys, cond = sampler.inputs(start, samples)
+        program = sampler.program(neutral)
+        self.wanted, _ = program(sampler.params, x, keys, cond, sampler.rows(neutral), sampler.scale())
+        self.program: Any = None
+
+    def samples_of(self, schedule: np.ndarray) -> jax.Array:
+        """The samples of a schedule."""
+        accelerator = self.make(schedule.astype(int).tolist())
+        if self.program is None:  # the rows say what is computed: one program runs all plans
+            self.program = self.sampler.program(accelerator)
+        x, keys, cond = self.sampler.inputs(self.start, self.samples)
+        rows = self.sampler.rows(accelerator)
+        return self.program(self.sampler.params, x, keys, cond, rows, self.sampler.scale())[0]
+
+    def __call__(self, schedule: np.ndarray) -> float:
+        return float(jnp.mean((self.samples_of(schedule) - self.wanted) ** 2))
+
+
+def computed_for(run: Run, params: Params, budget: float) -> int:
+    """How many evaluations of a run a budget allows to compute, the others paying for conditioning and ends alone.
+
+    Raises:
+      ValueError: a budget outside 0 to 1, or below what one computed evaluation needs.
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"--budget={budget}; allowed: above 0, at most 1")
+    cost, evaluations = model_cost(run.model, params, run.attention), len(run.rows.i)
+    held = cost.ends + sum(depth * cost.mods[stage] for stage, depth in cost.depth.items())
+    full = int((budget * cost.evaluation - held) * evaluations / (cost.evaluation - held))
+    if full < 1:
+        least = (held * (evaluations - 1) + cost.evaluation) / (evaluations * cost.evaluation)
+        raise ValueError(f"--budget={budget}; allowed: {least:.3f} or more, which computes one evaluation")
+    return min(full, evaluations)
+
+
+def _gradient(sampler: Sampler, samples: int, wanted: jax.Array) -> Callable[[np.ndarray], np.ndarray]:
+    accelerator = soft_hold()
+    program, rows = sampler.program(accelerator, remat=True), sampler.rows(accelerator)
+
+    @jax.jit
+    def slope(weights: jax.Array, params: Params, x: Any, keys: Any, cond: Any, want: jax.Array) -> jax.Array:
+        def distance(w: jax.Array) -> jax.Array:
+            planned = rows._replace(plan=rows.plan.replace(values=w))
+            return jnp.mean((program(params, x, keys, cond, planned, sampler.scale())[0] - want) ** 2)
+
+        return jax.grad(distance)(weights)
+
+    def gradient(schedule: np.ndarray) -> np.ndarray:
+        x, keys, cond = sampler.inputs(0, samples)
+        weights = jnp.asarray(schedule, jnp.result_type(float))
+        return np.asarray(slope(weights, sampler.params, x, keys, cond, wanted[:samples]))
+
+    return gradient
+
+
+def _about(sampler: Sampler, samples: int) -> dict[str, Any]:
+    run = sampler.run
+    return {
+        "model": run.model.name,
+        "solver": run.described.get("solver", ""),
+        "steps": len(run.rows.i),
+        "data": f"{samples} samples, seed {sampler.seed}, guidance {run.described.get('guide', '')} {run.scale:g}",
+    }
+
+
+def save_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Writes one JSON object; the file appears whole or not at all."""
+    with replacing(path) as aside:
+        pathlib.Path(aside).write_text(json.dumps(content) + "\n")

@@ -1,0 +1,136 @@
+"""Caches that decide while they run, as plain Python loops.
+
+On the toy network h + 0.5 tanh(h W + tau b) of six blocks, in float64, or on the pieces of a DiT.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+DEPTH = 6
+
+
+def toy() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    r = np.random.default_rng(0)
+    w = r.standard_normal((DEPTH, 8, 8)) * 0.6 / np.sqrt(8)
+    b = r.standard_normal((DEPTH, 8)) * 0.5
+    return w, b, r.standard_normal((1, 4, 8))
+
+
+def residual(i: int, h: np.ndarray, tau: float) -> np.ndarray:
+    w, b, _ = toy()
+    return 0.5 * np.tanh(h @ w[i] + tau * b[i])
+
+
+def euler(net: Callable[[int, np.ndarray, float], np.ndarray], steps: int) -> np.ndarray:
+    """x <- x - net(k, x, tau) / steps at tau = 1, 1 - 1 / steps, ..."""
+    x = toy()[2]
+    for k in range(steps):
+        x = x - net(k, x, 1 - k / steps) / steps
+    return x
+
+
+def adacache(
+    steps: int,
+    codebook: Sequence[tuple[float, int]],
+    at: int,
+    frames: int | None = None,
+    window: tuple[int, int] = (1, 0),
+) -> tuple[np.ndarray, list[int], list[float]]:
+    """Kahatapitiya et al. 2024: counted from 1, computed iff due or the first or one of the last two.
+
+    Returns:
+      The samples, the evaluations (from 0) that were computed, and the intervals that were chosen.
+    """
+    held: dict[int, np.ndarray] = {}
+    clock = {"last": 0, "rate": 1, "motion": 1.0}
+    computed, rates = [], []
+
+    def net(k: int, h: np.ndarray, tau: float) -> np.ndarray:
+        step = k + 1
+        full = step == clock["last"] + clock["rate"] or step in (1, steps - 1, steps)
+        rate = clock["rate"]
+        for i in range(DEPTH):
+            if not full:
+                h = h + held[i]
+                continue
+            r = residual(i, h, tau)
+            if i == at and i in held:
+                d = np.abs(held[i] - r).sum() / np.abs(held[i]).sum() / clock["rate"]
+                if frames is not None:
+                    step_of = r.shape[1] // frames
+                    a, z = r[:, step_of:], r[:, :-step_of]
+                    m = np.abs(a - z).sum() / (np.abs(a).sum() + np.abs(z).sum())
+                    m = (m / 0.385) ** 8 if window[0] <= step <= window[1] else 1.0
+                    gradient = 10 * (m - clock["motion"]) / clock["rate"]
+                    clock["motion"] = m
+                    d *= m + abs(gradient)
+                rate = next((n for bound, n in codebook[:-1] if d < bound), codebook[-1][1])
+                rates.append(rate)
+            held[i] = r
+            h = h + r
+        if full:
+            computed.append(k)
+            clock.update(last=step, rate=rate)
+        return h
+
+    return euler(net, steps), computed, rates
+
+
+class Network(NamedTuple):
+    """A DiT: embed(x, k, labels), branch(layer, name, tokens, context) -> (update, gate, shift, scale), head, depth."""
+
+    embed: Callable[..., Any]
+    branch: Callable[..., Any]
+    head: Callable[..., Any]
+    depth: int
+
+
+def guided_ddim(
+    x: np.ndarray, abar: np.ndarray, scale: float, eps: Callable[[str, int, np.ndarray], Any]
+) -> np.ndarray:
+    """DDIM with classifier-free guidance; eps(half, i, x) is the network of "cond" or "null" at evaluation i."""
+    for i in range(len(abar) - 1):
+        on, off = eps("cond", i, x), eps("null", i, x)
+        e = off + scale * (on - off)
+        x0 = (x - np.sqrt(1 - abar[i]) * e) / np.sqrt(abar[i])
+        x = np.sqrt(abar[i + 1]) * x0 + np.sqrt(1 - abar[i + 1]) * e
+    return x
+
+
+def modulated(tokens: np.ndarray, shift: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Layer norm without weights, then scale and shift [B, D]."""
+    t = tokens.astype(np.float64)
+    t = (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-6)
+    return t * (1 + scale[:, None]) + shift[:, None]
+
+
+def lazydit(
+    network: Network, k: Any, labels: dict[str, Any], weights: dict[str, np.ndarray], soft: bool = False
+) -> tuple[Callable[[str, int, np.ndarray], np.ndarray], dict[Any, np.ndarray]]:
+    """eps(half, i, x) by Shen et al. 2024: each row keeps its last output of a branch where sigmoid(sum w z) < 1/2.
+
+    Returns:
+      eps, and the scores that its calls collect, {(half, i, layer, name): [B]}.
+    """
+    held: dict[Any, np.ndarray] = {}
+    scores: dict[Any, np.ndarray] = {}
+
+    def eps(half: str, i: int, x: np.ndarray) -> np.ndarray:
+        tokens, context = network.embed(x.astype(np.float32), k[i], labels[half])
+        tokens = np.asarray(tokens)
+        for layer in range(network.depth):
+            for name in ("attn", "mlp"):
+                update, gate, shift, scale = network.branch(layer, name, tokens, context)
+                z = modulated(tokens, shift, scale)
+                s = 1 / (1 + np.exp(-(z * weights[name][layer, i]).sum((1, 2))))
+                scores[half, i, layer, name] = s
+                if i > 0:
+                    share = (s if soft else (s >= 0.5))[:, None, None]
+                    update = share * update + (1 - share) * held[half, layer, name]
+                held[half, layer, name] = update
+                tokens = (tokens + gate * update).astype(np.float32)
+        return network.head(tokens, context)
+
+    return eps, scores

@@ -1,0 +1,163 @@
+"""Token caches as plain Python loops over steps, blocks and tokens, with dictionaries for what is remembered."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Network(NamedTuple):
+    """A DiT in pieces: embed(x, k, labels) -> (tokens, context), attn(layer, tokens, context) -> (update, q, k, v),
+    mlp(layer, tokens, context) -> update, gate(layer, name, context), head(tokens, context), depth."""
+
+    embed: Callable[..., Any]
+    attn: Callable[..., Any]
+    mlp: Callable[..., Any]
+    gate: Callable[..., Any]
+    head: Callable[..., Any]
+    depth: int
+
+
+class ToCa(NamedTuple):
+    """Settings of the rule, with the names of the paper's code."""
+
+    interval: int
+    ratio: float
+    step_weight: float
+    layer_weight: float
+    module: float = 2.5
+    score: str = "attention"
+    soft: float = 0.25
+    bonus: float = 0.6
+    quirks: bool = False
+
+
+def attention_maps(q, k) -> np.ndarray:
+    """softmax(q k^T / sqrt(K)) of q, k [B, N, H, K]: [B, H, N, N]."""
+    b, n, h, width = q.shape
+    maps = np.zeros((b, h, n, n))
+    for i in range(b):
+        for j in range(h):
+            logits = q[i, :, j].astype(np.float64) @ k[i, :, j].astype(np.float64).T / math.sqrt(width)
+            e = np.exp(logits - logits.max(1, keepdims=True))
+            maps[i, j] = e / e.sum(1, keepdims=True)
+    return maps
+
+
+def seen_by_attention(kind: str, q, k, v) -> np.ndarray:
+    """[B, N]: what a full step keeps of the attention for one score."""
+    if kind == "attention":
+        return attention_maps(q, k).mean(1).sum(1)  # mean over heads, sum over queries
+    if kind == "key_norm":
+        return np.sqrt((k.astype(np.float64) ** 2).sum(-1)).mean(-1)
+    return (1 - np.sqrt((v.astype(np.float64) ** 2).sum(-1))).sum(-1)
+
+
+def base_score(kind: str, seen, tokens, held, age) -> np.ndarray:
+    if kind == "similarity":
+        a, b = tokens.astype(np.float64), held.astype(np.float64)
+        seen = 1 - (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    elif kind == "staleness":
+        seen = age.astype(np.float64)
+    norm = np.sqrt((seen**2).sum(1, keepdims=True))
+    return seen / np.where(norm == 0, 1, norm)
+
+
+def spread(score: np.ndarray, bonus: float, rows: int, columns: int, cell: int = 2) -> np.ndarray:
+    """The best token of each cell gains `bonus` times its score."""
+    out = score.copy()
+    for b in range(len(score)):
+        for r in range(0, rows, cell):
+            for c in range(0, columns, cell):
+                inside = [(r + i) * columns + c + j for i in range(cell) for j in range(cell)]
+                best = max(inside, key=lambda n: (score[b, n], -n))
+                out[b, best] += bonus * score[b, best]
+    return out
+
+
+class Clock:
+    """The modulus of the full steps, asked block by block; step counts down."""
+
+    def __init__(self, settings: ToCa, steps: int):
+        self.settings, self.steps, self.modulus = settings, steps, settings.interval
+
+    def reset(self, step: int) -> None:
+        s = self.settings
+        weight = 0.0 if s.ratio == 0 else 0.4
+        self.modulus = np.round(s.interval / (1 + weight - 2 * weight * step / self.steps))
+        if s.ratio != 0 and step in range(int(self.steps * 0.2), int(self.steps * 0.4)):
+            self.modulus = 2
+
+    def kinds(self, step: int, depth: int, duca: bool = False) -> list[str]:
+        """F, T or A of every block in this step."""
+        out: list[str] = []
+        for layer in range(depth):
+            if not self.settings.quirks and layer:
+                out.append(out[0])
+                continue
+            rest = 0 if step == self.steps - 1 else step % self.modulus
+            out.append("F" if rest == 0 else "A" if duca and rest % 2 == 0 else "T")
+            if out[-1] == "F" and layer == 0:
+                self.reset(step)
+        return out
+
+
+def share(settings: ToCa, layer: int, depth: int, step: int, steps: int) -> float:
+    by_layer = 1 + settings.layer_weight - 2 * settings.layer_weight * layer / (depth - 1)
+    by_step = 1 + settings.step_weight - 2 * settings.step_weight * step / steps
+    return min(max(settings.ratio * by_layer * by_step * settings.module, 0.0), 1.0)
+
+
+def evaluate(network: Network, settings: ToCa, x, k, labels, cache: dict, kinds: list[str], step: int, steps: int):
+    """One evaluation of one half of the guidance: (output, tokens computed by the MLPs)."""
+    tokens, context = network.embed(x.astype(np.float32), k, labels)
+    tokens, computed = np.asarray(tokens), 0
+    for layer in range(network.depth):
+        own = cache.setdefault(layer, {})
+        if kinds[layer] == "A":
+            continue
+        if kinds[layer] == "F":
+            own["attn"], *qkv = network.attn(layer, tokens, context)
+            if settings.score in ("attention", "key_norm", "value_norm"):
+                own["seen"] = seen_by_attention(settings.score, *qkv)
+            own["age"] = np.zeros(tokens.shape[:2], int)
+        tokens = tokens + network.gate(layer, "attn", context) * own["attn"]
+        fresh = network.mlp(layer, tokens, context)
+        if kinds[layer] == "F":
+            own["mlp"], computed = fresh.copy(), computed + tokens.shape[1]
+        else:
+            score = base_score(settings.score, own.get("seen"), tokens, own["mlp"], own["age"])
+            score = score + settings.soft * own["age"] / settings.interval
+            side = math.isqrt(tokens.shape[1])
+            score = spread(score, settings.bonus, side, side)
+            number = int(share(settings, layer, network.depth, step, steps) * tokens.shape[1])
+            own["age"] += 1
+            for b in range(len(tokens)):
+                chosen = sorted(range(tokens.shape[1]), key=lambda n, b=b: -score[b, n])[:number]
+                for n in chosen:
+                    own["mlp"][b, n], own["age"][b, n] = fresh[b, n], 0
+            computed += number
+        tokens = tokens + network.gate(layer, "mlp", context) * own["mlp"]
+    if kinds[-1] == "A":  # DuCa: what the last block gave out a step ago
+        tokens = cache["hidden"]
+    cache["hidden"] = tokens
+    return network.head(tokens, context), computed
+
+
+def sample(network: Network, settings: ToCa, x, ks, abar, labels, null, scale, duca: bool = False):
+    """Guided DDIM: (samples, kind of every step, tokens that the MLPs of one half computed in every step)."""
+    steps = len(ks)
+    clock, caches = Clock(settings, steps), ({}, {})
+    strings, counts = [], []
+    for i in range(steps):
+        step = steps - 1 - i
+        kinds = clock.kinds(step, network.depth, duca)
+        on, computed = evaluate(network, settings, x, ks[i], labels, caches[0], kinds, step, steps)
+        off, _ = evaluate(network, settings, x, ks[i], null, caches[1], kinds, step, steps)
+        eps = off + scale * (on - off)
+        x0 = (x - np.sqrt(1 - abar[i]) * eps) / np.sqrt(abar[i])
+        x = np.sqrt(abar[i + 1]) * x0 + np.sqrt(1 - abar[i + 1]) * eps
+        strings.append("*" if kinds[0] == "F" != kinds[-1] else kinds[0])
+        counts.append(computed)
+    return x, "".join(strings), counts

@@ -1,0 +1,422 @@
+"""Token caches: the token axis by its properties, ToCa and DuCa by plain loops over steps, blocks and tokens."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difax import ops
+from difax.accel.caches import CACHES
+from difax.accel.caches import tokens as axis
+from difax.accel.caches.planned import planned
+from difax.accel.caches.toca import clock
+from difax.build import build_run
+from difax.conditions import random_conditions
+from difax.config import load_config
+from difax.contracts import Segments
+from difax.guidance import GUIDES
+from difax.noise import sample_keys
+from difax.sample import initial_noise, make_rows, make_sampler
+from difax.trunk import neutral, trunk_spec, unstack
+from tests.oracles import tokens as oracle
+from tests.test_caches import Problem, problem
+from tests.toys import QUICK, randomise
+
+SIDE, STEPS = 4, 9  # of the grid of tokens of the test's DiT, and of its runs
+RNG = np.random.default_rng(0)
+
+
+def dit(**more: Any) -> Problem:
+    return problem(**({"size": 2 * SIDE, "depth": 3} | more))
+
+
+# ---------------------------------------------------------------- the token axis
+
+
+def test_scatter_of_gather_changes_nothing_and_scatter_changes_the_chosen_only():
+    x, index = jnp.asarray(RNG.normal(size=(2, 9, 3)), jnp.float32), jnp.asarray([[4, 0, 7], [8, 2, 3]])
+    np.testing.assert_array_equal(axis.scatter(x, index, axis.gather(x, index)), x)
+    new = RNG.normal(size=(2, 3, 3)).astype(np.float32)
+    want = np.array(x)
+    for b in range(2):
+        for m in range(2):
+            want[b, index[b, m]] = new[b, m]
+    np.testing.assert_array_equal(axis.scatter(x, index, new, 2), want)
+    np.testing.assert_array_equal(axis.scatter(x, index, new, 0), x)
+
+
+@pytest.mark.parametrize("number", [1, 4, 7, 12])
+def test_chosen_tokens_are_the_best(number):
+    score = jnp.asarray(RNG.permutation(24).reshape(2, 12), jnp.float32)
+    edges = [next(n for n in range(13) if n * number // 12 >= j) for j in range(number + 1)]
+    for b in range(2):
+        best = sorted(range(12), key=lambda n, b=b: -score[b, n])
+        assert list(axis.top(score, number)[b]) == best[:number]
+        each = {max(range(i, j), key=lambda n, b=b: score[b, n]) for i, j in zip(edges, edges[1:], strict=False)}
+        assert list(axis.top(axis.stratified(score, number), number)[b]) == [n for n in best if n in each]
+
+
+def test_of_equal_tokens_the_earlier_is_chosen():
+    np.testing.assert_array_equal(axis.top(jnp.ones((1, 5)), 3), [[0, 1, 2]])
+    np.testing.assert_array_equal(axis.top(axis.stratified(jnp.ones((1, 6)), 2), 2), [[0, 3]])
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (2, 2, 4)])
+def test_the_best_of_each_cell_gains(grid):
+    score = RNG.normal(size=(2, int(np.prod(grid)))).astype(np.float32)
+    *frames, rows, columns = grid
+    parts = np.split(score, frames[0] if frames else 1, axis=1)
+    want = np.concatenate([oracle.spread(p, 0.6, rows, columns) for p in parts], axis=1)
+    np.testing.assert_allclose(axis.with_bonus(jnp.asarray(score), 0.6, grid), want, rtol=1e-6)
+    assert (want != score).sum() == score.size / 4
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_column_sums_are_those_of_the_map(padded):
+    """More queries than go into one part, and keys that nobody may attend to."""
+    q, k = (RNG.normal(size=(2, n, 3, 4)).astype(np.float32) for n in (axis.QUERIES + 5, 6))
+    segments = None
+    logits = np.einsum("bthk,bshk->bhts", q, k) / 2
+    if padded:
+        ids = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+        segments = Segments(jnp.ones(q.shape[:2], jnp.int32), jnp.asarray(ids))
+        logits = np.where(ids[:, None, None] == 1, logits, -np.inf)
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    want = (e / e.sum(-1, keepdims=True)).sum(2).mean(1)
+    np.testing.assert_allclose(axis.column_sums(q, k, segments), want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_permutation_of_the_tokens_permutes_what_is_held():
+    """Choose, gather, compute, scatter: each token is treated alike, wherever it stands."""
+    x, held = (jnp.asarray(RNG.normal(size=(2, 8, 3)), jnp.float32) for _ in range(2))
+    score, order = RNG.permutation(16).reshape(2, 8).astype(np.float32), RNG.permutation(8)
+
+    def step(x, held, score):
+        index = axis.top(score, 3)
+        return axis.scatter(held, index, jnp.tanh(axis.gather(x, index)))
+
+    got = step(x[:, order], held[:, order], score[:, order])
+    np.testing.assert_array_equal(got, np.asarray(step(x, held, score))[:, order])
+
+
+def composed(model: str, **sections: Any):
+    config = {k: v for k, v in load_config(f"{model}_tiny").items() if k not in ("attend", "quant", "cache")}
+    return build_run({**config, "steps": 4, "scale": 1.5, "guide": {"name": "cfg"}, **sections})
+
+
+ITSELF = {
+    "flux": {"double/attn", "single/attn_mlp"},
+    "pixart": {"blocks/attn"},
+    "wan": {"blocks/attn"},
+}
+
+
+@pytest.mark.parametrize("model", ITSELF)
+def test_branches_whose_tokens_attend_to_each_other(model):
+    run = composed(model)
+    x = jax.ShapeDtypeStruct((2, *run.model.input_shape), jnp.float32)
+    cond = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), run.model.cond)
+    spec = trunk_spec(run.model, jax.eval_shape(run.model.init, jax.random.key(0)), x, cond)
+    found = {f"{s}/{b}" for s, of in spec.update.items() for b in of if axis.attends_itself(spec, s, b)}
+    assert found == ITSELF[model]
+
+
+def test_streams_stand_in_the_order_of_a_joint_attention():
+    """Keys that change with the text stand where `by_stream` puts the text."""
+    run = composed("flux")
+    params = randomise(jax.eval_shape(run.model.init, jax.random.key(0)))
+    cond = jax.tree.map(jnp.asarray, random_conditions(run.model, 1))
+    text = run.model.cond["text"].shape[0]
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def keys(order):
+        tokens, context = run.model.embed(params, jnp.ones((1, *run.model.input_shape)), jnp.ones(1), cond)
+        tokens, found = {**tokens, "txt": tokens["txt"][:, order]}, {}
+        for stage in run.model.stages:
+            p = {"params": jax.tree.map(lambda a: a[0], params[stage.name])}
+
+            def attend(q, k, v, segments=None, name=stage.name):
+                found[name] = k
+                return ops.attend(q, k, v)
+
+            mods = stage.block.apply(p, context, method="mods")
+            stage.block.apply(p, tokens, mods, context, attend, method=stage.branches[0])
+        return tokens, found
+
+    tokens, there = keys(np.arange(text))
+    _, back = keys(np.arange(text)[::-1])
+    for name, k in there.items():
+        cut = axis.by_stream(np.abs(k - back[name]).max((2, 3)), tokens)
+        assert set(cut) == {"txt", "img"} and np.all(cut["txt"] > 0) and np.all(cut["img"] == 0), name
+
+
+# ---------------------------------------------------------------- ToCa and DuCa by plain loops
+
+
+@functools.cache
+def pieces() -> oracle.Network:
+    """The network for the oracle, compiled once a piece."""
+    p = dit()
+    block, stage = p.model.stages[0].block, p.model.stages[0]
+
+    jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+    def at(layer: Any):
+        return {"params": jax.tree.map(lambda a: a[layer], p.params["blocks"])}
+
+    @jit
+    def embed(x, k, labels):
+        return p.model.embed(p.params, x, jnp.full(labels.shape, k, jnp.float32), labels)
+
+    @jit
+    def run(layer, tokens, context):
+        seen = []
+
+        def attend(q, k, v):
+            seen.extend((q, k, v))
+            return ops.attend(q, k, v)
+
+        mods = block.apply(at(layer), context, method="mods")
+        attn = block.apply(at(layer), tokens, mods, context, attend, method="attn")
+        mlp = block.apply(at(layer), tokens, mods, context, attend, method="mlp")
+        gates = {b: block.apply(at(layer), mods, b, method="gate") for b in ("attn", "mlp")}
+        return (attn, *seen), mlp, gates
+
+    def numpy(tree):
+        return jax.tree.map(np.asarray, tree)
+
+    head = jit(lambda tokens, context: p.model.head(p.params, tokens, context))
+    return oracle.Network(
+        embed,
+        lambda *a: numpy(run(*a)[0]),
+        lambda *a: np.asarray(run(*a)[1]),
+        lambda layer, name, context: np.asarray(run(layer, np.zeros((2, SIDE**2, 16), np.float32), context)[2][name]),
+        lambda t, c: np.asarray(head(jnp.asarray(t), c)),
+        stage.depth,
+    )
+
+
+def by_loops(p: Problem, settings: oracle.ToCa, duca: bool = False):
+    _, x, _, labels = p.inputs()
+    rows = p.rows()
+    abar = np.append(p.process.level(rows.t.astype(np.float64)).alpha ** 2, 1.0)
+    k = np.round(rows.model_time).astype(int)
+    return oracle.sample(pieces(), settings, np.asarray(x), k, abar, labels, p.model.null(labels), 2.0, duca)
+
+
+@functools.cache
+def without() -> np.ndarray:
+    return np.asarray(dit(steps=STEPS).run(neutral())[0])
+
+
+def compare(p: Problem, accelerator: Any, settings: oracle.ToCa, duca: bool = False) -> str:
+    """Samples and numbers of computed tokens are those of the loops; returns the loops' string of steps."""
+    want, string, tokens = by_loops(p, settings, duca)
+    got, trace = p.run(accelerator)
+    plain = without()
+    scale = np.abs(want).max()
+    error, effect = np.abs(got - want).max() / scale, np.abs(plain - want).max() / scale
+    print(f"{string}: error {error:.1e}, effect of the cache {effect:.1e}")
+    assert error < 1e-4 < 0.01 * effect
+    np.testing.assert_allclose(trace.computed["blocks"][:, :, 1, 0].sum(1) * SIDE**2, tokens, atol=1e-4)
+    return string
+
+
+CONSTANT = {"interval": 4, "ratio": 0.2, "step_weight": 0.0, "layer_weight": 0.0}  # half of the tokens of an MLP
+TOCA = {
+    "ddim50": oracle.ToCa(3, 0.12, 2.0, -0.2),
+    "ddpm250": oracle.ToCa(4, 0.3, 0.4, 0.8, quirks=True),
+    "key_norm": oracle.ToCa(4, 0.15, 0.0, 0.0, score="key_norm"),
+    "value_norm": oracle.ToCa(4, 0.15, 0.0, 0.0, score="value_norm", bonus=0.0),
+    "similarity": oracle.ToCa(4, 0.15, 0.0, 0.0, score="similarity", soft=0.0),
+    "staleness": oracle.ToCa(4, 0.15, 0.0, 0.0, score="staleness", bonus=0.0),
+}
+
+
+@pytest.mark.parametrize("name", TOCA)
+def test_toca_by_plain_loops(name):
+    s = TOCA[name]
+    accelerator = CACHES["toca"](
+        interval=s.interval,
+        ratio=s.ratio,
+        step_weight=s.step_weight,
+        layer_weight=s.layer_weight,
+        score=s.score,
+        staleness=s.soft,
+        bonus=s.bonus,
+        reference_quirks=s.quirks,
+    )
+    p = dit(steps=STEPS)
+    if name == "similarity":  # the blocks written out
+        p = p._replace(params=unstack(p.model, p.params))
+    assert compare(p, accelerator, s) == {"ddim50": "FTTTFFTTF", "ddpm250": "FT**FTTTF"}.get(name, "FTFFFTTTF")
+
+
+GOLDEN = {  # restated from the rule, with the full steps they amount to in 28 blocks
+    3: ("FTTT*FTTTFTTTFTTT*TFTTFTTFTTFTTFTFTFTFTFTFTFTFTFTF", 18.07),
+    4: ("FFTTTTT*TFTTTTFTTTT*TFTTTFTTTFTTTFTFTFTFT*TFTTFTTF", 14.11),
+}
+
+
+@pytest.mark.parametrize("interval", GOLDEN)
+def test_the_clock_in_50_steps(interval):
+    first, rest = clock(50, interval, 0.07, quirks=True)
+    string = "".join("F" if r == 0 else "*" if f == 0 else "T" for f, r in zip(first, rest, strict=True))
+    full = ((first == 0) + 27 * (rest == 0)).sum() / 28
+    assert (string, round(float(full), 2)) == GOLDEN[interval]
+    clean, same = clock(50, interval, 0.07)
+    np.testing.assert_array_equal(clean, same)
+    assert string.replace("*", "F")[:6] == "".join("TF"[int(r == 0)] for r in clean)[:6]
+
+
+def test_without_a_ratio_the_clock_is_a_plain_interval():
+    first, _ = clock(7, 3, 0.0)
+    assert list(np.flatnonzero(first == 0)) == [0, 3, 6]  # steps 6, 3, 0
+
+
+def test_duca_takes_turns():
+    _, rest = clock(50, 3, 0.05, quirks=True)
+    first, _ = clock(50, 3, 0.05, quirks=True)
+    kinds = [("*" if r else "F") if f == 0 else "AT"[r % 2] for f, r in zip(first, rest, strict=True)]
+    assert "".join(kinds) == "FTAT*FTATFTATFTAT*TFATFATFATFATFTFTFTFTFTFTFTFTFTF"
+
+
+DUCA = {
+    "clean": (10, oracle.ToCa(4, 0.1, 0.0, 0.0, score="value_norm", bonus=0.8), "FATFTFTATF"),
+    "quirks": (12, oracle.ToCa(3, 0.1, 0.0, 0.0, score="attention", bonus=0.8, quirks=True), "F*T*TFAT*FTF"),
+}
+
+
+@pytest.mark.parametrize("name", DUCA)
+def test_duca_by_plain_loops(name):
+    """With the quirks, the other blocks of the second evaluation's first full block are left out."""
+    steps, s, want = DUCA[name]
+    accelerator = CACHES["duca"](
+        s.interval, s.ratio, step_weight=0.0, layer_weight=0.0, score=s.score, reference_quirks=s.quirks
+    )
+    assert compare(dit(steps=steps), accelerator, s, duca=True) == want
+
+
+# ---------------------------------------------------------------- against other parts of difax
+
+
+def test_every_token_is_the_whole_branch():
+    """All tokens of the MLP in a partial evaluation: what a plan that holds the attention alone computes."""
+    p = dit()
+    full = np.asarray([1, 0, 0, 1, 0, 0], bool)
+
+    def schedule(rows, stages):
+        flags = {"blocks": np.repeat(full[:, None], 3, 1)}
+        return axis.Schedule(flags, {"blocks": {"mlp": np.ones((len(full), 3))}}, np.zeros(len(full), bool))
+
+    got, trace = p.run(axis.token_cache("all", schedule, score="random"))
+    want, _ = p.run(planned("attn", lambda rows, stages: {"blocks": {"attn": full}}))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+    np.testing.assert_array_equal(trace.computed["blocks"].mean((1, 3)), [[1, 1], [0, 1], [0, 1]] * 2)
+
+
+def test_random_tokens_are_a_samples_own_affair():
+    """A batch of two is two batches of one; another seed chooses others."""
+    p = dit()
+
+    def run(rows=slice(0, 2), **settings):
+        accelerator = CACHES["toca"](score="random", **CONSTANT, **settings)
+        params, x, keys, labels = p.inputs()
+        sampler = jax.jit(p.sampler(accelerator), compiler_options=QUICK)
+        return np.asarray(sampler(params, x[rows], keys[rows], labels[rows], p.rows(accelerator), 2.0)[0])
+
+    both = run()
+    scale = np.abs(both).max()
+    np.testing.assert_allclose(both[1:], run(slice(1, 2)), rtol=1e-4, atol=1e-5 * scale)
+    assert np.abs(both - run(seed=1, select="stratified")).max() > 1e-3 * scale
+
+
+def test_halves_one_after_the_other_are_the_halves_together():
+    p = dit()
+    accelerator = CACHES["toca"](**CONSTANT)
+    want, _ = p.run(accelerator)
+    got, _ = p._replace(guide=GUIDES["cfg"](together=False)).run(accelerator)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+def test_nothing_stale_is_used_where_guidance_begins():
+    p, toca = dit(), CACHES["toca"](**CONSTANT)
+    p = p._replace(guide=GUIDES["interval"](0.1, 0.7))
+
+    def poisoned(spec, modes):
+        return jax.tree.map(lambda a: jnp.full_like(a, 1e6 if a.dtype != jnp.int32 else 99), toca.init(spec, modes))
+
+    want, trace = p.run(toca)
+    got, _ = p.run(toca._replace(init=poisoned))
+    np.testing.assert_array_equal(got, want)
+    assert list(trace.halves) == [1, 1, 2, 2, 2, 1]
+
+
+def of_cross(n: int, width: int = 48, text: int = 8, share: float = 0.4) -> float:
+    """Left of the products of cross-attention: queries, logits, values and projection of some tokens, keys and values
+    of the whole caption."""
+    token, caption = 4 * width**2 + 4 * text * width, 4 * text * width**2
+    return (int(share * n) * token + caption) / (n * token + caption)
+
+
+SHARES = {
+    "flux": {"mlp": (32 + 4) / (64 + 8)},  # half of the image's tokens, and of the text's
+    "pixart": {"mlp": 0.5, "cross": of_cross(64)},
+    "wan": {"mlp": 0.5, "cross": of_cross(120)},
+}
+
+
+@pytest.mark.parametrize(("model", "name"), [(m, "toca") for m in ITSELF] + [("flux", "duca")])
+def test_runs_on_every_model_and_counts_its_products(model, name):
+    modules = {"mlp": 2.5} if model == "flux" else {"mlp": 2.5, "cross": 2.0}
+    run = composed(model)
+    accelerator = CACHES[name](**{**CONSTANT, "interval": 2}, modules=modules)
+    rows = make_rows(run.solver, run.guide, run.process, run.times, accelerator, run.model.stages)
+    params = run.prepare(randomise(jax.eval_shape(run.model.init, jax.random.key(0))))
+    keys, cond = sample_keys(0, 2), jax.tree.map(jnp.asarray, random_conditions(run.model, 2))
+    sampler = make_sampler(run.model, run.process, run.prediction, run.solver, run.guide, accelerator)
+    x = initial_noise(run.process, keys, run.model.input_shape)
+    got, trace = jax.jit(sampler, compiler_options=QUICK)(params, x, keys, cond, rows, 1.5)
+    assert np.all(np.isfinite(got))
+    _, rest = clock(len(rows.i), 2, 0.2)
+    part = int(np.flatnonzero(rest % 2 == 1)[0])
+    for stage in run.model.stages:
+        for j, branch in enumerate(stage.branches):
+            share = np.unique(trace.computed[stage.name][part, :, j])
+            np.testing.assert_allclose(share, [SHARES[model].get(branch, 0)], rtol=1e-6)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("toca", {"interval": 0}, "interval=0, ratio=0.07; allowed: 1 or more, and 0 to 1"),
+        ("toca", {"ratio": 1.5}, "ratio=1.5; allowed"),
+        ("toca", {"preset": "ddim20"}, "preset='ddim20'; allowed: ddim50, ddpm250"),
+        ("toca", {"score": "entropy"}, "score='entropy'; allowed: attention, key_norm"),
+        ("toca", {"select": "best"}, "select='best'; allowed: top, stratified"),
+        ("toca", {"bonus": -1.0}, "bonus=-1.0; allowed: 0 or more"),
+        ("toca", {"dtype": "int8"}, "dtype='int8'; allowed: float32"),
+        ("duca", {"interval": -1}, "interval=-1"),
+        ("duca", {"score": "mean"}, "score='mean'; allowed"),
+    ],
+)
+def test_factories_refuse(name, settings, said):
+    with pytest.raises(ValueError, match=said):
+        CACHES[name](**settings)
+
+
+def test_a_branch_that_the_model_lacks_is_refused_by_the_plan():
+    p = dit()
+    with pytest.raises(ValueError, match="toca: no branch 'cross' in this model; allowed: attn, mlp"):
+        p.rows(CACHES["toca"](modules={"cross": 1.0}))
+
+
+def test_a_grid_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"grid=\(3, 5\) for 16 tokens; allowed"):
+        dit().run(CACHES["toca"](grid=(3, 5)))

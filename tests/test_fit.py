@@ -1,0 +1,283 @@
+"""Calibrations and the search: tables by plain loops over taken features, gradients by differences, plans by trying."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difax import cli
+from difax import process as P
+from difax.accel.caches import CACHES
+from difax.accel.fit import CALIBRATIONS
+from difax.accel.fit.record import record
+from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
+from difax.accel.solvers import SOLVERS
+from difax.build import build_run
+from difax.config import load_config, override
+from difax.contracts import Accelerator, Done
+from difax.grids import GRIDS, make_times
+from difax.guidance import GUIDES
+from difax.noise import sample_keys
+from difax.sample import initial_noise, make_rows, make_sampler
+from difax.trunk import neutral
+from tests.toys import QUICK, tiny_dit
+
+STEPS = 6
+MODEL, PARAMS = tiny_dit(depth=3)
+PROCESS, SOLVER, GUIDE = P.vp_linear(), SOLVERS["ddim"](), GUIDES["cfg"]()
+LABELS = jnp.asarray([3, 0], jnp.int32)
+
+
+def rows(accelerator):
+    times = make_times(GRIDS["uniform"](), PROCESS, STEPS)
+    return make_rows(SOLVER, GUIDE, PROCESS, times, accelerator, MODEL.stages)
+
+
+def sampler(accelerator, **options):
+    return make_sampler(MODEL, PROCESS, "eps", SOLVER, GUIDE, accelerator, **options)
+
+
+def inputs(seed=0):
+    keys = sample_keys(seed, len(LABELS))
+    return PARAMS, initial_noise(PROCESS, keys, MODEL.input_shape), keys, LABELS
+
+
+def run(accelerator):
+    program = jax.jit(sampler(accelerator), compiler_options=QUICK)
+    samples, trace = program(*inputs(), rows(accelerator), 2.0)
+    return np.asarray(samples), jax.tree.map(np.asarray, trace)
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Every branch's output [E, L, 2 halves x B, N, D] of a plain run, taken out as a metric."""
+
+    def branch(compute, gate, where, state, inner, row):
+        update, inner = compute(inner)
+        return gate(update), state, inner, Done(1.0, update[..., None].astype(jnp.float32))
+
+    _, trace = run(Accelerator(name="taps", branch=branch))
+    return {b: f[..., 0] for b, f in trace.metric["branch"]["blocks"].items()}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    samples, trace = run(record(STEPS - 1, dense=True))
+    return samples, trace
+
+
+def test_recording_changes_nothing(recorded):
+    want, _ = run(neutral())
+    np.testing.assert_allclose(recorded[0], want, rtol=1e-5, atol=1e-6)
+    assert np.all(recorded[1].computed["blocks"] == 1)
+
+
+def halves(a):
+    """[2 halves x B, ...] -> [2, ...] flattened."""
+    return a.reshape(2, -1)
+
+
+def test_smoothcache_table(features, recorded):
+    errors = CALIBRATIONS["smoothcache"].table([recorded[1]])["errors"]["blocks"]
+    for branch, f in features.items():
+        for i, k in itertools.product(range(STEPS), range(1, STEPS)):
+            got = errors[branch][i][k - 1]
+            if i + k >= STEPS:
+                assert got is None
+                continue
+            each = [
+                np.abs(a - b).sum() / np.abs(b).sum()
+                for layer in range(3)
+                for a, b in zip(halves(f[i, layer]), halves(f[i + k, layer]), strict=True)
+            ]
+            assert got == pytest.approx(np.mean(each), rel=1e-4)
+
+
+def test_block_caching_table(features, recorded):
+    changes = CALIBRATIONS["block_caching"].table([recorded[1]])["changes"]["blocks"]
+    f = features["mlp"]
+    for layer, i in itertools.product(range(3), range(1, STEPS)):
+        pairs = zip(halves(f[i - 1, layer]), halves(f[i, layer]), strict=True)
+        want = np.mean([np.abs(a - b).sum() / np.abs(b).sum() for a, b in pairs])
+        assert changes["mlp"][layer][i] == pytest.approx(want, rel=1e-4)
+    assert changes["mlp"][0][0] is None
+
+
+def test_bacache_table(features, recorded):
+    table = CALIBRATIONS["bacache"].table([recorded[1]])
+    f = features["attn"].astype(np.float64)
+    pairs = []
+    for layer, (i, j) in itertools.product(range(3), itertools.combinations(range(STEPS), 2)):
+        a, b = f[i, layer], f[j, layer]
+        cosines = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+        assert table["similarities"]["blocks"]["attn"][layer][i][j] == pytest.approx(cosines.mean(), rel=1e-4)
+        pairs.append((layer, np.abs(a - b).mean()))
+    for layer in range(3):
+        want = np.mean([d for at, d in pairs if at == layer])
+        assert table["spreads"]["blocks"]["attn"][layer] == pytest.approx(want, rel=1e-4)
+
+
+def test_bacache_needs_all_distances():
+    _, trace = run(record(2))
+    with pytest.raises(ValueError, match="2 distances were recorded; needed: 5"):
+        CALIBRATIONS["bacache"].table([trace])
+
+
+def test_magcache_ratios(features, recorded):
+    """The residual of the whole stack is the sum of what its branches add; gates are taken from a one-branch run."""
+    ratios = CALIBRATIONS["magcache"].table([recorded[1]])["ratios"]
+    assert len(ratios) == STEPS and ratios[0] == 1.0
+
+    def trunk(blocks, tokens, context, state, memory, row):
+        out, memory, report = blocks.run(tokens, memory)
+        return out, state, memory, report._replace(metric={**report.metric, "trunk": (out - tokens)[..., None]})
+
+    _, trace = run(Accelerator(name="taps", trunk=trunk))
+    norms = np.linalg.norm(trace.metric["trunk"][..., 0], axis=-1)
+    want = (norms[1:] / norms[:-1]).mean((1, 2))
+    np.testing.assert_allclose(ratios[1:], want, rtol=1e-4)
+
+
+def test_teacache_polynomial_is_the_least_squares_fit(recorded):
+    table = CALIBRATIONS["teacache"].table([recorded[1]] * 2)
+    x = recorded[1].metric["trunk"]["input"][1:].ravel().astype(np.float64)
+    y = recorded[1].metric["output"][1:].ravel().astype(np.float64)
+    assert table["points"] == 2 * len(x) and np.isfinite(x).all()
+    want = np.linalg.lstsq(np.vander(x, 5), y, rcond=None)[0]
+    np.testing.assert_allclose(np.polyval(table["coefficients"], x), np.vander(x, 5) @ want, rtol=1e-6)
+    assert 0 < table["r2"] <= 1
+
+
+def test_icc_magnitudes(recorded):
+    magnitudes = CALIBRATIONS["icc"].table([recorded[1]])["magnitudes"]["blocks"]
+    assert {b: sorted(m) for b, m in magnitudes.items()} == {"attn": ["out", "qkv"], "mlp": ["fc1", "fc2"]}
+    assert np.shape(magnitudes["mlp"]["fc2"]) == (3, 64) and np.min(magnitudes["mlp"]["fc2"]) >= 0
+
+
+# ---------------------------------------------------------------- the search
+
+
+def test_soft_weights_of_one_and_zero_are_the_hard_plan():
+    schedule = np.asarray([1, 0, 1, 1, 0, 0])
+    want, _ = run(CACHES["scheduled"](schedule.tolist()))
+    got, trace = run(soft_hold(schedule))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(trace.computed["blocks"].mean((1, 2, 3)), schedule)
+
+
+def test_gradient_by_reuse_weights_is_the_difference_quotient():
+    accelerator, (params, x, keys, labels) = soft_hold(), inputs()
+    plain, _ = run(neutral())
+    program = sampler(accelerator, remat=True)
+    laid = rows(accelerator)
+
+    def loss(w):
+        planned = laid._replace(plan=laid.plan.replace(values=w))
+        return jnp.mean((program(params, x.copy(), keys, labels, planned, 2.0)[0] - plain) ** 2)
+
+    w = jnp.asarray([1.0, 0.3, 0.8, 0.5, 0.2, 0.6])
+    slope = jax.jit(jax.grad(loss))(w)
+    value = jax.jit(loss)
+    for i in range(1, STEPS):
+        e = jnp.zeros(STEPS).at[i].set(0.1)
+        quotient = (value(w + e) - value(w - e)) / 0.2
+        assert slope[i] == pytest.approx(float(quotient), rel=2e-2, abs=1e-4)  # the loss is 11, in float32
+    assert np.all(np.abs(slope[1:4]) > 1e-3)
+
+
+@pytest.mark.parametrize("full", [1, 2, 3, 6])
+def test_dynamic_programming_finds_what_trying_all_finds(full):
+    rng = np.random.default_rng(0)
+    errors = np.sort(rng.random((6, 5)), axis=1)
+
+    def total(schedule):
+        last, value = 0, 0.0
+        for j, computed in enumerate(schedule):
+            if computed:
+                last = j
+            else:
+                value += errors[last, j - last - 1]
+        return value
+
+    tried = [(True, *rest) for rest in itertools.product([True, False], repeat=5) if sum(rest) == full - 1]
+    found = by_dynamic_programming(errors, full)
+    assert found.sum() == full and found[0]
+    assert total(found) == pytest.approx(min(map(total, tried)))
+
+
+def test_dynamic_programming_avoids_what_was_not_measured():
+    found = by_dynamic_programming(np.full((9, 2), 0.1), 3)  # three runs of at most two filled ones
+    np.testing.assert_array_equal(np.flatnonzero(found), [0, 3, 6])
+
+
+def test_uniform_is_even():
+    np.testing.assert_array_equal(np.flatnonzero(uniform(50, 10)), np.arange(0, 50, 5))
+    assert uniform(7, 3).sum() == 3 and uniform(5, 5).all()
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_refinement_reaches_the_optimum_of_a_known_loss(with_gradient):
+    """A separable loss, whose gradient is its weights: the best plan computes the heaviest evaluations."""
+    weights = np.asarray([0.0, 0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.05])
+    loss = lambda s: float(weights[~s].sum())  # noqa: E731
+    start = np.asarray([1, 1, 0, 1, 0, 1, 0, 0], bool)
+    found = refine(start, loss, (lambda s: -weights) if with_gradient else None, width=3)
+    np.testing.assert_array_equal(np.flatnonzero(found.schedule), [0, 2, 4, 6])
+    assert found.loss == pytest.approx(loss(found.schedule)) and found.schedule.sum() == start.sum()
+    values = [value for value, _ in found.history]
+    assert values == sorted(values, reverse=True) and values[0] == pytest.approx(loss(start))
+
+
+# ---------------------------------------------------------------- the command
+
+TINY = ("--config", "fmnist_dit", "--labels", "0,1", "--steps", "5", "--quiet")
+
+
+@pytest.mark.parametrize("technique", ["smoothcache", "teacache", "magcache", "block_caching", "bacache"])
+def test_calibrate_writes_what_the_cache_reads(technique, tmp_path, capsys):
+    out = tmp_path / "table.json"
+    assert cli.main(["calibrate", "--cache", technique, *TINY, "--samples", "2", "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["technique"] == technique and found["steps"] == 5 and found["model"] == "dit-12x192/4"
+    assert found["solver"] == "euler" and "2 samples, seed 0" in found["data"]
+    settings = [("cache.name", technique), ("cache.file", str(out)), ("steps", 5)]
+    settings += [("cache.updates", 2)] if technique == "bacache" else []
+    laid = build_run(override(load_config("fmnist_dit"), settings)).rows
+    assert laid.plan.owner == technique
+
+
+def test_search_writes_a_plan_that_beats_its_starts(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    command = ["calibrate", "--cache", "scheduled", *TINY, "--samples", "2", "--budget", "0.6"]
+    assert cli.main([*command, "--rounds", "2", "--out", str(out)]) == 0
+    assert "loss, found" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert len(found["schedule"]) == 5 and 1 <= sum(found["schedule"]) <= 3
+    assert 0 < found["losses"]["found"] <= min(found["losses"].values())
+    assert CACHES["scheduled"](file=str(out)).name == "scheduled"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cache", "smoothcash"], ["'smoothcash'", "did you mean smoothcache?"]),
+        ([], ["--cache is missing", "scheduled"]),
+        (["--cache", "scheduled", "--budget", "0.0001"], ["--budget=0.0001", "or more"]),
+        (["--cache", "scheduled", "--budget", "3"], ["--budget=3.0", "at most 1"]),
+        (["--cache", "teacache", "--samples", "0"], ["--samples=0", "1 or more"]),
+        (["--cache", "teacache", "--config.cache.threshold=1"], ["takes no keys", "threshold"]),
+    ],
+)
+def test_calibrate_refuses(arguments, said, tmp_path, capsys):
+    out = tmp_path / "x.json"
+    with pytest.raises(SystemExit) as stopped:
+        raise SystemExit(cli.main(["calibrate", *arguments, *TINY, "--out", str(out)]))
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.count("\n") == 1
+    for word in said:
+        assert word in told, told
+    assert not list(tmp_path.iterdir())
