@@ -123,3 +123,37 @@ def psnr(a: np.ndarray, b: np.ndarray, peak: float = 2.0) -> float:
         raise ValueError(f"psnr: images of shapes {a.shape} and {b.shape}; allowed: equal shapes")
     error = float(np.mean((a - b) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(peak**2 / error))
+
+
+def ssim(a: np.ndarray, b: np.ndarray, peak: float = 2.0, sigma: float = 1.5) -> np.ndarray:
+    """Structural similarity of each pair of images, with Gaussian windows: mean over positions and channels of
+
+      (2 m_a m_b + c1)(2 s_ab + c2) / ((m_a^2 + m_b^2 + c1)(s_a^2 + s_b^2 + c2))
+
+    with c1 = (0.01 peak)^2 and c2 = (0.03 peak)^2.
+
+    Args:
+      a, b: [N, H, W, C], in a range of width `peak` (2 for [-1, 1]). sigma: of the windows, cut at 3.5 sigma.
+
+    Returns:
+      [N] float64; 1 for equal images. The margin of half a window is left out where the image is larger than it.
+
+    References: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 4:
+        raise ValueError(f"ssim: images of {a.shape} and {b.shape}; allowed: two equal shapes [N, H, W, C]")
+
+    def smooth(x: np.ndarray) -> np.ndarray:
+        return gaussian_filter(x, (0, sigma, sigma, 0), truncate=3.5)
+
+    m_a, m_b = smooth(a), smooth(b)
+    s_aa, s_bb, s_ab = smooth(a * a) - m_a**2, smooth(b * b) - m_b**2, smooth(a * b) - m_a * m_b
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    found = ((2 * m_a * m_b + c1) * (2 * s_ab + c2)) / ((m_a**2 + m_b**2 + c1) * (s_aa + s_bb + c2))
+    margin = int(3.5 * sigma + 0.5)
+    if min(a.shape[1:3]) > 2 * margin:
+        found = found[:, margin:-margin, margin:-margin]
+    return found.mean((1, 2, 3))

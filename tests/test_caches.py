@@ -33,6 +33,7 @@ class Case(NamedTuple):
     off: dict[str, Any]
     on: dict[str, Any] = {}
     computed: tuple[float, ...] = (1,) * STEPS  # of the evaluations, fraction of all branches
+    halves: tuple[float, ...] = (2,) * STEPS  # that are run
 
     def make(self, which: str) -> Accelerator:
         return ACCELERATORS[self.name](**getattr(self, which))
@@ -99,7 +100,15 @@ CASES = [
     Case("lazydit", off={}, on={"threshold": 0.6}, computed=(1, 0, 0, 0, 0, 0)),
     Case("toca", off={"interval": 1}, on=HALF_OF_THE_TOKENS, computed=(1, 0.25, 0.25, 0.25, 0.25, 1)),
     Case("duca", off={"interval": 1}, on=HALF_OF_THE_TOKENS, computed=(1, 0, 0.25, 0, 0.25, 1)),
+    Case("tokencache", off={"intervals": (1, 1)}, on={"intervals": (3, 2)}, computed=(1, 0.25, 0.25, 1, 0.25, 1)),
     Case("fastcache", off={"threshold": 0.0}, on={"threshold": 1e9}, computed=(1, 0, 0, 0, 0, 0)),
+    Case(
+        "tgate",
+        off={"cross": "mlp", "gate": STEPS, "sp_interval": 1},
+        on={"cross": "mlp", "gate": 3, "sp_interval": 2, "fi_interval": 2, "warmup": 0},
+        computed=(1, 0.5, 1, 0, 0.25, 0),
+        halves=(2, 2, 2, 1, 1, 1),
+    ),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 active = pytest.mark.parametrize("case", [c for c in CASES if c.on], ids=lambda c: c.name)
@@ -166,7 +175,7 @@ def test_switched_on_it_computes_what_it_says_and_changes_the_samples(case, dtyp
     print(f"{case.name} {dtype}: relative error {error:.3f}")
     assert error > 1e-4  # the noise of rounding is 1e-6
     np.testing.assert_allclose(trace.computed["blocks"].mean((1, 2, 3)), case.computed, rtol=1e-6)
-    np.testing.assert_array_equal(trace.halves, np.full(STEPS, 2))
+    np.testing.assert_array_equal(trace.halves, case.halves)
 
 
 @cases

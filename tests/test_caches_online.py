@@ -1,6 +1,7 @@
 """Caches that decide while they run, and those that act on guidance, by their rules in plain Python and golden data."""
 
 import functools
+import importlib
 import itertools
 import json
 import pathlib
@@ -10,23 +11,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import chi2, norm
 
 from difax import process as P
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
+from difax.contracts import Accelerator, Done, Segments
 from difax.guidance import GUIDES
+from difax.models import wan
 from difax.noise import sample_keys
 from difax.ops import attend
 from difax.sample import make_rows, make_sampler
 from difax.stack import with_learned
+from difax.trunk import memory_for, reference_attention, run_trunk, trunk_spec, unstack
 from tests.oracles import online as oracle
 from tests.test_caches import LABELS, STEPS, Problem, problem
-from tests.toys import QUICK, tanh_stack
+from tests.toys import QUICK, randomise, tanh_stack
+
+fastcache_module = importlib.import_module("difax.accel.caches.fastcache")  # whose name its factory has
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
 
-def toy_run(accelerator: Any, guide: Any = None, steps: int = 16, video: bool = False) -> tuple[np.ndarray, Any]:
+def toy_run(
+    accelerator: Any, guide: Any = None, steps: int = 16, video: bool = False, learned: bool = True
+) -> tuple[np.ndarray, Any]:
     """A float64 run of the tanh network: Euler from tau = 1, scale 2; video: its tokens are a grid of 2 frames."""
     with jax.enable_x64(True):
         model, params, x0 = tanh_stack()
@@ -41,6 +50,7 @@ def toy_run(accelerator: Any, guide: Any = None, steps: int = 16, video: bool = 
         process, solver, guide = P.flow(time_scale=1.0), SOLVERS["euler"](), guide or GUIDES["none"]()
         rows = make_rows(solver, guide, process, np.linspace(1.0, 0.0, steps + 1), accelerator, model.stages)
         sampler = make_sampler(model, process, "velocity", solver, guide, accelerator)
+        params = with_learned(params, accelerator) if learned else params
         arguments = (params, jnp.asarray(x0), sample_keys(0, 1), jnp.ones(1), rows, 2.0)
         got, trace = sampler.lower(*arguments).compile(compiler_options=QUICK)(*arguments)
     return np.asarray(got), jax.tree.map(np.asarray, trace)
@@ -285,3 +295,136 @@ def test_lazydit_refuses(settings, message):
 def test_lazydit_refuses_parameters_without_its_weights():
     with pytest.raises(ValueError, match="hold no weights; see difax.stack.with_learned"):
         problem().run(CACHES["lazydit"]({"blocks": gates(1.0)}))
+
+
+# ---------------------------------------------------------------- FastCache, by a plain loop
+
+
+def maps(scale: float) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(2)
+    return {"weight": scale * rng.normal(size=(6, 8, 8)), "bias": scale * rng.normal(size=(6, 8))}
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_fastcache_by_a_plain_loop(scale):
+    """In float64 on the toy network, with and without linear maps: the same blocks, the same samples."""
+    linear = {k: a.astype(np.float32) for k, a in maps(scale).items()}
+    want, ran = oracle.fastcache(16, 0.07, 0.2, linear["weight"].astype(float), linear["bias"].astype(float))
+    accelerator = CACHES["fastcache"](0.07, significance=0.2, weights={"blocks": linear} if scale else None)
+    got, trace = toy_run(accelerator)
+    assert 20 < sum(map(len, ran)) < 80 and len(set(map(tuple, ran))) > 3
+    assert [list(np.flatnonzero(of)) for of in trace.computed["blocks"][:, :, 0, 0]] == ran
+    np.testing.assert_array_equal(
+        trace.metric["block"]["blocks"]["reused"][..., 0], trace.computed["blocks"][..., 0, 0] == 0
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("freedom", [32, 1000, 10**6])
+@pytest.mark.parametrize("p", [0.5, 0.95, 0.999])
+def test_chi_squared_quantile(freedom, p):
+    got = fastcache_module.quantile(norm.ppf(p), freedom)
+    assert got == pytest.approx(chi2.ppf(p, freedom) / freedom, rel=2e-3)
+
+
+def test_motion_tokens_of_fastcache_by_a_plain_loop():
+    """Threshold 0: every block runs, on the tokens that changed most alone."""
+    p = problem(depth=2, size=8)
+    accelerator = CACHES["fastcache"](0.0, motion=0.3)
+    got, trace = p.run(accelerator)
+    want = by_ddim(p, oracle.fastcache_tokens(pieces(p), p.rows().model_time, both(p), 0.3))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    computed = trace.computed["blocks"][:, 0, :, 0]
+    np.testing.assert_array_equal(computed[0], 1)
+    # 5 of 16 tokens: every product of the MLP is per token, in attention two grow with the square of their number
+    n, m, d = 16, 5, 16
+    attn = (4 * m * d * d + 2 * m * m * d) / (4 * n * d * d + 2 * n * n * d)
+    np.testing.assert_allclose(computed[1:], np.broadcast_to([attn, m / n], (STEPS - 1, 2)), rtol=1e-6)
+
+
+def test_motion_tokens_attend_among_themselves_where_they_are_rotated():
+    """Wan: a block's branches among some tokens equal the whole branch with all other keys masked."""
+    model = wan(depth=1, width=24, heads=2, ffn=32, size=(2, 4, 4), channels=3, text_tokens=3, text_width=8)
+    params = randomise(jax.eval_shape(model.init, jax.random.key(0)))
+    rng = np.random.default_rng(3)
+    cond = {k: jnp.asarray(rng.normal(size=(2, *s.shape)), jnp.float32) for k, s in model.cond.items()}
+    x = jnp.asarray(rng.normal(size=(2, *model.input_shape)), jnp.float32)
+    tokens, context = model.embed(params, x, jnp.full(2, 500.0), cond)
+    index = jnp.asarray([[1, 6, 2], [7, 0, 5]])
+    chosen = np.zeros(tokens.shape[:2], np.int32)
+    np.put_along_axis(chosen, np.asarray(index), 1, 1)
+    seen: dict[str, Any] = {}
+
+    def branch(compute, gate, where, state, inner, row):
+        update, inner, share = fastcache_module.among(compute, inner, index)
+
+        def masked(q, k, v, segments, apply):
+            keys = k.shape[1] == q.shape[1]
+            ids = jnp.asarray(chosen) if keys else jnp.zeros((2, k.shape[1]), jnp.int32)
+            return apply(q, k, v, Segments(jnp.ones_like(chosen) * keys, ids))
+
+        whole, inner = compute(inner, attend=masked)
+        seen[where.branch] = (update, whole, share)
+        return gate(whole), state, inner, Done(1.0)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(params):
+        accelerator, attention = Accelerator(branch=branch), reference_attention()
+        memory = memory_for(trunk_spec(model, params, x, cond), accelerator, attention, ((),))
+        run_trunk(model, unstack(model, params), tokens, context, accelerator, attention, memory, None)
+        return seen
+
+    done = run(params)
+    assert set(done) == {"attn", "cross", "mlp"}
+    for name, (update, whole, share) in done.items():
+        want = np.where(chosen[..., None] == 1, whole, 0)
+        np.testing.assert_allclose(update, want, rtol=1e-4, atol=1e-5, err_msg=name)
+        assert 3 / 8 * 0.9 < share < 1 if name == "cross" else 0.2 < share <= 3 / 8
+
+
+def test_fastcache_fits_blocks_that_are_linear():
+    """Where a block is linear in its input the map is exact, and a run in which it replaces the block unchanged."""
+    with jax.enable_x64(True):
+        model, params, x0 = tanh_stack()
+        small = jax.tree.map(lambda a: a * 1e-3, params)  # tanh is the identity there
+        rng = np.random.default_rng(4)
+        batch = [(jnp.asarray(rng.normal(size=(8, 4, 8))), jnp.full(8, 0.5), jnp.ones(8))]
+        fitted = fastcache_module.fit(model, small, batch, ridge=1e-12)
+    kernel, bias = (np.asarray(small["blocks"]["dense"][name]) for name in ("kernel", "bias"))
+    np.testing.assert_allclose(fitted["blocks"]["weight"], 0.5 * kernel, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(fitted["blocks"]["bias"], 0.25 * bias, rtol=1e-3, atol=1e-7)
+
+
+def test_fitted_maps_of_fastcache_are_nearer_than_the_identity(tmp_path):
+    with jax.enable_x64(True):
+        model, params, _ = tanh_stack()
+        noise = np.random.default_rng(5).normal(size=(8, 16, 4, 8))
+        batches = [
+            (jnp.asarray(x * t), jnp.full(16, t), jnp.ones(16))
+            for x, t in zip(noise, np.linspace(1, 0.1, 8), strict=True)
+        ]
+        fitted = fastcache_module.fit(model, params, batches)
+    np.savez(tmp_path / "maps.npz", **{f"blocks.{k}": a for k, a in fitted["blocks"].items()})
+    exact, _ = toy_run(CACHES["fastcache"](0.0))
+    identity, _ = toy_run(CACHES["fastcache"](1e9))
+    nearer, trace = toy_run(CACHES["fastcache"](1e9, file=str(tmp_path / "maps.npz")))
+    assert not trace.computed["blocks"][1:].any()
+    assert np.abs(nearer - exact).mean() < 0.3 * np.abs(identity - exact).mean()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": -1.0}, "fastcache: threshold=-1.0; allowed: 0 or more"),
+        ({"significance": 0.0}, "significance=0.0, motion=1.0; allowed: between 0 and 1"),
+        ({"motion": 0.0}, "motion=0.0; allowed"),
+        ({"weights": {}, "file": "a"}, "weights and file were both given"),
+        ({"file": "maps.txt"}, "file='maps.txt'; allowed: an .npz file"),
+        ({"weights": {"blocks": {"weight": np.zeros((5, 8, 8))}}}, r"\(5, 8, 8\); allowed: of the stages blocks \[6, "),
+        ({"weights": {"single": {"weight": np.zeros((6, 8, 8))}}}, "single.weight is"),
+        ({"weights": {"blocks": maps(1.0)}}, "hold no linear maps; see difax.stack.with_learned"),
+    ],
+)
+def test_fastcache_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        toy_run(CACHES["fastcache"](**settings), learned=False)

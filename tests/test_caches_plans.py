@@ -368,18 +368,18 @@ def test_a_plan_by_layers_with_learned_adjustments(toy, tmp_path):
         p.run(cache)
 
 
-@pytest.mark.parametrize("where", ["branches", "output"])
-def test_ab_cache_extrapolates_through_the_last_values(toy, where):
-    """Order 3: evaluations 0, 1, 2 and 5 are computed, 3 and 4 extrapolated by a parabola."""
+@pytest.mark.parametrize("where, order, full", [("branches", 3, "FFFF.F"), ("output", 2, "FFF..F")])
+def test_ab_cache_extrapolates_through_the_last_values(toy, where, order, full):
+    """A parabola through evaluations 1 to 3; a line through 1 and 2."""
     p, network, k, arguments = toy
-    cache = CACHES["ab_cache"](order=3, interval=3, where=where)
-    full = (0, 1, 2, 5)
+    cache = CACHES["ab_cache"](order, interval=5 - order, first=order + 1, where=where)
+    ran = [int(f == "F") for f in full]
 
     def value(i, key, fresh, memory):
-        if i in full:
+        if ran[i]:
             memory.setdefault(key, []).append((i, fresh()))
             return memory[key][-1][1]
-        return oracle.extrapolated(memory[key][-3:], i).astype(np.float32)
+        return oracle.extrapolated(memory[key][-order:], i).astype(np.float32)
 
     if where == "branches":
         run = oracle.through_branches(network, k, lambda i, n, b, update, m: value(i, (n, b), lambda: update, m))
@@ -389,10 +389,10 @@ def test_ab_cache_extrapolates_through_the_last_values(toy, where):
         def run(i, x, labels, memory):
             return value(i, "output", lambda: np.asarray(plain(i, x, labels, {})), memory)
 
-    trace = agree(p, cache, oracle.ddim(run, *arguments), [2, 2, 2, 0, 0, 2] if where == "output" else None)
-    np.testing.assert_array_equal(trace.computed["blocks"].mean((1, 2, 3)), [1, 1, 1, 0, 0, 1])
+    trace = agree(p, cache, oracle.ddim(run, *arguments), [2 * r for r in ran] if where == "output" else None)
+    np.testing.assert_array_equal(trace.computed["blocks"].mean((1, 2, 3)), ran)
     if where == "output":
-        np.testing.assert_array_equal(trace.entered["blocks"].mean((1, 2)), [1, 1, 1, 0, 0, 1])
+        np.testing.assert_array_equal(trace.entered["blocks"].mean((1, 2)), ran)
         cost = model_cost(p.model, p.params)
         assert run_cost(cost, trace) == 8 * cost.evaluation  # two halves of four evaluations, and nothing else
 

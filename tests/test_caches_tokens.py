@@ -1,6 +1,7 @@
 """Token caches: the token axis by its properties, ToCa and DuCa by plain loops over steps, blocks and tokens."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -25,12 +26,12 @@ from tests.oracles import tokens as oracle
 from tests.test_caches import Problem, problem
 from tests.toys import QUICK, randomise
 
-SIDE, STEPS = 4, 9  # of the grid of tokens of the test's DiT, and of its runs
+SIDE, DEPTH, STEPS = 4, 3, 9  # of the test's DiT: side of the grid of tokens, blocks; and of its runs
 RNG = np.random.default_rng(0)
 
 
 def dit(**more: Any) -> Problem:
-    return problem(**({"size": 2 * SIDE, "depth": 3} | more))
+    return problem(**({"size": 2 * SIDE, "depth": DEPTH} | more))
 
 
 # ---------------------------------------------------------------- the token axis
@@ -199,26 +200,22 @@ def pieces() -> oracle.Network:
     )
 
 
-def by_loops(p: Problem, settings: oracle.ToCa, duca: bool = False):
+@functools.cache
+def without(steps: int) -> np.ndarray:
+    return np.asarray(dit(steps=steps).run(neutral())[0])
+
+
+def compare(p: Problem, accelerator: Any, settings: oracle.ToCa, plan: list[list[str]], given: Any = None) -> str:
+    """Samples and numbers of computed tokens are those of the loops; returns the loops' string of steps."""
     _, x, _, labels = p.inputs()
     rows = p.rows()
     abar = np.append(p.process.level(rows.t.astype(np.float64)).alpha ** 2, 1.0)
     k = np.round(rows.model_time).astype(int)
-    return oracle.sample(pieces(), settings, np.asarray(x), k, abar, labels, p.model.null(labels), 2.0, duca)
-
-
-@functools.cache
-def without() -> np.ndarray:
-    return np.asarray(dit(steps=STEPS).run(neutral())[0])
-
-
-def compare(p: Problem, accelerator: Any, settings: oracle.ToCa, duca: bool = False) -> str:
-    """Samples and numbers of computed tokens are those of the loops; returns the loops' string of steps."""
-    want, string, tokens = by_loops(p, settings, duca)
+    guidance = (labels, p.model.null(labels), 2.0)
+    want, string, tokens = oracle.sample(pieces(), settings, np.asarray(x), k, abar, *guidance, plan, given)
     got, trace = p.run(accelerator)
-    plain = without()
     scale = np.abs(want).max()
-    error, effect = np.abs(got - want).max() / scale, np.abs(plain - want).max() / scale
+    error, effect = np.abs(got - want).max() / scale, np.abs(without(len(k)) - want).max() / scale
     print(f"{string}: error {error:.1e}, effect of the cache {effect:.1e}")
     assert error < 1e-4 < 0.01 * effect
     np.testing.assert_allclose(trace.computed["blocks"][:, :, 1, 0].sum(1) * SIDE**2, tokens, atol=1e-4)
@@ -252,7 +249,10 @@ def test_toca_by_plain_loops(name):
     p = dit(steps=STEPS)
     if name == "similarity":  # the blocks written out
         p = p._replace(params=unstack(p.model, p.params))
-    assert compare(p, accelerator, s) == {"ddim50": "FTTTFFTTF", "ddpm250": "FT**FTTTF"}.get(name, "FTFFFTTTF")
+    assert compare(p, accelerator, s, oracle.rhythm(s, STEPS, DEPTH)) == {
+        "ddim50": "FTTTFFTTF",
+        "ddpm250": "FT**FTTTF",
+    }.get(name, "FTFFFTTTF")
 
 
 GOLDEN = {  # restated from the rule, with the full steps they amount to in 28 blocks
@@ -285,7 +285,7 @@ def test_duca_takes_turns():
 
 
 DUCA = {
-    "clean": (10, oracle.ToCa(4, 0.1, 0.0, 0.0, score="value_norm", bonus=0.8), "FATFTFTATF"),
+    "clean": (STEPS, oracle.ToCa(4, 0.1, 0.0, 0.0, score="value_norm", bonus=0.8), "FTFFFTATF"),
     "quirks": (12, oracle.ToCa(3, 0.1, 0.0, 0.0, score="attention", bonus=0.8, quirks=True), "F*T*TFAT*FTF"),
 }
 
@@ -297,7 +297,20 @@ def test_duca_by_plain_loops(name):
     accelerator = CACHES["duca"](
         s.interval, s.ratio, step_weight=0.0, layer_weight=0.0, score=s.score, reference_quirks=s.quirks
     )
-    assert compare(dit(steps=steps), accelerator, s, duca=True) == want
+    assert compare(dit(steps=steps), accelerator, s, oracle.rhythm(s, steps, DEPTH, duca=True)) == want
+
+
+def test_tokencache_by_plain_loops(tmp_path):
+    """Each evaluation goes by the nearest of five times, at which a made-up predictor ranks blocks and tokens."""
+    p = dit(steps=STEPS)
+    times, table = np.linspace(0, 1000, 5), RNG.normal(size=(5, DEPTH, SIDE**2))
+    np.savez(tmp_path / "predictor.npz", times=times, blocks=table)
+    accelerator = CACHES["tokencache"]((4, 2), 0.5, ratio=0.4, blocks=0.67, file=str(tmp_path / "predictor.npz"))
+    nearest = [int(np.argmin([abs(t - k) for k in times])) for t in p.rows().model_time]
+    plan = oracle.round_robin((4, 2), 4, table[nearest].mean(2), pruned=2)
+    settings = oracle.ToCa(1, 0.4, 0.0, 0.0, module=1.0, score="given", soft=0.0, bonus=0.0)
+    assert compare(p, accelerator, settings, plan, table[nearest]) == "F***F*F*F"
+    assert len({tuple(kinds) for kinds in plan}) > 2  # not always the same blocks
 
 
 # ---------------------------------------------------------------- against other parts of difax
@@ -309,8 +322,8 @@ def test_every_token_is_the_whole_branch():
     full = np.asarray([1, 0, 0, 1, 0, 0], bool)
 
     def schedule(rows, stages):
-        flags = {"blocks": np.repeat(full[:, None], 3, 1)}
-        return axis.Schedule(flags, {"blocks": {"mlp": np.ones((len(full), 3))}}, np.zeros(len(full), bool))
+        flags = {"blocks": np.repeat(full[:, None], DEPTH, 1)}
+        return axis.Schedule(flags, {"blocks": {"mlp": np.ones((len(full), DEPTH))}}, np.zeros(len(full), bool))
 
     got, trace = p.run(axis.token_cache("all", schedule, score="random"))
     want, _ = p.run(planned("attn", lambda rows, stages: {"blocks": {"attn": full}}))
@@ -404,10 +417,16 @@ def test_runs_on_every_model_and_counts_its_products(model, name):
         ("toca", {"dtype": "int8"}, "dtype='int8'; allowed: float32"),
         ("duca", {"interval": -1}, "interval=-1"),
         ("duca", {"score": "mean"}, "score='mean'; allowed"),
+        ("tokencache", {"intervals": (0, 2)}, "intervals=(0, 2), switch=0.5; allowed: two of 1 or more"),
+        ("tokencache", {"ratio": 2}, "ratio=2, blocks=1.0; allowed: 0 to 1"),
+        ("tokencache", {"blocks": 0.5}, "blocks=0.5 without importance or file"),
+        ("tokencache", {"score": "given"}, "score='given'; allowed: attention"),
+        ("tokencache", {"file": "predictor.pt"}, "file='predictor.pt'; allowed: an .npz file"),
+        ("tokencache", {"file": "x.npz", "score": "random"}, "a file was given beside importance or score"),
     ],
 )
 def test_factories_refuse(name, settings, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=re.escape(said)):
         CACHES[name](**settings)
 
 
@@ -415,6 +434,23 @@ def test_a_branch_that_the_model_lacks_is_refused_by_the_plan():
     p = dit()
     with pytest.raises(ValueError, match="toca: no branch 'cross' in this model; allowed: attn, mlp"):
         p.rows(CACHES["toca"](modules={"cross": 1.0}))
+
+
+def test_predictors_of_another_model_are_refused(tmp_path):
+    p, path = dit(), str(tmp_path / "predictor.npz")
+    with pytest.raises(ValueError, match="importance of 2 blocks; the model has 3"):
+        p.rows(CACHES["tokencache"](importance=(1, 2), blocks=0.5))
+    np.savez(path, blocks=np.ones((1, 3, 16)))
+    with pytest.raises(ValueError, match="has no times"):
+        CACHES["tokencache"](file=path)
+    np.savez(path, times=[500.0], blocks=np.ones((1, 2, 16)))
+    with pytest.raises(
+        ValueError, match=re.escape("an array (1, 2, 16) for the stage blocks; allowed: [1, 3, tokens]")
+    ):
+        p.rows(CACHES["tokencache"](file=path))
+    np.savez(path, times=[500.0], blocks=np.ones((1, 3, 9)))
+    with pytest.raises(ValueError, match="scores of 9 tokens in the stage blocks; it has 16"):
+        p.run(CACHES["tokencache"](file=path))
 
 
 def test_a_grid_that_does_not_fit_is_refused():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from difax.data import Images
-from difax.metrics import agreement, feature_scale, frechet_distance, normalise_features, psnr
+from difax.metrics import agreement, feature_scale, frechet_distance, normalise_features, psnr, ssim
 from experiments.evaluate import halves
 
 RNG = np.random.default_rng(0)
@@ -131,6 +131,32 @@ def test_the_interval_holds_the_truth_19_times_in_20():
 def test_agreement_refuses(predicted, requested):
     with pytest.raises(ValueError, match="agreement"):
         agreement(np.array(predicted), np.array(requested))
+
+
+def test_ssim_by_plain_windows():
+    """Against the definition, window by window, on images that fit three windows."""
+    rng = np.random.default_rng(0)
+    a = rng.uniform(-1, 1, (2, 14, 13, 1))
+    b = 0.7 * a + 0.3 * rng.uniform(-1, 1, a.shape)
+    offsets = np.arange(-5, 6)
+    window = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+    want = []
+    for x, y in zip(a[..., 0], b[..., 0], strict=True):
+        each = []
+        for i in range(5, 9):
+            for j in range(5, 8):
+                p, q = (z[i - 5 : i + 6, j - 5 : j + 6] for z in (x, y))
+                m, n = (window * p).sum(), (window * q).sum()
+                v, w = (window * p * p).sum() - m * m, (window * q * q).sum() - n * n
+                c = (window * p * q).sum() - m * n
+                s, t = 0.02**2, 0.06**2
+                each.append((2 * m * n + s) * (2 * c + t) / ((m * m + n * n + s) * (v + w + t)))
+        want.append(np.mean(each))
+    np.testing.assert_allclose(ssim(a, b), want, rtol=1e-10)
+    np.testing.assert_allclose(ssim(a, a), 1.0)
+    with pytest.raises(ValueError, match="ssim"):
+        ssim(a, b[:1])
 
 
 def test_psnr():

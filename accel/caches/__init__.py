@@ -20,7 +20,9 @@ from difax.accel.caches.scheduled import scheduled
 from difax.accel.caches.smoothcache import smoothcache
 from difax.accel.caches.taylorseer import taylorseer, taylorseer_diffusers
 from difax.accel.caches.teacache import teacache
+from difax.accel.caches.tgate import tgate
 from difax.accel.caches.toca import toca
+from difax.accel.caches.tokencache import tokencache
 
 CACHES = {
     "fora": fora,
@@ -45,7 +47,9 @@ CACHES = {
     "attention_map": attention_map,
     "toca": toca,
     "duca": duca,
+    "tokencache": tokencache,
     "adacache": adacache,
     "lazydit": lazydit,
     "fastcache": fastcache,
+    "tgate": tgate,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -80,6 +81,6 @@ def duca(
     both = stack(tokens, planned_span("hidden", skipped, keep="output", dtype=dtype))
 
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
-        return both.plan(rows, stages).replace(owner="duca")
+        return dataclasses.replace(both.plan(rows, stages), owner="duca")
 
     return both._replace(name="duca", plan=plan)

@@ -1,4 +1,4 @@
-"""FastCache. Liu et al., FastCache: Fast Caching for Diffusion Transformer Through Learnable Linear Approximation, 2025.
+"""FastCache. Liu et al., Fast Caching for Diffusion Transformer Through Learnable Linear Approximation, 2025.
 
 The linear maps are an .npz file with the arrays "stage.weight" [L, D, D] and "stage.bias" [L, D], float32; where the
 tokens are several streams, "stage.stream.weight". `fit` makes them.
@@ -17,7 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.caches.tokens import gather, scatter, top
-from difax.contracts import Accelerator, Done, Model, Params, Plan, Row, Stage, State, Tokens, TrunkSpec, Where, no_memory
+from difax.contracts import (
+    Accelerator,
+    Done,
+    Model,
+    Params,
+    Plan,
+    Row,
+    Stage,
+    State,
+    Tokens,
+    TrunkSpec,
+    Where,
+    no_memory,
+)
 from difax.cost import count
 from difax.stack import indexed
 from difax.trunk import Block, Blocks, Compute, memory_for, reference_attention, run_trunk, trunk_spec
@@ -43,17 +56,17 @@ def fastcache(
     """Puts a linear map in the place of each block whose input passes a test of having changed no more than noise.
 
     delta = |h - h'|_F / |h'|_F, h' the block's input at the evaluation before; linear map h + h W + b iff
-    delta^2 <= threshold^2 chi2_{ND}(1 - significance) / (ND). With motion < 1 the blocks that are computed run on the
-    tokens whose embedding changed most since the evaluation before, sum over D of (x - x')^2, alone; the others, static,
-    take the block's linear map.
+    delta^2 <= threshold^2 chi2_{ND}(1 - significance) / (ND). With motion < 1 a block that is computed runs on those
+    tokens alone whose embedding changed most since the evaluation before, sum over D of (x - x')^2; the others, static,
+    take its linear map.
 
     Args:
       threshold: relative change under the hypothesis of none (0.05); 1 is the paper's test, which a change of less
         than everything never fails; 0 computes all.
       significance: of the test (0.05).
       motion: share of the tokens that run, in (0, 1] (1; the authors report 0.2 to 0.4).
-      weights: {stage: {"weight": W [L, D, D], "bias": b [L, D]}}, or "stream.weight" where the tokens have streams. They
-        become learned parameters (`difax.stack.with_learned`). None, with no file: W = b = 0, the identity.
+      weights: {stage: {"weight": W [L, D, D], "bias": b [L, D]}}, or "stream.weight" where the tokens have streams.
+        They become learned parameters (`difax.stack.with_learned`). None, with no file: W = b = 0, the identity.
       file: in place of them.
 
     Returns:

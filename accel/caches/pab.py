@@ -56,7 +56,7 @@ def pab(
 
     def schedule(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
         time = np.round(np.asarray(rows.model_time, np.float64), 6)  # a bound may be the time of an evaluation
-        inside = (low <= time) & (time <= high)
+        inside = (low < time) & (time < high)
         have = {b for s in stages for b in s.branches}
         chosen = {b: r for b, r in RANGES.items() if b in have} if ranges is None else ranges
         if not inside.any() and any(r > 1 for r in chosen.values()):

@@ -111,9 +111,9 @@ def token_cache(
             return memory
         sites = {site for _, ladders in modes for site, _ in ladders}
         for stage, updates in spec.update.items():
-            partial_ = {b for b in updates if (stage, b) in sites and not attends_itself(spec, stage, b)}
+            choosing = {b for b in updates if (stage, b) in sites and not attends_itself(spec, stage, b)}
             source = None
-            if partial_ and score in ATTENDED:
+            if choosing and score in ATTENDED:
                 source = next((b for b in updates if attends_itself(spec, stage, b)), None)
                 if source is None:
                     raise ValueError(
@@ -128,7 +128,7 @@ def token_cache(
 
                 memory["branch"][stage][branch] = Held(
                     zeros(lambda a: a.shape, dtype),
-                    zeros(lambda a: a.shape[:-1], jnp.int32) if branch in partial_ else (),
+                    zeros(lambda a: a.shape[:-1], jnp.int32) if branch in choosing else (),
                     zeros(lambda a: a.shape[:-1], jnp.float32) if branch == source else (),
                 )
         return memory
@@ -333,7 +333,7 @@ def _scores(
             own = jax.random.fold_in(key, STREAMS.index(stream) if stream in STREAMS else 0)
             base = jax.random.uniform(own, age.shape[1:], jnp.float32)[None]
         elif kind == "given":
-            base = given[where.stage][where.layer][None].astype(jnp.float32)
+            base = seen
         elif kind == "staleness":
             base = normalised(age.astype(jnp.float32))
         elif kind == "similarity":
@@ -345,6 +345,11 @@ def _scores(
         return jnp.broadcast_to(base + staleness * age, age.shape)
 
     seen = held.score if kind in ATTENDED else held.age
+    if kind == "given":
+        score, length = given[where.stage][where.layer], sum(a.shape[1] for a in jax.tree.leaves(tokens))
+        if score.shape[0] != length:
+            raise ValueError(f"scores of {score.shape[0]} tokens in the stage {where.stage}; it has {length}")
+        seen = by_stream(score[None].astype(jnp.float32), tokens)
     return _each(one, held.age, tokens, held.value, seen)
 
 

@@ -109,8 +109,31 @@ def share(settings: ToCa, layer: int, depth: int, step: int, steps: int) -> floa
     return min(max(settings.ratio * by_layer * by_step * settings.module, 0.0), 1.0)
 
 
-def evaluate(network: Network, settings: ToCa, x, k, labels, cache: dict, kinds: list[str], step: int, steps: int):
-    """One evaluation of one half of the guidance: (output, tokens computed by the MLPs)."""
+def rhythm(settings: ToCa, steps: int, depth: int, duca: bool = False) -> list[list[str]]:
+    """F, T or A of every block of every step, from the first one."""
+    clock = Clock(settings, steps)
+    return [clock.kinds(step, depth, duca) for step in reversed(range(steps))]
+
+
+def round_robin(intervals: tuple[int, int], switch: int, importance: np.ndarray, pruned: int) -> list[list[str]]:
+    """TokenCache: a full step begins each round, and each phase; in between the `pruned` blocks of the least importance
+    [steps, depth] are T."""
+    plan, since = [], 0
+    for i, row in enumerate(importance):
+        interval = intervals[0] if i < switch else intervals[1]
+        since = 0 if i in (0, switch) or since == interval - 1 else since + 1
+        least = sorted(range(len(row)), key=lambda layer, row=row: row[layer])[:pruned]
+        plan.append(["T" if since and layer in least else "F" for layer in range(len(row))])
+    return plan
+
+
+def evaluate(
+    network: Network, settings: ToCa, x, k, labels, cache: dict, kinds, step: int, steps: int, given: Any = None
+):
+    """One evaluation of one half of the guidance: (output, tokens computed by the MLPs).
+
+    given [depth, N]: scores from outside.
+    """
     tokens, context = network.embed(x.astype(np.float32), k, labels)
     tokens, computed = np.asarray(tokens), 0
     for layer in range(network.depth):
@@ -127,6 +150,8 @@ def evaluate(network: Network, settings: ToCa, x, k, labels, cache: dict, kinds:
         if kinds[layer] == "F":
             own["mlp"], computed = fresh.copy(), computed + tokens.shape[1]
         else:
+            if settings.score == "given":
+                own["seen"] = np.repeat(given[layer][None], len(tokens), 0)
             score = base_score(settings.score, own.get("seen"), tokens, own["mlp"], own["age"])
             score = score + settings.soft * own["age"] / settings.interval
             side = math.isqrt(tokens.shape[1])
@@ -145,19 +170,19 @@ def evaluate(network: Network, settings: ToCa, x, k, labels, cache: dict, kinds:
     return network.head(tokens, context), computed
 
 
-def sample(network: Network, settings: ToCa, x, ks, abar, labels, null, scale, duca: bool = False):
-    """Guided DDIM: (samples, kind of every step, tokens that the MLPs of one half computed in every step)."""
-    steps = len(ks)
-    clock, caches = Clock(settings, steps), ({}, {})
-    strings, counts = [], []
-    for i in range(steps):
-        step = steps - 1 - i
-        kinds = clock.kinds(step, network.depth, duca)
-        on, computed = evaluate(network, settings, x, ks[i], labels, caches[0], kinds, step, steps)
-        off, _ = evaluate(network, settings, x, ks[i], null, caches[1], kinds, step, steps)
+def sample(network: Network, settings: ToCa, x, ks, abar, labels, null, scale, plan: list[list[str]], given=None):
+    """Guided DDIM: (samples, kind of every step, tokens that the MLPs of one half computed in every step).
+
+    Args:
+      plan: F, T or A of every block of every step; given: scores [steps, depth, N].
+    """
+    steps, caches, counts = len(ks), ({}, {}), []
+    for i, kinds in enumerate(plan):
+        rest = (kinds, steps - 1 - i, steps, None if given is None else given[i])
+        on, computed = evaluate(network, settings, x, ks[i], labels, caches[0], *rest)
+        off, _ = evaluate(network, settings, x, ks[i], null, caches[1], *rest)
         eps = off + scale * (on - off)
         x0 = (x - np.sqrt(1 - abar[i]) * eps) / np.sqrt(abar[i])
         x = np.sqrt(abar[i + 1]) * x0 + np.sqrt(1 - abar[i + 1]) * eps
-        strings.append("*" if kinds[0] == "F" != kinds[-1] else kinds[0])
         counts.append(computed)
-    return x, "".join(strings), counts
+    return x, "".join("*" if "F" in kinds and set(kinds) != {"F"} else kinds[0] for kinds in plan), counts
