@@ -75,6 +75,7 @@ class Row(NamedTuple):
     guided: Array  # bool: is the unconditional half evaluated here
     fresh: Array  # bool: some remembered half is undefined here, so nothing may be reused
     plan: Any = ()  # `Plan` of the accelerator; `Chosen` where an accelerator's functions see the row
+    guide: Any = ()  # the guide's own table
 
 
 class Prediction(NamedTuple):
@@ -102,7 +103,7 @@ class Solver(NamedTuple):
 class Guide(NamedTuple):
     """How the conditional and unconditional halves of a step are produced and mixed.
 
-    plan(row) -> Row: fills `guided` and `fresh` on the host.
+    plan(row) -> Row: fills `guided` and `fresh`, and where it has one its own table `guide`, on the host.
     halves: how many copies of the batch the accelerator's state is made for (1 or 2).
     init(x) -> state.
     apply(denoise, x, cond, null, scale, row, state, memory) -> (output, state, memory, trace):
@@ -309,6 +310,8 @@ class Accelerator(NamedTuple):
     init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "along": {name: pytree}, "block": {stage: pytree
         with leading [depth]}, "branch": {stage: {branch: the same}}} for the modes of a plan. What is "along" goes from
         branch to branch and block to block, and on to the next evaluation: `memory["along"]`, `inner["along"]`.
+    lookup(plan, row, along) -> (index, values): which mode the evaluation has and the numbers that go with it, where
+        that depends on what is remembered; plan is the whole run's, None takes the row's own.
     output(run, state, memory, row) -> (output, state, memory, report, ran): wraps the whole network,
         `run(memory)` -> (output, memory, report); ran: 1.0, or 0.0 where the network was not run.
     trunk(blocks, tokens, context, state, memory, row) -> (tokens, state, memory, report): wraps the blocks,
@@ -331,6 +334,7 @@ class Accelerator(NamedTuple):
     plan: Callable[..., Plan] = no_plan
     init: Callable[[TrunkSpec, tuple[Any, ...]], State] = no_memory
     guide: Callable[[Guide], Guide] | None = None
+    lookup: Callable[..., tuple[Any, Any]] | None = None
     output: Callable[..., Any] | None = None
     trunk: Callable[..., Any] | None = None
     block: Callable[..., Any] | None = None

@@ -23,7 +23,7 @@ from difax.trunk import first_layer, reference_attention, trunk_spec
 
 class ModelCost(NamedTuple):
     """Operations per sample of one evaluation: `ends` (embeddings and head), and per stage the conditioning of one
-    block and each branch of one block; `depth` says how many blocks."""
+    block (with its long skip, if it has one) and each branch of one block; `depth` says how many blocks."""
 
     ends: float
     mods: dict[str, float]
@@ -76,6 +76,12 @@ def model_cost(model: Model, params: Params, attention: Attention | None = None)
 
         m = jax.eval_shape(mod, p, context)
         mods[stage.name] = count(mod, p, context)
+        if stage.takes:
+
+            def skip(p: Any, h: Any, stage: Any = stage) -> Any:
+                return stage.block.apply({"params": p}, h, h, method="skip")
+
+            mods[stage.name] += count(skip, p, tokens)
 
         def one(p: Any, h: Any, m: Any, c: Any, stage: Any = stage, branch: str = "") -> Any:
             call = calls[stage.name][branch]

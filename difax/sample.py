@@ -124,8 +124,12 @@ def make_sampler(
             halves = 2 if half == "both" else 1
             at = None if halves == guide.halves else int(half == "uncond")  # which half of the memory
 
+            index, values = row.plan.index, row.plan.values
+            if accelerator.lookup is not None:
+                index, values = accelerator.lookup(rows.plan, row, _slice(memory["along"], axes["along"], at))
+
             def evaluate(mode, memory):
-                chosen = row._replace(plan=Chosen(mode, row.plan.values, halves))
+                chosen = row._replace(plan=Chosen(mode, values, halves))
 
                 def run(part):
                     time = jnp.full(x_in.shape[:1], row.model_time)
@@ -146,7 +150,7 @@ def make_sampler(
                 return output, _write(memory, part, new, axes, at), _padded(report, guide.halves, at or 0), halves * ran
 
             modes = [partial(evaluate, mode) for mode in row.plan.modes]
-            out = modes[0](memory) if len(modes) == 1 else jax.lax.switch(row.plan.index, modes, memory)
+            out = modes[0](memory) if len(modes) == 1 else jax.lax.switch(index, modes, memory)
             output, memory, report, ran = out
             return output, memory, Trace(report.computed, report.entered, jnp.asarray(ran, jnp.float32), report.metric)
 

@@ -8,9 +8,10 @@ from difax.models.cnn import cnn
 from difax.models.dit import dit
 from difax.models.flux import flux
 from difax.models.pixart import pixart
+from difax.models.skip_dit import skip_dit
 from difax.models.wan import wan
 
-MODELS = {"dit": dit, "flux": flux, "pixart": pixart, "wan": wan, "cnn": cnn}
+MODELS = {"dit": dit, "skip_dit": skip_dit, "flux": flux, "pixart": pixart, "wan": wan, "cnn": cnn}
 CHECKPOINTS = {
     "dit": dit_checkpoint.PUBLISHED,
     "flux": flux_checkpoint.PUBLISHED,

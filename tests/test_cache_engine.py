@@ -274,7 +274,51 @@ def test_different_levels_stack_in_any_order():
     _, alone = p.run(gate)
     full = np.asarray(alone.computed["blocks"]).mean((1, 2, 3))
     got = np.asarray(trace.computed["blocks"]).mean((1, 2, 3))
-    assert got.sum() < full.sum() and np.all(got[1::2] == 0)
+    reached = np.asarray(trace.entered["blocks"]).min((1, 2)) > 0
+    assert 2 < reached.sum() < STEPS and got.sum() < full.sum()
+    np.testing.assert_array_equal(got[reached], np.arange(reached.sum()) % 2 == 0)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        (("teacache", dict(threshold=0.25)), ("taylorseer", dict(interval=3, order=2))),
+        (("dbcache", dict(threshold=0.5, warmup=1, first=1)), ("taylorseer", dict(interval=2, order=1))),
+        (("delta_dit", dict(interval=2)), ("taylorseer", dict(interval=3, order=1))),
+        (("ab_cache", dict(where="output", interval=2)), ("delta_dit", dict(interval=2))),
+        (("ab_cache", dict(where="output", interval=2)), ("fora", dict(interval=2))),
+    ],
+    ids=lambda pair: pair[0],
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_an_inner_plan_counts_what_reaches_it_and_never_mixes_what_was_not_computed(outer, inner, together):
+    p = Problem(together=together)
+    stacked = stack(*(CACHES[name](**settings) for name, settings in (outer, inner)))
+
+    def poisoned(spec, modes):
+        absurd = lambda a: jnp.full_like(a, 1e6) if a.ndim > 2 else a  # noqa: E731
+        return jax.tree.map(absurd, stacked.init(spec, modes))
+
+    want, trace = p.run(stacked)
+    got, _ = p.run(stacked._replace(init=poisoned))
+    np.testing.assert_array_equal(got, want)
+    assert np.all(np.isfinite(want))
+    # where the outer one runs the whole network, the inner plan is at its own next evaluation
+    computed = np.asarray(trace.computed["blocks"])[..., 0].mean((1, 2))
+    entered = np.asarray(trace.entered["blocks"])[..., 0].min(1) > 0
+    alone = CACHES[inner[0]](**inner[1])
+    _, own = p.run(alone)
+    planned = np.asarray(own.computed["blocks"])[..., 0].mean((1, 2))
+    if inner[0] != "delta_dit":
+        np.testing.assert_allclose(computed[entered], planned[: entered.sum()])
+        assert 2 < entered.sum() < STEPS and (computed[entered] == 0).any()
+
+
+def test_a_plan_inside_of_blocks_that_are_left_out_is_refused():
+    p = Problem()
+    stacked = stack(CACHES["dbprune"](), CACHES["fora"]())
+    with pytest.raises(ValueError, match="fora plans branches of blocks that dbprune leaves out one by one"):
+        p.rows(stacked)
 
 
 def test_branches_apart_stack():

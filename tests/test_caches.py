@@ -11,12 +11,14 @@ import pytest
 
 from difax import process as P
 from difax.accel.caches import CACHES
+from difax.accel.caches.icc import icc_factors
 from difax.accel.solvers import SOLVERS
 from difax.contracts import Accelerator, Row
 from difax.grids import GRIDS, make_times
 from difax.guidance import GUIDES
 from difax.noise import sample_keys
 from difax.sample import initial_noise, make_rows, make_sampler
+from difax.stack import with_learned
 from difax.trunk import neutral, trunk_spec
 from tests.oracles import caches as oracle
 from tests.toys import QUICK, network, tanh_stack, tiny_dit
@@ -42,6 +44,7 @@ class Case(NamedTuple):
 ROUTED = np.full((STEPS, 2, 2), -5.0)  # logits of routers: evaluations, layers, branches
 ROUTED[1, 0, 0] = ROUTED[5, :, 1] = 5.0
 DISTANCE = abs(np.subtract.outer(range(STEPS), range(STEPS)))
+LOW_RANK = icc_factors(tiny_dit()[1], tiny_dit()[0].stages, rank=2)
 HALF_OF_THE_TOKENS = {"interval": 4, "ratio": 0.2, "step_weight": 0.0, "layer_weight": 0.0}  # of the MLPs
 CASES = [
     Case("none", off={}),
@@ -101,6 +104,8 @@ CASES = [
     Case("toca", off={"interval": 1}, on=HALF_OF_THE_TOKENS, computed=(1, 0.25, 0.25, 0.25, 0.25, 1)),
     Case("duca", off={"interval": 1}, on=HALF_OF_THE_TOKENS, computed=(1, 0, 0.25, 0, 0.25, 1)),
     Case("tokencache", off={"intervals": (1, 1)}, on={"intervals": (3, 2)}, computed=(1, 0.25, 0.25, 1, 0.25, 1)),
+    # of a token's multiply-adds in attention, and in the MLP
+    Case("icc", off={"period": 1}, on={"factors": LOW_RANK}, computed=(1, (384 / 1152 + 320 / 2048) / 2) * 3),
     Case("fastcache", off={"threshold": 0.0}, on={"threshold": 1e9}, computed=(1, 0, 0, 0, 0, 0)),
     Case(
         "tgate",
@@ -108,6 +113,13 @@ CASES = [
         on={"cross": "mlp", "gate": 3, "sp_interval": 2, "fi_interval": 2, "warmup": 0},
         computed=(1, 0.5, 1, 0, 0.25, 0),
         halves=(2, 2, 2, 1, 1, 1),
+    ),
+    Case(
+        "fastercache",
+        off={"interval": 1, "cfg_interval": 1},
+        on={"start": 5},
+        computed=(1, 0.5, 0.5, 0.25, 1, 0.25),
+        halves=(2, 2, 1, 1, 2, 1),
     ),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -136,6 +148,9 @@ class Problem(NamedTuple):
 
     def sampler(self, accelerator: Accelerator):
         return make_sampler(self.model, self.process, "eps", SOLVERS["ddim"](), self.guide, accelerator)
+
+    def taught(self, accelerator: Accelerator) -> "Problem":
+        return self._replace(params=with_learned(self.params, accelerator))
 
     def run(self, accelerator: Accelerator, **options: bool | int):
         arguments = (*self.inputs(), self.rows(accelerator), 2.0)
@@ -169,7 +184,8 @@ def test_neutral_setting_is_bitwise_off(case, dtype):
 def test_switched_on_it_computes_what_it_says_and_changes_the_samples(case, dtype):
     p = problem(dtype=dtype)
     want, _ = p.run(neutral())
-    got, trace = p.run(case.make("on"))
+    accelerator = case.make("on")
+    got, trace = p.taught(accelerator).run(accelerator)
     assert got.dtype == jnp.float32 and np.all(np.isfinite(got))
     error = np.abs(got - want).max() / np.abs(want).max()
     print(f"{case.name} {dtype}: relative error {error:.3f}")
@@ -186,7 +202,8 @@ def test_compiled_once(case):
         traces[0] += 1
         return p.model.embed(*a)
 
-    counted, accelerator = p._replace(model=p.model._replace(embed=embed)), case.make("on")
+    accelerator = case.make("on")
+    counted = p._replace(model=p.model._replace(embed=embed)).taught(accelerator)
     sampler, rows = counted.sampler(accelerator), p.rows(accelerator)
     sampler(*counted.inputs(), rows, 2.0)
     first = traces[0]

@@ -28,7 +28,9 @@ from tests.oracles import online as oracle
 from tests.test_caches import LABELS, STEPS, Problem, problem
 from tests.toys import QUICK, randomise, tanh_stack
 
-fastcache_module = importlib.import_module("difax.accel.caches.fastcache")  # whose name its factory has
+# modules whose name their factory has
+fastcache_module = importlib.import_module("difax.accel.caches.fastcache")
+fastercache_module = importlib.import_module("difax.accel.caches.fastercache")
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
@@ -200,10 +202,10 @@ def pieces(p: Problem) -> oracle.Network:
     )
 
 
-def by_ddim(p: Problem, eps: Any) -> np.ndarray:
-    """The oracle's samples of a problem."""
+def by_ddim(p: Problem, eps: Any, guided: int = STEPS) -> np.ndarray:
+    """The oracle's samples of a problem, of which so many evaluations are guided."""
     abar = np.append(p.process.level(p.rows().t.astype(np.float64)).alpha ** 2, 1.0)
-    return oracle.guided_ddim(np.asarray(p.inputs()[1]), abar, 2.0, eps)
+    return oracle.guided_ddim(np.asarray(p.inputs()[1]), abar, 2.0, eps, guided)
 
 
 def both(p: Problem) -> dict[str, Any]:
@@ -428,3 +430,119 @@ def test_fitted_maps_of_fastcache_are_nearer_than_the_identity(tmp_path):
 def test_fastcache_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         toy_run(CACHES["fastcache"](**settings), learned=False)
+
+
+# ---------------------------------------------------------------- T-GATE, by a plain loop
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_tgate_by_a_plain_loop(together):
+    """On a DiT whose MLP stands in for cross-attention: self-attention held at 1, 3 and 5, the MLP from 3 on."""
+    p = problem()._replace(guide=GUIDES["cfg"](together=together))
+    settings = dict(sp_interval=2, fi_interval=2, warmup=0)
+    got, trace = p.run(CACHES["tgate"](3, cross="mlp", **settings))
+    want = by_ddim(p, oracle.tgate(pieces(p), p.rows().model_time, both(p), 3, **settings), guided=3)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    np.testing.assert_array_equal(trace.halves, [2, 2, 2, 1, 1, 1])
+
+
+def test_guidance_that_would_begin_behind_the_gate_does_not():
+    p = problem("interval", (0.1, 0.5))
+    np.testing.assert_array_equal(p.rows().guided, [False, False, False, True, True, False])
+    rows = p.rows(CACHES["tgate"](4, cross="mlp"))
+    np.testing.assert_array_equal(rows.guided, [False, False, False, True, False, False])
+    rows = p.rows(CACHES["tgate"](3, cross="mlp"))
+    assert not rows.guided.any() and not rows.fresh[1:].any()
+
+
+def test_tgate_without_guidance_holds_what_it_had():
+    p = problem("none")
+    got, trace = p.run(CACHES["tgate"](3, cross="mlp", sp_interval=1))
+    np.testing.assert_array_equal(trace.computed["blocks"][:, 0, :, 0], [[1, 1]] * 3 + [[1, 0]] * 3)
+    assert np.all(np.isfinite(got))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gate": 0}, "gate=0; allowed: 1 or more"),
+        ({"sp_interval": 0}, "sp_interval=0; allowed: 1 or more"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"cross": "attn"}, "cross='attn', attn='attn'; allowed: .* two branches"),
+        ({}, "tgate: no branch 'cross' in this model; allowed: attn, mlp"),
+    ],
+)
+def test_tgate_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        problem().rows(CACHES["tgate"](**settings))
+
+
+# ---------------------------------------------------------------- FasterCache, by a plain loop
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_fastercache_by_a_plain_loop(together):
+    """30 evaluations, whose windows are the authors', of 10 x 10 images, whose low band has a radius of 2."""
+    p = problem(size=10, steps=30)._replace(guide=GUIDES["cfg"](together=together))
+    got, trace = p.run(CACHES["fastercache"]())
+    eps, log = oracle.fastercache(pieces(p), p.rows().model_time, both(p))
+    want = by_ddim(p, eps, guided=30)
+    attended = trace.computed["blocks"][:, 0, 0, 0]
+    assert list(np.flatnonzero(attended)) == log["attended"] and set(attended) == {0, 1}
+    assert list(np.flatnonzero(trace.halves == 2)) == log["null"]
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+
+
+def test_fastercache_has_the_authors_schedule():
+    """Counters of their Open-Sora script: attention live up to 7 and at odd ones, guidance up to 11 and at fifths."""
+    rows = problem(steps=30).rows(CACHES["fastercache"]())
+    guided = {*range(1, 12), 15, 20, 25, 30}
+    assert set(np.flatnonzero(rows.guided) + 1) == guided
+    doing = [dict(rows.plan.modes[m]).get(("blocks", "attn")) for m in rows.plan.index]
+    # 20 and 30 are even and guided among estimates: computed here
+    assert [c + 1 for c in np.flatnonzero([d == "fill" for d in doing])] == [8, 10, 12, 14, 16, 18, 22, 24, 26, 28]
+    low, high = np.asarray(rows.guide.low), np.asarray(rows.guide.high)
+    np.testing.assert_allclose(low[[11, 13, 15, 18, 23, 25]], 1.15 ** np.array([1, 3, 1, 4, 4, 0]), rtol=1e-6)
+    np.testing.assert_allclose(high[[11, 18, 20, 23, 25, 28]], 1.15 ** np.array([0, 0, 1, 4, 1, 4]), rtol=1e-6)
+
+
+def test_fastercache_scales_its_windows_with_the_run():
+    rows = problem(steps=60).rows(CACHES["fastercache"]())
+    assert rows.guided[:22].all() and not rows.guided[22:24].any() and rows.guided[24]
+
+
+def test_an_estimate_without_growth_is_the_old_difference():
+    """Where both bands are added as they were, uncond = cond + (uncond - cond when it was last evaluated)."""
+    difference = np.random.default_rng(6).normal(size=(2, 3, 10, 12, 4)).astype(np.float32)
+    low, high = fastercache_module.bands_of(jnp.asarray(difference))
+    np.testing.assert_allclose(low + high, difference, atol=1e-6)
+    spectrum = np.abs(np.fft.fft2(low, axes=(2, 3))).max((0, 1, 4)) > 1e-3  # a disc of radius 2 has 13 points
+    assert spectrum.sum() == 13 and spectrum[0, 2] and spectrum[8, 0] and not spectrum[2, 1]
+
+
+def test_fastercache_keeps_the_guides_channels():
+    """Guidance of the first channel alone estimates that of the first channel alone."""
+    p = problem(size=10)._replace(guide=GUIDES["cfg"](channels=1))
+    arguments = (*p.inputs(), p.rows(CACHES["fastercache"]()), 2.0)
+    sampler = jax.jit(p.sampler(CACHES["fastercache"]()), compiler_options=QUICK)
+    guided, _ = sampler(*arguments)
+    other, _ = sampler(*p.inputs(), arguments[-2], 5.0)
+    last = p._replace(guide=GUIDES["none"]())
+    plain, _ = last.run(CACHES["fastercache"](cfg=False))
+    assert np.abs(guided[..., 0] - other[..., 0]).max() > 1e-2
+    assert guided.shape == other.shape == plain.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "guide", "message"),
+    [
+        ({"interval": 0}, "cfg", "interval=0; allowed: 1 or more"),
+        ({"cfg_interval": 0}, "cfg", "cfg_interval=0; allowed: 1 or more"),
+        ({"start": 0}, "cfg", "start=0, cfg_start=11; allowed: 1 or more"),
+        ({"branches": ("cross",)}, "cfg", "fastercache: no branch 'cross' in this model; allowed: attn, mlp"),
+        ({}, "none", "cfg=True with a guide that evaluates no unconditional half; allowed: cfg=False, or the guides"),
+    ],
+)
+def test_fastercache_refuses(settings, guide, message):
+    with pytest.raises(ValueError, match=message):
+        problem(guide).rows(CACHES["fastercache"](**settings))

@@ -12,6 +12,7 @@ import pytest
 from difax import ops
 from difax.accel.caches import CACHES
 from difax.accel.caches import tokens as axis
+from difax.accel.caches.icc import icc_factors, save_factors
 from difax.accel.caches.planned import planned
 from difax.accel.caches.toca import clock
 from difax.build import build_run
@@ -21,6 +22,7 @@ from difax.contracts import Segments
 from difax.guidance import GUIDES
 from difax.noise import sample_keys
 from difax.sample import initial_noise, make_rows, make_sampler
+from difax.stack import with_learned
 from difax.trunk import neutral, trunk_spec, unstack
 from tests.oracles import tokens as oracle
 from tests.test_caches import Problem, problem
@@ -402,6 +404,104 @@ def test_runs_on_every_model_and_counts_its_products(model, name):
             np.testing.assert_allclose(share, [SHARES[model].get(branch, 0)], rtol=1e-6)
 
 
+# ---------------------------------------------------------------- ICC
+
+PARTS = {"qkv": 3, "out": 1, "fc1": 1, "fc2": 1}
+
+
+def magnitudes(p: Problem, of: str) -> dict[str, Any]:
+    """Made-up mean magnitudes of every channel."""
+    rng, kernels = np.random.default_rng(len(of)), p.params["blocks"]
+    axis_of = {"inputs": 1, "outputs": 2}[of]
+    return {n: rng.uniform(0.1, 3, (DEPTH, kernels[n]["kernel"].shape[axis_of])) for n in PARTS}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_icc_by_plain_loops(weighted):
+    """Three full evaluations of seven, and between them the weights cut to rank 3, in a DiT written out in numpy."""
+    p = dit(steps=7)
+    inputs, outputs = (magnitudes(p, of) if weighted else None for of in ("inputs", "outputs"))
+    given = {k: {"blocks": {"attn": m}} for k, m in (("inputs", inputs), ("outputs", outputs)) if m}
+    factors = icc_factors(p.params, p.model.stages, 3, **given)
+    accelerator = CACHES["icc"](3, factors)
+    p = p._replace(params=with_learned(p.params, accelerator))
+    got, trace = p.run(accelerator)
+
+    blocks = [jax.tree.map(lambda a, i=i: np.asarray(a[i], np.float64), p.params["blocks"]) for i in range(DEPTH)]
+    low = [
+        {
+            n: oracle.cut_to_rank(block[n]["kernel"], k, 3, inputs and inputs[n][i], outputs and outputs[n][i])
+            for n, k in PARTS.items()
+        }
+        for i, block in enumerate(blocks)
+    ]
+    _, x, _, labels = p.inputs()
+    rows, network = p.rows(), pieces()
+    abar = np.append(p.process.level(rows.t.astype(np.float64)).alpha ** 2, 1.0)
+
+    def embed(x, k, labels):
+        tokens, context = network.embed(x, k, labels)
+        return np.asarray(tokens, np.float64), np.asarray(context["silu_c"], np.float64)
+
+    def head(tokens, silu_c):
+        return network.head(tokens, {"silu_c": jnp.asarray(silu_c, jnp.float32)})
+
+    k = np.round(rows.model_time).astype(int)
+    guidance = (labels, p.model.null(labels), 2.0)
+    want = oracle.icc(embed, head, blocks, 2, np.asarray(x, np.float64), k, abar, *guidance, 3, low)
+    scale = np.abs(want).max()
+    error, effect = np.abs(got - want).max() / scale, np.abs(without(7) - want).max() / scale
+    print(f"error {error:.1e}, effect of the cache {effect:.1e}")
+    assert error < 1e-4 < 0.1 * effect
+    n, d, r = SIDE**2, 16, 3
+    whole, attention = {"attn": 4 * d * d + 2 * n * d, "mlp": 8 * d * d}, 2 * n * d
+    part = {"attn": 3 * r * 2 * d + 2 * r * d + attention, "mlp": 2 * r * 5 * d}
+    share = [part[b] / whole[b] for b in ("attn", "mlp")]
+    for e in range(7):
+        expected = np.tile([1, 1] if e % 3 == 0 else share, (DEPTH, 1))
+        np.testing.assert_allclose(trace.computed["blocks"][e, :, :, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", ITSELF)
+def test_icc_of_full_rank_is_the_plain_run(model):
+    """On every model, from a file, in both layouts of the parameters."""
+    run = composed(model)
+    params = run.prepare(randomise(jax.eval_shape(run.model.init, jax.random.key(0))))
+    factors = icc_factors(params if model == "flux" else unstack(run.model, params), run.model.stages, 10_000)
+    keys, cond = sample_keys(0, 2), jax.tree.map(jnp.asarray, random_conditions(run.model, 2))
+    results = []
+    for accelerator in (CACHES["icc"](1), CACHES["icc"](2, factors)):
+        rows = make_rows(run.solver, run.guide, run.process, run.times, accelerator, run.model.stages)
+        sampler = make_sampler(run.model, run.process, run.prediction, run.solver, run.guide, accelerator)
+        x = initial_noise(run.process, keys, run.model.input_shape)
+        quick = jax.jit(sampler, compiler_options=QUICK)
+        results.append(quick(with_learned(params, accelerator), x, keys, cond, rows, 1.5))
+    (want, _), (got, trace) = results
+    assert np.abs(got - want).max() < 2e-3 * np.abs(want).max()
+    assert all(np.all(c[1] != 1) and np.all(c[2] == 1) for c in trace.computed.values())
+
+
+def test_icc_reads_the_factors_that_were_saved(tmp_path):
+    p, path = dit(), str(tmp_path / "factors.npz")
+    factors = icc_factors(p.params, p.model.stages, 2)
+    save_factors(path, factors)
+    jax.tree.map(np.testing.assert_array_equal, CACHES["icc"](file=path).learned, factors)
+
+
+def test_icc_refuses_factors_of_another_model():
+    p = dit()
+    factors = icc_factors(p.params, p.model.stages, 2)
+    with pytest.raises(ValueError, match="hold no factors; see difax.stack.with_learned"):
+        p.run(CACHES["icc"](2, factors))
+    wider = icc_factors(dit(width=32).params, p.model.stages, 2)
+    with pytest.raises(ValueError, match=re.escape("allowed: [3, 16, products, rank]")):
+        p.run(CACHES["icc"](2, wider))
+    with pytest.raises(ValueError, match="no factors for the dense layer qkv of the stage blocks"):
+        p.run(CACHES["icc"](2, {"blocks": {}}))
+    with pytest.raises(ValueError, match="rank=0; allowed: 1 or more"):
+        icc_factors(p.params, p.model.stages, 0)
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -417,6 +517,10 @@ def test_runs_on_every_model_and_counts_its_products(model, name):
         ("toca", {"dtype": "int8"}, "dtype='int8'; allowed: float32"),
         ("duca", {"interval": -1}, "interval=-1"),
         ("duca", {"score": "mean"}, "score='mean'; allowed"),
+        ("icc", {"period": 0}, "period=0; allowed: 1 or more"),
+        ("icc", {}, "period=2 without factors or file; allowed: 1, or one of them"),
+        ("icc", {"factors": {}, "file": "x.npz"}, "factors and file were both given"),
+        ("icc", {"file": "factors.pt"}, "file='factors.pt'; allowed: an .npz file that save_factors wrote"),
         ("tokencache", {"intervals": (0, 2)}, "intervals=(0, 2), switch=0.5; allowed: two of 1 or more"),
         ("tokencache", {"ratio": 2}, "ratio=2, blocks=1.0; allowed: 0 to 1"),
         ("tokencache", {"blocks": 0.5}, "blocks=0.5 without importance or file"),

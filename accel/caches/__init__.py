@@ -10,8 +10,10 @@ from difax.accel.caches.dbprune import dbprune
 from difax.accel.caches.delta_dit import delta_dit
 from difax.accel.caches.duca import duca
 from difax.accel.caches.fastcache import fastcache
+from difax.accel.caches.fastercache import fastercache
 from difax.accel.caches.fora import fora, fora_dit
 from difax.accel.caches.frdiff import frdiff
+from difax.accel.caches.icc import icc
 from difax.accel.caches.lazydit import lazydit
 from difax.accel.caches.magcache import magcache
 from difax.accel.caches.pab import pab
@@ -48,8 +50,10 @@ CACHES = {
     "toca": toca,
     "duca": duca,
     "tokencache": tokencache,
+    "icc": icc,
     "adacache": adacache,
     "lazydit": lazydit,
     "fastcache": fastcache,
     "tgate": tgate,
+    "fastercache": fastercache,
 }

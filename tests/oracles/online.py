@@ -89,12 +89,14 @@ class Network(NamedTuple):
 
 
 def guided_ddim(
-    x: np.ndarray, abar: np.ndarray, scale: float, eps: Callable[[str, int, np.ndarray], Any]
+    x: np.ndarray, abar: np.ndarray, scale: float, eps: Callable[[str, int, np.ndarray], Any], guided: int
 ) -> np.ndarray:
-    """DDIM with classifier-free guidance; eps(half, i, x) is the network of "cond" or "null" at evaluation i."""
+    """DDIM, guided at the first evaluations; eps(half, i, x) is the network of "cond" or "null" at evaluation i."""
     for i in range(len(abar) - 1):
-        on, off = eps("cond", i, x), eps("null", i, x)
-        e = off + scale * (on - off)
+        e = eps("cond", i, x)
+        if i < guided:
+            off = eps("null", i, x)
+            e = off + scale * (e - off)
         x0 = (x - np.sqrt(1 - abar[i]) * e) / np.sqrt(abar[i])
         x = np.sqrt(abar[i + 1]) * x0 + np.sqrt(1 - abar[i + 1]) * e
     return x
@@ -182,3 +184,96 @@ def fastcache_tokens(network: Network, k: Any, labels: dict[str, Any], share: fl
         return network.head(whole, context)
 
     return eps
+
+
+def tgate(
+    network: Network, k: Any, labels: dict[str, Any], gate: int, sp_interval: int, fi_interval: int, warmup: int
+) -> Callable[[str, int, np.ndarray], np.ndarray]:
+    """eps(half, i, x) by Liu et al. 2024, with "mlp" in the part of cross-attention; from the gate on of "cond" only.
+
+    The mean over the halves is made when the second, "null", has run evaluation gate - 1.
+    """
+    held: dict[Any, np.ndarray] = {}
+
+    def eps(half: str, i: int, x: np.ndarray) -> np.ndarray:
+        tokens, context = network.embed(x.astype(np.float32), k[i], labels[half])
+        tokens = np.asarray(tokens)
+        for layer in range(network.depth):
+            for name in ("attn", "mlp"):
+                if name == "mlp":
+                    full = i < gate
+                elif i < gate:
+                    full = i <= warmup or i % sp_interval == 0 or i == gate - 1
+                else:
+                    full = i % fi_interval == 0
+                update, gate_value, *_ = network.branch(layer, name, tokens, context)
+                if full:
+                    held[half, layer, name] = update
+                tokens = (tokens + gate_value * held[half, layer, name]).astype(np.float32)
+        if half == "null" and i == gate - 1:
+            for _, layer, name in [key for key in held if key[0] == "null"]:
+                held["cond", layer, name] = (held["cond", layer, name] + held["null", layer, name]) / 2
+        return network.head(tokens, context)
+
+    return eps
+
+
+def fastercache(
+    network: Network, k: Any, labels: dict[str, Any]
+) -> tuple[Callable[[str, int, np.ndarray], np.ndarray], dict[str, list[int]]]:
+    """eps(half, i, x) of a run of 30 evaluations by the rule of the authors' Open-Sora script; "cond" is asked first.
+
+    Returns:
+      eps, and what it collects: the evaluations that "attended" in the conditional half, and that ran the "null".
+    """
+    cache: dict[Any, list[np.ndarray]] = {}
+    state: dict[str, np.ndarray] = {}
+    log: dict[str, list[int]] = {"attended": [], "null": []}
+
+    def split(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        h, w = x.shape[1:3]
+        spectrum = np.fft.fftshift(np.fft.fft2(x, axes=(1, 2)), axes=(1, 2))
+        y, z = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+        low = (z - w // 2) ** 2 + (y - h // 2) ** 2 <= (min(h, w) // 5) ** 2
+        return spectrum * low[None, :, :, None], spectrum * ~low[None, :, :, None]
+
+    def estimated(i: int) -> bool:
+        return i + 1 > 11 and (i + 1) % 5 != 0
+
+    def run(half: str, i: int, x: np.ndarray) -> np.ndarray:
+        tokens, context = network.embed(x.astype(np.float32), k[i], labels[half])
+        tokens, counter = np.asarray(tokens), i + 1
+        full = counter <= 7 or counter % 2 == 1 or (not estimated(i) and estimated(i - 1))
+        for layer in range(network.depth):
+            for name in ("attn", "mlp"):
+                update, gate, *_ = network.branch(layer, name, tokens, context)
+                if name == "attn" and full:
+                    kept = cache.setdefault((half, layer), [update, update])
+                    kept[:] = [kept[1], update]
+                elif name == "attn":
+                    a0, a1 = cache[half, layer]
+                    update = a1 + (a1 - a0) * (counter - 7) / 20 * 0.9
+                tokens = (tokens + gate * update).astype(np.float32)
+        if half == "cond" and full:
+            log["attended"].append(i)
+        return network.head(tokens, context)
+
+    def eps(half: str, i: int, x: np.ndarray) -> np.ndarray:
+        if half == "cond":
+            state["on"] = run(half, i, x)
+            return state["on"]
+        on_low, on_high = split(state["on"])
+        if estimated(i):
+            if i + 1 >= 20:
+                state["high"] = state["high"] * 1.15
+            if i + 1 <= 25:
+                state["low"] = state["low"] * 1.15
+            both = np.fft.ifftshift(on_low + state["low"] + on_high + state["high"], axes=(1, 2))
+            return np.fft.ifft2(both, axes=(1, 2)).real
+        log["null"].append(i)
+        off = run(half, i, x)
+        low, high = split(off)
+        state.update(low=low - on_low, high=high - on_high)
+        return off
+
+    return eps, log

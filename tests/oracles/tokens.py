@@ -186,3 +186,66 @@ def sample(network: Network, settings: ToCa, x, ks, abar, labels, null, scale, p
         x = np.sqrt(abar[i + 1]) * x0 + np.sqrt(1 - abar[i + 1]) * eps
         counts.append(computed)
     return x, "".join("*" if "F" in kinds and set(kinds) != {"F"} else kinds[0] for kinds in plan), counts
+
+
+# ---------------------------------------------------------------- ICC
+
+
+def layer_norm(x: np.ndarray, eps: float = 1e-6) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def cut_to_rank(kernel: np.ndarray, parts: int, rank: int, inputs=None, outputs=None) -> np.ndarray:
+    """The kernel [K, N], each of its parts replaced by the best matrix of that rank between the channel weights."""
+    k, n = kernel.shape
+    u = np.diag(np.ones(k) if inputs is None else np.sqrt(inputs) + 1e-6)
+    whole = []
+    for j in range(parts):
+        own = slice(j * n // parts, (j + 1) * n // parts)
+        v = np.diag(np.ones(n // parts) if outputs is None else np.sqrt(outputs[own]) + 1e-6)
+        left, s, right = np.linalg.svd(u @ kernel[:, own] @ v)
+        best = sum(s[r] * np.outer(left[:, r], right[r]) for r in range(min(rank, len(s))))
+        whole.append(np.linalg.inv(u) @ best @ np.linalg.inv(v))
+    return np.concatenate(whole, axis=1)
+
+
+def icc(embed, head, blocks, heads: int, x, ks, abar, labels, null, scale, period: int, low) -> np.ndarray:
+    """Guided DDIM of a DiT written out, its dense layers replaced at all but every `period`-th step by
+    y' + (x - x') low[layer][name], x' and y' of the last full one.
+
+    Args:
+      blocks: per layer {name: {"kernel", "bias"}}; low: per layer {name: [K, N]}.
+    """
+    caches: tuple[dict, dict] = ({}, {})
+
+    def evaluate(x, k, labels, cache, full):
+        tokens, silu_c = embed(x.astype(np.float32), k, labels)
+        for layer, block in enumerate(blocks):
+
+            def dense(name, a, layer=layer, block=block):
+                if not full:
+                    before, y = cache[layer, name]
+                    return y + (a - before) @ low[layer][name]
+                cache[layer, name] = (a, a @ block[name]["kernel"] + block[name]["bias"])
+                return cache[layer, name][1]
+
+            six = silu_c @ block["ada"]["kernel"] + block["ada"]["bias"]
+            shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, None] for m in np.split(six, 6, axis=1))
+            qkv = dense("qkv", layer_norm(tokens) * (1 + scale1) + shift1)
+            q, k_, v = (a.reshape(*a.shape[:2], heads, -1) for a in np.split(qkv, 3, axis=-1))
+            o = np.einsum("bhts,bshk->bthk", attention_maps(q, k_), v).reshape(tokens.shape)
+            tokens = tokens + gate1 * dense("out", o)
+            hidden = gelu(dense("fc1", layer_norm(tokens) * (1 + scale2) + shift2))
+            tokens = tokens + gate2 * dense("fc2", hidden)
+        return head(tokens.astype(np.float32), silu_c)
+
+    for i, k in enumerate(ks):
+        on, off = (evaluate(x, k, y, c, i % period == 0) for y, c in zip((labels, null), caches, strict=True))
+        eps = off + scale * (on - off)
+        x0 = (x - np.sqrt(1 - abar[i]) * eps) / np.sqrt(abar[i])
+        x = np.sqrt(abar[i + 1]) * x0 + np.sqrt(1 - abar[i + 1]) * eps
+    return x

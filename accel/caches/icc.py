@@ -1,0 +1,228 @@
+"""ICC. Chen et al., Accelerating Diffusion Transformer via Increment-Calibrated Caching with Channel-Aware Singular
+Value Decomposition, 2025, arXiv:2505.05829."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax import ops
+from difax.accel.caches.fill import check_dtype, stored
+from difax.accel.caches.planned import every
+from difax.contracts import Accelerator, Done, Params, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
+from difax.cost import count
+from difax.files import replacing
+from difax.stack import indexed
+from difax.trunk import Compute
+
+Factors = dict[str, dict[str, np.ndarray]]  # {stage: {"icc.LAYER.a": [L, K, P, R], "icc.LAYER.b": [L, P, R, N/P]}}
+PARTS = {"qkv": 3, "kv": 2}  # products that one kernel holds side by side, by how the layer's name ends
+APART = ("ada", "skip")  # dense layers of a block that stand outside of its branches
+LARGEST = 1000.0  # no channel weighs less than the heaviest over this
+
+
+def icc(
+    period: int = 2,
+    factors: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    file: str | None = None,
+    dtype: str | None = None,
+) -> Accelerator:
+    """Between full evaluations corrects what each dense layer gave by a low-rank product of its input's change.
+
+    A full evaluation, every `period`-th, remembers input x' and output y' of every dense layer in a branch; any other
+    computes y = y' + ((x - x') Wa) Wb, and everything else as always: norms, activations, attention. x' and y' stay
+    those of the full evaluation.
+
+    Args:
+      period: evaluations from one full one to the next, 1 or more (2; 1 is no cache).
+      factors: Wa and Wb of every dense layer, as `icc_factors` makes them of the model's own weights. They become
+        learned parameters (`difax.stack.with_learned`).
+      file: in place of them, an .npz that `save_factors` wrote.
+      dtype: of what is remembered; None is the model's.
+
+    Returns:
+      An `Accelerator` that remembers input and output of every dense layer: in a DiT 16 values for each of L B N D.
+
+    References: Chen et al. 2025 (rank 128 in a DiT-XL/2); the authors' DiT code, read. Queries, keys and values have
+      factors of their own, as there; FLUX's fused first product of a single block is one.
+    """
+    if period < 1:
+        raise ValueError(f"icc: period={period}; allowed: 1 or more")
+    if factors is not None and file is not None:
+        raise ValueError("icc: factors and file were both given; allowed: one of them")
+    if period > 1 and factors is None and file is None:
+        raise ValueError(f"icc: period={period} without factors or file; allowed: 1, or one of them (icc_factors)")
+    check_dtype("icc", dtype)
+    given = _read(file) if file is not None else factors
+    learned = None if given is None else {s: dict(of) for s, of in given.items()}
+
+    def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
+        full = every(period, rows) | np.asarray(rows.fresh, bool)
+        full[0] = True
+        used = np.append(~full[1:], False)  # an evaluation that is followed by a full one need not be remembered
+        what = ["increment" if not f else "store" if u else "full" for f, u in zip(full, used, strict=True)]
+        return Plan(**indexed(what), owner="icc")
+
+    def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
+        memory = no_memory(spec, modes)
+        if learned is None or tuple(modes) == ("full",):
+            return memory
+        for stage, branches in spec.dense.items():
+            depth = spec.depth[stage]
+            for branch, layers in branches.items():
+                for name, (x, y) in layers.items():
+                    _check_fit(learned, stage, name, depth, x.shape[-1], y.shape[-1])
+                empty = lambda a, n=depth: jnp.zeros((n, *a.shape), dtype or a.dtype)  # noqa: E731
+                memory["branch"][stage][branch] = {n: jax.tree.map(empty, pair) for n, pair in layers.items()}
+        return memory
+
+    def branch(compute: Compute, gate: Any, where: Where, held: State, inner: State, row: Row) -> Any:
+        seen: dict[str, Any] = {}
+
+        def remembered(name: str, x: jax.Array, apply: Any) -> jax.Array:
+            y = apply(x)
+            seen[name] = stored((x, y), dtype)
+            return y
+
+        def increment(name: str, x: jax.Array, apply: Any) -> jax.Array:
+            before, y = (a.astype(x.dtype) for a in held[name])
+            a_KPR, b_PRN = (where.learned[f"icc.{name}.{f}"].astype(x.dtype) for f in ("a", "b"))
+            z = (x - before) @ a_KPR.reshape(a_KPR.shape[0], -1)
+            z = jnp.einsum("...pr,prn->...pn", z.reshape(*z.shape[:-1], *a_KPR.shape[1:]), b_PRN)
+            return y + z.reshape(y.shape)
+
+        if row.plan.mode == "full":
+            update, inner = compute(inner)
+            return gate(update), held, inner, Done(1.0)
+        if not where.learned:
+            raise ValueError("icc: the parameters hold no factors; see difax.stack.with_learned")
+        if row.plan.mode == "store":
+            update, inner = compute(inner, dense=remembered)
+            return gate(update), seen, inner, Done(1.0)
+        left = _products(compute, inner, increment) / _products(compute, inner, None)
+        update, inner = compute(inner, dense=increment)
+        return gate(update), held, inner, Done(left)
+
+    return Accelerator(name="icc", plan=plan, init=init, branch=branch, learned=learned)
+
+
+def icc_factors(
+    params: Params,
+    stages: tuple[Stage, ...],
+    rank: int = 128,
+    inputs: Mapping[str, Any] | None = None,
+    outputs: Mapping[str, Any] | None = None,
+) -> Factors:
+    """Wa, Wb of the best approximation of that rank to each dense layer of the blocks, in float64 on the host.
+
+    With channel weights u = (mean|x|)^1/2 of inputs and v = (mean|y|)^1/2 of outputs, diag(u) W diag(v) is cut to its
+    largest singular values, and divided by the weights again.
+
+    Args:
+      params: of the model, before they are quantised.
+      stages: `model.stages`.
+      rank: of each product, 1 or more; of queries, keys and values each its own.
+      inputs, outputs: {stage: {branch: {layer: mean|.| of each channel [L, channels]}}}; None weighs all alike (plain
+        SVD). `difax calibrate --cache icc` measures those of inputs.
+
+    Returns:
+      {stage: {"icc.LAYER.a": [L, K, P, R], "icc.LAYER.b": [L, P, R, N/P]}} in float32, P products in the layer.
+    """
+    if rank < 1:
+        raise ValueError(f"icc_factors: rank={rank}; allowed: 1 or more")
+    factors: Factors = {}
+    for stage in stages:
+        layers = params[stage.name]
+        if isinstance(layers, tuple):
+            layers = jax.tree.map(lambda *a: np.stack(a), *layers)
+        x, y = (_by_layer(given, stage.name) for given in (inputs, outputs))
+        factors[stage.name] = {}
+        for name, kernel in _kernels(layers).items():
+            a, b = _cut(np.asarray(kernel, np.float64), _parts(name), rank, x.get(name), y.get(name))
+            factors[stage.name] |= {f"icc.{name}.a": a.astype(np.float32), f"icc.{name}.b": b.astype(np.float32)}
+    return factors
+
+
+def save_factors(path: str | pathlib.Path, factors: Factors) -> None:
+    """Writes an .npz with one array "STAGE.NAME" for each factor, for `icc(file=...)`."""
+    arrays: dict[str, Any] = {f"{stage}.{name}": array for stage, of in factors.items() for name, array in of.items()}
+    with replacing(path) as aside, open(aside, "wb") as out:
+        np.savez(out, **arrays)
+
+
+def _read(file: str) -> Factors:
+    if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".npz":
+        raise ValueError(f"icc: file={file!r}; allowed: an .npz file that save_factors wrote")
+    factors: Factors = {}
+    with np.load(file, allow_pickle=False) as arrays:
+        for key, array in arrays.items():
+            stage, _, name = key.partition(".")
+            factors.setdefault(stage, {})[name] = array
+    return factors
+
+
+def _check_fit(factors: Mapping[str, Mapping[str, Any]], stage: str, name: str, depth: int, k: int, n: int) -> None:
+    a, b = (factors.get(stage, {}).get(f"icc.{name}.{f}") for f in ("a", "b"))
+    if a is None or b is None:
+        raise ValueError(f"icc: no factors for the dense layer {name} of the stage {stage}; allowed: one of each layer")
+    if a.shape[:2] != (depth, k) or (b.shape[0], b.shape[1] * b.shape[3]) != (depth, n):
+        raise ValueError(
+            f"icc: factors {a.shape} and {b.shape} for the layer {name} of {stage}; allowed: "
+            f"[{depth}, {k}, products, rank] and [{depth}, products, rank, {n}/products]"
+        )
+
+
+def _parts(name: str) -> int:
+    last = name.rsplit("/", 1)[-1]
+    return next((n for end, n in PARTS.items() if last.endswith(end)), 1)
+
+
+def _kernels(layers: Any, place: str = "") -> dict[str, Any]:
+    """The kernels [L, K, N] of a stage's dense layers by name."""
+    found: dict[str, Any] = {}
+    for key, value in layers.items():
+        if key == "kernel":
+            found[place] = value
+        elif isinstance(value, Mapping) and key not in APART:
+            found |= _kernels(value, f"{place}/{key}" if place else key)
+    return found
+
+
+def _by_layer(given: Mapping[str, Any] | None, stage: str) -> dict[str, Any]:
+    return {name: m for layers in (given or {}).get(stage, {}).values() for name, m in layers.items()}
+
+
+def _weights(magnitude: Any, like: tuple[int, ...]) -> np.ndarray:
+    """Of channels [..., C]: the roots of their mean magnitudes, none much smaller than the largest."""
+    if magnitude is None:
+        return np.ones(like)
+    w = np.sqrt(np.asarray(magnitude, np.float64)).reshape(like)
+    return np.maximum(w, w.max(-1, keepdims=True) / LARGEST) + 1e-6
+
+
+def _cut(kernel_LKN: np.ndarray, parts: int, rank: int, inputs: Any, outputs: Any) -> tuple[np.ndarray, np.ndarray]:
+    depth, k, n = kernel_LKN.shape
+    u_L1K1 = _weights(inputs, (depth, k))[:, None, :, None]
+    v_LP1M = _weights(outputs, (depth, parts, n // parts))[:, :, None]
+    kernel_LPKM = np.moveaxis(kernel_LKN.reshape(depth, k, parts, n // parts), 2, 1)
+    left, values, right = np.linalg.svd(u_L1K1 * kernel_LPKM * v_LP1M, full_matrices=False)
+    r = min(rank, values.shape[-1])
+    a_LPKR = left[..., :r] / u_L1K1
+    b_LPRM = values[..., :r, None] * right[..., :r, :] / v_LP1M
+    return np.moveaxis(a_LPKR, 1, 2), b_LPRM
+
+
+def _products(compute: Compute, inner: State, dense: Any) -> float:
+    """Operations of the products of a branch."""
+
+    def attend(q: Any, k: Any, v: Any, segments: Any, apply: Any) -> Any:
+        return ops.attend(q, k, v, segments)
+
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), compute.tokens)
+    return count(lambda tokens: compute(inner, attend=attend, dense=dense, tokens=tokens)[0], shapes)
