@@ -1,7 +1,9 @@
-"""A Skip-DiT of three and three narrow blocks with random weights: long skips, and what caches make of them, in seconds.
+"""A Skip-DiT of three and three narrow blocks with random weights: long skips, and a cache for them, in seconds.
 
-difax sample --config skip_dit_tiny --random-init
-difax sample --config skip_dit_tiny --random-init --cache skipcache --cache.blocks 1
+difax sample --config skip_dit_tiny
+difax sample --config skip_dit_tiny --cache skipcache --config.cache.blocks=1
+
+Chen et al. 2024, arXiv:2411.17616.
 """
 
 from ml_collections import ConfigDict

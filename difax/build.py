@@ -14,6 +14,7 @@ import numpy as np
 from difax import grids, guidance, losses
 from difax.accel.attention import ATTENTIONS, attention, first_of
 from difax.accel.caches import CACHES
+from difax.accel.caches.icc import icc_factors, save_factors
 from difax.accel.caches.scheduled import scheduled
 from difax.accel.fit import CALIBRATIONS
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
@@ -36,7 +37,9 @@ from difax.trunk import neutral, unstack
 __all__ = [
     "CALIBRATIONS",
     "by_dynamic_programming",
+    "icc_factors",
     "refine",
+    "save_factors",
     "scheduled",
     "soft_hold",
     "uniform",

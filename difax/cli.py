@@ -140,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--seed", type=int, default=0, help="seed of the samples")
     calibrate.add_argument("--budget", type=float, default=0.4, help="of scheduled: share of the operations of a run")
     calibrate.add_argument("--rounds", type=int, default=12, help="of scheduled: exchanges, at most")
-    calibrate.add_argument("--out", required=True, metavar="FILE.json", help="for the cache's file=...")
+    calibrate.add_argument("--rank", type=int, default=32, help="of icc: of each factor (default: %(default)s)")
+    calibrate.add_argument("--out", required=True, metavar="FILE", help="for the cache's file=...")
     calibrate.set_defaults(run=_calibrate, repeat=1)
 
     convert = commands.add_parser("convert", help="turn a published safetensors checkpoint into an orbax one")
@@ -244,11 +245,11 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    out = writable(options.out, (".json",))
-    for name in ("samples", "batch", "rounds"):
+    out = writable(options.out, (".npz" if options.cache == "icc" else ".json",))
+    for name in ("samples", "batch", "rounds", "rank"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}={getattr(options, name)}; allowed: 1 or more")
-    from difax.build import CALIBRATIONS, build_run, choose, load_weights
+    from difax.build import CALIBRATIONS, build_run, choose, icc_factors, load_weights, save_factors
 
     if not options.cache:
         raise ValueError(f"--cache is missing; allowed: scheduled, {', '.join(CALIBRATIONS)}")
@@ -281,10 +282,15 @@ def _calibrate(options: argparse.Namespace) -> int:
         if settings:
             raise ValueError(f"cache {technique}: a calibration takes no keys, not {', '.join(settings)}")
         content = calibrate(technique, sampler, options.samples, options.batch, tell)
+        if technique == "icc":
+            save_factors(
+                out, icc_factors(params, run.model.stages, options.rank, content["inputs"], content["outputs"])
+            )
         shown = {k: v for k, v in content.items() if isinstance(v, (str, int, float))}
         if technique == "teacache":
             shown["coefficients"] = ", ".join(f"{c:.6g}" for c in content["coefficients"])
-    save_json(out, content)
+    if technique != "icc":
+        save_json(out, content)
     for key, value in {**shown, "written to": str(out)}.items():
         print(f"{key:<26}{value}")
     return 0

@@ -51,7 +51,8 @@ def _metric(trace: Trace) -> np.ndarray:
     if not isinstance(gate, dict) or "metric" not in gate:
         return np.zeros(0)
     values = np.asarray(gate["metric"], np.float64)
-    return values[np.isfinite(values) & (np.asarray(gate["asked"]) > 0)]
+    asked = np.asarray(gate.get("asked", np.ones_like(values)))
+    return values[np.isfinite(values) & (asked > 0)]
 
 
 def inert(rows: Row, trace: Trace) -> str | None:

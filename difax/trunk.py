@@ -166,7 +166,8 @@ def run_trunk(
         return tokens, memory, report
 
     def skip(tokens: Tokens, memory: State) -> tuple[Tokens, State, Report]:
-        before = {name: list(parts) for name, parts in emitted.items()}
+        before = dict(emitted)
+        emitted.update({name: [] for name in emitted})
         shapes = jax.eval_shape(lambda: run(tokens, memory)[2])
         emitted.update(before)  # what an abstract run emits is nobody's
         return tokens, memory, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)

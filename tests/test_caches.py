@@ -1,5 +1,6 @@
 """One row per accelerator: neutral is off, compiled once, stable carry, counted compute, its rule in plain Python."""
 
+import functools
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from difax.sample import initial_noise, make_rows, make_sampler
 from difax.stack import with_learned
 from difax.trunk import neutral, trunk_spec
 from tests.oracles import caches as oracle
-from tests.toys import QUICK, network, tanh_stack, tiny_dit
+from tests.toys import QUICK, network, tanh_stack, tiny_dit, tiny_skip_dit
 
 STEPS = 6
 LABELS = jnp.asarray([3, 0], jnp.int32)
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     on: dict[str, Any] = {}
     computed: tuple[float, ...] = (1,) * STEPS  # of the evaluations, fraction of all branches
     halves: tuple[float, ...] = (2,) * STEPS  # that are run
+    toy: Any = tiny_dit  # the network
 
     def make(self, which: str) -> Accelerator:
         return ACCELERATORS[self.name](**getattr(self, which))
@@ -106,6 +108,13 @@ CASES = [
     Case("tokencache", off={"intervals": (1, 1)}, on={"intervals": (3, 2)}, computed=(1, 0.25, 0.25, 1, 0.25, 1)),
     # of a token's multiply-adds in attention, and in the MLP
     Case("icc", off={"period": 1}, on={"factors": LOW_RANK}, computed=(1, (384 / 1152 + 320 / 2048) / 2) * 3),
+    Case(
+        "skipcache",
+        off={"interval": 1, "blocks": 1},
+        on={"interval": 3, "blocks": 1},
+        computed=(1, 0.5, 0.5, 1, 0.5, 0.5),
+        toy=tiny_skip_dit,
+    ),
     Case("fastcache", off={"threshold": 0.0}, on={"threshold": 1e9}, computed=(1, 0, 0, 0, 0, 0)),
     Case(
         "tgate",
@@ -158,54 +167,59 @@ class Problem(NamedTuple):
         return program.compile(compiler_options=options or QUICK)(*arguments)
 
 
-def problem(guide="cfg", bounds=(), steps=STEPS, **dit) -> Problem:
+def problem(guide="cfg", bounds=(), steps=STEPS, toy: Any = tiny_dit, **dit) -> Problem:
     process, g = P.vp_linear(), GUIDES[guide](*bounds)
     times = make_times(GRIDS["uniform"](), process, steps)
-    return Problem(*tiny_dit(**dit), process, g, times)
+    model, params = toy(**dit)
+    return Problem(model, params, process, g, times)
 
 
 # ---------------------------------------------------------------- every accelerator
 
 
+# XLA may leave out the rounding of a bfloat16 value that it need not store, which a cache has to store
+STRICT = {"xla_allow_excess_precision": False}
+
+
+@functools.cache
+def plain(toy: Any, dtype: str, strict: bool) -> np.ndarray:
+    """The samples without a cache, fully optimised or quickly compiled."""
+    return np.asarray(problem(toy=toy, dtype=dtype).run(neutral(), **(STRICT if strict else {}))[0])
+
+
+def of_all_blocks(trace: Any) -> np.ndarray:
+    """What was computed, [E, L, branches, halves]."""
+    return np.concatenate([np.asarray(c) for c in trace.computed.values()], axis=1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @active
 def test_neutral_setting_is_bitwise_off(case, dtype):
-    """Fully optimised. XLA may leave out the rounding of a bfloat16 value that it need not store, which a cache
-    has to store, so that freedom is taken away."""
-    p, strict = problem(dtype=dtype), {"xla_allow_excess_precision": False}
-    want, _ = p.run(neutral(), **strict)
-    got, trace = p.run(case.make("off"), **strict)
-    np.testing.assert_array_equal(got, want)
-    assert np.all(trace.computed["blocks"] == 1)
+    """Fully optimised."""
+    got, trace = problem(toy=case.toy, dtype=dtype).run(case.make("off"), **STRICT)
+    np.testing.assert_array_equal(got, plain(case.toy, dtype, True))
+    assert np.all(of_all_blocks(trace) == 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @active
-def test_switched_on_it_computes_what_it_says_and_changes_the_samples(case, dtype):
-    p = problem(dtype=dtype)
-    want, _ = p.run(neutral())
-    accelerator = case.make("on")
-    got, trace = p.taught(accelerator).run(accelerator)
-    assert got.dtype == jnp.float32 and np.all(np.isfinite(got))
-    error = np.abs(got - want).max() / np.abs(want).max()
-    print(f"{case.name} {dtype}: relative error {error:.3f}")
-    assert error > 1e-4  # the noise of rounding is 1e-6
-    np.testing.assert_allclose(trace.computed["blocks"].mean((1, 2, 3)), case.computed, rtol=1e-6)
-    np.testing.assert_array_equal(trace.halves, case.halves)
-
-
-@cases
-def test_compiled_once(case):
-    p, traces = problem(), [0]
+def test_switched_on_it_computes_what_it_says_changes_the_samples_and_compiles_once(case, dtype):
+    p, accelerator, traces = problem(toy=case.toy, dtype=dtype), case.make("on"), [0]
 
     def embed(*a):
         traces[0] += 1
         return p.model.embed(*a)
 
-    accelerator = case.make("on")
     counted = p._replace(model=p.model._replace(embed=embed)).taught(accelerator)
-    sampler, rows = counted.sampler(accelerator), p.rows(accelerator)
-    sampler(*counted.inputs(), rows, 2.0)
+    sampler, rows = jax.jit(counted.sampler(accelerator), compiler_options=QUICK), p.rows(accelerator)
+    got, trace = sampler(*counted.inputs(), rows, 2.0)
+    want = plain(case.toy, dtype, False)
+    assert got.dtype == jnp.float32 and np.all(np.isfinite(got))
+    error = np.abs(got - want).max() / np.abs(want).max()
+    print(f"{case.name} {dtype}: relative error {error:.3f}")
+    assert error > 1e-4  # the noise of rounding is 1e-6
+    np.testing.assert_allclose(of_all_blocks(trace).mean((1, 2, 3)), case.computed, rtol=1e-6)
+    np.testing.assert_array_equal(trace.halves, case.halves)
     first = traces[0]
     sampler(*counted.inputs(), rows._replace(t=rows.t * 0.9), 3.0)
     assert traces[0] == first > 0
@@ -214,14 +228,14 @@ def test_compiled_once(case):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @cases
 def test_memory_keeps_its_types_and_its_leading_layers(case, dtype):
-    p, accelerator = problem(dtype=dtype), case.make("on")
+    p, accelerator = problem(toy=case.toy, dtype=dtype), case.make("on")
     x = jax.ShapeDtypeStruct((2, *p.model.input_shape), jnp.float32)
     spec = trunk_spec(p.model, p.params, x, jax.ShapeDtypeStruct((2,), jnp.int32))
     assert {u.dtype for u in jax.tree.leaves(spec.update)} == {jnp.dtype(dtype)}
     memory = jax.eval_shape(lambda: accelerator.init(spec, p.rows(accelerator).plan.modes))
-    for branch, update in spec.update["blocks"].items():
-        for leaf in jax.tree.leaves(memory["branch"]["blocks"][branch]):
-            assert leaf.shape[0] == spec.depth["blocks"]  # the block runner scans over it
+    for stage, branch, update in ((s, b, u) for s, of in spec.update.items() for b, u in of.items()):
+        for leaf in jax.tree.leaves(memory["branch"][stage][branch]):
+            assert leaf.shape[0] == spec.depth[stage]  # the block runner scans over it
             held = leaf.shape[1:] == update.shape and case.name != "taylorseer_diffusers"
             assert not held or leaf.dtype == update.dtype
 

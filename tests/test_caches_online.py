@@ -36,9 +36,18 @@ FOLDER = pathlib.Path(__file__).parent / "golden"
 
 
 def toy_run(
-    accelerator: Any, guide: Any = None, steps: int = 16, video: bool = False, learned: bool = True
+    accelerator: Any,
+    guide: Any = None,
+    steps: int = 16,
+    video: bool = False,
+    learned: bool = True,
+    programs: dict[Any, Any] | None = None,
 ) -> tuple[np.ndarray, Any]:
-    """A float64 run of the tanh network: Euler from tau = 1, scale 2; video: its tokens are a grid of 2 frames."""
+    """A float64 run of the tanh network: Euler from tau = 1, scale 2.
+
+    Args:
+      video: its tokens are a grid of 2 frames. programs: compiled ones, for runs that differ in their rows alone.
+    """
     with jax.enable_x64(True):
         model, params, x0 = tanh_stack()
         if video:
@@ -54,8 +63,52 @@ def toy_run(
         sampler = make_sampler(model, process, "velocity", solver, guide, accelerator)
         params = with_learned(params, accelerator) if learned else params
         arguments = (params, jnp.asarray(x0), sample_keys(0, 1), jnp.ones(1), rows, 2.0)
-        got, trace = sampler.lower(*arguments).compile(compiler_options=QUICK)(*arguments)
+        programs = {} if programs is None else programs
+        if jax.tree.structure(arguments) not in programs:
+            program = sampler.lower(*arguments).compile(compiler_options=QUICK)
+            programs[jax.tree.structure(arguments)] = program
+        got, trace = programs[jax.tree.structure(arguments)](*arguments)
     return np.asarray(got), jax.tree.map(np.asarray, trace)
+
+
+# ---------------------------------------------------------------- all of them
+
+SWEPT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dbprune": (
+        dict(threshold=0.05, first=1, warmup=2),
+        dict(threshold=0.3, first=2, never=(4,), warmup=3, max_continuous=2, dynamic=True, relax=1.1),
+    ),
+    "adacache": (dict(codebook=((0.1, 3), (1.0, 1))), dict(codebook=((0.06, 4), (1.0, 2)))),
+    "fastcache": (dict(threshold=0.01), dict(threshold=0.08, significance=0.3)),
+    "lazydit": (dict(threshold=0.5), dict(threshold=0.6)),
+    "tgate": (dict(cross="mlp", gate=3, sp_interval=1), dict(cross="mlp", gate=5, sp_interval=1)),
+    "fastercache": (dict(start=5), dict(start=5, weight=0.3, growth=1.3, low_end=20)),
+}
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_a_sweep_shares_a_program(name):
+    """Rows of other settings are of one structure, and the program of the first gives what that of the second does."""
+    one, other = (CACHES[name](**settings) for settings in SWEPT[name])
+    if name in ("dbprune", "adacache", "fastcache"):
+        with jax.enable_x64(True):
+            model, params, x0 = tanh_stack()
+            guide, times = GUIDES["none"](), np.linspace(1.0, 0.0, 17)
+            process, solver, kind = P.flow(time_scale=1.0), SOLVERS["euler"](), "velocity"
+            inputs: Any = (params, jnp.asarray(x0), sample_keys(0, 1), jnp.ones(1))
+    else:
+        p = problem()
+        model, guide, times, process, solver, kind = p.model, p.guide, p.times, p.process, SOLVERS["ddim"](), "eps"
+        inputs = p.inputs()
+    with jax.enable_x64(len(inputs[1]) == 1):
+        rows = [make_rows(solver, guide, process, times, a, model.stages) for a in (one, other)]
+        samplers = [
+            make_sampler(model, process, kind, solver, guide, a).lower(*inputs, rows[0], 2.0) for a in (one, other)
+        ]
+        first, second = (sampler.compile(compiler_options=QUICK) for sampler in samplers)
+        draw = lambda program, row: program(inputs[0], inputs[1].copy(), *inputs[2:], row, 2.0)[0]  # noqa: E731
+        np.testing.assert_array_equal(draw(first, rows[1]), draw(second, rows[1]))
+        assert np.abs(draw(first, rows[0]) - draw(first, rows[1])).max() > 1e-6  # the settings do differ
 
 
 # ---------------------------------------------------------------- DBPrune, by what cache-dit 1.5.3 does
@@ -83,12 +136,19 @@ def test_every_golden_configuration_of_dbprune_is_run():
     assert list(DBPRUNE) == list(PRUNED)
 
 
+@pytest.fixture(scope="module")
+def programs():
+    """One for each kind of guide: thresholds, caps, masks and the blocks that are kept are all in the rows."""
+    return {}
+
+
 @pytest.mark.parametrize("name", DBPRUNE)
-def test_dbprune_does_what_cache_dit_does(name):
+def test_dbprune_does_what_cache_dit_does(name, programs):
     """In float64: the same blocks at every evaluation, the same differences, the same samples."""
     want, separate = PRUNED[name], name.endswith("CFGsep")
     guide = GUIDES["cfg"](together=False) if separate else None
-    got, trace = toy_run(CACHES["dbprune"](**({"first": 1, "warmup": 2} | DBPRUNE[name])), guide)
+    accelerator = CACHES["dbprune"](**({"first": 1, "warmup": 2} | DBPRUNE[name]))
+    got, trace = toy_run(accelerator, guide, programs=programs.setdefault(separate, {}))
     assert got.dtype == np.float64
     computed = trace.computed["blocks"][:, :, 0]  # [E, L, halves]
     for half, ran in enumerate([want["ran"], want["cfg_ran"]][: 1 + separate]):
@@ -174,32 +234,29 @@ def test_adacache_refuses(settings, message):
 
 def pieces(p: Problem) -> oracle.Network:
     """A DiT as plain functions for the oracles."""
-    stage = p.model.stages[0]
+    stage, quick = p.model.stages[0], functools.partial(jax.jit, compiler_options=QUICK)
 
-    def layer(i):
-        return {"params": jax.tree.map(lambda a: a[i], p.params["blocks"])}
+    @quick
+    def branch(params, tokens, context, name):
+        apply = functools.partial(stage.block.apply, {"params": params})
+        mods = apply(context, method="mods")
+        branches = [
+            (apply(tokens, mods, context, attend, method=b), apply(mods, b, method="gate")) for b in stage.branches
+        ]
+        update, gate = jax.lax.switch(name, [lambda pair=pair: pair for pair in branches])
+        shift, scale = jax.lax.switch(name, [lambda b=b: mods[b][:2] for b in stage.branches])
+        return update, gate, shift, scale
 
-    @jax.jit
-    def branches(tokens, context):
-        out = []
-        for i in range(stage.depth):
-            mods = stage.block.apply(layer(i), context, method="mods")
-            updates = {b: stage.block.apply(layer(i), tokens, mods, context, attend, method=b) for b in stage.branches}
-            gates = {b: stage.block.apply(layer(i), mods, b, method="gate") for b in stage.branches}
-            out.append({b: (updates[b], gates[b], *mods[b][:2]) for b in stage.branches})
-        return out
-
-    @jax.jit
+    @quick
     def embed(x, k, labels):
         return p.model.embed(p.params, x, jnp.full(labels.shape, k, jnp.float32), labels)
 
-    head = jax.jit(lambda tokens, context: p.model.head(p.params, tokens, context))
-    return oracle.Network(
-        embed,
-        lambda i, name, tokens, context: jax.tree.map(np.asarray, branches(tokens, context)[i][name]),
-        lambda tokens, context: np.asarray(head(tokens, context)),
-        stage.depth,
-    )
+    def by_name(layer, name, tokens, context):
+        params = jax.tree.map(lambda a: a[layer], p.params["blocks"])
+        return jax.tree.map(np.asarray, branch(params, tokens, context, stage.branches.index(name)))
+
+    head = quick(lambda tokens, context: p.model.head(p.params, tokens, context))
+    return oracle.Network(embed, by_name, lambda *a: np.asarray(head(*a)), stage.depth)
 
 
 def by_ddim(p: Problem, eps: Any, guided: int = STEPS) -> np.ndarray:
@@ -488,7 +545,7 @@ def test_fastercache_by_a_plain_loop(together):
     eps, log = oracle.fastercache(pieces(p), p.rows().model_time, both(p))
     want = by_ddim(p, eps, guided=30)
     attended = trace.computed["blocks"][:, 0, 0, 0]
-    assert list(np.flatnonzero(attended)) == log["attended"] and set(attended) == {0, 1}
+    assert list(np.flatnonzero(attended)) == log["attended"] and set(map(float, attended)) == {0, 1}
     assert list(np.flatnonzero(trace.halves == 2)) == log["null"]
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
 
@@ -520,17 +577,35 @@ def test_an_estimate_without_growth_is_the_old_difference():
     assert spectrum.sum() == 13 and spectrum[0, 2] and spectrum[8, 0] and not spectrum[2, 1]
 
 
-def test_fastercache_keeps_the_guides_channels():
-    """Guidance of the first channel alone estimates that of the first channel alone."""
-    p = problem(size=10)._replace(guide=GUIDES["cfg"](channels=1))
-    arguments = (*p.inputs(), p.rows(CACHES["fastercache"]()), 2.0)
-    sampler = jax.jit(p.sampler(CACHES["fastercache"]()), compiler_options=QUICK)
-    guided, _ = sampler(*arguments)
-    other, _ = sampler(*p.inputs(), arguments[-2], 5.0)
-    last = p._replace(guide=GUIDES["none"]())
-    plain, _ = last.run(CACHES["fastercache"](cfg=False))
-    assert np.abs(guided[..., 0] - other[..., 0]).max() > 1e-2
-    assert guided.shape == other.shape == plain.shape
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("channels", [None, 1])
+def test_fastercache_estimates_what_is_guided(together, channels):
+    """By a network whose outputs are known: the guide's own mix, the variance channels conditional."""
+    rng = np.random.default_rng(7)
+    on, off, later = (jnp.asarray(rng.normal(size=(2, 10, 10, 6)), jnp.float32) for _ in range(3))
+    guide = CACHES["fastercache"]().guide(GUIDES["cfg"](channels, together=together))
+    rows = guide.plan(problem(steps=30).rows())
+
+    def evaluate(i, state, values):
+        def denoise(x, cond, row, memory, half):
+            output = jnp.concatenate(values) if half == "both" else values[half == "uncond"]
+            return output, memory, jnp.float32(len(output) // 2)
+
+        row = jax.tree.map(lambda a: jnp.asarray(a[i]), rows)
+        return guide.apply(denoise, x, jnp.zeros(2), jnp.zeros(2), 3.0, row, state, ())
+
+    x = jnp.zeros((2, 10, 10, 3))
+    output, state, _, halves = evaluate(10, guide.init(x), (on, off))
+    g = 3 if channels is None else channels
+    np.testing.assert_allclose(output[..., :g], (off + 3 * (on - off))[..., :g], atol=1e-5)
+    assert halves == 2
+    output, after, _, halves = evaluate(11, state, (later, jnp.full_like(off, jnp.nan)))
+    low, high = fastercache_module.bands_of((off - on)[..., :3])
+    estimate = later[..., :3] + 1.15 * low + high
+    np.testing.assert_allclose(output[..., :g], (estimate + 3 * (later[..., :3] - estimate))[..., :g], atol=1e-5)
+    np.testing.assert_array_equal(output[..., g:], later[..., g:])
+    assert halves == 1
+    jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,11 @@ CELLS = [Cell(*names) for names in itertools.product(MODELS, SOLVERS, CACHES, QU
 
 
 def _row(cell: Cell) -> Any:
-    """The second solver meets the rest all at once in every run of the tests, and one by one in the slow ones."""
-    everything = (cell.cache, cell.quant, cell.attend) == ("fora", "int8_w8a8", "chunked")
-    slow = cell.solver == "dpmpp_2m" and not everything
-    return pytest.param(cell, marks=pytest.mark.slow if slow else (), id="-".join(cell))
+    """Every run of the tests has each member alone and all together, guided, and all together otherwise; the slow
+    ones have the rest."""
+    on = sum(getattr(cell, section) != "none" for section in ("cache", "quant")) + (cell.attend != "xla")
+    few = on in (0, 1, 3) and cell.guide == "cfg" and cell.solver == "ddim"
+    return pytest.param(cell, marks=() if few or on == 3 else pytest.mark.slow, id="-".join(cell))
 
 
 class Drawn(NamedTuple):

@@ -151,10 +151,15 @@ def test_teacache_polynomial_is_the_least_squares_fit(recorded):
     assert 0 < table["r2"] <= 1
 
 
-def test_icc_magnitudes(recorded):
-    magnitudes = CALIBRATIONS["icc"].table([recorded[1]])["magnitudes"]["blocks"]
-    assert {b: sorted(m) for b, m in magnitudes.items()} == {"attn": ["out", "qkv"], "mlp": ["fc1", "fc2"]}
-    assert np.shape(magnitudes["mlp"]["fc2"]) == (3, 64) and np.min(magnitudes["mlp"]["fc2"]) >= 0
+def test_icc_magnitudes(features, recorded):
+    found = CALIBRATIONS["icc"].table([recorded[1]])
+    for side in ("inputs", "outputs"):
+        names = {b: sorted(m) for b, m in found[side]["blocks"].items()}
+        assert names == {"attn": ["out", "qkv"], "mlp": ["fc1", "fc2"]}
+    assert found["inputs"]["blocks"]["mlp"]["fc2"].shape == (3, 64)
+    # what the last layer of a branch gives out is the branch's output
+    want = np.abs(features["mlp"]).mean((0, 2, 3))
+    np.testing.assert_allclose(found["outputs"]["blocks"]["mlp"]["fc2"], want, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- the search
@@ -248,6 +253,18 @@ def test_calibrate_writes_what_the_cache_reads(technique, tmp_path, capsys):
     settings += [("cache.updates", 2)] if technique == "bacache" else []
     laid = build_run(override(load_config("fmnist_dit"), settings)).rows
     assert laid.plan.owner == technique
+
+
+def test_calibrate_writes_the_factors_of_icc(tmp_path, capsys):
+    out = tmp_path / "factors.npz"
+    command = ["calibrate", "--cache", "icc", *TINY, "--samples", "2", "--rank", "8", "--out", str(out)]
+    assert cli.main(command) == 0
+    assert str(out) in capsys.readouterr().out
+    settings = [("cache.name", "icc"), ("cache.file", str(out)), ("steps", 5)]
+    built = build_run(override(load_config("fmnist_dit"), settings)).accelerator
+    assert built.learned and built.learned["blocks"]["icc.fc1.a"].shape == (12, 192, 1, 8)
+    other = tmp_path / "factors.json"
+    assert cli.main([*command[:-1], str(other)]) == 2 and ".npz" in capsys.readouterr().err
 
 
 def test_search_writes_a_plan_that_beats_its_starts(tmp_path, capsys):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.contracts import Level, Model, Prediction, Solver, Stage
-from difax.models import dit
+from difax.models import dit, skip_dit
 from difax.models.layers import Dense
 from difax.process import Process
 from difax.trunk import forward
@@ -112,4 +112,11 @@ def tiny_dit(**overrides: Any) -> tuple[Model, Any]:
     """A DiT of two blocks on 4 x 4 x 3 inputs with five classes, and random parameters for it."""
     geometry = dict(depth=2, width=16, heads=2, patch=2, size=4, channels=3, classes=5, learn_sigma=False)
     model = dit(**(geometry | overrides))
+    return model, randomise(jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def tiny_skip_dit(**overrides: Any) -> tuple[Model, Any]:
+    """A Skip-DiT of two and two blocks, otherwise as `tiny_dit`."""
+    geometry = dict(depth=4, width=16, heads=2, patch=2, size=4, channels=3, classes=5, learn_sigma=False)
+    model = skip_dit(**(geometry | overrides))
     return model, randomise(jax.eval_shape(model.init, jax.random.key(0)))

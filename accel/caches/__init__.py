@@ -19,6 +19,7 @@ from difax.accel.caches.magcache import magcache
 from difax.accel.caches.pab import pab
 from difax.accel.caches.routers import harmonica, learning_to_cache
 from difax.accel.caches.scheduled import scheduled
+from difax.accel.caches.skipcache import skipcache
 from difax.accel.caches.smoothcache import smoothcache
 from difax.accel.caches.taylorseer import taylorseer, taylorseer_diffusers
 from difax.accel.caches.teacache import teacache
@@ -51,6 +52,7 @@ CACHES = {
     "duca": duca,
     "tokencache": tokencache,
     "icc": icc,
+    "skipcache": skipcache,
     "adacache": adacache,
     "lazydit": lazydit,
     "fastcache": fastcache,

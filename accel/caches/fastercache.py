@@ -40,7 +40,7 @@ def fastercache(
 ) -> Accelerator:
     """Extrapolates every second attention output, and estimates the unconditional half from the conditional one.
 
-    With c = i + 1 counted from the noise and c' = 30 c / E: attention is computed iff c' <= start or c mod interval = 1;
+    With c = i + 1 counted from the noise, c' = 30 c / E: attention is computed iff c' <= start or c mod interval = 1;
     else it is A_1 + (A_1 - A_0) weight (c' - start) / 20, of the last two computed outputs, before the gate. The
     unconditional half is evaluated iff c' <= cfg_start or c mod cfg_interval = 0, and behind an estimate attention with
     it; else it is cond + l low + h high, low + high the difference uncond - cond when it was last evaluated, by spatial

@@ -65,15 +65,15 @@ def tgate(
             return inner
 
         def plan(rows: Row) -> Row:
-            before = np.asarray(rows.i) < gate
-            planned_ = inner.plan(rows)
-            fresh = np.where(before, planned_.fresh, rows.fresh)  # guidance that would begin later does not
-            return planned_._replace(guided=planned_.guided & before, fresh=fresh)
+            laid, before = inner.plan(rows), np.asarray(rows.i) < gate
+            guided = laid.guided & before
+            fresh = np.where(before, laid.fresh, rows.fresh)  # guidance that would begin later does not
+            return laid._replace(guided=guided, fresh=fresh, guide=guided & (np.asarray(rows.i) == gate - 1))
 
         def apply(denoise, x, cond, null, scale, row, state, memory):
             def guided(memory: State) -> Any:
                 output, new, memory, trace = inner.apply(denoise, x, cond, null, scale, row, state, memory)
-                return output, new, _averaged(memory, (cross, attn), row.guided & (row.i == gate - 1)), trace
+                return output, new, _averaged(memory, (cross, attn), row.guide), trace
 
             def alone(memory: State) -> Any:
                 output, memory, trace = denoise(x, cond, row, memory, "cond")

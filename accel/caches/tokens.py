@@ -126,24 +126,14 @@ def token_cache(
                 def zeros(shape: Any, kind: Any, depth: int = depth, update: Any = update) -> Any:
                     return jax.tree.map(lambda a: jnp.zeros((depth, *shape(a)), kind or a.dtype), update)
 
+                if branch == source:  # what the attention of a block says reaches its other branches along the way
+                    memory["along"] = {name: jax.tree.map(lambda a: jnp.zeros(a.shape[:-1], jnp.float32), update)}
                 memory["branch"][stage][branch] = Held(
                     zeros(lambda a: a.shape, dtype),
                     zeros(lambda a: a.shape[:-1], jnp.int32) if branch in choosing else (),
                     zeros(lambda a: a.shape[:-1], jnp.float32) if branch == source else (),
                 )
         return memory
-
-    def block(run: Any, where: Where, tokens: Tokens, state: State, inner: State, row: Row) -> Any:
-        """Lends what the attention says to the branches that choose by it."""
-        held = inner["branch"]
-        source = next((h.score for h in held.values() if isinstance(h, Held) and _some(h.score)), None)
-        if source is None or row.plan.mode[0] not in ("partial", "mixed"):
-            tokens, inner, done = run(tokens, inner)
-            return tokens, state, inner, done
-        lent = {b: h._replace(score=source) if _some(h.age) else h for b, h in held.items()}
-        tokens, inner, done = run(tokens, {**inner, "branch": lent})
-        back = {b: h._replace(score=()) if _some(h.age) else h for b, h in inner["branch"].items()}
-        return tokens, state, {**inner, "branch": back}, done
 
     def branch(compute: Compute, gate: Any, where: Where, held: Held, inner: State, row: Row) -> Any:
         what, ladders = row.plan.mode
@@ -158,20 +148,22 @@ def token_cache(
                 seen.append(attended_score(score, q, k, v, segments))
                 return apply(q, k, v, segments)
 
-            scored = _some(held.score) and not _some(held.age)
+            scored = _some(held.score)
             update, inner = compute(inner, attend=attend) if scored else compute(inner)
             kept = Held(
                 stored(update, dtype),
                 jax.tree.map(jnp.zeros_like, held.age),
-                by_stream(seen[0], held.value) if scored else held.score,
+                by_stream(seen[0], held.value) if scored else (),
             )
-            return update, kept, inner, jnp.float32(1)
+            return update, kept, _handed_on(name, kept, inner), jnp.float32(1)
 
         def part(inner: State) -> Any:
-            new, computed = held, jnp.float32(0)
+            new, computed, inner = held, jnp.float32(0), _handed_on(name, held, inner)
             if _some(held.age):
-                values = row.plan.values
-                scores = _scores(score, staleness, held, compute.tokens, seed, values.get("score"), where, row)
+                values, seen = row.plan.values, inner["along"].get(name)
+                if score == "given":
+                    seen = values["score"]
+                scores = _scores(score, staleness, held, compute.tokens, seen, seed, where, row)
                 if bonus:
                     scores = _each(lambda stream, s: with_bonus(s, bonus, _grid(s, grid, stream)), scores)
                 share, ladder = values["share"][where.stage][where.branch], dict(ladders)[where.stage, where.branch]
@@ -188,7 +180,7 @@ def token_cache(
             update, held, inner, computed = (whole if what == "store" else part)(inner)
         return gate(update), held, inner, Done(computed)
 
-    return Accelerator(name=name, plan=plan, init=init, block=block if score in ATTENDED else None, branch=branch)
+    return Accelerator(name=name, plan=plan, init=init, branch=branch)
 
 
 def attends_itself(spec: TrunkSpec, stage: str, branch: str) -> bool:
@@ -299,6 +291,11 @@ def _some(tree: Any) -> bool:
     return bool(jax.tree.leaves(tree))
 
 
+def _handed_on(name: str, held: Held, inner: State) -> State:
+    """What the attention of a block says, put where its other branches find it."""
+    return {**inner, "along": {**inner["along"], name: held.score}} if _some(held.score) else inner
+
+
 def _each(function: Any, *trees: Any) -> Any:
     """function(name of the stream or None, its leaves), stream by stream."""
     if isinstance(trees[0], dict):
@@ -321,7 +318,7 @@ def _grid(score: jax.Array, grid: tuple[int, ...] | None, stream: str | None) ->
 
 
 def _scores(
-    kind: str, staleness: float, held: Held, tokens: Tokens, seed: int, given: Any, where: Where, row: Row
+    kind: str, staleness: float, held: Held, tokens: Tokens, seen: Any, seed: int, where: Where, row: Row
 ) -> Any:
     """The score [B, N] of every token of a branch, in each stream."""
     key = jax.random.fold_in(jax.random.key(seed), row.i)
@@ -344,13 +341,12 @@ def _scores(
             base = normalised(seen)
         return jnp.broadcast_to(base + staleness * age, age.shape)
 
-    seen = held.score if kind in ATTENDED else held.age
     if kind == "given":
-        score, length = given[where.stage][where.layer], sum(a.shape[1] for a in jax.tree.leaves(tokens))
+        score, length = seen[where.stage][where.layer], sum(a.shape[1] for a in jax.tree.leaves(tokens))
         if score.shape[0] != length:
             raise ValueError(f"scores of {score.shape[0]} tokens in the stage {where.stage}; it has {length}")
         seen = by_stream(score[None].astype(jnp.float32), tokens)
-    return _each(one, held.age, tokens, held.value, seen)
+    return _each(one, held.age, tokens, held.value, held.age if seen is None else seen)
 
 
 def _refreshed(
@@ -364,8 +360,7 @@ def _refreshed(
     dtype: str | None,
 ) -> tuple[Held, State, jax.Array]:
     """What is held with the best tokens computed anew, as many as the layer's share says."""
-    # in float32 a share of exactly m tokens may come out as a little less
-    number = jax.tree.map(lambda a: jnp.floor(share * a.shape[1] * (1 + 1e-6)).astype(jnp.int32), held.age)
+    number = jax.tree.map(lambda a: jnp.floor(share.astype(jnp.float32) * a.shape[1]).astype(jnp.int32), held.age)
     sizes: list[Any] = []
     for f in ladder:
         size = jax.tree.map(lambda a, f=f: portion(f, a.shape[1]), held.age)
@@ -400,8 +395,8 @@ def _refreshed(
 
 
 def portion(share: float, tokens: int) -> int:
-    """How many tokens a share of them is."""
-    return int(math.floor(share * tokens * (1 + 1e-6)))
+    """How many tokens a share of them is, in float32 as in the program."""
+    return int(np.floor(np.float32(share) * np.float32(tokens)))
 
 
 def _products(compute: Compute, inner: State) -> tuple[float, list[float]]:

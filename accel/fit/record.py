@@ -17,7 +17,7 @@ def record(kmax: int = 1, *, branches: bool = True, dense: bool = False) -> Acce
     The trace's metrics, all with the halves of guidance as their last axis, nan where there is nothing to compare:
       branch, per layer: "change" [L, kmax, halves], ||F_{i-k} - F_i||_1 / ||F_i||_1 for k = 1 ... kmax, F the output
         before the gate; "similarity", the mean over tokens of the cosine of F_{i-k} and F_i; "difference",
-        mean|F_{i-k} - F_i|; "magnitude" (if `dense`) {layer's name: mean |x| of each input channel}.
+        mean|F_{i-k} - F_i|; "magnitude" (if `dense`) {layer's name: {"x", "y": mean |.| of each channel}}.
       trunk: "input", mean|m_{i-1} - m_i| / mean|m_{i-1}| of the modulated input of the first block; "ratio", the mean
         over tokens of ||R_i|| / ||R_{i-1}||, R what all blocks add to the hidden stream.
       output: mean|o_{i-1} - o_i| / mean|o_{i-1}| of what the network predicts.
@@ -25,7 +25,7 @@ def record(kmax: int = 1, *, branches: bool = True, dense: bool = False) -> Acce
     Args:
       kmax: distances that are compared, 1 or more; as many outputs per branch and layer are remembered.
       branches: measure in the branches at all.
-      dense: also the magnitudes of dense layers' inputs.
+      dense: also the magnitudes of dense layers' inputs and outputs.
     """
     if kmax < 1:
         raise ValueError(f"record: kmax={kmax}; allowed: 1 or more")
@@ -63,10 +63,13 @@ def record(kmax: int = 1, *, branches: bool = True, dense: bool = False) -> Acce
     def branch(compute: Any, gate: Any, where: Where, ring: Any, inner: State, row: Row) -> Any:
         halves, magnitude = row.plan.halves, {}
 
+        def channels(a: jax.Array) -> jax.Array:
+            return jnp.abs(a.astype(jnp.float32)).reshape(halves, -1, a.shape[-1]).mean(1).T  # [channels, halves]
+
         def measured(name: str, x: jax.Array, apply: Any) -> jax.Array:
-            channels = jnp.abs(x.astype(jnp.float32)).reshape(halves, -1, x.shape[-1]).mean(1)
-            magnitude[name] = channels.T  # [channels, halves]
-            return apply(x)
+            y = apply(x)
+            magnitude[name] = {"x": channels(x), "y": channels(y)}
+            return y
 
         update, inner = compute(inner, dense=measured) if dense else compute(inner)
         shown: dict[str, Any] = {

@@ -88,16 +88,16 @@ def teacache(traces: Sequence[Trace], degree: int = 4) -> dict[str, Any]:
 
 
 def icc(traces: Sequence[Trace]) -> dict[str, Any]:
-    """magnitudes[stage][branch][dense layer][l][channel] = mean |x| of what the layer is given."""
-    found: dict[str, dict[str, Any]] = {}
+    """inputs and outputs [stage][branch][dense layer]: mean |x| and |y| of each channel, [L, channels]."""
+    found: dict[str, dict[str, dict[str, Any]]] = {"inputs": {}, "outputs": {}}
     for stage, branches in traces[0].metric["branch"].items():
         for branch, shown in branches.items():
             for name in shown["magnitude"]:
-                each = [
-                    t.metric["branch"][stage][branch]["magnitude"][name] for t in traces
-                ]  # [E, L, channels, halves]
-                found.setdefault(stage, {}).setdefault(branch, {})[name] = _listed(_mean(each).mean(0))
-    return {"magnitudes": found}
+                for side, key in (("inputs", "x"), ("outputs", "y")):
+                    each = [t.metric["branch"][stage][branch]["magnitude"][name][key] for t in traces]
+                    layers = found[side].setdefault(stage, {}).setdefault(branch, {})
+                    layers[name] = _mean(each).mean(0)  # over evaluations, of [E, L, channels]
+    return found
 
 
 def _of_branches(traces: Sequence[Trace], key: str) -> list[tuple[str, str, np.ndarray]]:

@@ -156,7 +156,8 @@ def evaluate(
             score = score + settings.soft * own["age"] / settings.interval
             side = math.isqrt(tokens.shape[1])
             score = spread(score, settings.bonus, side, side)
-            number = int(share(settings, layer, network.depth, step, steps) * tokens.shape[1])
+            # float32, as the authors' code has it: a share of exactly m tokens stays one
+            number = int(np.float32(share(settings, layer, network.depth, step, steps)) * np.float32(tokens.shape[1]))
             own["age"] += 1
             for b in range(len(tokens)):
                 chosen = sorted(range(tokens.shape[1]), key=lambda n, b=b: -score[b, n])[:number]
