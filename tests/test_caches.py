@@ -192,7 +192,8 @@ def of_all_blocks(trace: Any) -> np.ndarray:
     return np.concatenate([np.asarray(c) for c in trace.computed.values()], axis=1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# each type meets each cache in every run of the tests, in one of the two ways
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @active
 def test_neutral_setting_is_bitwise_off(case, dtype):
     """Fully optimised."""
@@ -201,7 +202,7 @@ def test_neutral_setting_is_bitwise_off(case, dtype):
     assert np.all(of_all_blocks(trace) == 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @active
 def test_switched_on_it_computes_what_it_says_changes_the_samples_and_compiles_once(case, dtype):
     p, accelerator, traces = problem(toy=case.toy, dtype=dtype), case.make("on"), [0]

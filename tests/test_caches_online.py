@@ -269,9 +269,9 @@ def both(p: Problem) -> dict[str, Any]:
     return {"cond": LABELS, "null": p.model.null(LABELS)}
 
 
-def gates(scale: float) -> dict[str, np.ndarray]:
+def gates(scale: float, steps: int = STEPS) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    return {b: (scale * rng.normal(size=(2, STEPS, 16))).astype(np.float32) for b in ("attn", "mlp")}
+    return {b: (scale * rng.normal(size=(2, steps, 16))).astype(np.float32) for b in ("attn", "mlp")}
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -312,7 +312,7 @@ def test_a_batch_of_lazydit_is_its_samples_one_by_one():
 
 
 def test_soft_gates_of_lazydit_have_gradients():
-    p, accelerator = problem(), CACHES["lazydit"]({"blocks": gates(0.02)}, soft=True)
+    p, accelerator = problem("none", steps=2), CACHES["lazydit"]({"blocks": gates(0.02, 2)}, soft=True)
     params, x, keys, labels = p.inputs()
     params = with_learned(params, accelerator)
     sampler, rows = p.sampler(accelerator), p.rows(accelerator)

@@ -13,6 +13,7 @@ from experiments.bench_step import bench, ceiling
 from experiments.provenance import append_row, provenance, read_rows
 
 
+@pytest.mark.slow
 def test_bench_row_counts_its_own_work():
     row = bench("S/8", 2, "float32", 2, [], 2, top=ceiling("float32", (128,)))
     model = dit("S/8")

@@ -182,6 +182,7 @@ def test_command_line_refusals_write_nothing(setting, word, tmp_path, data_dir, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_slices_of_a_run_are_the_run(tmp_path, data_dir):
     """A run stopped by `minutes` leaves a checkpoint, and goes on from it on the same losses."""
     config = override(load_small(), [("train.steps", 3), ("train.warmup", 1)])

@@ -103,7 +103,8 @@ def token_cache(
     _check(name, score, select, staleness, bonus)
 
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
-        return _tabulate(name, schedule(rows, stages), np.asarray(rows.fresh, bool))
+        numbers = {"staleness": np.float64(staleness), "bonus": np.float64(bonus), "seed": np.int32(seed)}
+        return _tabulate(name, schedule(rows, stages), np.asarray(rows.fresh, bool), numbers)
 
     def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
         memory = no_memory(spec, modes)
@@ -163,9 +164,8 @@ def token_cache(
                 values, seen = row.plan.values, inner["along"].get(name)
                 if score == "given":
                     seen = values["score"]
-                scores = _scores(score, staleness, held, compute.tokens, seen, seed, where, row)
-                if bonus:
-                    scores = _each(lambda stream, s: with_bonus(s, bonus, _grid(s, grid, stream)), scores)
+                scores = _scores(score, held, compute.tokens, seen, where, row)
+                scores = _each(lambda stream, s: with_bonus(s, values["bonus"], _grid(s, grid, stream)), scores)
                 share, ladder = values["share"][where.stage][where.branch], dict(ladders)[where.stage, where.branch]
                 new, inner, computed = _refreshed(
                     compute, held, inner, scores, share[where.layer], ladder, select, dtype
@@ -221,7 +221,7 @@ def stratified(score: jax.Array, number: Any) -> jax.Array:
     return jnp.where(jnp.arange(n)[None] == first, score, -jnp.inf)
 
 
-def with_bonus(score: jax.Array, share: float, grid: tuple[int, ...] | None, cell: int = 2) -> jax.Array:
+def with_bonus(score: jax.Array, share: Any, grid: tuple[int, ...] | None, cell: int = 2) -> jax.Array:
     """score [B, N] with the highest of each cell x cell of the grid raised by `share` of itself."""
     if grid is None:
         return score
@@ -229,7 +229,7 @@ def with_bonus(score: jax.Array, share: float, grid: tuple[int, ...] | None, cel
     cells = score.reshape(b, math.prod(frames), rows // cell, cell, columns // cell, cell).swapaxes(3, 4)
     flat = cells.reshape(*cells.shape[:-2], cell * cell)
     best = jax.nn.one_hot(jnp.argmax(flat, axis=-1), cell * cell, dtype=bool)
-    raised = jnp.where(best, flat * (1 + share), flat)
+    raised = jnp.where(best, flat * jnp.asarray(1 + share, flat.dtype), flat)
     return raised.reshape(cells.shape).swapaxes(3, 4).reshape(score.shape)
 
 
@@ -317,11 +317,10 @@ def _grid(score: jax.Array, grid: tuple[int, ...] | None, stream: str | None) ->
     return grid
 
 
-def _scores(
-    kind: str, staleness: float, held: Held, tokens: Tokens, seen: Any, seed: int, where: Where, row: Row
-) -> Any:
+def _scores(kind: str, held: Held, tokens: Tokens, seen: Any, where: Where, row: Row) -> Any:
     """The score [B, N] of every token of a branch, in each stream."""
-    key = jax.random.fold_in(jax.random.key(seed), row.i)
+    numbers = row.plan.values
+    key = jax.random.fold_in(jax.random.key(numbers["seed"]), row.i)
     key = jax.random.fold_in(key, zlib.crc32(f"{where.stage}/{where.branch}".encode()) >> 1)
     key = jax.random.fold_in(key, where.layer)
 
@@ -339,7 +338,7 @@ def _scores(
             base = normalised(1 - (a * b).sum(-1) / jnp.maximum(norms, 1e-12))
         else:
             base = normalised(seen)
-        return jnp.broadcast_to(base + staleness * age, age.shape)
+        return jnp.broadcast_to(base + numbers["staleness"].astype(jnp.float32) * age.astype(jnp.float32), age.shape)
 
     if kind == "given":
         score, length = seen[where.stage][where.layer], sum(a.shape[1] for a in jax.tree.leaves(tokens))
@@ -420,7 +419,7 @@ def _products(compute: Compute, inner: State) -> tuple[float, list[float]]:
 # ---------------------------------------------------------------- the plan
 
 
-def _tabulate(name: str, asked: Schedule, fresh: np.ndarray) -> Plan:
+def _tabulate(name: str, asked: Schedule, fresh: np.ndarray, numbers: dict[str, Any]) -> Plan:
     """The plan of a schedule: modes are ("full" | "store" | "partial" | "mixed", ladders of the sites)."""
     fresh = fresh.copy()
     fresh[0] = True
@@ -447,7 +446,7 @@ def _tabulate(name: str, asked: Schedule, fresh: np.ndarray) -> Plan:
                 ladders[stage, branch] = ladder(a[partly])
     fixed = tuple(sorted(ladders.items()))
     modes = [(w, fixed if w != "full" else ()) for w in what]
-    values = {"full": full, "share": share}
+    values = {"full": full, "share": share, **{k: np.full(len(fresh), v) for k, v in numbers.items()}}
     return Plan(**indexed(modes), values=values | ({} if asked.score is None else {"score": asked.score}), owner=name)
 
 
