@@ -73,7 +73,15 @@ def stack(*accelerators: Accelerator) -> Accelerator:
                     f"{members[i].name} plans branches of blocks that {members[block].name} leaves out one by one; "
                     "allowed: one of them"
                 )
-        return joined(plans, counted([set(p.modes) for p in plans]), members)
+        inner = counted([set(p.modes) for p in plans])
+        for i in inner:
+            if members[i].guide is not None:
+                outside = next(members[owner[lv]].name for lv in ("output", "trunk") if owner.get(lv, i) != i)
+                raise ValueError(
+                    f"{members[i].name} plans branches along with guidance, and {outside} leaves evaluations out; "
+                    "allowed: one of them"
+                )
+        return joined(plans, inner, members)
 
     def lookup(whole: Plan, row: Row, along: State) -> tuple[Any, Any]:
         """The mode and the numbers of each member at its own count of evaluations."""

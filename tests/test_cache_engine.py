@@ -21,7 +21,7 @@ from difax.noise import sample_keys
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.stack import stack
 from difax.trunk import neutral, trunk_spec, unstack
-from tests.toys import QUICK, tiny_dit
+from tests.toys import QUICK, tiny_dit, tiny_skip_dit
 
 STEPS = 8
 
@@ -326,6 +326,19 @@ def test_a_plan_inside_of_blocks_that_are_left_out_is_refused():
     stacked = stack(CACHES["dbprune"](), CACHES["fora"]())
     with pytest.raises(ValueError, match="fora plans branches of blocks that dbprune leaves out one by one"):
         p.rows(stacked)
+
+
+def test_a_plan_tied_to_guidance_is_refused_where_evaluations_are_left_out():
+    p, name = Problem(), "fastercache plans branches along with guidance, and teacache leaves evaluations out"
+    with pytest.raises(ValueError, match=name):
+        p.rows(stack(CACHES["teacache"](), CACHES["fastercache"]()))
+
+
+def test_a_gate_whose_last_blocks_take_from_its_span_is_refused():
+    model, _ = tiny_skip_dit()
+    accelerator = CACHES["dbcache"](first=1, last=2)
+    with pytest.raises(ValueError, match="last=2 blocks would take, by long skips"):
+        accelerator.plan(Problem().rows(neutral()), model.stages)
 
 
 def test_branches_apart_stack():

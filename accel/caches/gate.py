@@ -103,6 +103,11 @@ def gated(
                 f"{name}: first={first(depth)} and last={last(depth)} blocks always run; allowed: 0 or more, together "
                 f"less than the {depth} blocks of the model"
             )
+        if last(depth) > first(depth) and any(stage.takes for stage in stages):
+            raise ValueError(
+                f"{name}: last={last(depth)} blocks would take, by long skips, what blocks in the span give out; "
+                f"allowed: at most first={first(depth)}"
+            )
         if probe == "residual" and first(depth) < 1:
             raise ValueError(f"{name}: first={first(depth)}; allowed: 1 or more, whose residual is the probe")
         return Plan(np.zeros(len(rows.i), np.int32), rules(rows, stages), owner=name)

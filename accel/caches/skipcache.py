@@ -17,7 +17,7 @@ KEYS = ("uniform", "power")
 
 def skipcache(
     interval: int = 2,
-    blocks: int = 4,
+    blocks: int | None = None,
     *,
     keys: str = "uniform",
     center: int = 15,
@@ -35,7 +35,8 @@ def skipcache(
 
     Args:
       interval: evaluations from one full one to the next, 1 or more (2 to 6 in Skip-DiT; 1 is no cache).
-      blocks: that always run at either end, 1 or more, less than half of all (4 of 28).
+      blocks: that always run at either end, 1 or more, less than half of all; None is 4 (of 28), or a third of a model
+        of fewer than 12.
       keys, center, power: "uniform"; of "power" 15 and 1.4, DeepCache's for 50 steps at interval 5.
       window: model times between which deep features are used ((20, 1000) for class to image; (50, 700) for video).
       dtype: of the hidden stream that is kept; None is the model's.
@@ -46,12 +47,15 @@ def skipcache(
     References: Ma et al. 2023 and Chen et al. 2024, their code read: the root of a negative number is complex there,
       too, of which the real part is taken.
     """
-    if interval < 1 or blocks < 1:
+    if interval < 1 or (blocks is not None and blocks < 1):
         raise ValueError(f"skipcache: interval={interval}, blocks={blocks}; allowed: 1 or more")
     if keys not in KEYS:
         raise ValueError(f"skipcache: keys={keys!r}; allowed: {', '.join(KEYS)}")
     if center < 0 or not power > 1:
         raise ValueError(f"skipcache: center={center}, power={power}; allowed: 0 or more, and more than 1")
+
+    def ends(depth: int) -> int:
+        return min(4, depth // 3) if blocks is None else blocks
 
     def spans(rows: Row, depth: int) -> list[tuple[int, int] | None]:
         e, t = len(rows.i), np.asarray(rows.model_time)
@@ -59,7 +63,7 @@ def skipcache(
         if keys == "power" and interval > 1:
             full = np.isin(rows.i, power_law(e, -(-e // interval), center, power))
         full = full | (t >= window[1]) | np.append(False, t[:-1] <= window[0])
-        return [None if f else (blocks, depth - blocks) for f in full]
+        return [None if f else (ends(depth), depth - ends(depth)) for f in full]
 
     base = planned_span("skipcache", spans, keep="output", dtype=dtype)
 
@@ -70,8 +74,10 @@ def skipcache(
                 "as skip_dit"
             )
         depth, shorter = sum(s.depth for s in stages), min(stages[0].depth, stages[-1].depth)
-        if blocks > shorter or 2 * blocks >= depth:
-            raise ValueError(f"skipcache: blocks={blocks}; allowed: 1 or more, less than half of the {depth} blocks")
+        if ends(depth) > shorter or not 0 < 2 * ends(depth) < depth:
+            raise ValueError(
+                f"skipcache: blocks={ends(depth)}; allowed: 1 or more, less than half of the {depth} blocks"
+            )
         return base.plan(rows, stages)
 
     return base._replace(plan=plan)
