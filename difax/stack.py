@@ -14,13 +14,16 @@ from difax.contracts import Accelerator, Params, Plan, Row, Stage, State, TrunkS
 LEVELS = ("guide", "output", "trunk", "block", "branch")  # from the outermost to the innermost
 
 
-def stack(*accelerators: Accelerator) -> Accelerator:
+def stack(*accelerators: Accelerator, one_clock: bool = False) -> Accelerator:
     """Puts accelerators together that act on different levels, or on different branches.
 
     The order of composition is that of the levels, whatever the order of the arguments: guide > output > trunk >
     block > branch; what an outer level fills, an inner one never sees. A static plan inside of a level that leaves
     evaluations out counts those that reach it, and no others (it goes on from where it stopped; at an evaluation that
     is `fresh` it is where the run is), so that it never mixes what was not computed.
+
+    Args:
+      one_clock: plans that were made for each other count all evaluations.
 
     Raises:
       ValueError: two of them act on the same level, or on the same branch, or a static plan of branches is put into
@@ -56,7 +59,7 @@ def stack(*accelerators: Accelerator) -> Accelerator:
         """Members with a static plan (by the modes of each) inside of a level that leaves evaluations out, and whose
         clock they go by."""
         found = {}
-        for i, level in enumerate(outermost):
+        for i, level in enumerate(outermost if not one_clock else ()):
             inside = [
                 lv for lv in ("output", "trunk") if owner.get(lv, i) != i and LEVELS.index(lv) < LEVELS.index(level)
             ]

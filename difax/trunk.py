@@ -465,8 +465,8 @@ def trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int = 1,
         return first, updates, model.head(params, tokens, context)
 
     tokens, updates, output = jax.eval_shape(shapes, params, x, cond)
-    first = model.stages[0]
-    inputs = [x for x, _ in layers[first.name][first.branches[0]].values()]
+    first = next(iter(model.stages), None)
+    inputs = [] if first is None else [x for x, _ in layers[first.name][first.branches[0]].values()]
     return TrunkSpec(
         depth={s.name: s.depth for s in model.stages},
         update=updates,

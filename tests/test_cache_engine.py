@@ -155,7 +155,7 @@ def test_rows_of_another_accelerator_are_refused():
         p.sampler(CACHES["fora"]())(p.params, *p.inputs(), p.rows(neutral()), 2.0)
 
 
-@pytest.mark.parametrize("name", ["fora", "taylorseer", "teacache", "dbcache"])
+@pytest.mark.parametrize("name", ["taylorseer", "dbcache"])
 def test_written_out_blocks_give_the_same(name):
     p = Problem()
     accelerator = CACHES[name](**{"threshold": 0.3} if name in ("teacache", "dbcache") else {})
@@ -212,7 +212,7 @@ def test_a_narrow_ring_is_narrow_and_close(dtype, itemsize):
 
 
 @pytest.mark.parametrize("name", ["teacache", "fbcache", "dbcache"])
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("together", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_per_sample_a_batch_is_its_singles(name, together):
     """With a threshold at which the samples disagree; one number for the whole batch gives other images."""
     p = Problem(together=together)
@@ -251,7 +251,7 @@ def test_halves_that_run_apart_decide_apart():
     np.testing.assert_array_equal(trace.halves, np.full(STEPS, 2))
 
 
-@pytest.mark.parametrize("name", ["teacache", "dbcache"])
+@pytest.mark.parametrize("name", ["dbcache", pytest.param("teacache", marks=pytest.mark.slow)])
 def test_decisions_are_the_same_on_any_number_of_devices(name):
     p = Problem()
     accelerator = CACHES[name](**{"teacache": dict(threshold=0.35), "dbcache": dict(threshold=0.5, warmup=2)}[name])

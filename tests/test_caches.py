@@ -340,7 +340,7 @@ def test_oracle_network_is_the_network():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bounds", [None, (0.1, 0.7), (0.0, 1.0)])
+@pytest.mark.parametrize("bounds", [None, (0.1, 0.7), pytest.param((0.0, 1.0), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("interval", [2, 3])
 def test_fora_by_a_plain_loop(interval, bounds):
     """Six evaluations at t = 1, 0.8, 0.6, 0.4, 0.2, 0; with bounds (0.1, 0.7) the guide wakes up at the third."""

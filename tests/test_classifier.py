@@ -118,6 +118,7 @@ def test_cnn_refuses(message):
         cnn(**MODELS_REFUSED[message])
 
 
+@pytest.mark.slow
 def test_the_training_command_learns(tmp_path):
     config = load_config("fmnist_cnn")
     config["model"] = {"name": "cnn", "width": 4, "depth": 1, "features": 16, "size": 8, "classes": 2}

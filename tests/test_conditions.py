@@ -97,6 +97,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_a_model_too_large_is_compiled_whole_and_drawn_reduced(tmp_path, capsys, monkeypatch):
     (tmp_path / "big.py").write_text(CONFIG)
     command = ["sample", "--config", str(tmp_path / "big.py"), "--out", str(tmp_path / "a.png")]

@@ -31,7 +31,7 @@ def test_commands_parse(line):
 
 
 def test_there_are_commands():
-    assert {line.split()[1] for line in COMMANDS} == {"sample", "train", "convert", "export", "list"}
+    assert {line.split()[1] for line in COMMANDS} == {"sample", "calibrate", "train", "convert", "export", "list"}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -236,7 +236,7 @@ def test_a_power_law_plans_as_many_full_evaluations():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"interval": 0}, "interval=0, blocks=4; allowed: 1 or more"),
+        ({"interval": 0}, "interval=0, blocks=None; allowed: 1 or more"),
         ({"blocks": 0}, "interval=2, blocks=0; allowed: 1 or more"),
         ({"keys": "quadratic"}, "keys='quadratic'; allowed: uniform, power"),
         ({"power": 1.0}, "center=15, power=1.0; allowed: 0 or more, and more than 1"),

@@ -80,6 +80,7 @@ def test_wrong_shape_checkpoint_names_the_tensor(tmp_path, data_dir):
         restore_ema(tmp_path / "run", other.init)
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_agree(tmp_path, data_dir):
     assert len(jax.devices()) == 8
     for devices in (1, 8):
@@ -89,6 +90,7 @@ def test_one_device_and_eight_agree(tmp_path, data_dir):
     np.testing.assert_allclose(list(one.values()), list(eight.values()), rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_trajectory_and_may_go_on(tmp_path, data_dir):
     start(tmp_path / "whole", data_dir, extra=[("train.steps", 12)])
     start(tmp_path / "parts", data_dir)
@@ -146,6 +148,7 @@ def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_p
     assert restore_ema(tmp_path / "run", task.init)[0] == 8
 
 
+@pytest.mark.slow
 def test_ddpm_trains(tmp_path, data_dir):
     start(tmp_path / "run", data_dir, name="fmnist_smoke:ddpm", extra=[("train.steps", 30), ("steps", 4)])
     values = losses(tmp_path / "run")

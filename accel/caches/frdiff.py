@@ -68,6 +68,7 @@ def frdiff(
     both = stack(
         planned("frdiff", schedule, branches=branches, dtype=dtype),
         planned_output("frdiff", keys, share=share, dtype=dtype),
+        one_clock=True,  # features are computed at keyframes, where the output is
     )
 
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
