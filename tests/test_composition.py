@@ -47,13 +47,12 @@ CELLS = [Cell(*names) for names in itertools.product(MODELS, SOLVERS, CACHES, QU
 
 
 def _row(cell: Cell) -> Any:
-    """Every run of the tests has each member alone (two models) and all together, guided, and all together otherwise;
-    the slow ones have the rest."""
+    """Every run of the tests has all members together and none, guided, and in two models each alone; the slow ones
+    have the rest."""
     on = sum(getattr(cell, section) != "none" for section in ("cache", "quant")) + (cell.attend != "xla")
     alone = on == 1 and cell.model in ("dit", "flux")
     few = (on in (0, 3) or alone) and cell.guide == "cfg" and cell.solver == "ddim"
-    all_on = on == 3 and (cell.guide == "cfg" or cell.solver == "ddim")
-    return pytest.param(cell, marks=() if few or all_on else pytest.mark.slow, id="-".join(cell))
+    return pytest.param(cell, marks=() if few else pytest.mark.slow, id="-".join(cell))
 
 
 class Drawn(NamedTuple):
