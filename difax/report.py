@@ -27,7 +27,13 @@ from difax.sample import initial_noise, make_sampler
 
 CHUNK = 64
 # the configuration whose size `difax list models` states
-NATIVE = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1"}
+NATIVE = {
+    "dit": "dit_imagenet",
+    "skip_dit": "skip_dit_imagenet",
+    "flux": "flux_dev",
+    "pixart": "pixart_sigma",
+    "wan": "wan2_1",
+}
 
 
 class Drawn(NamedTuple):
