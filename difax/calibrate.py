@@ -120,12 +120,10 @@ def search(
     if where == "branches" and forecast == "hold":
         gradient = _gradient(sampler, min(gradient_samples, samples), loss.wanted)
     starts = {"uniform": uniform(evaluations, full)}
-    recorder = CALIBRATIONS["smoothcache"].recorder(evaluations)
     if evaluations > 2:
         table = calibrate("smoothcache", sampler, min(samples, 8), min(samples, 8), progress)["errors"]
         found = [np.asarray(e, np.float64) for branches in table.values() for e in branches.values()]
         starts["dynamic programming"] = by_dynamic_programming(np.mean(found, axis=0), full)
-    del recorder
     losses = {name: loss(schedule) for name, schedule in starts.items()}
     best = min(losses, key=lambda name: losses[name])
     done = refine(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from difax.accel.caches.span import planned_span
 from difax.accel.caches.toca import MODULES, PRESETS, check, clock, shares
 from difax.accel.caches.tokens import Schedule, token_cache
-from difax.contracts import Accelerator, Plan, Row, Stage, State, TrunkSpec
-from difax.stack import indexed
+from difax.contracts import Accelerator, Plan, Row, Stage
+from difax.stack import stack
 
 
 def duca(
@@ -80,24 +80,9 @@ def duca(
     )
     hidden = planned_span("hidden", skipped, keep="output", dtype=dtype)
 
-    # not a stack, whose members count the evaluations that reach them: here both go by the same clock
+    both = stack(tokens, hidden, one_clock=True)
+
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
-        one, other = tokens.plan(rows, stages), hidden.plan(rows, stages)
-        modes = [(one.modes[i], other.modes[j]) for i, j in zip(one.index, other.index, strict=True)]
-        return Plan(**indexed(modes), values=(one.values, other.values), owner="duca")
+        return dataclasses.replace(both.plan(rows, stages), owner="duca")
 
-    def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
-        own = [tuple(dict.fromkeys(of)) for of in zip(*modes, strict=True)]
-        return {**tokens.init(spec, own[0]), "trunk": hidden.init(spec, own[1])["trunk"]}
-
-    def seen_by(i: int, function: Any) -> Any:
-        def run(*arguments: Any) -> Any:
-            row: Row = arguments[-1]
-            chosen = row.plan._replace(mode=row.plan.mode[i], values=row.plan.values[i])
-            return function(*arguments[:-1], row._replace(plan=chosen))
-
-        return run
-
-    return Accelerator(
-        name="duca", plan=plan, init=init, trunk=seen_by(1, hidden.trunk), branch=seen_by(0, tokens.branch)
-    )
+    return both._replace(name="duca", plan=plan)

@@ -7,7 +7,6 @@ tokens are several streams, "stage.stream.weight". `fit` makes them.
 from __future__ import annotations
 
 import math
-import pathlib
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difax.accel.caches import measured
 from difax.accel.caches.tokens import gather, scatter, top
 from difax.contracts import (
     Accelerator,
@@ -85,7 +85,7 @@ def fastcache(
         raise ValueError(f"fastcache: significance={significance}, motion={motion}; allowed: between 0 and 1")
     if weights is not None and file is not None:
         raise ValueError("fastcache: weights and file were both given; allowed: one of them, or none")
-    given = _read(file) if file is not None else weights
+    given = measured.by_stage_arrays("fastcache", file) if file is not None else weights
     learned: dict[str, dict[str, Any]] | None = None
     if given is not None:
         learned = {s: {PREFIX + n: np.asarray(a, np.float32) for n, a in of.items()} for s, of in given.items()}
@@ -269,14 +269,3 @@ def _mapped(tokens: Tokens, where: Where) -> Tokens:
         return h + h @ w + b[None, None]
 
     return {n: one(f"{n}.", h) for n, h in tokens.items()} if isinstance(tokens, dict) else one("", tokens)
-
-
-def _read(file: str) -> dict[str, dict[str, Any]]:
-    if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".npz":
-        raise ValueError(f"fastcache: file={file!r}; allowed: an .npz file")
-    weights: dict[str, dict[str, Any]] = {}
-    with np.load(file, allow_pickle=False) as arrays:
-        for key, array in arrays.items():
-            stage, _, name = key.partition(".")
-            weights.setdefault(stage, {})[name] = array
-    return weights

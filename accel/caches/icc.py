@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax import ops
+from difax.accel.caches import measured
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.planned import every
 from difax.contracts import Accelerator, Done, Params, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
@@ -59,7 +60,7 @@ def icc(
     if period > 1 and factors is None and file is None:
         raise ValueError(f"icc: period={period} without factors or file; allowed: 1, or one of them (icc_factors)")
     check_dtype("icc", dtype)
-    given = _read(file) if file is not None else factors
+    given = measured.by_stage_arrays("icc", file, " that save_factors wrote") if file is not None else factors
     learned = None if given is None else {s: dict(of) for s, of in given.items()}
 
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
@@ -154,17 +155,6 @@ def save_factors(path: str | pathlib.Path, factors: Factors) -> None:
     arrays: dict[str, Any] = {f"{stage}.{name}": array for stage, of in factors.items() for name, array in of.items()}
     with replacing(path) as aside, open(aside, "wb") as out:
         np.savez(out, **arrays)
-
-
-def _read(file: str) -> Factors:
-    if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".npz":
-        raise ValueError(f"icc: file={file!r}; allowed: an .npz file that save_factors wrote")
-    factors: Factors = {}
-    with np.load(file, allow_pickle=False) as arrays:
-        for key, array in arrays.items():
-            stage, _, name = key.partition(".")
-            factors.setdefault(stage, {})[name] = array
-    return factors
 
 
 def _check_fit(factors: Mapping[str, Mapping[str, Any]], stage: str, name: str, depth: int, k: int, n: int) -> None:

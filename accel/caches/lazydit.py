@@ -6,7 +6,6 @@ evaluation counted from the noise.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difax.accel.caches import measured
 from difax.accel.caches.fill import check_dtype, stored
 from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
 from difax.trunk import modulated_input
@@ -57,7 +57,7 @@ def lazydit(
     if not 0 <= threshold <= 1:
         raise ValueError(f"lazydit: threshold={threshold}; allowed: 0 to 1")
     check_dtype("lazydit", dtype)
-    given = _read(file) if file is not None else weights
+    given = measured.by_stage_arrays("lazydit", file) if file is not None else weights
     learned: dict[str, dict[str, Any]] | None = None
     if given is not None:
         learned = {s: {f"{b}.lazy": np.asarray(w, np.float32) for b, w in of.items()} for s, of in given.items()}
@@ -137,14 +137,3 @@ def _mixed(new: jax.Array, old: jax.Array, keep: jax.Array, soft: bool) -> jax.A
 
 def _places(learned: Mapping[str, Mapping[str, Any]] | None) -> list[tuple[str, np.ndarray]]:
     return [(f"{s}.{name.removesuffix('.lazy')}", w) for s, of in (learned or {}).items() for name, w in of.items()]
-
-
-def _read(file: str) -> Weights:
-    if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".npz":
-        raise ValueError(f"lazydit: file={file!r}; allowed: an .npz file")
-    weights: dict[str, dict[str, Any]] = {}
-    with np.load(file, allow_pickle=False) as arrays:
-        for place, array in arrays.items():
-            stage, _, branch = place.rpartition(".")
-            weights.setdefault(stage, {})[branch] = array
-    return weights

@@ -57,6 +57,25 @@ def read(technique: str, file: str, tables: tuple[str, ...]) -> dict[str, Any]:
     return content
 
 
+def by_stage_arrays(technique: str, file: str, wrote: str = "") -> dict[str, dict[str, np.ndarray]]:
+    """{stage: {name: array}} of an .npz file whose arrays are named "stage.name".
+
+    Args:
+      wrote: what the error says of allowed files.
+
+    Raises:
+      ValueError: no such file, or another suffix.
+    """
+    if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".npz":
+        raise ValueError(f"{technique}: file={file!r}; allowed: an .npz file{wrote}")
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(file, allow_pickle=False) as arrays:
+        for key, array in arrays.items():
+            stage, _, name = key.partition(".")
+            found.setdefault(stage, {})[name] = array
+    return found
+
+
 def same_length(technique: str, steps: int, evaluations: int) -> None:
     """Refuses what was measured over another number of evaluations."""
     if steps != evaluations:
