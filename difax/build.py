@@ -29,7 +29,7 @@ from difax.process import PREDICTIONS, PROCESSES, Process
 from difax.published import Foreign, load_foreign
 from difax.qtensor import Rules, quantize_params
 from difax.qtensor import cast as cast_params
-from difax.sample import make_rows
+from difax.sample import make_rows, make_sampler
 from difax.stack import stack, with_learned
 from difax.train import Task, TrainOptions, restore_ema
 from difax.trunk import neutral, unstack
@@ -112,6 +112,19 @@ class Run(NamedTuple):
     rows: Row
     scale: float
     described: Mapping[str, str]  # the names that the configuration gave to its sections
+
+    def sampler(self, accelerator: Accelerator | None = None, **options: Any) -> Any:
+        """The jitted sampler (`difax.sample.make_sampler`), with another accelerator if one is given."""
+        return make_sampler(
+            self.model,
+            self.process,
+            self.prediction,
+            self.solver,
+            self.guide,
+            self.accelerator if accelerator is None else accelerator,
+            attention=self.attention,
+            **options,
+        )
 
     def prepare(self, params: Params) -> Params:
         """Parameters as they are sampled with: quantised, cast to the model's dtype, with those that the cache has

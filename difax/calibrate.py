@@ -18,7 +18,7 @@ from difax.contracts import Accelerator, Params, Trace
 from difax.cost import model_cost
 from difax.files import replacing
 from difax.noise import sample_keys
-from difax.sample import initial_noise, make_sampler
+from difax.sample import initial_noise, rounded
 from difax.stack import with_learned
 
 Progress = Callable[[str], None]
@@ -42,23 +42,12 @@ class Sampler(NamedTuple):
 
     def program(self, accelerator: Accelerator, remat: bool = False) -> Any:
         """The jitted sampler with an accelerator in place of the run's."""
-        run = self.run
-        return make_sampler(
-            run.model,
-            run.process,
-            run.prediction,
-            run.solver,
-            run.guide,
-            accelerator,
-            attention=run.attention,
-            remat=remat,
-        )
+        return self.run.sampler(accelerator, remat=remat)
 
     def rows(self, accelerator: Accelerator) -> Any:
         """The run's rows with an accelerator's plan."""
         plan = accelerator.plan(self.run.rows, self.run.model.stages)
-        rounded = lambda a: a.astype(jnp.result_type(float)) if a.dtype == np.float64 else a  # noqa: E731
-        return jax.tree.map(jnp.asarray, self.run.rows._replace(plan=jax.tree.map(rounded, plan)))
+        return jax.tree.map(jnp.asarray, self.run.rows._replace(plan=rounded(plan)))
 
     def scale(self) -> jax.Array:
         """Of the guidance."""

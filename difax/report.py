@@ -23,7 +23,7 @@ from difax.decisions import averaged, inert, summary
 from difax.images import image_grid, to_uint8
 from difax.noise import sample_keys
 from difax.qtensor import size_in_bytes
-from difax.sample import initial_noise, make_sampler
+from difax.sample import initial_noise
 
 CHUNK = 64
 # the configuration whose size `difax list models` states
@@ -141,16 +141,7 @@ def parameter_count(model: Any) -> int:
 
 
 def _compiled(run: Run, params: Params, x: Any, keys: Any, cond: Any, on_step: Any = None) -> tuple[Any, float]:
-    sampler = make_sampler(
-        run.model,
-        run.process,
-        run.prediction,
-        run.solver,
-        run.guide,
-        run.accelerator,
-        attention=run.attention,
-        on_step=on_step,
-    )
+    sampler = run.sampler(on_step=on_step)
     rows, scale = jax.tree.map(jnp.asarray, run.rows), jnp.asarray(run.scale, jnp.float32)
     start = time.perf_counter()
     program = sampler.lower(params, x, keys, cond, rows, scale).compile()
@@ -238,15 +229,7 @@ def _shown(value: Any) -> str:
 
 def previewer(run: Run) -> Callable[[Params], np.ndarray]:
     """params -> picture of two images of each of the first ten classes, for a training run; compiled once."""
-    sampler = make_sampler(
-        run.model,
-        run.process,
-        run.prediction,
-        run.solver,
-        run.guide,
-        run.accelerator,
-        attention=run.attention,
-    )
+    sampler = run.sampler()
     classes = min(run.model.classes, 10)
     labels = jnp.arange(2 * classes) % classes
     rows = jax.tree.map(jnp.asarray, run.rows)

@@ -60,7 +60,12 @@ def make_rows(
     accelerator = accelerator or neutral()
     rows = _guided(guide, accelerator).plan(solver.grid(process, np.asarray(times, np.float64)))
     rows = rows._replace(plan=accelerator.plan(rows, stages))
-    return jax.tree.map(lambda a: a.astype(jnp.result_type(float)) if a.dtype == np.float64 else a, rows)
+    return rounded(rows)
+
+
+def rounded(tables: Any) -> Any:
+    """Host tables in float64 as the device takes them: float32, or as they are where jax has 64 bits."""
+    return jax.tree.map(lambda a: a.astype(jnp.result_type(float)) if a.dtype == np.float64 else a, tables)
 
 
 def _guided(guide: Guide, accelerator: Accelerator) -> Guide:

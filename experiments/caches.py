@@ -36,7 +36,7 @@ from difax.images import to_uint8
 from difax.metrics import psnr, ssim
 from difax.noise import sample_keys
 from difax.report import peak_memory
-from difax.sample import initial_noise, make_sampler
+from difax.sample import initial_noise
 from experiments.evaluate import judge_samples, make_judge
 from experiments.provenance import RESULTS, append_row, provenance, read_rows
 
@@ -107,9 +107,7 @@ class Program:
 
     def __init__(self, run: Run, params: Params, seed: int):
         self.run, self.params, self.seed = run, jax.block_until_ready(run.prepare(params)), seed
-        sampler = make_sampler(
-            run.model, run.process, run.prediction, run.solver, run.guide, run.accelerator, attention=run.attention
-        )
+        sampler = run.sampler()
         self.rows, self.scale = jax.tree.map(jnp.asarray, run.rows), jnp.float32(run.scale)
         start = time.perf_counter()
         self.compiled = sampler.lower(self.params, *self.inputs(0), self.rows, self.scale).compile()
