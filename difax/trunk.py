@@ -261,47 +261,42 @@ class _Fold:
             nothing = jax.eval_shape(lambda: self(carry, params, state, skips, 0, depth, unroll)[3])
             return carry, state, None, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
         leaves, tree = jax.tree.flatten(state)
-        written: list[bool] = []
+        at = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
-        def layer(carry: Any, index: Any, p: Any, skip: Any, own: list[Any]) -> Any:
+        def layer(carry: Any, leaves: list[Any], index: Any, p: Any, skip: Any) -> Any:
+            # each layer writes its own part of the memory where it lies, which holds it once, not twice
+            own = [at(a, index) for a in leaves]
             carry, new, done = self._block(carry, p, index, skip, tree.unflatten(own))
-            flat = tree.flatten_up_to(new)
-            written[:] = [a is not b for a, b in zip(own, flat, strict=True)]
-            kept = [a for a, w in zip(flat, written, strict=True) if w]
-            return carry, (kept, carry[0] if self.emits else (), done)
+            leaves = [
+                a if n is o else jax.lax.dynamic_update_index_in_dim(a, n, index, 0)
+                for a, o, n in zip(leaves, own, tree.flatten_up_to(new), strict=True)
+            ]
+            return carry, leaves, carry[0] if self.emits else (), done
 
         if isinstance(params[0], tuple):
             outs = []
             for index in range(low, high):
-                own = [a[index] for a in leaves]
                 p = (params[0][index], params[1][index] if params[1] else ())
                 skip = jax.tree.map(lambda a, i=index - low: a[i], skips)
-                carry, out = layer(carry, jnp.int32(index), p, skip, own)
-                outs.append(out)
-            kept, out, done = jax.tree.map(lambda *a: jnp.stack(a), *outs)
-        elif (low, high) == (0, depth):
-
-            def whole(carry: Any, xs: Any) -> Any:
-                return layer(carry, *xs)
-
-            xs = (jnp.arange(depth), params, skips, leaves)
-            carry, (kept, out, done) = jax.lax.scan(whole, carry, xs, unroll=unroll)
+                carry, leaves, out, done = layer(carry, leaves, index, p, skip)
+                # a filled block is elementwise: without a border XLA fuses all of them into each consumer of the last
+                carry = jax.lax.optimization_barrier(carry)
+                outs.append((out, done))
+            out, done = jax.tree.map(lambda *a: jnp.stack(a), *outs)
         else:
-            # by index, since a slice of the stacked parameters would be copied
+            whole = (low, high) == (0, depth)
 
-            def part(carry: Any, xs: Any) -> Any:
-                index, skip = xs
-                at = partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
-                return layer(carry, index, jax.tree.map(at, params), skip, [at(a) for a in leaves])
+            def body(carry: Any, xs: Any) -> Any:
+                index, p, skip = xs
+                if not whole:  # by index, since a slice of the stacked parameters would be copied
+                    p = jax.tree.map(lambda a: at(a, index), params)
+                *carry, out, done = layer(*carry, index, p, skip)
+                return tuple(carry), (out, done)
 
-            carry, (kept, out, done) = jax.lax.scan(part, carry, (jnp.arange(low, high), skips), unroll=unroll)
-        full = (low, high) == (0, depth)
-        place = partial(jax.lax.dynamic_update_slice_in_dim, start_index=low, axis=0)
-        new = iter(kept)
-        leaves = [
-            (next(new) if full else place(a, next(new))) if w else a for a, w in zip(leaves, written, strict=True)
-        ]
-        if not full:
+            xs = (jnp.arange(low, high), params if whole else (), skips)
+            (carry, leaves), (out, done) = jax.lax.scan(body, (carry, leaves), xs, unroll=unroll)
+        if (low, high) != (0, depth):
+            place = partial(jax.lax.dynamic_update_slice_in_dim, start_index=low, axis=0)
             done = jax.tree.map(lambda a: place(jnp.zeros((depth, *a.shape[1:]), a.dtype), a), done)
         return carry, tree.unflatten(leaves), out if self.emits else None, done
 

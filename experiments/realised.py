@@ -1,0 +1,213 @@
+"""How much of what a cache leaves out is really saved: seconds against operations at published geometries of DiT.
+
+  python -m experiments.realised                                       B/2 at batch 1 and 4, XL/2 at batch 1
+  python -m experiments.realised --models B/2 --batches 4 --methods fora
+
+Random weights (adaLN-zero re-randomised), latents [batch, 32, 32, 4], DDIM with guidance, the blocks written out
+(`difax.trunk.unstack`). All methods of a geometry are compiled first and then run turn by turn, so that a busy moment
+of the machine falls on all; figures are medians. `realised` is the ratio of seconds over the ratio of operations
+(`difax.cost`, from the trace). Thresholds of the online gates are set to a multiple of the median metric that this
+network shows when everything is computed, because those of the papers belong to trained weights. `never` is the gate
+that always computes. Memory is what the cache remembers (`Accelerator.init`), beside what the compiled program takes
+more than the uncached one. Rows go to experiments/results/realised/LANE.jsonl; a geometry that is there already is
+not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.accel.caches import CACHES
+from difax.accel.solvers import SOLVERS
+from difax.build import choose
+from difax.cost import model_cost, run_cost
+from difax.grids import GRIDS, make_times
+from difax.guidance import cfg
+from difax.models.dit import dit
+from difax.noise import sample_keys
+from difax.process import vp_linear
+from difax.report import peak_memory
+from difax.sample import initial_noise, make_rows, make_sampler
+from difax.trunk import neutral, trunk_spec, unstack
+from experiments.provenance import RESULTS, append_row, provenance, read_rows
+
+GEOMETRIES = (("B/2", 1), ("B/2", 4), ("XL/2", 1))
+
+
+class Method(NamedTuple):
+    """A cache with its settings; `times_metric`: its threshold in medians of the metric that it shows uncached."""
+
+    kind: str  # "static", "online", "token" or "never"
+    cache: str
+    settings: dict[str, Any]
+    times_metric: float | None = None
+
+
+METHODS = {
+    "fora 3": Method("static", "fora", {"interval": 3}),
+    "fora 5": Method("static", "fora", {"interval": 5}),
+    "taylorseer 4, order 1": Method("static", "taylorseer", {"interval": 4, "order": 1}),
+    "taylorseer 4, order 2": Method("static", "taylorseer", {"interval": 4, "order": 2}),
+    "delta_dit": Method("static", "delta_dit", {}),
+    "frdiff": Method("static", "frdiff", {}),
+    "teacache": Method("online", "teacache", {}, 3.0),
+    "fbcache": Method("online", "fbcache", {}, 1.5),
+    "dbcache": Method("online", "dbcache", {"warmup": 2, "max_continuous": 2, "threshold": 1.0}),
+    "dbcache, taylor": Method(
+        "online", "dbcache", {"warmup": 2, "max_continuous": 2, "threshold": 1.0, "forecast": "taylor"}
+    ),
+    "adacache": Method("online", "adacache", {}),
+    "toca": Method("token", "toca", {}),
+    "toca, random score": Method("token", "toca", {"score": "random"}),
+    "duca": Method("token", "duca", {}),
+    "teacache, never": Method("never", "teacache", {"threshold": 0.0}),
+    "fbcache, never": Method("never", "fbcache", {"threshold": 0.0}),
+    "dbcache, never": Method("never", "dbcache", {"threshold": 0.0}),
+}
+
+
+class Work:
+    """One geometry: weights, inputs, and a compiled sampler per method."""
+
+    def __init__(self, variant: str, batch: int, dtype: str, steps: int):
+        self.model, self.batch = dit(variant, dtype=dtype), batch
+        shapes = jax.eval_shape(self.model.init, jax.random.key(0))
+        self.cost = model_cost(self.model, shapes)
+        leaves, tree = jax.tree.flatten(shapes)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        draw = lambda k, a: (0.03 * jax.random.normal(k, a.shape)).astype(dtype)  # noqa: E731
+        stacked = tree.unflatten([draw(k, a) for k, a in zip(keys, leaves, strict=True)])
+        self.params = jax.block_until_ready(unstack(self.model, stacked))
+        self.process, self.solver, self.guide = vp_linear(), SOLVERS["ddim"](), cfg()
+        self.times = make_times(GRIDS["leading"](), self.process, steps)
+        self.keys, self.cond = sample_keys(0, batch), jnp.arange(batch, dtype=jnp.int32)
+
+    def program(self, cache: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+        accelerator = neutral() if cache is None else CACHES[cache](**settings)
+        host = make_rows(self.solver, self.guide, self.process, self.times, accelerator, self.model.stages)
+        rows, scale = jax.tree.map(jnp.asarray, host), jnp.float32(2.0)
+        sampler = make_sampler(self.model, self.process, "eps", self.solver, self.guide, accelerator)
+        start = time.perf_counter()
+        compiled = sampler.lower(self.params, self.noise(), self.keys, self.cond, rows, scale).compile()
+        spec = trunk_spec(self.model, self.params, jnp.concatenate([self.noise()] * 2), jnp.tile(self.cond, 2), 2)
+        memory = jax.eval_shape(lambda: accelerator.init(spec, host.plan.modes))
+
+        def run() -> tuple[float, Any]:
+            x = jax.block_until_ready(self.noise())
+            begin = time.perf_counter()
+            out, trace = jax.block_until_ready(compiled(self.params, x, self.keys, self.cond, rows, scale))
+            if not bool(jnp.isfinite(out).all()):
+                raise FloatingPointError(f"{cache}: samples that are not finite")
+            return time.perf_counter() - begin, trace
+
+        return {
+            "run": run,
+            "settings": settings,
+            "compile_seconds": time.perf_counter() - start,
+            "peak": peak_memory(compiled),
+            "remembered": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(memory)),
+        }
+
+    def noise(self) -> jax.Array:
+        return initial_noise(self.process, self.keys, self.model.input_shape)
+
+    def threshold(self, method: Method) -> dict[str, Any]:
+        """The settings of a method with its threshold in the metric's own units."""
+        if method.times_metric is None:
+            return method.settings
+        _, trace = self.program(method.cache, {**method.settings, "threshold": 0.0})["run"]()
+        metric = np.concatenate([np.ravel(a) for a in jax.tree.leaves(trace.metric["trunk"])])
+        return {**method.settings, "threshold": float(method.times_metric * np.median(metric[metric > 0]))}
+
+
+def measure(variant: str, batch: int, dtype: str, methods: list[str], steps: int, repeats: int) -> list[dict[str, Any]]:
+    """The rows of one geometry."""
+    work = Work(variant, batch, dtype, steps)
+    programs = {"none": work.program(None, {})}
+    for name in methods:
+        method = METHODS[name]
+        programs[name] = work.program(method.cache, work.threshold(method))
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    flops: dict[str, float] = {}
+    for turn in range(repeats + 1):
+        for name, program in programs.items():
+            taken, trace = program["run"]()
+            if turn == 0:  # the first touches its memory
+                flops[name] = run_cost(work.cost, trace)
+            else:
+                seconds[name].append(taken)
+    rows = []
+    for name, program in programs.items():
+        spent = statistics.median(seconds[name])
+        flops_ratio = flops["none"] / flops[name]
+        seconds_ratio = statistics.median(seconds["none"]) / spent
+        turns = [a / b / flops_ratio for a, b in zip(seconds["none"], seconds[name], strict=True)]
+        rows.append(
+            {
+                "model": f"DiT-{variant}",
+                "batch": batch,
+                "dtype": dtype,
+                "steps": steps,
+                "method": name,
+                "kind": METHODS[name].kind if name in METHODS else "none",
+                "settings": program["settings"],
+                "flops_ratio": flops_ratio,
+                "seconds": spent,
+                "seconds_ratio": seconds_ratio,
+                "realised": seconds_ratio / flops_ratio,
+                "realised_turns": [round(t, 4) for t in turns],
+                "compile_seconds": program["compile_seconds"],
+                "remembered_mib": program["remembered"] / 2**20,
+                "peak_over_uncached_mib": (program["peak"] - programs["none"]["peak"]) / 2**20,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", help="default: B/2 and XL/2")
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 and 4 for B/2, 1 for XL/2")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
+    parser.add_argument("--out", type=pathlib.Path, help="file of rows, instead of the lane's")
+    options = parser.parse_args()
+    path = options.out or RESULTS / "realised" / f"{options.lane}.jsonl"
+    for method in options.methods:
+        choose("method", method, METHODS)
+    wanted = GEOMETRIES
+    if options.models or options.batches:
+        wanted = [(m, b) for m in options.models or ("B/2", "XL/2") for b in options.batches or (1,)]
+    for variant, batch in wanted:
+        there = {
+            r["method"]
+            for r in read_rows(path)
+            if (r["model"], r["batch"], r["dtype"]) == (f"DiT-{variant}", batch, options.dtype)
+        }
+        methods = [m for m in options.methods if m not in there]
+        if not methods:
+            continue
+        for row in measure(variant, batch, options.dtype, methods, options.steps, options.repeats):
+            if row["method"] not in there:
+                append_row(path, {**row, "provenance": provenance()})
+            print(
+                f"{row['model']} b{batch} {row['method']:22} FLOPs x{row['flops_ratio']:.2f}  seconds "
+                f"x{row['seconds_ratio']:.2f}  realised {row['realised']:.3f}  remembers {row['remembered_mib']:.0f} "
+                f"MiB (program +{row['peak_over_uncached_mib']:.0f})",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
