@@ -14,9 +14,9 @@ import numpy as np
 from difax import grids, guidance, losses
 from difax.accel.attention import ATTENTIONS, attention, first_of
 from difax.accel.caches import CACHES
-from difax.accel.caches.icc import icc_factors, save_factors
+from difax.accel.caches.measured import save_by_stage
 from difax.accel.caches.scheduled import scheduled
-from difax.accel.fit import CALIBRATIONS
+from difax.accel.fit import CALIBRATIONS, FITS
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
 from difax.accel.quant import QUANTS
 from difax.accel.solvers import SOLVERS
@@ -36,10 +36,10 @@ from difax.trunk import neutral, unstack
 
 __all__ = [
     "CALIBRATIONS",
+    "FITS",
     "by_dynamic_programming",
-    "icc_factors",
     "refine",
-    "save_factors",
+    "save_by_stage",
     "scheduled",
     "soft_hold",
     "uniform",

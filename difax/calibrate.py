@@ -1,11 +1,11 @@
-"""`difax calibrate`: runs a model and writes what a cache plans from, or searches a plan for a budget."""
+"""`difax calibrate`: runs a model and makes what a cache plans from or has learned, or searches a plan for a budget."""
 
 from __future__ import annotations
 
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.build import CALIBRATIONS, Run, by_dynamic_programming, choose, refine, scheduled, soft_hold, uniform
+from difax.build import CALIBRATIONS, FITS, Run, by_dynamic_programming, choose, refine, scheduled, soft_hold, uniform
 from difax.contracts import Accelerator, Params, Trace
 from difax.cost import model_cost
 from difax.files import replacing
@@ -64,18 +64,42 @@ def calibrate(technique: str, sampler: Sampler, samples: int, batch: int, progre
     Returns:
       The object of the file (`difax.accel.caches.measured`).
     """
-    run = sampler.run
     calibration = CALIBRATIONS[choose("calibration", technique, CALIBRATIONS)]
-    recorder = calibration.recorder(len(run.rows.i))
+    recorder = calibration.recorder(len(sampler.run.rows.i))
+    traces = [trace for _, _, trace in _recorded(sampler, recorder, samples, batch, progress)]
+    return {"technique": technique, **about(sampler, samples), **calibration.table(traces)}
+
+
+def fit(
+    technique: str, sampler: Sampler, samples: int, batch: int, progress: Progress, rank: int = 32
+) -> dict[str, dict[str, Any]]:
+    """Fits the parameters that a technique has learned to what the model does in its own runs.
+
+    Args:
+      technique: a key of `FITS`.
+      samples: how many are drawn, in batches of `batch`.
+      rank: of icc's factors.
+
+    Returns:
+      {stage: {name: array}}, the arrays of the file (`save_by_stage`).
+    """
+    found = FITS[choose("fit", technique, FITS)]
+    recorder = found.recorder(len(sampler.run.rows.i))
+    runs = _recorded(sampler, recorder, samples, batch, progress)
+    return found.arrays(sampler.run.model, sampler.params, runs, rank)
+
+
+def _recorded(
+    sampler: Sampler, recorder: Accelerator, samples: int, batch: int, progress: Progress
+) -> Iterator[tuple[Any, Any, Trace]]:
+    """(rows, conditions, trace) of each batch of a run with a recorder."""
     program, rows = sampler.program(recorder), sampler.rows(recorder)
     params = with_learned(sampler.params, recorder)
-    traces: list[Trace] = []
     for start in range(0, samples, batch):
         x, keys, cond = sampler.inputs(start, min(batch, samples - start))
         _, trace = program(params, x, keys, cond, rows, sampler.scale())
-        traces.append(jax.tree.map(np.asarray, trace))
+        yield rows, cond, jax.tree.map(np.asarray, trace)
         progress(f"{min(start + batch, samples)} of {samples} samples")
-    return {"technique": technique, **_about(sampler, samples), **calibration.table(traces)}
 
 
 def search(
@@ -124,7 +148,7 @@ def search(
     )
     return {
         "technique": "scheduled",
-        **_about(sampler, samples),
+        **about(sampler, samples),
         "budget": budget,
         "schedule": done.schedule.astype(int).tolist(),
         "where": where,
@@ -196,7 +220,8 @@ def _gradient(sampler: Sampler, samples: int, wanted: jax.Array) -> Callable[[np
     return gradient
 
 
-def _about(sampler: Sampler, samples: int) -> dict[str, Any]:
+def about(sampler: Sampler, samples: int) -> dict[str, Any]:
+    """What was run, for whoever reads the file."""
     run = sampler.run
     return {
         "model": run.model.name,

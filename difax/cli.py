@@ -1,4 +1,4 @@
-"""The command line: difax sample, train, export, list. Every user's mistake is one line on stderr and exit code 2."""
+"""The command line of difax, a command a function. Every user's mistake is one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     calibrate = commands.add_parser(
-        "calibrate", parents=[common], help="measure what a cache plans from, or search a plan for a budget"
+        "calibrate", parents=[common], help="measure what a cache plans from, fit what it has learned, or search a plan"
     )
     for name in SHORT:
         calibrate.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
@@ -144,6 +144,27 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", required=True, metavar="FILE", help="for the cache's file=...")
     calibrate.set_defaults(run=_calibrate, repeat=1)
 
+    pareto = commands.add_parser("pareto", parents=[common], help="measure methods on the same work, side by side")
+    pareto.add_argument(
+        "--methods",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help="all, a family (steps, solver, guidance, cache, attention, quantisation, together), names, or settings "
+        "such as steps=12,cache.name=fora (default: all)",
+    )
+    pareto.add_argument("--out", default="pareto", metavar="DIR", help="folder of the sweep (default: %(default)s)")
+    pareto.add_argument("--seeds", type=int, default=64, help="images of each method (default: %(default)s)")
+    pareto.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")
+    pareto.add_argument("--turns", type=int, default=3, help="batches that are timed (default: %(default)s)")
+    pareto.add_argument("--seed", type=int, default=0, help="seed of the images")
+    pareto.add_argument("--budget", type=float, metavar="MINUTES", help="begin no more methods after so long")
+    pareto.add_argument("--data", metavar="DIR", help="folder of the data set's files, for the judge")
+    pareto.add_argument("--no-judge", action="store_true", help="compare with the baseline's images alone")
+    pareto.add_argument("--quality", default="psnr", help="that the frontier is of (default: %(default)s)")
+    pareto.add_argument("--json", action="store_true", help="print the rows as JSON")
+    pareto.set_defaults(run=_pareto)
+
     convert = commands.add_parser("convert", help="turn a published safetensors checkpoint into an orbax one")
     convert.add_argument("source", metavar="SRC", help=".safetensors file, its .index.json, or their folder")
     convert.add_argument("target", metavar="DST", help="folder that does not exist yet")
@@ -162,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="what there is, one line each")
     listing.add_argument("kind", nargs="?", help=f"one of {', '.join(LISTS)}")
+    listing.add_argument("--systems", action="store_true", help="published systems, and what difax has of each")
+    listing.add_argument("--category", help="of --systems: one of them, such as caching")
+    listing.add_argument("--status", help="of --systems: exact, variant, adapted, planned or 'not applicable'")
     listing.set_defaults(run=_list)
     return parser
 
@@ -244,16 +268,43 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
+def _pareto(options: argparse.Namespace) -> int:
+    config = _config(options, "fmnist_dit")
+    for name, least in (("seeds", 1), ("batch", 1), ("turns", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name}={getattr(options, name)}; allowed: {least} or more")
+    if options.budget is not None and not options.budget > 0:
+        raise ValueError(f"--budget={options.budget}; allowed: above 0")
+    from difax.build import choose
+    from difax.config import override, parse_value
+    from difax.judge import make_judge
+    from difax.methods import METHODS, chosen
+    from difax.pareto import QUALITIES, Options, Sweep, table
+
+    choose("quality", options.quality, QUALITIES)
+    methods = chosen(options.methods, parse_value)
+    for name in methods.keys() - METHODS.keys():  # what a user wrote is refused before hours of measuring
+        override(config, list(methods[name].settings.items()))
+    judge = None if options.no_judge else make_judge(options.data)
+    tell = lambda text: None if options.quiet else print(f"difax: {text}", file=sys.stderr, flush=True)  # noqa: E731
+    asked = Options(options.seeds, options.batch, options.turns, options.seed, options.budget)
+    sweep = Sweep(options.config or "fmnist_dit", config, asked, pathlib.Path(options.out), judge, tell)
+    rows = sweep.measure(methods)
+    print(json.dumps(rows) if options.json else table(rows, options.quality))
+    return 0
+
+
 def _calibrate(options: argparse.Namespace) -> int:
-    out = writable(options.out, (".npz" if options.cache == "icc" else ".json",))
+    from difax.build import CALIBRATIONS, FITS, build_run, choose, load_weights, save_by_stage
+
+    out = writable(options.out, (".npz" if options.cache in FITS else ".json",))
     for name in ("samples", "batch", "rounds", "rank"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}={getattr(options, name)}; allowed: 1 or more")
-    from difax.build import CALIBRATIONS, build_run, choose, icc_factors, load_weights, save_factors
-
+    known = dict.fromkeys(["scheduled", *CALIBRATIONS, *FITS])
     if not options.cache:
-        raise ValueError(f"--cache is missing; allowed: scheduled, {', '.join(CALIBRATIONS)}")
-    technique = choose("calibration", options.cache, ["scheduled", *CALIBRATIONS])
+        raise ValueError(f"--cache is missing; allowed: {', '.join(known)}")
+    technique = choose("calibration", options.cache, known)
     options.cache = None
     config = _config(options, "fmnist_dit")
     settings = {k: v for k, v in config.get("cache", {}).items() if k != "name"}
@@ -262,7 +313,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     cond, _ = _conditions(options, config, run.model, options.random_init)
     import jax
 
-    from difax.calibrate import Sampler, calibrate, save_json, search
+    from difax.calibrate import Sampler, about, calibrate, fit, save_json, search
 
     if options.random_init:
         params = jax.jit(run.model.init)(jax.random.key(options.seed))
@@ -281,15 +332,15 @@ def _calibrate(options: argparse.Namespace) -> int:
     else:
         if settings:
             raise ValueError(f"cache {technique}: a calibration takes no keys, not {', '.join(settings)}")
-        content = calibrate(technique, sampler, options.samples, options.batch, tell)
-        if technique == "icc":
-            save_factors(
-                out, icc_factors(params, run.model.stages, options.rank, content["inputs"], content["outputs"])
-            )
+        if technique in FITS:
+            save_by_stage(out, fit(technique, sampler, options.samples, options.batch, tell, options.rank))
+            content = {"technique": technique, **about(sampler, options.samples)}
+        else:
+            content = calibrate(technique, sampler, options.samples, options.batch, tell)
         shown = {k: v for k, v in content.items() if isinstance(v, (str, int, float))}
         if technique == "teacache":
             shown["coefficients"] = ", ".join(f"{c:.6g}" for c in content["coefficients"])
-    if technique != "icc":
+    if technique not in FITS:
         save_json(out, content)
     for key, value in {**shown, "written to": str(out)}.items():
         print(f"{key:<26}{value}")
@@ -413,6 +464,11 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    if options.systems:
+        return _list_systems(options)
+    for flag in ("category", "status"):
+        if getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} {getattr(options, flag)}: allowed with --systems only")
     from difax.build import choose
     from difax.report import listing
 
@@ -423,6 +479,16 @@ def _list(options: argparse.Namespace) -> int:
         print(f"{kind}:")
         for name, text in lines:
             print(f"  {name:{width}}  {text}")
+    return 0
+
+
+def _list_systems(options: argparse.Namespace) -> int:
+    from difax import catalogue
+    from difax.report import format_systems
+
+    if options.kind is not None:
+        raise ValueError(f"list {options.kind} --systems: allowed: one of the two")
+    print(format_systems(catalogue.select(catalogue.systems(), options.category, options.status)))
     return 0
 
 

@@ -77,6 +77,7 @@ def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dic
         if not isinstance(config.setdefault(section, {}), dict):
             raise ValueError(f"config key {path!r}: {section} is a single value, set it by --config.{section}=")
         if key == "name":
+            value = "none" if value is None else value  # as a command line's none is read
             if config[section].get("name") != value:
                 for name in str(value).split(TOGETHER[section]) if section in TOGETHER else (value,):
                     choose(section, name, REGISTRIES[section])

@@ -261,7 +261,7 @@ class TrunkSpec(NamedTuple):
 
 class Done(NamedTuple):
     """What one branch did: computed, float32 scalar or [halves], the fraction really computed; metric: any pytree of
-    float32 arrays to be handed out with the trace, whose last axis is the halves."""
+    float32 arrays to be handed out with the trace, whose last axis is the halves (a gate's: `difax.decisions`)."""
 
     computed: Any
     metric: Any = ()

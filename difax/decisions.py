@@ -1,8 +1,13 @@
-"""What a cache decided in a run, read off its trace: for people, for files, and as a warning where it did nothing."""
+"""What a cache decided in a run, read off its trace: for people, for files, and as a warning where it did nothing.
+
+A gate of any level hands out {"metric": the number that it decides by, "asked": 1 where it was asked, ...} as its
+metric, leaves [E, ..., halves]: where nothing was asked, or a half did not run, the number means nothing.
+"""
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,6 +15,8 @@ import numpy as np
 
 from difax.contracts import Row, Trace
 from difax.files import replacing
+
+LEVELS = ("trunk", "block", "branch")  # on which gates are
 
 
 def strip(trace: Trace, half: int = 0) -> str:
@@ -31,28 +38,44 @@ def _character(fraction: float) -> str:
 
 
 def summary(trace: Trace) -> dict[str, Any]:
-    """Decisions of each half, the share of evaluations that filled something, and percentiles of a gate's metric.
+    """Decisions of each half, the share of evaluations that filled something, and percentiles of the gates' metric.
 
     Returns:
-      {"decisions": [strip of each half], "hit_rate": ..., "metric": {"5 %": ..., "50 %": ..., "95 %": ...} or None}.
+      {"decisions": [strip of each half], "hit_rate": ..., "metric": {"5 %": ..., "50 %": ..., "95 %": ...} or None};
+      of gates on several levels "trunk 5 %" and so on.
     """
     halves = next(iter(trace.computed.values())).shape[-1]
     strips = [strip(trace, half) for half in range(halves)]
     hits = np.mean([c not in "F " for s in strips for c in s])
-    measured = _metric(trace)
-    percentiles = None
-    if measured.size:
-        percentiles = {f"{p} %": float(np.percentile(measured, p)) for p in (5, 50, 95)}
-    return {"decisions": strips, "hit_rate": round(float(hits), 4), "metric": percentiles}
+    measured = {level: values for level in LEVELS if len(values := _measured(trace, level))}
+    percentiles = {
+        f"{level} {p} %" if len(measured) > 1 else f"{p} %": float(np.percentile(values, p))
+        for level, values in measured.items()
+        for p in (5, 50, 95)
+    }
+    return {"decisions": strips, "hit_rate": round(float(hits), 4), "metric": percentiles or None}
 
 
-def _metric(trace: Trace) -> np.ndarray:
-    gate = trace.metric.get("trunk", ()) if isinstance(trace.metric, dict) else ()
-    if not isinstance(gate, dict) or "metric" not in gate:
-        return np.zeros(0)
-    values = np.asarray(gate["metric"], np.float64)
-    asked = np.asarray(gate.get("asked", np.ones_like(values)))
-    return values[np.isfinite(values) & (asked > 0)]
+def _measured(trace: Trace, level: str) -> np.ndarray:
+    """Every number that a gate of a level was asked about, in a half that ran."""
+    found = [np.zeros(0)]
+    for gate in _gates(trace.metric[level]):
+        values = np.asarray(gate["metric"], np.float64)
+        ran = np.arange(values.shape[-1]) < np.asarray(trace.halves)[:, None]
+        ran = ran.reshape(len(values), *(1,) * (values.ndim - 2), -1)
+        asked = np.asarray(gate.get("asked", np.ones_like(values)))
+        found.append(values[np.isfinite(values) & (asked > 0) & ran])
+    return np.concatenate(found)
+
+
+def _gates(metric: Any) -> Iterator[dict[str, Any]]:
+    """What gates handed out, of all stages and branches."""
+    if isinstance(metric, dict):
+        if "metric" in metric:
+            yield metric
+        else:
+            for part in metric.values():
+                yield from _gates(part)
 
 
 def inert(rows: Row, trace: Trace) -> str | None:
@@ -65,15 +88,16 @@ def inert(rows: Row, trace: Trace) -> str | None:
         return None
     found = summary(trace)
     filled = [i for s in found["decisions"] for i, c in enumerate(s) if c not in "F "]
+    values = getattr(rows.plan.values, "rule", rows.plan.values)
     told = ""
     if found["metric"]:
         told = "; its metric where it was asked: " + ", ".join(f"{k}: {v:.3g}" for k, v in found["metric"].items())
-        threshold = getattr(rows.plan.values, "threshold", None)
+        threshold = getattr(values, "threshold", None)
         if threshold is not None:
             told += f" (threshold {float(np.max(threshold)):g})"
     if not filled:
         return f"the cache {rows.plan.owner} filled nothing in this run{told}"
-    force = getattr(rows.plan.values, "force", None)
+    force = getattr(values, "force", None)
     if force is not None and len(force) > 1:
         forced = np.flatnonzero(np.asarray(force)[:-1] == 1)
         asked = np.asarray(force) == 0
@@ -95,5 +119,16 @@ def save_trace(path: str | pathlib.Path, rows: Row, trace: Trace) -> None:
 
 
 def averaged(traces: list[Trace]) -> Trace:
-    """The mean of several runs' traces."""
-    return jax.tree.map(lambda *a: np.mean([np.asarray(x, np.float64) for x in a], axis=0), *traces)
+    """The mean of several runs' traces; of a gate's metric, over the runs in which it was asked."""
+    mean = jax.tree.map(lambda *a: np.mean([np.asarray(x, np.float64) for x in a], axis=0), *traces)
+    return mean._replace(metric=_where_asked([t.metric for t in traces], mean.metric))
+
+
+def _where_asked(metrics: list[Any], mean: Any) -> Any:
+    if not isinstance(mean, dict):
+        return mean
+    if not {"metric", "asked"} <= mean.keys():
+        return {k: _where_asked([m[k] for m in metrics], part) for k, part in mean.items()}
+    values, asked = (np.asarray([m[k] for m in metrics], np.float64) for k in ("metric", "asked"))
+    total = np.where(asked > 0, values * asked, 0.0).sum(0)
+    return {**mean, "metric": np.where(mean["asked"] > 0, total / np.maximum(asked.sum(0), 1e-9), mean["metric"])}

@@ -1,12 +1,13 @@
 """How good a set of samples is: agreement with the requested labels, and distances between sets and images.
 
-Pure functions on numpy arrays, in float64. The Frechet distance here is taken in the feature space of difax's own
-classifier; its values compare with each other and with the real-against-real control beside them, not with a
-published FID. Shape letters: N images, F features.
+Pure functions on numpy arrays, in float64. The distances between sets here are taken in the feature space of difax's
+own classifier; their values compare with each other and with the real-against-real control beside them, not with a
+published FID or KID. Shape letters: N images, F features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,116 @@ def frechet_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
     return shift + float(np.trace(c_a) + np.trace(c_b) - 2 * np.sum(np.sqrt(np.maximum(cross, 0.0))))
 
 
+def kernel_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
+    """Squared maximum mean discrepancy between two sets of features under a cubic kernel, without bias.
+
+    d = mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j), k(x, y) = (x . y / F + 1)^3.
+    About 0 for two sets of one distribution, and below 0 half of the time.
+
+    Args:
+      a_NF, b_NF: features of the two sets, 2 rows or more each.
+
+    Raises:
+      ValueError: fewer rows, of different F, or not finite.
+
+    References: Binkowski et al. 2018, arXiv:1801.01401; over whole sets, where KID averages over subsets of them.
+    """
+    a_NF, b_NF = _feature_sets("kernel_distance", a_NF, b_NF, 2)
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: np.ndarray) -> float:
+        k_NN = kernel(x, x)
+        return float((k_NN.sum() - np.trace(k_NN)) / (len(x) * (len(x) - 1)))
+
+    return within(a_NF) + within(b_NF) - 2 * float(kernel(a_NF, b_NF).mean())
+
+
+class PrecisionRecall(NamedTuple):
+    """Share of samples that lie among the real images, and of real images that lie among the samples."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(samples_NF: np.ndarray, real_NF: np.ndarray, k: int = 3) -> PrecisionRecall:
+    """How much of the samples is real-looking, and how much of the real images they cover.
+
+    The manifold of a set is the union of the balls around its features, each as wide as to its k-th neighbour in the
+    set; precision is the share of samples in the manifold of the real ones, recall the other way round.
+
+    Args:
+      samples_NF, real_NF: features, more than k rows each; of equal N, since more balls cover more.
+      k: neighbours (3).
+
+    Raises:
+      ValueError: too few rows, different F, or not finite.
+
+    References: Kynkaanniemi et al. 2019, arXiv:1904.06991.
+    """
+    samples_NF, real_NF = _feature_sets("precision_recall", samples_NF, real_NF, k + 1)
+
+    def squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.maximum((x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T, 0.0)
+
+    def radii(x: np.ndarray) -> np.ndarray:
+        apart = squared(x, x)
+        np.fill_diagonal(apart, -1.0)  # itself, the nearest of all
+        return np.partition(apart, k, axis=1)[:, k]
+
+    across = squared(samples_NF, real_NF)
+    precision = (across <= radii(real_NF)[None]).any(1).mean()
+    return PrecisionRecall(float(precision), float((across <= radii(samples_NF)[:, None]).any(0).mean()))
+
+
+def _feature_sets(name: str, a_NF: np.ndarray, b_NF: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+    a_NF, b_NF = np.asarray(a_NF, np.float64), np.asarray(b_NF, np.float64)
+    if a_NF.ndim != 2 or b_NF.ndim != 2 or a_NF.shape[1] != b_NF.shape[1]:
+        raise ValueError(f"{name}: shapes {a_NF.shape} and {b_NF.shape}; allowed: [N, F] with equal F")
+    for which, x_NF in (("first", a_NF), ("second", b_NF)):
+        if len(x_NF) < least:
+            raise ValueError(f"{name}: the {which} set has {len(x_NF)} rows; allowed: {least} or more")
+        if not np.all(np.isfinite(x_NF)):
+            raise ValueError(f"{name}: the {which} set has features that are not finite")
+    return a_NF, b_NF
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(values: np.ndarray, of: Callable[[np.ndarray], float] | None = None, resamples: int = 1000) -> Interval:
+    """A figure of a set of samples with its 95 % interval over samples: percentile bootstrap, centred.
+
+    Rows are drawn again with replacement, and the 2.5 % and 97.5 % quantiles of the figure are moved by what its mean
+    over the draws is off from the figure itself: a distance between sets grows when rows repeat, its spread does not.
+
+    Args:
+      values: [N, ...], a row for each sample. of: rows -> figure; None is the mean, over samples and the rest.
+      resamples: draws; the same ones at every call (seed 0), so that methods are compared on equal draws.
+
+    Raises:
+      ValueError: no rows.
+
+    References: Efron 1979, doi:10.1214/aos/1176344552.
+    """
+    values = np.asarray(values)
+    if not len(values):
+        raise ValueError("bootstrap: no samples; allowed: 1 or more")
+    rng, figure = np.random.default_rng(0), of or (lambda rows: float(np.mean(rows)))
+    estimate = figure(values)
+    drawn = np.asarray([figure(values[rng.integers(len(values), size=len(values))]) for _ in range(resamples)])
+    if not np.all(np.isfinite(drawn)):  # such as the PSNR of equal images
+        return Interval(estimate, float(drawn.min()), float(drawn.max()))
+    low, high = np.quantile(drawn - drawn.mean(), (0.025, 0.975))
+    return Interval(estimate, estimate + float(low), estimate + float(high))
+
+
 class FeatureScale(NamedTuple):
     """Mean and standard deviation of the features of real images, and which of all F features are kept [F]."""
 
@@ -140,11 +251,77 @@ def ssim(a: np.ndarray, b: np.ndarray, peak: float = 2.0, sigma: float = 1.5) ->
 
     References: Wang et al. 2004, doi:10.1109/TIP.2003.819861.
     """
+    luminance, structure = _similarities("ssim", a, b, peak, sigma)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+
+def ms_ssim(a: np.ndarray, b: np.ndarray, peak: float = 2.0, scales: int | None = None) -> np.ndarray:
+    """Multi-scale structural similarity of each pair of images.
+
+    prod_j mean(cs_j)^w_j, at the coarsest scale mean(l cs)^w; from scale to scale images are averaged two by two and
+    halved. l = (2 m_a m_b + c1)/(m_a^2 + m_b^2 + c1) and cs = (2 s_ab + c2)/(s_a^2 + s_b^2 + c2) as in `ssim`.
+
+    Args:
+      a, b: [N, H, W, C], in a range of width `peak` (2 for [-1, 1]).
+      scales: how many, 1 to 5; None is as many as fit, the coarsest being as large as a window of 11. With fewer than
+        the paper's 5 (for which an image needs 176 pixels) the first weights are taken and add up to 1 again.
+
+    Returns:
+      [N] float64, of each image the mean over channels; a channel whose mean cs is negative counts as 0.
+
+    Raises:
+      ValueError: shapes that differ, or more scales than fit.
+
+    References: Wang et al. 2003, doi:10.1109/ACSSC.2003.1292216.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    side = min(a.shape[1:3]) if a.ndim == 4 else 0
+    fit = next((n for n in range(len(MS_SSIM_WEIGHTS), 0, -1) if side >> (n - 1) >= 11), 0)
+    scales = fit if scales is None else scales
+    if not 1 <= scales <= fit:
+        raise ValueError(
+            f"ms_ssim: scales={scales} of images of {a.shape}; allowed: 1 to {fit}, 11 pixels at the coarsest"
+        )
+    weights = np.asarray(MS_SSIM_WEIGHTS[:scales]) / sum(MS_SSIM_WEIGHTS[:scales])
+    total = np.ones((len(a), a.shape[-1]))
+    for j, weight in enumerate(weights):
+        luminance, structure = _similarities("ms_ssim", a, b, peak, 1.5)
+        part = luminance * structure if j == scales - 1 else structure
+        total *= np.maximum(part.mean((1, 2)), 0.0) ** weight
+        a, b = _halved(a), _halved(b)
+    return total.mean(-1)
+
+
+def _halved(x_NHWC: np.ndarray) -> np.ndarray:
+    n, h, w, c = x_NHWC.shape
+    return x_NHWC[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def relative_error(a: np.ndarray, b: np.ndarray, order: int = 1) -> np.ndarray:
+    """|a - b|_p / |b|_p of each pair of images, p = 1 or 2: [N] float64.
+
+    Args:
+      a, b: [N, ...] of one shape; b is what is compared with. order: p.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim < 2:
+        raise ValueError(f"relative_error: images of {a.shape} and {b.shape}; allowed: two equal shapes [N, ...]")
+    if order not in (1, 2):
+        raise ValueError(f"relative_error: order={order}; allowed: 1, 2")
+    flat_a, flat_b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    return np.linalg.norm(flat_a - flat_b, order, axis=1) / np.linalg.norm(flat_b, order, axis=1)
+
+
+def _similarities(name: str, a: np.ndarray, b: np.ndarray, peak: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+    """Luminance and contrast-structure terms of SSIM at every position, without the margin of half a window."""
     from scipy.ndimage import gaussian_filter
 
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(f"ssim: images of {a.shape} and {b.shape}; allowed: two equal shapes [N, H, W, C]")
+        raise ValueError(f"{name}: images of {a.shape} and {b.shape}; allowed: two equal shapes [N, H, W, C]")
 
     def smooth(x: np.ndarray) -> np.ndarray:
         return gaussian_filter(x, (0, sigma, sigma, 0), truncate=3.5)
@@ -152,8 +329,9 @@ def ssim(a: np.ndarray, b: np.ndarray, peak: float = 2.0, sigma: float = 1.5) ->
     m_a, m_b = smooth(a), smooth(b)
     s_aa, s_bb, s_ab = smooth(a * a) - m_a**2, smooth(b * b) - m_b**2, smooth(a * b) - m_a * m_b
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
-    found = ((2 * m_a * m_b + c1) * (2 * s_ab + c2)) / ((m_a**2 + m_b**2 + c1) * (s_aa + s_bb + c2))
+    luminance = (2 * m_a * m_b + c1) / (m_a**2 + m_b**2 + c1)
+    structure = (2 * s_ab + c2) / (s_aa + s_bb + c2)
     margin = int(3.5 * sigma + 0.5)
     if min(a.shape[1:3]) > 2 * margin:
-        found = found[:, margin:-margin, margin:-margin]
-    return found.mean((1, 2, 3))
+        luminance, structure = (x[:, margin:-margin, margin:-margin] for x in (luminance, structure))
+    return luminance, structure

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.build import REGISTRIES, Run, embedded_weights, make
+from difax.catalogue import STATUSES, System, count
 from difax.conditions import labelled
 from difax.config import config_names, load_config
 from difax.contracts import Params, Trace
@@ -252,6 +253,26 @@ def listing(kind: str) -> list[tuple[str, str]]:
         return [(name, f"weights embedded in difax: {name}") for name in embedded_weights()]
     lines = [(name, _first_line(inspect.getdoc(f) or "")) for name, f in REGISTRIES[singular].items()]
     return [(n, f"{line}{_size(n)}") for n, line in lines] if kind == "models" else lines
+
+
+def format_systems(systems: Sequence[System]) -> str:
+    """The catalogue for people: a line for each system, and their numbers by category and status."""
+    columns = ("name", "year", "reference", "category", "training", "status", "composition")
+    lines = [columns, *(tuple(str(getattr(s, c) or "") for c in columns) for s in systems)]
+    numbers = {category: [*n.values(), sum(n.values())] for category, n in count(systems).items()}
+    numbers["total"] = [sum(column) for column in zip(*numbers.values(), strict=True)] or [0] * (len(STATUSES) + 1)
+    table = [("category", *STATUSES, "total"), *((category, *n) for category, n in numbers.items())]
+    return _columns(lines) + "\n\n" + _columns(table, ">")
+
+
+def _columns(rows: Sequence[Sequence[Any]], align: str = "<") -> str:
+    """Rows of equal length in columns of equal width; the first column is aligned left."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [f"{str(v):{align if i else '<'}{w}}" for i, (v, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _size(name: str) -> str:

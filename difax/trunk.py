@@ -59,6 +59,11 @@ def memory_for(spec: TrunkSpec, accelerator: Accelerator, attention: Attention, 
     return {**accelerator.init(spec, modes), "attention": remembered}
 
 
+def zeros_of(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Zeros in the place of every array that function(*arguments) would return; nothing of it is run."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *arguments))
+
+
 class Blocks(NamedTuple):
     """The blocks of a model on embedded tokens, as the trunk level of an accelerator gets them.
 
@@ -91,8 +96,7 @@ class Block(NamedTuple):
         return self.run(tokens, inner)
 
     def skip(self, tokens: Tokens, inner: State) -> tuple[Tokens, State, Report]:
-        shapes = jax.eval_shape(lambda: self.run(tokens, inner)[2])
-        return tokens, inner, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        return tokens, inner, zeros_of(lambda: self.run(tokens, inner)[2])
 
 
 class Compute(NamedTuple):
@@ -168,9 +172,9 @@ def run_trunk(
     def skip(tokens: Tokens, memory: State) -> tuple[Tokens, State, Report]:
         before = dict(emitted)
         emitted.update({name: [] for name in emitted})
-        shapes = jax.eval_shape(lambda: run(tokens, memory)[2])
+        report = zeros_of(lambda: run(tokens, memory)[2])
         emitted.update(before)  # what an abstract run emits is nobody's
-        return tokens, memory, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        return tokens, memory, report
 
     def first_input(tokens: Tokens) -> Any:
         stage = model.stages[0]
@@ -258,8 +262,7 @@ class _Fold:
                 return carry, state, None, Report(computed, jnp.zeros((depth, self.halves), jnp.float32), metric)
             if self.stage.takes:  # of the tokens' shape, as what it takes has
                 skips = jax.tree.map(lambda a: jnp.zeros((depth, *a.shape), a.dtype), carry[0])
-            nothing = jax.eval_shape(lambda: self(carry, params, state, skips, 0, depth, unroll)[3])
-            return carry, state, None, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
+            return carry, state, None, zeros_of(lambda: self(carry, params, state, skips, 0, depth, unroll)[3])
         leaves, tree = jax.tree.flatten(state)
         at = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
@@ -290,8 +293,8 @@ class _Fold:
                 index, p, skip = xs
                 if not whole:  # by index, since a slice of the stacked parameters would be copied
                     p = jax.tree.map(lambda a: at(a, index), params)
-                *carry, out, done = layer(*carry, index, p, skip)
-                return tuple(carry), (out, done)
+                along, leaves, out, done = layer(carry[0], carry[1], index, p, skip)
+                return (along, leaves), (out, done)
 
             xs = (jnp.arange(low, high), params if whole else (), skips)
             (carry, leaves), (out, done) = jax.lax.scan(body, (carry, leaves), xs, unroll=unroll)

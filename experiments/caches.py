@@ -8,7 +8,7 @@ Samples of one seed, 50 steps, guidance as the shipped configuration has it. Spe
 with the uncached sampler's, both compiled ahead of time; `realised` is the ratio of seconds over the ratio of
 operations (`difax.cost`): 1 would be a cache that costs nothing. Quality: PSNR and SSIM to the uncached images of the
 same noise; agreement with the requested label and the Frechet distance to real images are the classifier's
-(`experiments.evaluate`), beside those of the uncached images and the real-to-real control. Calibrated methods are
+(`difax.judge`), beside those of the uncached images and the real-to-real control. Calibrated methods are
 calibrated first, on other seeds; their files stay in experiments/results/caches/calibrated. Rows go to
 experiments/results/caches/LANE.jsonl; a row that is there already is not measured again.
 """
@@ -26,19 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.accel.caches.icc import icc_factors, save_factors
-from difax.build import Run, build_run, choose, load_weights
-from difax.calibrate import Sampler, calibrate, save_json, search
+from difax.build import FITS, Run, build_run, choose, load_weights, save_by_stage
+from difax.calibrate import Sampler, calibrate, fit, save_json, search
 from difax.config import load_config, override
 from difax.contracts import Params
 from difax.cost import model_cost, run_cost
 from difax.decisions import averaged, strip
 from difax.images import to_uint8
+from difax.judge import judge_samples, make_judge
 from difax.metrics import psnr, ssim
 from difax.noise import sample_keys
 from difax.report import peak_memory
 from difax.sample import initial_noise
-from experiments.evaluate import judge_samples, make_judge
 from experiments.provenance import RESULTS, append_row, provenance, read_rows
 
 CONFIG, CALIBRATION_SEED, ICC_RANK = "fmnist_dit", 1_000, 32
@@ -77,6 +76,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "dbprune": ("dbprune", {}, None),
     "adacache": ("adacache", {}, None),
     "fastcache": ("fastcache", {}, None),
+    "fastcache, fitted": ("fastcache", {}, "fastcache"),
     "fastercache": ("fastercache", {}, None),
     "toca": ("toca", {}, None),
     "duca": ("duca", {}, None),
@@ -112,7 +112,7 @@ def prepared(method: str, base: dict[str, Any], folder: pathlib.Path, params: Pa
 
 def calibrated(technique: str, base: dict[str, Any], folder: pathlib.Path, params: Params) -> pathlib.Path:
     """The file of a technique that is calibrated on the uncached run, made where it is missing."""
-    file = folder / f"{technique}.{'npz' if technique == 'icc' else 'json'}"
+    file = folder / f"{technique}.{'npz' if technique in FITS else 'json'}"
     if file.exists():
         return file
     run = build_run(base)
@@ -121,9 +121,8 @@ def calibrated(technique: str, base: dict[str, Any], folder: pathlib.Path, param
     folder.mkdir(parents=True, exist_ok=True)
     if technique == "scheduled":
         save_json(file, search(sampler, 0.4, 10, tell, rounds=6))
-    elif technique == "icc":
-        content = calibrate(technique, sampler, 20, 10, tell)
-        save_factors(file, icc_factors(params, run.model.stages, ICC_RANK, content["inputs"], content["outputs"]))
+    elif technique in FITS:
+        save_by_stage(file, fit(technique, sampler, 20, 10, tell, ICC_RANK))
     else:
         save_json(file, calibrate(technique, sampler, 20, 10, tell))
     return file

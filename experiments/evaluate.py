@@ -16,92 +16,18 @@ import json
 import os
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
-from difax.build import build_data, build_run, load_weights, make
+from difax.build import build_run, load_weights
 from difax.config import load_config, override
-from difax.contracts import Classifier, Params
-from difax.data import CLASS_NAMES, Images
+from difax.data import CLASS_NAMES
 from difax.images import to_uint8
-from difax.losses import scale_image
-from difax.metrics import FeatureScale, agreement, feature_scale, frechet_distance, normalise_features
+from difax.judge import CLASSIFIER, halves, judge_samples, make_judge
 from difax.report import draw
 from difax.train import read_run
 from experiments.provenance import provenance
-
-CLASSIFIER = "fmnist_cnn"
-SCALE_IMAGES = 10_000
-BATCH = 500
-
-
-class Judge(NamedTuple):
-    """A trained classifier, the scale of its features, and the real test images: reference, control and all."""
-
-    classifier: Classifier
-    params: Params
-    scale: FeatureScale
-    test: Images
-
-
-def make_judge(data_dir: str | None = None) -> Judge:
-    """The embedded classifier, with the scale of its features measured on the first training images."""
-    config = load_config(CLASSIFIER)
-    classifier = make("model", config["model"])
-    _, params, _ = load_weights(config, classifier)
-    train, test = (build_data(config, split, data_dir) for split in ("train", "test"))
-    _, features = examine(classifier, params, train.image[:SCALE_IMAGES])
-    return Judge(classifier, params, feature_scale(features), test)
-
-
-def examine(classifier: Classifier, params: Params, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted labels [N] and features [N, F] of uint8 images [N, H, W, C], in batches of one size."""
-
-    @jax.jit
-    def look(params, batch):
-        features = classifier.features(params, scale_image(batch))
-        return classifier.logits(params, features).argmax(-1), features
-
-    labels, features = [], []
-    for start in range(0, len(images), BATCH):
-        batch = images[start : start + BATCH]
-        padded = np.concatenate([batch, np.repeat(batch[-1:], BATCH - len(batch), axis=0)])
-        label, feature = jax.device_get(look(params, padded))
-        labels.append(label[: len(batch)])
-        features.append(feature[: len(batch)])
-    return np.concatenate(labels), np.concatenate(features)
-
-
-def halves(images: Images, n: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two disjoint sets of n images each, with n / classes of every class: reference and control.
-
-    Raises:
-      ValueError: n not a multiple of the classes, or more than half of the images of some class.
-    """
-    most = min(int(np.sum(images.label == c)) for c in range(classes)) // 2 * classes
-    if n % classes or not 0 < n <= most:
-        raise ValueError(f"--samples {n}; allowed: multiples of {classes} up to {most}")
-    rows = [np.flatnonzero(images.label == c)[: 2 * n // classes] for c in range(classes)]
-    return np.concatenate([r[::2] for r in rows]), np.concatenate([r[1::2] for r in rows])
-
-
-def judge_samples(judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """All measures of uint8 samples [n, H, W, C] that were asked to be `labels` [n], beside their controls."""
-    n, classes = len(labels), judge.classifier.classes
-    reference, control = halves(judge.test, n, classes)
-    predicted, features = examine(judge.classifier, judge.params, images)
-    real_predicted, real_features = examine(judge.classifier, judge.params, judge.test.image)
-    features, real = (normalise_features(f, judge.scale) for f in (features, real_features))
-    return {
-        "samples": n,
-        "agreement": agreement(predicted, labels)._asdict(),
-        "agreement_per_class": [agreement(predicted[labels == c], labels[labels == c]).rate for c in range(classes)],
-        "real_agreement": agreement(real_predicted, judge.test.label)._asdict(),
-        "frechet": frechet_distance(features, real[reference]),
-        "real_frechet": frechet_distance(real[control], real[reference]),
-    }
 
 
 def format_report(row: dict[str, Any], names: tuple[str, ...]) -> str:

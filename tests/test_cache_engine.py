@@ -19,7 +19,7 @@ from difax.guidance import GUIDES
 from difax.mesh import batch_sharding, data_mesh, replicated
 from difax.noise import sample_keys
 from difax.sample import initial_noise, make_rows, make_sampler
-from difax.stack import stack
+from difax.stack import stack, with_learned
 from difax.trunk import neutral, trunk_spec, unstack
 from tests.toys import QUICK, tiny_dit, tiny_skip_dit
 
@@ -387,6 +387,10 @@ def test_strip_and_summary():
             dict(threshold=0.9, warmup=7, warmup_interval=6, max_cached=1),
             "filled nothing behind its warm-up",
         ),
+        ("dbprune", dict(threshold=1e-9, warmup=2), r"filled nothing in this run; .*50 %: [\d.]+, .*threshold 1e-09"),
+        ("fastcache", dict(threshold=1e-9), r"filled nothing in this run; .*50 %: [\d.]+, .*threshold 1e-09"),
+        ("lazydit", {}, r"filled nothing in this run; .*5 %: 0.5, 50 %: 0.5, 95 %: 0.5 \(threshold 0.5\)"),
+        ("adacache", dict(codebook=((1.0, 1),)), r"filled nothing in this run; its metric .*95 %: [\d.]+$"),
         ("fora", dict(interval=2), None),
         ("none", {}, None),
     ],
@@ -402,10 +406,64 @@ def test_a_cache_that_does_nothing_is_told(name, settings, match):
         assert told and re.search(match, told)
 
 
+def percentiles(values):
+    return {f"{p} %": pytest.approx(np.percentile(values, p), rel=1e-6) for p in (5, 50, 95)}
+
+
+def test_percentiles_of_blocks_are_those_that_were_asked():
+    """Guidance from the third of eight evaluations to the sixth: elsewhere the unconditional half has zeros."""
+    p = Problem()
+    p.guide = GUIDES["interval"](0.2, 0.8)
+    _, trace = p.run(CACHES["dbprune"](threshold=0.3, first=1, warmup=1))
+    gate = jax.tree.map(np.asarray, trace.metric["block"]["blocks"])
+    guided = np.asarray(trace.halves) == 2
+    assert 0 < guided.sum() < STEPS and not gate["metric"][~guided, :, 1].any()
+    # where guidance begins everything is computed; the first block never asks, all others do from the second on
+    asked = ~np.asarray(p.rows(CACHES["dbprune"]()).fresh)
+    asked[0] = False
+    shown = [gate["metric"][i, 1:, : 1 + guided[i]].ravel() for i in np.flatnonzero(asked)]
+    assert summary(trace)["metric"] == percentiles(np.concatenate(shown))
+
+
+def test_percentiles_of_branches_are_those_of_all_samples():
+    rng = np.random.default_rng(0)
+    weights = {b: 0.05 * rng.normal(size=(4, STEPS, 16)).astype(np.float32) for b in ("attn", "mlp")}
+    p, accelerator = Problem(), CACHES["lazydit"]({"blocks": weights})
+    _, trace = p.run(accelerator, params=with_learned(p.params, accelerator))
+    scores = [np.asarray(of["metric"])[1:] for of in trace.metric["branch"]["blocks"].values()]
+    assert scores[0].shape == (STEPS - 1, 4, 2, 2)  # evaluations, layers, samples, halves
+    assert summary(trace)["metric"] == percentiles(np.concatenate([a.ravel() for a in scores]))
+
+
+def test_gates_of_two_levels_are_told_apart():
+    """What a gate around the blocks leaves out reports zeros, which are no measurement of theirs."""
+    trunk, block = CACHES["teacache"](threshold=1.0), CACHES["dbprune"](threshold=0.2, first=1, warmup=1)
+    _, trace = Problem().run(stack(trunk, block))
+    reused = np.asarray(trace.metric["trunk"]["reused"])[:, 0] == 1
+    metric = np.asarray(trace.metric["block"]["blocks"]["metric"])
+    assert 0 < reused.sum() < STEPS - 1 and not metric[reused].any()
+    want = {f"trunk {k}": v for k, v in percentiles(trace.metric["trunk"]["metric"][1:-1]).items()}
+    computed = np.flatnonzero(~reused)[1:]
+    want |= {f"block {k}": v for k, v in percentiles(metric[computed, 1:].ravel()).items()}
+    assert summary(trace)["metric"] == want
+
+
+def test_the_mean_of_a_metric_is_over_the_runs_that_asked():
+    _, trace = Problem().run(CACHES["teacache"](threshold=1.0))
+    jax.tree.map(np.testing.assert_array_equal, averaged([trace]), jax.tree.map(np.asarray, trace))
+    gate = {k: np.asarray(a) for k, a in trace.metric["trunk"].items()}
+    idle = {**gate, "metric": gate["metric"] * 0, "asked": gate["asked"] * 0}
+    other = trace._replace(metric={**trace.metric, "trunk": idle})
+    mean = averaged([trace, other])
+    asked = gate["asked"] == 1
+    assert asked.any() and np.all(mean.metric["trunk"]["asked"][asked] == 0.5)
+    np.testing.assert_array_equal(mean.metric["trunk"]["metric"][asked], gate["metric"][asked])
+    assert summary(mean)["metric"] == summary(trace)["metric"]
+
+
 def test_a_learned_accelerator_sees_its_own_layer():
     """Per-layer parameters arrive with the layer, in both layouts of the weights."""
     from difax.contracts import Done
-    from difax.stack import with_learned
 
     def branch(compute, gate, where, state, inner, row):
         update, inner = compute(inner)

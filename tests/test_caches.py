@@ -12,7 +12,7 @@ import pytest
 
 from difax import process as P
 from difax.accel.caches import CACHES
-from difax.accel.caches.icc import icc_factors
+from difax.accel.fit.icc import icc_factors
 from difax.accel.solvers import SOLVERS
 from difax.contracts import Accelerator, Row
 from difax.grids import GRIDS, make_times

@@ -15,6 +15,9 @@ from scipy.stats import chi2, norm
 
 from difax import process as P
 from difax.accel.caches import CACHES
+from difax.accel.caches.cfg_cache import bands_of
+from difax.accel.caches.motion import among
+from difax.accel.fit import fastcache as fastcache_fit
 from difax.accel.solvers import SOLVERS
 from difax.contracts import Accelerator, Done, Segments
 from difax.guidance import GUIDES
@@ -28,9 +31,7 @@ from tests.oracles import online as oracle
 from tests.test_caches import LABELS, STEPS, Problem, problem
 from tests.toys import QUICK, randomise, tanh_stack
 
-# modules whose name their factory has
-fastcache_module = importlib.import_module("difax.accel.caches.fastcache")
-fastercache_module = importlib.import_module("difax.accel.caches.fastercache")
+fastcache_module = importlib.import_module("difax.accel.caches.fastcache")  # whose name its factory has
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
@@ -285,7 +286,7 @@ def test_lazydit_by_a_plain_loop(soft):
     for b, name in enumerate(("attn", "mlp")):
         for i, layer in itertools.product(range(STEPS), range(2)):
             s = np.stack([scores[half, i, layer, name] for half in ("cond", "null")], -1)  # [samples, halves]
-            got_s = trace.metric["branch"]["blocks"][name]["score"][i, layer]
+            got_s = trace.metric["branch"]["blocks"][name]["metric"][i, layer]
             np.testing.assert_allclose(got_s, s, rtol=1e-3, atol=1e-4)
             computed[i, layer, b] = soft or i == 0 or np.any(s >= 0.5)
     rows = np.concatenate([s for (_, i, _, _), s in scores.items() if i > 0])
@@ -415,7 +416,7 @@ def test_motion_tokens_attend_among_themselves_where_they_are_rotated():
     seen: dict[str, Any] = {}
 
     def branch(compute, gate, where, state, inner, row):
-        update, inner, share = fastcache_module.among(compute, inner, index)
+        update, inner, share = among(compute, inner, index)
 
         def masked(q, k, v, segments, apply):
             keys = k.shape[1] == q.shape[1]
@@ -448,7 +449,7 @@ def test_fastcache_fits_blocks_that_are_linear():
         small = jax.tree.map(lambda a: a * 1e-3, params)  # tanh is the identity there
         rng = np.random.default_rng(4)
         batch = [(jnp.asarray(rng.normal(size=(8, 4, 8))), jnp.full(8, 0.5), jnp.ones(8))]
-        fitted = fastcache_module.fit(model, small, batch, ridge=1e-12)
+        fitted = fastcache_fit.fit(model, small, batch, ridge=1e-12)
     kernel, bias = (np.asarray(small["blocks"]["dense"][name]) for name in ("kernel", "bias"))
     np.testing.assert_allclose(fitted["blocks"]["weight"], 0.5 * kernel, rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(fitted["blocks"]["bias"], 0.25 * bias, rtol=1e-3, atol=1e-7)
@@ -462,7 +463,7 @@ def test_fitted_maps_of_fastcache_are_nearer_than_the_identity(tmp_path):
             (jnp.asarray(x * t), jnp.full(16, t), jnp.ones(16))
             for x, t in zip(noise, np.linspace(1, 0.1, 8), strict=True)
         ]
-        fitted = fastcache_module.fit(model, params, batches)
+        fitted = fastcache_fit.fit(model, params, batches)
     np.savez(tmp_path / "maps.npz", **{f"blocks.{k}": a for k, a in fitted["blocks"].items()})
     exact, _ = toy_run(CACHES["fastcache"](0.0))
     identity, _ = toy_run(CACHES["fastcache"](1e9))
@@ -571,7 +572,7 @@ def test_fastercache_scales_its_windows_with_the_run():
 def test_an_estimate_without_growth_is_the_old_difference():
     """Where both bands are added as they were, uncond = cond + (uncond - cond when it was last evaluated)."""
     difference = np.random.default_rng(6).normal(size=(2, 3, 10, 12, 4)).astype(np.float32)
-    low, high = fastercache_module.bands_of(jnp.asarray(difference))
+    low, high = bands_of(jnp.asarray(difference))
     np.testing.assert_allclose(low + high, difference, atol=1e-6)
     spectrum = np.abs(np.fft.fft2(low, axes=(2, 3))).max((0, 1, 4)) > 1e-3  # a disc of radius 2 has 13 points
     assert spectrum.sum() == 13 and spectrum[0, 2] and spectrum[8, 0] and not spectrum[2, 1]
@@ -600,7 +601,7 @@ def test_fastercache_estimates_what_is_guided(together, channels):
     np.testing.assert_allclose(output[..., :g], (off + 3 * (on - off))[..., :g], atol=1e-5)
     assert halves == 2
     output, after, _, halves = evaluate(11, state, (later, jnp.full_like(off, jnp.nan)))
-    low, high = fastercache_module.bands_of((off - on)[..., :3])
+    low, high = bands_of((off - on)[..., :3])
     estimate = later[..., :3] + 1.15 * low + high
     np.testing.assert_allclose(output[..., :g], (estimate + 3 * (later[..., :3] - estimate))[..., :g], atol=1e-5)
     np.testing.assert_array_equal(output[..., g:], later[..., g:])

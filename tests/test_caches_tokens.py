@@ -12,9 +12,9 @@ import pytest
 from difax import ops
 from difax.accel.caches import CACHES
 from difax.accel.caches import tokens as axis
-from difax.accel.caches.icc import icc_factors, save_factors
 from difax.accel.caches.planned import planned
 from difax.accel.caches.toca import clock
+from difax.accel.fit.icc import icc_factors, save_factors
 from difax.build import build_run
 from difax.conditions import random_conditions
 from difax.config import load_config

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax.build import REGISTRIES
+from difax.build import REGISTRIES, build_run
 from difax.checkpoint import save_safetensors
 from difax.cli import main, parse_labels
 from difax.config import config_names, gin_settings, load_config, override
 from difax.models.dit import dit
+from tests.toys import randomise
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = ["--config", "fmnist_smoke", "--config.steps=3", "--random-init", "--labels", "1,bag", "--no-compile-cache"]
@@ -166,6 +167,23 @@ def test_sample_table_and_cache(here, capsys):
     assert code == 0
     for row in ("steps", "evaluations", "GFLOPs", "compile seconds", "seconds per image", "peak memory"):
         assert row in table
+
+
+def test_sample_shows_the_metric_of_gates_of_single_blocks(here, capsys):
+    model = build_run(load_config("fmnist_smoke")).model
+    save_safetensors(here / "w.safetensors", randomise(jax.eval_shape(model.init, jax.random.key(0))), {"step": 0})
+    settings = ["--weights", "w.safetensors", "--cache", "dbprune", "--config.cache.warmup=1"]
+    settings += ["--config.cache.threshold=1e-9", "--trace", "a.npz"]
+    code, table, told = run(capsys, "sample", *[a for a in TINY if a != "--random-init"], *settings)
+    assert code == 0
+    (shown,) = [line for line in table.splitlines() if line.startswith("the gate's metric")]
+    with np.load("a.npz") as trace:
+        gate = {k: trace[f"metric/block/blocks/{k}"] for k in ("metric", "asked")}
+    asked = gate["metric"][gate["asked"] > 0]
+    assert asked.size and np.all(asked > 0)
+    percentiles = ", ".join(f"{p} %: {np.percentile(asked.astype(np.float64), p):.3g}" for p in (5, 50, 95))
+    assert shown.endswith(percentiles)
+    assert f"the cache dbprune filled nothing in this run; its metric where it was asked: {percentiles}" in told
 
 
 def test_sample_from_own_file(here, capsys):

@@ -11,11 +11,12 @@ import pytest
 from difax import cli
 from difax import process as P
 from difax.accel.caches import CACHES
-from difax.accel.fit import CALIBRATIONS
-from difax.accel.fit.record import record
+from difax.accel.fit import CALIBRATIONS, FITS, fastcache
+from difax.accel.fit.record import record, record_inputs
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
 from difax.accel.solvers import SOLVERS
 from difax.build import build_run
+from difax.checkpoint import save_safetensors
 from difax.config import load_config, override
 from difax.contracts import Accelerator, Done
 from difax.grids import GRIDS, make_times
@@ -23,7 +24,7 @@ from difax.guidance import GUIDES
 from difax.noise import sample_keys
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import neutral
-from tests.toys import QUICK, tiny_dit
+from tests.toys import QUICK, randomise, tiny_dit
 
 STEPS = 6
 MODEL, PARAMS = tiny_dit(depth=3)
@@ -162,6 +163,42 @@ def test_icc_magnitudes(features, recorded):
     np.testing.assert_allclose(found["outputs"]["blocks"]["mlp"]["fc2"], want, rtol=1e-5)
 
 
+def test_fastcache_maps_are_the_least_squares_of_all_that_blocks_did():
+    """By numpy, on what goes in and out of every block in a guided run, both halves, taken out as a metric."""
+
+    def block(run, where, tokens, state, inner, row):
+        out, inner, done = run(tokens, inner)
+        both = jnp.stack([tokens, out], -1)
+        return out, state, inner, done._replace(metric={**done.metric, "block": both})
+
+    want, trace = run(Accelerator(name="taps", block=block))
+    taken = trace.metric["block"]["blocks"].astype(np.float64)  # [E, L, 2 halves x B, N, D, in and out]
+    samples, trace = run(record_inputs())
+    np.testing.assert_allclose(samples, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(trace.metric["output"][0, ..., 0], inputs()[1])
+    runs = [(rows(neutral()), LABELS, trace)]
+    found = FITS["fastcache"].arrays(MODEL, PARAMS, iter(runs), rank=1)["blocks"]
+    firmer = fastcache.fit(MODEL, PARAMS, fastcache.of_runs(MODEL, runs), ridge=1e-4)["blocks"]
+    for layer in range(3):
+        h, out = (taken[:, layer, ..., k].reshape(-1, 16) for k in range(2))
+        x, added = np.append(h, np.ones((len(h), 1)), axis=1), out - h
+        assert len(x) == STEPS * 2 * len(LABELS) * 4
+        got, firm = (np.append(of["weight"][layer], of["bias"][layer][None], axis=0) for of in (found, firmer))
+        want = [ridge_regression(x, added, ridge) for ridge in (0.0, 1e-6, 1e-4)]
+        left = [np.linalg.norm(x @ w - added) / np.linalg.norm(added) for w in (*want, got)]
+        print(f"layer {layer}: of what the block adds, {left[0]:.4f} is left at best, {left[3]:.4f} here")
+        # the sums are float32, of tokens whose second moments have a condition number of 1e7 and more
+        assert left[3] == pytest.approx(left[1], rel=2e-3) and left[3] < 1.06 * left[0] < 0.5
+        np.testing.assert_allclose(firm, want[2], atol=2e-3 * np.abs(want[2]).max())
+
+
+def ridge_regression(x, y, ridge):
+    """argmin_W |x W - y|^2 + lambda |W|^2, lambda relative to the mean of the second moments."""
+    n = x.shape[1]
+    extra = np.sqrt(ridge * (x**2).sum() / n) * np.eye(n)
+    return np.linalg.lstsq(np.append(x, extra, axis=0), np.append(y, np.zeros((n, y.shape[1])), axis=0), rcond=None)[0]
+
+
 # ---------------------------------------------------------------- the search
 
 
@@ -265,6 +302,30 @@ def test_calibrate_writes_the_factors_of_icc(tmp_path, capsys):
     assert built.learned and built.learned["blocks"]["icc.fc1.a"].shape == (12, 192, 1, 8)
     other = tmp_path / "factors.json"
     assert cli.main([*command[:-1], str(other)]) == 2 and ".npz" in capsys.readouterr().err
+
+
+def test_calibrate_writes_the_maps_of_fastcache(tmp_path, capsys, monkeypatch):
+    """Which sampling then reads, with random weights of a small model."""
+    monkeypatch.chdir(tmp_path)
+    model = build_run(load_config("fmnist_smoke")).model
+    save_safetensors("w.safetensors", randomise(jax.eval_shape(model.init, jax.random.key(0))), {"step": 0})
+    small = ["--config", "fmnist_smoke", "--weights", "w.safetensors", "--labels", "0,1", "--steps", "3", "--quiet"]
+    command = ["calibrate", "--cache", "fastcache", *small, "--samples", "3", "--batch", "2", "--out", "maps.npz"]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert "maps.npz" in told and "3 samples, seed 0" in told
+    with np.load("maps.npz") as maps:
+        shapes = {name: (a.shape, a.dtype.name) for name, a in maps.items()}
+    depth, width = shapes["blocks.bias"][0]
+    assert shapes == {
+        "blocks.weight": ((depth, width, width), "float32"),
+        "blocks.bias": ((depth, width), "float32"),
+    }
+    sample = ["sample", *small, "--cache", "fastcache", "--config.cache.threshold=1e9", "--no-compile-cache", "--json"]
+    assert cli.main([*sample, "--config.cache.file=maps.npz"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["decisions"] == ["F.."] * len(table["decisions"]) and table["metric"]["50 %"] > 0
+    assert cli.main([*command[:-1], "maps.json"]) == 2 and ".npz" in capsys.readouterr().err
 
 
 def test_search_writes_a_plan_that_beats_its_starts(tmp_path, capsys):

@@ -1,11 +1,28 @@
 """Metrics against scipy, closed forms and their own properties."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from difax.data import Images
-from difax.metrics import agreement, feature_scale, frechet_distance, normalise_features, psnr, ssim
-from experiments.evaluate import halves
+from difax.judge import halves
+from difax.metrics import (
+    MS_SSIM_WEIGHTS,
+    agreement,
+    bootstrap,
+    feature_scale,
+    frechet_distance,
+    kernel_distance,
+    ms_ssim,
+    normalise_features,
+    precision_recall,
+    psnr,
+    relative_error,
+    ssim,
+)
+from tests.golden.make_scikit_image import SHAPES, pair
 
 RNG = np.random.default_rng(0)
 N, F = 400, 12
@@ -167,6 +184,103 @@ def test_psnr():
     np.testing.assert_allclose(psnr(image, image + 0.2, peak=1.0), 20 * np.log10(5))
     with pytest.raises(ValueError, match="equal shapes"):
         psnr(image, image[:1])
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "scikit_image.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_psnr_and_ssim_are_those_of_scikit_image(index):
+    a, b = pair(index)
+    np.testing.assert_allclose(psnr(a, b), GOLDEN[index]["psnr"], rtol=1e-10)
+    np.testing.assert_allclose(ssim(a[None], b[None])[0], GOLDEN[index]["ssim"], rtol=1e-10)
+
+
+def test_ms_ssim_by_its_parts():
+    """Two scales: mean(cs)^w0 mean(l cs)^w1, the second by `ssim` itself on images averaged two by two."""
+    a, b = pair(0)
+    half = [x.reshape(14, 2, 14, 2, 1).mean((1, 3)) for x in (a, b)]
+    flat = [x[None] for x in (a, b)]
+    offsets = np.arange(-5, 6)
+    window = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+    cs = []
+    for i in range(5, 23):
+        for j in range(5, 23):
+            p, q = (z[i - 5 : i + 6, j - 5 : j + 6, 0] for z in (a, b))
+            m, n = (window * p).sum(), (window * q).sum()
+            v, w = (window * p * p).sum() - m * m, (window * q * q).sum() - n * n
+            cs.append((2 * ((window * p * q).sum() - m * n) + 0.06**2) / (v + w + 0.06**2))
+    w0, w1 = np.asarray(MS_SSIM_WEIGHTS[:2]) / sum(MS_SSIM_WEIGHTS[:2])
+    want = np.mean(cs) ** w0 * ssim(half[0][None], half[1][None])[0] ** w1
+    np.testing.assert_allclose(ms_ssim(*flat), want, rtol=1e-9)
+    np.testing.assert_allclose(ms_ssim(flat[0], flat[0]), 1.0)
+    np.testing.assert_allclose(ms_ssim(*flat, scales=1), ssim(*flat))
+    with pytest.raises(ValueError, match="allowed: 1 to 2"):
+        ms_ssim(*flat, scales=3)
+
+
+def test_relative_error():
+    a, b = RNG.normal(size=(2, 3, 4, 4, 1))
+    for order in (1, 2):
+        want = [
+            (np.abs(x - y) ** order).sum() ** (1 / order) / (np.abs(y) ** order).sum() ** (1 / order)
+            for x, y in zip(a, b, strict=True)
+        ]
+        np.testing.assert_allclose(relative_error(a, b, order), want)
+    with pytest.raises(ValueError, match="allowed: 1, 2"):
+        relative_error(a, b, 3)
+
+
+def test_kernel_distance_is_the_sum_over_pairs():
+    a, b = A[:7], B[:9]
+    k = lambda x, y: (x @ y / F + 1) ** 3  # noqa: E731
+    within = lambda x: np.mean([k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])  # noqa: E731
+    want = within(a) + within(b) - 2 * np.mean([k(x, y) for x in a for y in b])
+    np.testing.assert_allclose(kernel_distance(a, b), want, rtol=1e-10)
+
+
+def test_kernel_distance_has_no_bias():
+    """Over sets of one distribution its mean is 0 within three of its standard errors, and as often below as above."""
+    rng = np.random.default_rng(1)
+    found = [kernel_distance(*rng.normal(size=(2, 20, 4))) for _ in range(400)]
+    assert abs(np.mean(found)) < 3 * np.std(found) / 20
+    assert 0.3 < np.mean(np.asarray(found) < 0) < 0.8
+
+
+def test_precision_recall_by_plain_loops():
+    rng = np.random.default_rng(2)
+    real, samples = rng.normal(size=(30, 2)), 0.5 * rng.normal(size=(30, 2)) + 0.3
+
+    def covered(points, by):
+        radius = [sorted(np.linalg.norm(c - d) for d in by)[3] for c in by]
+        return np.mean([any(np.linalg.norm(p - c) <= r for c, r in zip(by, radius, strict=True)) for p in points])
+
+    found = precision_recall(samples, real)
+    np.testing.assert_allclose(found, (covered(samples, real), covered(real, samples)))
+    assert found.precision > found.recall  # narrower than the real ones: all among them, not all of them covered
+    assert precision_recall(real + 100, real) == (0, 0) and precision_recall(real, real) == (1, 1)
+    with pytest.raises(ValueError, match="3 rows; allowed: 4 or more"):
+        precision_recall(real[:3], real)
+
+
+def test_bootstrap_interval_of_a_mean_is_the_normal_one_and_holds_the_truth():
+    rng = np.random.default_rng(3)
+    values = rng.normal(2.0, 1.0, 400)
+    found = bootstrap(values)
+    np.testing.assert_allclose(found.value, values.mean())
+    half = 1.96 * values.std() / 20
+    np.testing.assert_allclose([found.value - found.low, found.high - found.value], half, rtol=0.1)
+    hits = [f.low <= 0 <= f.high for f in (bootstrap(rng.normal(size=60), resamples=200) for _ in range(200))]
+    assert 0.88 <= np.mean(hits) <= 0.99
+    assert bootstrap(values) == found  # the same draws each time
+    assert bootstrap(np.array([np.inf, 1.0])).value == np.inf
+
+
+def test_bootstrap_of_a_distance_lies_around_it():
+    """Rows that repeat make a Frechet distance larger; the interval is moved back to the figure itself."""
+    found = bootstrap(A, lambda rows: frechet_distance(rows, B[:N]), resamples=50)
+    assert found.low < found.value < found.high
 
 
 LABELLED = Images(np.zeros((70, 2, 2, 1), np.uint8), RNG.permutation(np.repeat(np.arange(10, dtype=np.int32), 7)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.caches.fill import check_dtype, stored
-from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, Tokens, TrunkSpec, Where, no_memory
+from difax.accel.caches.probe import Probe, place, probing, unread
+from difax.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, no_memory
 from difax.trunk import Blocks
 
 # change below which the next so many evaluations make one interval; the last interval has no bound
@@ -40,14 +40,6 @@ class Clock(NamedTuple):
     residual: Tokens
     next: Any
     interval: Any
-    motion: Any
-
-
-class Probe(NamedTuple):
-    """What the measured branch added when it was last computed; its relative change [1], and its motion [1]."""
-
-    reference: Tokens
-    change: Any
     motion: Any
 
 
@@ -94,6 +86,7 @@ def adacache(
         raise ValueError("adacache: moreg=True with frames=None; give the frames of the token grid, 2 or more")
     if frames is not None and frames < 2:
         raise ValueError(f"adacache: frames={frames}; allowed: 2 or more")
+    watched = frames if moreg else None
 
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
         e = len(rows.i)
@@ -102,31 +95,15 @@ def adacache(
         low, high = WINDOWS.get(e, (round(0.1 * e), round(0.9 * e))) if window is None else window
         moving = (np.arange(1, e + 1) >= low) & (np.arange(1, e + 1) <= high)
         values = Values(force, np.tile(bounds[:-1], (e, 1)), np.tile(intervals, (e, 1)), moving)
-        return Plan(np.zeros(e, np.int32), values, (_place(stages, block, branch),), "adacache")
+        return Plan(np.zeros(e, np.int32), values, (place("adacache", stages, block, branch),), "adacache")
 
     def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
-        memory = no_memory(spec, modes)
-        if moreg and (spec.output.ndim < 5 or spec.output.shape[1] % frames or spec.hidden.shape[1] % frames):
-            raise ValueError(
-                f"adacache: moreg=True, frames={frames}; allowed: a model of videos, the frames of its token grid; "
-                f"this one has outputs {spec.output.shape[1:]} and {spec.hidden.shape[1]} tokens"
-            )
-        groups = (1 if spec.together else spec.halves,)
-        empty = partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype))
+        memory, probe = no_memory(spec, modes), unread("adacache", spec, watched)
+        groups = probe.change.shape
         kept = jax.tree.map(lambda a: jnp.zeros(a.shape, dtype or a.dtype), spec.tokens)
         memory["trunk"] = Clock(kept, jnp.zeros(groups, jnp.int32), jnp.ones(groups, jnp.int32), jnp.ones(groups))
-        memory["along"]["adacache"] = Probe(empty(spec.tokens), jnp.zeros(groups), jnp.zeros(groups))
+        memory["along"]["adacache"] = probe
         return memory
-
-    def of_branch(compute: Any, gate: Any, where: Where, state: State, inner: State, row: Row) -> Any:
-        update, inner = compute(inner)
-        residual, (stage, name, layer) = gate(update), row.plan.mode
-        if (where.stage, where.branch) == (stage, name):
-            measure = partial(_measured, frames=frames if moreg else None)
-            probe = inner["along"]["adacache"]
-            probe = jax.lax.cond(where.layer == layer, measure, lambda probe, _: probe, probe, residual)
-            inner = {**inner, "along": {**inner["along"], "adacache": probe}}
-        return residual, state, inner, Done(1.0)
 
     def trunk(blocks: Blocks, tokens: Tokens, context: Any, state: Clock, memory: State, row: Row) -> Any:
         values: Values = row.plan.values
@@ -153,27 +130,11 @@ def adacache(
 
         due = values.force | row.fresh | (row.i >= state.next[0])
         tokens, memory, report, state, d = jax.lax.cond(due, compute, filled, memory)
-        shown = {"metric": d, "interval": state.interval.astype(jnp.float32)}
-        shown = {k: jnp.repeat(a, row.plan.halves) for k, a in shown.items()}
+        shown = {"metric": d, "asked": ~jnp.isnan(d), "interval": state.interval}
+        shown = {k: jnp.repeat(a.astype(jnp.float32), row.plan.halves) for k, a in shown.items()}
         return tokens, state, memory, report._replace(metric={**report.metric, "trunk": shown})
 
-    return Accelerator(name="adacache", plan=plan, init=init, trunk=trunk, branch=of_branch)
-
-
-def _measured(probe: Probe, residual: Tokens, frames: int | None) -> Probe:
-    """The probe with this residual, its change since the last one and, for a number of frames, its motion."""
-
-    def norm(tree: Tokens) -> Any:
-        return sum(jnp.abs(a).sum() for a in jax.tree.leaves(tree))
-
-    wide = partial(jax.tree.map, lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)))
-    old, new, motion = wide(probe.reference), wide(residual), probe.motion
-    change = norm(jax.tree.map(jnp.subtract, old, new)) / norm(old)
-    if frames is not None:
-        step = new.shape[1] // frames
-        later, earlier = new[:, step:], new[:, :-step]
-        motion = jnp.full_like(motion, norm(later - earlier) / (norm(later) + norm(earlier)))
-    return Probe(residual, jnp.full_like(probe.change, change), motion)
+    return Accelerator(name="adacache", plan=plan, init=init, trunk=trunk, branch=probing("adacache", watched))
 
 
 def _codebook(codebook: str | Sequence[tuple[float, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -184,16 +145,3 @@ def _codebook(codebook: str | Sequence[tuple[float, int]]) -> tuple[np.ndarray, 
     if not len(pairs) or np.any(np.diff(bounds) <= 0) or np.any((intervals < 1) | (intervals % 1 != 0)):
         raise ValueError(f"adacache: codebook={codebook}; allowed: increasing bounds, and intervals of 1 or more")
     return bounds.astype(np.float64), intervals.astype(np.int32)
-
-
-def _place(stages: tuple[Stage, ...], block: int | None, branch: str | None) -> tuple[str, str, int]:
-    """Stage, branch and layer of the measured one."""
-    places = [(stage, layer) for stage in stages for layer in range(stage.depth)]
-    at = (len(places) - 1) // 2 if block is None else block
-    if not 0 <= at < len(places):
-        raise ValueError(f"adacache: block={block}; allowed: 0 to {len(places) - 1} in this model")
-    stage, layer = places[at]
-    name = stage.branches[0] if branch is None else branch
-    if name not in stage.branches:
-        raise ValueError(f"adacache: branch={branch!r}; allowed: {', '.join(stage.branches)} in block {at}")
-    return stage.name, name, layer

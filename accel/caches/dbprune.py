@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +12,10 @@ import numpy as np
 from difax.accel.caches.dbcache import check, forced
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.gate import ASK, REUSE, Rule, relative_change, rule
+from difax.accel.caches.tally import Tally, after, at_block, caps_reached, empty, raised
 from difax.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, Where, no_memory
 from difax.stack import indexed
 from difax.trunk import Block
-
-AVERAGED = 5  # differences that the dynamic threshold is made of: the first so many of an evaluation
 
 
 class Values(NamedTuple):
@@ -35,19 +33,6 @@ class Own(NamedTuple):
     reference: Any
     residual: Tokens
     at: Any
-
-
-class Along(NamedTuple):
-    """What the blocks hand on, [1] each: this evaluation, the last one that pruned, how many did so in a row and in
-    all; and of this evaluation: differences that were measured, the sum and the number of those averaged."""
-
-    now: Any
-    pruned: Any
-    streak: Any
-    hits: Any
-    seen: Any
-    total: Any
-    averaged: Any
 
 
 def dbprune(
@@ -117,9 +102,7 @@ def dbprune(
     def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
         memory = no_memory(spec, modes)
         groups = 1 if spec.together else spec.halves
-        whole = partial(jnp.full, (groups,), dtype=jnp.int32)
-        total = jnp.zeros((groups,), _wide(spec.hidden.dtype))
-        memory["along"]["dbprune"] = Along(whole(-1), whole(-2), whole(0), whole(0), whole(0), total, whole(0))
+        memory["along"]["dbprune"] = empty(groups, spec.hidden.dtype)
         for stage, depth in spec.depth.items():
             memory["block"][stage] = Own(
                 jnp.zeros((depth, *spec.hidden.shape), spec.hidden.dtype),
@@ -130,13 +113,11 @@ def dbprune(
 
     def block(run: Block, where: Where, tokens: Tokens, own: Own, inner: State, row: Row) -> Any:
         ask, free = row.plan.values.rule, row.plan.values.free[where.stage][where.layer]
-        along = _begun(inner["along"]["dbprune"], row.i)
+        tally: Tally = at_block(inner["along"]["dbprune"], row.i)
         d = relative_change(own.reference, run.hidden(tokens), 1)
-        limit = _threshold(ask.threshold, along, row.plan.values)
-        streak = along.streak - (along.pruned == row.i)
-        limited = (ask.most >= 0) & (along.hits >= ask.most) | (ask.streak >= 0) & (streak >= ask.streak)
+        limit = raised(tally, ask.threshold, row.plan.values.relax, row.plan.values.top)
         known = free & (own.at >= 0) & ~row.fresh
-        asked = known & (ask.force == ASK) & ~limited & (limit > 0)
+        asked = known & (ask.force == ASK) & ~caps_reached(tally, ask, row.i) & (limit > 0)
         measured = asked & (limit < ask.certain)
         prune = known & (ask.force == REUSE) | asked & (~measured | (d < limit))
 
@@ -151,40 +132,10 @@ def dbprune(
             return out, own, inner, done
 
         out, own, inner, done = jax.lax.cond(prune[0], filled, compute, inner)
-        first_here = prune & (along.pruned != row.i)
-        counts = measured & (d > 0) & (along.seen < AVERAGED)
-        along = along._replace(
-            pruned=jnp.where(prune, row.i, along.pruned),
-            streak=along.streak + first_here,
-            hits=along.hits + first_here,
-            seen=along.seen + asked,
-            total=along.total + jnp.where(counts, d, 0.0).astype(along.total.dtype),
-            averaged=along.averaged + counts,
-        )
+        tally = after(tally, row.i, d, asked, measured, prune)
         shown = {"metric": jnp.where(known, d, jnp.nan), "asked": asked, "reused": prune}
         shown = {k: jnp.repeat(a.astype(jnp.float32), row.plan.halves) for k, a in shown.items()}
-        inner = {**inner, "along": {**inner["along"], "dbprune": along}}
+        inner = {**inner, "along": {**inner["along"], "dbprune": tally}}
         return out, own, inner, done._replace(metric={**done.metric, "block": shown})
 
     return Accelerator(name="dbprune", plan=plan, init=init, block=block)
-
-
-def _begun(along: Along, now: jax.Array) -> Along:
-    """At the first block of an evaluation its own counts start anew, and a row that the last one broke is over."""
-    begins = along.now != now
-    return along._replace(
-        now=jnp.full_like(along.now, now),
-        streak=jnp.where(begins & (along.pruned != now - 1), 0, along.streak),
-        seen=jnp.where(begins, 0, along.seen),
-        total=jnp.where(begins, 0.0, along.total),
-        averaged=jnp.where(begins, 0, along.averaged),
-    )
-
-
-def _threshold(threshold: jax.Array, along: Along, values: Values) -> jax.Array:
-    relaxed = values.relax * along.total / jnp.maximum(along.averaged, 1)
-    return jnp.where(relaxed < values.top, jnp.maximum(threshold, relaxed), threshold)
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)

@@ -3,7 +3,6 @@ Value Decomposition, 2025, arXiv:2505.05829."""
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,16 +14,10 @@ from difax import ops
 from difax.accel.caches import measured
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.planned import every
-from difax.contracts import Accelerator, Done, Params, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
+from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
 from difax.cost import count
-from difax.files import replacing
 from difax.stack import indexed
 from difax.trunk import Compute
-
-Factors = dict[str, dict[str, np.ndarray]]  # {stage: {"icc.LAYER.a": [L, K, P, R], "icc.LAYER.b": [L, P, R, N/P]}}
-PARTS = {"qkv": 3, "kv": 2}  # products that one kernel holds side by side, by how the layer's name ends
-APART = ("ada", "skip")  # dense layers of a block that stand outside of its branches
-LARGEST = 1000.0  # no channel weighs less than the heaviest over this
 
 
 def icc(
@@ -42,8 +35,8 @@ def icc(
 
     Args:
       period: evaluations from one full one to the next, 1 or more (2; 1 is no cache).
-      factors: Wa and Wb of every dense layer, as `icc_factors` makes them of the model's own weights. They become
-        learned parameters (`difax.stack.with_learned`).
+      factors: Wa and Wb of every dense layer, as `difax.accel.fit.icc` makes them of the model's own weights. They
+        become learned parameters (`difax.stack.with_learned`).
       file: in place of them, an .npz that `save_factors` wrote.
       dtype: of what is remembered; None is the model's.
 
@@ -55,12 +48,10 @@ def icc(
     """
     if period < 1:
         raise ValueError(f"icc: period={period}; allowed: 1 or more")
-    if factors is not None and file is not None:
-        raise ValueError("icc: factors and file were both given; allowed: one of them")
     if period > 1 and factors is None and file is None:
         raise ValueError(f"icc: period={period} without factors or file; allowed: 1, or one of them (icc_factors)")
     check_dtype("icc", dtype)
-    given = measured.by_stage_arrays("icc", file, " that save_factors wrote") if file is not None else factors
+    given = measured.given_or_read("icc", "factors", factors, file, " that save_factors wrote")
     learned = None if given is None else {s: dict(of) for s, of in given.items()}
 
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
@@ -113,50 +104,6 @@ def icc(
     return Accelerator(name="icc", plan=plan, init=init, branch=branch, learned=learned)
 
 
-def icc_factors(
-    params: Params,
-    stages: tuple[Stage, ...],
-    rank: int = 128,
-    inputs: Mapping[str, Any] | None = None,
-    outputs: Mapping[str, Any] | None = None,
-) -> Factors:
-    """Wa, Wb of the best approximation of that rank to each dense layer of the blocks, in float64 on the host.
-
-    With channel weights u = (mean|x|)^1/2 of inputs and v = (mean|y|)^1/2 of outputs, diag(u) W diag(v) is cut to its
-    largest singular values, and divided by the weights again.
-
-    Args:
-      params: of the model, before they are quantised.
-      stages: `model.stages`.
-      rank: of each product, 1 or more; of queries, keys and values each its own.
-      inputs, outputs: {stage: {branch: {layer: mean|.| of each channel [L, channels]}}}; None weighs all alike (plain
-        SVD). `difax calibrate --cache icc` measures those of inputs.
-
-    Returns:
-      {stage: {"icc.LAYER.a": [L, K, P, R], "icc.LAYER.b": [L, P, R, N/P]}} in float32, P products in the layer.
-    """
-    if rank < 1:
-        raise ValueError(f"icc_factors: rank={rank}; allowed: 1 or more")
-    factors: Factors = {}
-    for stage in stages:
-        layers = params[stage.name]
-        if isinstance(layers, tuple):
-            layers = jax.tree.map(lambda *a: np.stack(a), *layers)
-        x, y = (_by_layer(given, stage.name) for given in (inputs, outputs))
-        factors[stage.name] = {}
-        for name, kernel in _kernels(layers).items():
-            a, b = _cut(np.asarray(kernel, np.float64), _parts(name), rank, x.get(name), y.get(name))
-            factors[stage.name] |= {f"icc.{name}.a": a.astype(np.float32), f"icc.{name}.b": b.astype(np.float32)}
-    return factors
-
-
-def save_factors(path: str | pathlib.Path, factors: Factors) -> None:
-    """Writes an .npz with one array "STAGE.NAME" for each factor, for `icc(file=...)`."""
-    arrays: dict[str, Any] = {f"{stage}.{name}": array for stage, of in factors.items() for name, array in of.items()}
-    with replacing(path) as aside, open(aside, "wb") as out:
-        np.savez(out, **arrays)
-
-
 def _check_fit(factors: Mapping[str, Mapping[str, Any]], stage: str, name: str, depth: int, k: int, n: int) -> None:
     a, b = (factors.get(stage, {}).get(f"icc.{name}.{f}") for f in ("a", "b"))
     if a is None or b is None:
@@ -166,46 +113,6 @@ def _check_fit(factors: Mapping[str, Mapping[str, Any]], stage: str, name: str, 
             f"icc: factors {a.shape} and {b.shape} for the layer {name} of {stage}; allowed: "
             f"[{depth}, {k}, products, rank] and [{depth}, products, rank, {n}/products]"
         )
-
-
-def _parts(name: str) -> int:
-    last = name.rsplit("/", 1)[-1]
-    return next((n for end, n in PARTS.items() if last.endswith(end)), 1)
-
-
-def _kernels(layers: Any, place: str = "") -> dict[str, Any]:
-    """The kernels [L, K, N] of a stage's dense layers by name."""
-    found: dict[str, Any] = {}
-    for key, value in layers.items():
-        if key == "kernel":
-            found[place] = value
-        elif isinstance(value, Mapping) and key not in APART:
-            found |= _kernels(value, f"{place}/{key}" if place else key)
-    return found
-
-
-def _by_layer(given: Mapping[str, Any] | None, stage: str) -> dict[str, Any]:
-    return {name: m for layers in (given or {}).get(stage, {}).values() for name, m in layers.items()}
-
-
-def _weights(magnitude: Any, like: tuple[int, ...]) -> np.ndarray:
-    """Of channels [..., C]: the roots of their mean magnitudes, none much smaller than the largest."""
-    if magnitude is None:
-        return np.ones(like)
-    w = np.sqrt(np.asarray(magnitude, np.float64)).reshape(like)
-    return np.maximum(w, w.max(-1, keepdims=True) / LARGEST) + 1e-6
-
-
-def _cut(kernel_LKN: np.ndarray, parts: int, rank: int, inputs: Any, outputs: Any) -> tuple[np.ndarray, np.ndarray]:
-    depth, k, n = kernel_LKN.shape
-    u_L1K1 = _weights(inputs, (depth, k))[:, None, :, None]
-    v_LP1M = _weights(outputs, (depth, parts, n // parts))[:, :, None]
-    kernel_LPKM = np.moveaxis(kernel_LKN.reshape(depth, k, parts, n // parts), 2, 1)
-    left, values, right = np.linalg.svd(u_L1K1 * kernel_LPKM * v_LP1M, full_matrices=False)
-    r = min(rank, values.shape[-1])
-    a_LPKR = left[..., :r] / u_L1K1
-    b_LPRM = values[..., :r, None] * right[..., :r, :] / v_LP1M
-    return np.moveaxis(a_LPKR, 1, 2), b_LPRM
 
 
 def _products(compute: Compute, inner: State, dense: Any) -> float:

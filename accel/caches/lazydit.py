@@ -7,7 +7,7 @@ evaluation counted from the noise.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,12 @@ from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpe
 from difax.trunk import modulated_input
 
 Weights = Mapping[str, Mapping[str, Any]]
+
+
+class Values(NamedTuple):
+    """Leaves [E]: the score from which on a branch is computed."""
+
+    threshold: Any
 
 
 def lazydit(
@@ -52,12 +58,10 @@ def lazydit(
       size cannot be, so that a batch saves less here, the fewer of its samples agree. Their steps are counted from
       the data.
     """
-    if weights is not None and file is not None:
-        raise ValueError("lazydit: weights and file were both given; allowed: one of them, or none")
     if not 0 <= threshold <= 1:
         raise ValueError(f"lazydit: threshold={threshold}; allowed: 0 to 1")
     check_dtype("lazydit", dtype)
-    given = measured.by_stage_arrays("lazydit", file) if file is not None else weights
+    given = measured.given_or_read("lazydit", "weights", weights, file)
     learned: dict[str, dict[str, Any]] | None = None
     if given is not None:
         learned = {s: {f"{b}.lazy": np.asarray(w, np.float32) for b, w in of.items()} for s, of in given.items()}
@@ -76,7 +80,7 @@ def lazydit(
                     f"lazydit: the weights of {place} have the shape {w.shape}; expected [{depths[place]}, {e}, D]: "
                     f"the model's {depths[place]} layers, the run's {e} evaluations"
                 )
-        return Plan(np.zeros(e, np.int32), np.full(e, float(threshold)), owner="lazydit")
+        return Plan(np.zeros(e, np.int32), Values(np.full(e, float(threshold))), owner="lazydit")
 
     def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
         memory = no_memory(spec, modes)
@@ -106,7 +110,7 @@ def lazydit(
                 )
             score = jax.nn.sigmoid((z_BND * w_D[None, None]).sum((1, 2)))
         known = (row.i > 0) & ~row.fresh
-        keep = jnp.zeros_like(score) if soft else (score < row.plan.values).astype(score.dtype)
+        keep = jnp.zeros_like(score) if soft else (score < row.plan.values.threshold).astype(score.dtype)
         keep = jnp.where(known, 1 - score if soft else keep, 0.0)  # the share of the held output, of each row
 
         def computed(inner: State) -> Any:
@@ -122,7 +126,8 @@ def lazydit(
         update, held, inner = jax.lax.cond(lazy, filled, computed, inner)
         halves = row.plan.halves
         shown = score.astype(jnp.float32).reshape(halves, -1).T  # [samples, halves]
-        return gate(update), held, inner, Done(1.0 - lazy.astype(jnp.float32), {"score": shown})
+        asked = jnp.full_like(shown, known)
+        return gate(update), held, inner, Done(1.0 - lazy.astype(jnp.float32), {"metric": shown, "asked": asked})
 
     return Accelerator(name="lazydit", plan=plan, init=init, branch=branch, learned=learned)
 

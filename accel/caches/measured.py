@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from difax.contracts import Stage
+from difax.files import replacing
 
 
 def load(technique: str, file: str) -> Any:
@@ -74,6 +75,26 @@ def by_stage_arrays(technique: str, file: str, wrote: str = "") -> dict[str, dic
             stage, _, name = key.partition(".")
             found.setdefault(stage, {})[name] = array
     return found
+
+
+def given_or_read(
+    technique: str, name: str, given: Any, file: str | None, wrote: str = ""
+) -> Mapping[str, Mapping[str, Any]] | None:
+    """{stage: {name: array}} as it was given, or as `by_stage_arrays` reads it; None where neither was.
+
+    Raises:
+      ValueError: both were given, or as `by_stage_arrays`.
+    """
+    if given is not None and file is not None:
+        raise ValueError(f"{technique}: {name} and file were both given; allowed: one of them")
+    return given if file is None else by_stage_arrays(technique, file, wrote)
+
+
+def save_by_stage(path: str | pathlib.Path, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Writes the .npz that `by_stage_arrays` reads, in float32."""
+    flat: dict[str, Any] = {f"{stage}.{n}": np.float32(a) for stage, of in arrays.items() for n, a in of.items()}
+    with replacing(path) as aside, open(aside, "wb") as out:
+        np.savez(out, **flat)
 
 
 def same_length(technique: str, steps: int, evaluations: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +15,7 @@ from difax.accel.caches.fill import Fill, check_dtype, hold, mix, stored
 from difax.accel.caches.planned import ring_plan
 from difax.contracts import Accelerator, Plan, Row, Stage, State, TrunkSpec, no_memory
 from difax.stack import indexed
+from difax.trunk import zeros_of
 
 
 def planned_output(
@@ -68,10 +68,10 @@ def planned_output(
                 slot = doing[1]
                 ring = (*ring[:slot], stored(value, ring[slot].dtype.name), *ring[slot + 1 :])
             return value, ring, memory, report, 1.0
-        like, _, nothing = jax.eval_shape(run, memory)
+        like, nothing = zeros_of(lambda: run(memory)[::2])
         filled = mix(ring[:1], None, like) if fill.weights is None else mix(ring, numbers["weights"][: len(ring)], like)
         if doing == "fill":
-            return filled, ring, memory, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing), 0.0
+            return filled, ring, memory, nothing, 0.0
         value, memory, report = run(memory)
         share = numbers["share"].astype(value.dtype)
         return share * value + (1 - share) * filled, ring, memory, report, 1.0

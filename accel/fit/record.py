@@ -1,4 +1,4 @@
-"""An accelerator that computes everything and hands out how features change from one evaluation to the next."""
+"""Accelerators that compute everything and hand out what calibrations are made of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difax.contracts import Accelerator, Done, Row, State, TrunkSpec, Where, no_memory
+from difax.contracts import Accelerator, Done, Guide, Row, State, TrunkSpec, Where, no_memory
 from difax.trunk import Blocks
 
 
@@ -84,6 +84,19 @@ def record(kmax: int = 1, *, branches: bool = True, dense: bool = False) -> Acce
     return Accelerator(
         name="record", init=init, output=output, trunk=trunk, branch=branch if branches else None
     )  # its plan is the neutral one
+
+
+def record_inputs() -> Accelerator:
+    """Hands out what the network is given at each evaluation, x [B, ..., 1], as the trace's metric of the output."""
+
+    def guide(inner: Guide) -> Guide:
+        def apply(denoise: Any, x: jax.Array, *arguments: Any) -> Any:
+            output, state, memory, trace = inner.apply(denoise, x, *arguments)
+            return output, state, memory, trace._replace(metric={**trace.metric, "output": x[..., None]})
+
+        return inner._replace(apply=apply)
+
+    return Accelerator(name="record_inputs", guide=guide)
 
 
 def known(values: jax.Array, row: Row, distance: int) -> jax.Array:

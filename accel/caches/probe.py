@@ -1,0 +1,93 @@
+"""A probe on one branch of one block: how much what it adds has changed since it was last computed, and its motion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from difax.contracts import Done, Row, Stage, State, Tokens, TrunkSpec, Where
+
+
+class Probe(NamedTuple):
+    """What the branch added when it was last computed; its relative change [G], and its motion [G]."""
+
+    reference: Tokens
+    change: Any
+    motion: Any
+
+
+def unread(name: str, spec: TrunkSpec, frames: int | None) -> Probe:
+    """The probe before the first evaluation.
+
+    Raises:
+      ValueError: motion is measured between frames that the model does not have.
+    """
+    if frames is not None and (spec.output.ndim < 5 or spec.output.shape[1] % frames or spec.hidden.shape[1] % frames):
+        raise ValueError(
+            f"{name}: frames={frames}; allowed: a model of videos, the frames of its token grid; this one has outputs "
+            f"{spec.output.shape[1:]} and {spec.hidden.shape[1]} tokens"
+        )
+    groups = 1 if spec.together else spec.halves
+    reference = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), spec.tokens)
+    return Probe(reference, jnp.zeros(groups), jnp.zeros(groups))
+
+
+def place(name: str, stages: tuple[Stage, ...], block: int | None, branch: str | None) -> tuple[str, str, int]:
+    """Stage, branch and layer of the one that is measured, which is the mode of a plan.
+
+    Args:
+      name: of the technique. block: counted over all stages; None is the middle one. branch: None is the first.
+
+    Raises:
+      ValueError: a block or branch that the model does not have.
+    """
+    places = [(stage, layer) for stage in stages for layer in range(stage.depth)]
+    at = (len(places) - 1) // 2 if block is None else block
+    if not 0 <= at < len(places):
+        raise ValueError(f"{name}: block={block}; allowed: 0 to {len(places) - 1} in this model")
+    stage, layer = places[at]
+    found = stage.branches[0] if branch is None else branch
+    if found not in stage.branches:
+        raise ValueError(f"{name}: branch={branch!r}; allowed: {', '.join(stage.branches)} in block {at}")
+    return stage.name, found, layer
+
+
+def probing(name: str, frames: int | None) -> Callable[..., Any]:
+    """The level `branch` of an accelerator that computes all branches, and reads the probe `along[name]` at the place
+    that is the plan's mode.
+
+    Args:
+      frames: of the token grid, between which motion is measured; None measures none.
+    """
+
+    def branch(compute: Any, gate: Any, where: Where, state: State, inner: State, row: Row) -> Any:
+        update, inner = compute(inner)
+        residual, (stage, measured, layer) = gate(update), row.plan.mode
+        if (where.stage, where.branch) == (stage, measured):
+            read = partial(_read, frames=frames)
+            probe = inner["along"][name]
+            probe = jax.lax.cond(where.layer == layer, read, lambda probe, _: probe, probe, residual)
+            inner = {**inner, "along": {**inner["along"], name: probe}}
+        return residual, state, inner, Done(1.0)
+
+    return branch
+
+
+def _read(probe: Probe, residual: Tokens, frames: int | None) -> Probe:
+    """|r' - r|_1 / |r'|_1 of the residuals r' before and r now, and the same between the frames of r."""
+
+    def norm(tree: Tokens) -> Any:
+        return sum(jnp.abs(a).sum() for a in jax.tree.leaves(tree))
+
+    wide = partial(jax.tree.map, lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)))
+    old, new, motion = wide(probe.reference), wide(residual), probe.motion
+    change = norm(jax.tree.map(jnp.subtract, old, new)) / norm(old)
+    if frames is not None:
+        step = new.shape[1] // frames
+        later, earlier = new[:, step:], new[:, :-step]
+        motion = jnp.full_like(motion, norm(later - earlier) / (norm(later) + norm(earlier)))
+    return Probe(residual, jnp.full_like(probe.change, change), motion)

@@ -1,0 +1,144 @@
+"""The judge of samples: a trained classifier, its feature space, and real images that are measured in the same way.
+
+Distances and shares are taken between sets of equal size and equal classes: samples against a reference of real test
+images, and other real test images against the same reference, which is what a perfect sampler would score (the
+control). Features are standardised by those of 10,000 training images.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from difax.build import build_data, load_weights, make
+from difax.config import load_config
+from difax.contracts import Classifier, Params
+from difax.data import Images
+from difax.losses import scale_image
+from difax.metrics import (
+    FeatureScale,
+    agreement,
+    bootstrap,
+    feature_scale,
+    frechet_distance,
+    kernel_distance,
+    normalise_features,
+    precision_recall,
+)
+
+CLASSIFIER = "fmnist_cnn"
+SCALE_IMAGES = 10_000
+BATCH = 500
+RESAMPLES = 200
+
+
+class Judge(NamedTuple):
+    """A trained classifier, the scale of its features, and the real test images with what it says of them."""
+
+    classifier: Classifier
+    params: Params
+    scale: FeatureScale
+    test: Images
+    predicted: np.ndarray  # of the test images
+    features: np.ndarray  # of the test images, standardised
+
+    @property
+    def width(self) -> int:
+        """Features that are compared."""
+        return self.features.shape[1]
+
+
+def make_judge(data_dir: str | None = None) -> Judge:
+    """The embedded classifier, with the scale of its features measured on the first training images.
+
+    Raises:
+      FileNotFoundError: the data set's files are not there.
+    """
+    config = load_config(CLASSIFIER)
+    classifier = make("model", config["model"])
+    _, params, _ = load_weights(config, classifier)
+    train, test = (build_data(config, split, data_dir) for split in ("train", "test"))
+    scale = feature_scale(examine(classifier, params, train.image[:SCALE_IMAGES])[1])
+    predicted, features = examine(classifier, params, test.image)
+    return Judge(classifier, params, scale, test, predicted, normalise_features(features, scale))
+
+
+def examine(classifier: Classifier, params: Params, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted labels [N] and features [N, F] of uint8 images [N, H, W, C], in batches of one size."""
+
+    @jax.jit
+    def look(params, batch):
+        features = classifier.features(params, scale_image(batch))
+        return classifier.logits(params, features).argmax(-1), features
+
+    labels, features = [], []
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH]
+        padded = np.concatenate([batch, np.repeat(batch[-1:], BATCH - len(batch), axis=0)])
+        label, feature = jax.device_get(look(params, padded))
+        labels.append(label[: len(batch)])
+        features.append(feature[: len(batch)])
+    return np.concatenate(labels), np.concatenate(features)
+
+
+def halves(images: Images, n: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two disjoint sets of n images each, with n / classes of every class: reference and control.
+
+    Raises:
+      ValueError: n not a multiple of the classes, or more than half of the images of some class.
+    """
+    most = min(int(np.sum(images.label == c)) for c in range(classes)) // 2 * classes
+    if n % classes or not 0 < n <= most:
+        raise ValueError(f"--samples {n}; allowed: multiples of {classes} up to {most}")
+    rows = [np.flatnonzero(images.label == c)[: 2 * n // classes] for c in range(classes)]
+    return np.concatenate([r[::2] for r in rows]), np.concatenate([r[1::2] for r in rows])
+
+
+def judge_samples(judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """All measures of uint8 samples [n, H, W, C] that were asked to be `labels` [n], beside their controls."""
+    n, classes = len(labels), judge.classifier.classes
+    reference, control = halves(judge.test, n, classes)
+    predicted, features = examine(judge.classifier, judge.params, images)
+    features, real = normalise_features(features, judge.scale), judge.features
+    return {
+        "samples": n,
+        "agreement": agreement(predicted, labels)._asdict(),
+        "agreement_per_class": [agreement(predicted[labels == c], labels[labels == c]).rate for c in range(classes)],
+        "real_agreement": agreement(judge.predicted, judge.test.label)._asdict(),
+        "frechet": frechet_distance(features, real[reference]),
+        "real_frechet": frechet_distance(real[control], real[reference]),
+    }
+
+
+def compared(judge: Judge, images: np.ndarray | None, labels: np.ndarray) -> dict[str, Any]:
+    """Figures of a set of samples with their bootstrap intervals.
+
+    Args:
+      images: uint8 [n, H, W, C]; None is the control, as many real images of the same classes.
+      labels: [n], that were asked for, in equal parts.
+
+    Returns:
+      {"agreement", "frechet", "kernel", "precision", "recall"}: [value, low, high] each; frechet is None for fewer than
+      two samples per feature.
+    """
+    reference, control = halves(judge.test, len(labels), judge.classifier.classes)
+    if images is None:
+        right, features = judge.predicted[control] == judge.test.label[control], judge.features[control]
+    else:
+        predicted, features = examine(judge.classifier, judge.params, images)
+        right, features = predicted == labels, normalise_features(features, judge.scale)
+    real = judge.features[reference]
+    share = agreement(right, np.ones(len(right), bool))
+    found: dict[str, Any] = {"agreement": [share.rate, share.low, share.high], "frechet": None}
+    figures = {
+        "frechet": lambda f: frechet_distance(f, real),
+        "kernel": lambda f: kernel_distance(f, real),
+        "precision": lambda f: precision_recall(f, real).precision,
+        "recall": lambda f: precision_recall(f, real).recall,
+    }
+    for name, figure in figures.items():
+        if name != "frechet" or len(features) >= 2 * judge.width:
+            found[name] = list(bootstrap(features, figure, RESAMPLES))
+    return found

@@ -1,0 +1,446 @@
+"""`difax pareto`: every method on the same work, in one resumable sweep, with what is dominated and what is not.
+
+All methods draw the same images: sample i has noise i and label i of the run's. Each batch of a method is timed, in
+turns with the unaccelerated sampler, both compiled ahead of time; what is drawn is compared with the unaccelerated
+images of the same noise and, where the data set is there, judged against real ones. A row of JSON is appended as soon
+as a method is measured, so that a sweep that is killed goes on where it stopped.
+
+Methods whose programs are the same text share a compilation: a sweep of thresholds compiles once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.build import FITS, Run, build_run, load_weights, save_by_stage
+from difax.calibrate import Sampler, calibrate, fit, save_json, search
+from difax.config import override
+from difax.contracts import Params, Trace
+from difax.cost import model_cost, run_cost
+from difax.decisions import averaged, strip
+from difax.files import replacing
+from difax.images import to_uint8
+from difax.judge import Judge, compared
+from difax.methods import Method
+from difax.metrics import bootstrap, ms_ssim, psnr, relative_error, ssim
+from difax.noise import sample_keys
+from difax.report import device_name, peak_memory
+from difax.sample import initial_noise
+
+BASELINE, CONTROL = "baseline", "real images"
+CALIBRATION_SEED, CALIBRATION_SAMPLES = 1_000_000, 20
+# name -> is more of it better
+QUALITIES = {
+    "psnr": True,
+    "ssim": True,
+    "ms_ssim": True,
+    "relative_l1": False,
+    "relative_l2": False,
+    "agreement": True,
+    "frechet": False,
+    "kernel": False,
+    "precision": True,
+    "recall": True,
+}
+PSNR_LIMIT = 100.0  # what equal images count as: the mean of an infinity says nothing
+Tell = Callable[[str], None]
+
+
+class Options(NamedTuple):
+    """seeds: images of each method; batch: at a time; turns: batches that are timed; seed: of the first image;
+    budget: minutes after which no more methods are begun, or None."""
+
+    seeds: int = 64
+    batch: int = 16
+    turns: int = 3
+    seed: int = 0
+    budget: float | None = None
+
+
+class Program:
+    """One sampler compiled ahead of time, and its draws."""
+
+    def __init__(self, run: Run, params: Params, options: Options, compiled: dict[str, Any]):
+        self.run, self.options = run, options
+        self.params = jax.block_until_ready(run.prepare(params))
+        self.rows, self.scale = jax.tree.map(jnp.asarray, run.rows), jnp.float32(run.scale)
+        start = time.perf_counter()
+        lowered = run.sampler().lower(self.params, *self.inputs(0), self.rows, self.scale)
+        text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        self.shared = text in compiled
+        if not self.shared:
+            compiled[text] = lowered.compile()
+        self.compiled = compiled[text]
+        self.compile_seconds = time.perf_counter() - start
+
+    def inputs(self, index: int) -> tuple[jax.Array, jax.Array, Any]:
+        """Noise, keys and labels of a batch; the last one is filled up with samples that are not counted."""
+        first = index * self.options.batch
+        keys = sample_keys(self.options.seed, self.options.batch, first)
+        labels = jnp.arange(first, first + self.options.batch, dtype=jnp.int32) % self.run.model.classes
+        return initial_noise(self.run.process, keys, self.run.model.input_shape), keys, labels
+
+    def draw(self, index: int) -> tuple[np.ndarray, Trace, float]:
+        x, keys, labels = jax.block_until_ready(self.inputs(index))
+        start = time.perf_counter()
+        samples, trace = jax.block_until_ready(self.compiled(self.params, x, keys, labels, self.rows, self.scale))
+        seconds = time.perf_counter() - start
+        return np.asarray(samples), jax.tree.map(np.asarray, trace), seconds
+
+
+class Sweep:
+    """A folder of measurements of one configuration."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        options: Options,
+        out: pathlib.Path,
+        judge: Judge | None = None,
+        tell: Tell = lambda text: None,
+    ):
+        """name: of the configuration, for the commands; config: as `difax.config.load_config` reads it."""
+        self.name, self.config, self.options, self.out, self.judge, self.tell = (
+            name,
+            dict(config),
+            options,
+            out,
+            judge,
+            tell,
+        )
+        run = build_run(config)
+        if not run.model.classes:
+            raise ValueError(f"difax pareto: {run.model.name} takes no labels; allowed: a model that does")
+        model, self.params, self.weights = load_weights(config, run.model)
+        self.run = run._replace(model=model)
+        if judge is not None and judge.classifier.input_shape != model.input_shape:
+            raise ValueError(
+                f"{model.name} draws {model.input_shape}; the judge knows {judge.classifier.input_shape} (--no-judge)"
+            )
+        self.compiled: dict[str, Any] = {}
+        self.baseline: Program | None = None
+        self.wanted: np.ndarray | None = None
+        out.mkdir(parents=True, exist_ok=True)
+        self._claim()
+
+    def _claim(self) -> None:
+        """Writes what the folder is of, or checks that it is the same."""
+        here = {
+            "config": _plain(self.config),
+            "seeds": self.options.seeds,
+            "batch": self.options.batch,
+            "seed": self.options.seed,
+            "device": device_name(),
+            "jax": jax.__version__,
+            "judged": self.judge is not None,
+        }
+        path = self.out / "sweep.json"
+        if not path.exists():
+            with replacing(path) as aside:
+                pathlib.Path(aside).write_text(json.dumps(here, indent=1) + "\n")
+            return
+        there = json.loads(path.read_text())
+        other = [k for k in here if there.get(k) != here[k]]
+        if other:
+            differences = "; ".join(f"{k}: {there.get(k)} there, {here[k]} here" for k in other if k != "config")
+            raise ValueError(
+                f"{self.out} holds another sweep ({differences or 'another configuration'}); allowed: the same one, or "
+                "another --out"
+            )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What is measured; a line that a killed process left half-written is dropped."""
+        return read_rows(self.out / "rows.jsonl")
+
+    def measure(self, methods: Mapping[str, Method]) -> list[dict[str, Any]]:
+        """Measures what the folder does not have yet: baseline, control and methods. Returns all rows."""
+        todo = {BASELINE: Method("baseline", {}), **methods}
+        there = {row["method"]: row["settings"] for row in self.rows()}
+        for name, settings in there.items():
+            if name in todo and settings != _plain(todo[name].settings):
+                raise ValueError(f"{self.out} has {name!r} with other settings, {settings}; allowed: another --out")
+        left = {n: m for n, m in todo.items() if n not in there}
+        start = time.monotonic()
+        if self.judge is not None and CONTROL not in there:
+            self._append({"method": CONTROL, "family": "control", "settings": {}, "quality": self._control()})
+        for done, (name, method) in enumerate(left.items()):
+            spent = (time.monotonic() - start) / 60
+            if self.options.budget is not None and spent > self.options.budget and name != BASELINE:
+                self.tell(
+                    f"the budget of {self.options.budget:g} minutes is spent; {len(left) - done} methods are left"
+                )
+                break
+            row = self._row(name, method)
+            self._append(row)
+            spent = (time.monotonic() - start) / 60
+            minutes = spent / (done + 1) * (len(left) - done - 1)
+            self.tell(f"[{done + 1}/{len(left)}] {line(row)}; about {minutes:.0f} min left")
+        return self.rows()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with open(self.out / "rows.jsonl", "a") as file:
+            file.write(json.dumps(_finite(row)) + "\n")
+
+    def _row(self, name: str, method: Method) -> dict[str, Any]:
+        about = {
+            "method": name,
+            "family": method.family,
+            "settings": _plain(method.settings),
+            "calibrated": method.calibrated,
+            "command": self._command(method),
+        }
+        try:
+            settings = list(method.settings.items())
+            if method.calibrated:
+                settings.append(("cache.file", str(self._calibrated(method.calibrated))))
+            config = override(self.config, settings)
+            run = build_run(config, None if "model.dtype" in method.settings else self.run.model)
+            program = Program(run, self.params, self.options, self.compiled)
+        except (ValueError, NotImplementedError) as error:
+            return {**about, "refused": " ".join(str(error).split())}
+        if name == BASELINE:
+            self.baseline = program
+        measured = self._measured(name, program)
+        return {**about, **measured, "device": device_name(), "jax": jax.__version__, "date": _now()}
+
+    def _baseline(self) -> Program:
+        if self.baseline is None:
+            self.baseline = Program(self.run, self.params, self.options, self.compiled)
+        return self.baseline
+
+    def _measured(self, name: str, program: Program) -> dict[str, Any]:
+        plain, options = self._baseline(), self.options
+        batches = -(-options.seeds // options.batch)
+        wanted = self._wanted(plain, batches)
+        images, traces, turns = [], [], []
+        program.draw(0)  # the first run touches its memory
+        for index in range(max(batches, options.turns)):
+            samples, trace, seconds = program.draw(index % batches)
+            if index < options.turns:
+                turns.append((seconds, plain.draw(index % batches)[2]))
+            if index < batches:
+                images.append(samples)
+                traces.append(trace)
+        together = np.concatenate(images)[: options.seeds]
+        trace = averaged(traces)
+        cost = run_cost(model_cost(program.run.model, program.params, program.run.attention), trace)
+        evaluations = len(plain.run.rows.i) * plain.run.guide.halves
+        uncached = model_cost(plain.run.model, plain.params, plain.run.attention).evaluation * evaluations
+        ratio = statistics.median(b / a for a, b in turns)
+        self._save_images(name, together)
+        return {
+            "evaluations": len(program.run.rows.i),
+            "cost": {"gflops_per_image": cost / 1e9, "ratio": uncached / cost},
+            "speed": {
+                "seconds_per_image": statistics.median(a for a, _ in turns) / options.batch,
+                "baseline_seconds_per_image": statistics.median(b for _, b in turns) / options.batch,
+                "ratio": ratio,
+                "turns": [b / a for a, b in turns],
+                "realised": ratio * cost / uncached,
+                "compile_seconds": program.compile_seconds,
+                "shared_compilation": program.shared,
+                "peak_memory_mib": peak_memory(program.compiled) / 2**20,
+            },
+            "quality": self._quality(together, wanted),
+            "decisions": decisions(trace),
+        }
+
+    def _wanted(self, plain: Program, batches: int) -> np.ndarray:
+        if self.wanted is None:
+            plain.draw(0)
+            self.wanted = np.concatenate([plain.draw(i)[0] for i in range(batches)])[: self.options.seeds]
+        return self.wanted
+
+    def _labels(self) -> np.ndarray:
+        return np.arange(self.options.seeds) % self.run.model.classes
+
+    def _quality(self, images: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
+        each = {
+            "psnr": np.asarray([min(psnr(a, b), PSNR_LIMIT) for a, b in zip(images, wanted, strict=True)]),
+            "ssim": ssim(images, wanted),
+            "ms_ssim": ms_ssim(images, wanted),
+            "relative_l1": relative_error(images, wanted, 1),
+            "relative_l2": relative_error(images, wanted, 2),
+        }
+        found: dict[str, Any] = {name: list(bootstrap(values)) for name, values in each.items()}
+        if self.judge is not None:
+            found |= compared(self.judge, to_uint8(images), self._labels())
+        return found
+
+    def _control(self) -> dict[str, Any]:
+        assert self.judge is not None
+        return compared(self.judge, None, self._labels())
+
+    def _save_images(self, name: str, images: np.ndarray) -> None:
+        folder = self.out / "images"
+        folder.mkdir(exist_ok=True)
+        with replacing(folder / f"{slug(name)}.npz") as aside, open(aside, "wb") as file:
+            np.savez_compressed(file, images=to_uint8(images))
+
+    def _calibrated(self, technique: str) -> pathlib.Path:
+        """The file of a technique, calibrated on other seeds if the folder does not have it."""
+        path = self._file(technique)
+        if path.exists():
+            return path
+        path.parent.mkdir(exist_ok=True)
+        self.tell(f"calibrating {technique}")
+        sampler = Sampler(self.run, self.run.prepare(self.params), np.arange(self.run.model.classes), CALIBRATION_SEED)
+        quiet: Tell = lambda text: None  # noqa: E731
+        if technique == "scheduled":
+            save_json(path, search(sampler, 0.4, 10, quiet, rounds=6))
+        elif technique in FITS:
+            save_by_stage(path, fit(technique, sampler, CALIBRATION_SAMPLES, 10, quiet))
+        else:
+            save_json(path, calibrate(technique, sampler, CALIBRATION_SAMPLES, 10, quiet))
+        return path
+
+    def _command(self, method: Method) -> str:
+        flags = [f"--config.{k}={_flag(v)}" for k, v in method.settings.items()]
+        if method.calibrated:
+            flags.append(f"--config.cache.file={self._file(method.calibrated)}")
+        return " ".join(["difax sample", f"--config {self.name}", *flags, f"--seed {self.options.seed}"])
+
+    def _file(self, technique: str) -> pathlib.Path:
+        return self.out / "calibrated" / f"{technique}.{'npz' if technique in FITS else 'json'}"
+
+
+def decisions(trace: Trace) -> dict[str, Any]:
+    """What was computed, as a strip for each half and as a share for each evaluation and block, in hundredths."""
+    halves = next(iter(trace.computed.values())).shape[-1]
+    blocks = np.concatenate([np.asarray(c, np.float64).mean((2, 3)) for c in trace.computed.values()], axis=1)
+    return {
+        "strips": [strip(trace, half) for half in range(halves)],
+        "blocks": np.round(100 * blocks).astype(int).tolist(),
+        "computed_fraction": float(np.mean(blocks)),
+    }
+
+
+def frontier(rows: list[dict[str, Any]], quality: str = "psnr", cost: str = "seconds") -> list[dict[str, Any]]:
+    """The measured rows, each with `dominated_by`: a method that is at least as good and as fast, and better in one.
+
+    Args:
+      quality: one of `QUALITIES`.
+      cost: "seconds" or "flops", by ratio to the baseline.
+    """
+    sign = 1.0 if QUALITIES[quality] else -1.0
+    measured = [r for r in rows if "speed" in r and r["quality"].get(quality)]
+    points = [
+        (sign * r["quality"][quality][0], r["speed"]["ratio"] if cost == "seconds" else r["cost"]["ratio"])
+        for r in measured
+    ]
+    found = []
+    for row, (good, fast) in zip(measured, points, strict=True):
+        better = [
+            (other_fast, other["method"])
+            for other, (other_good, other_fast) in zip(measured, points, strict=True)
+            if other_good >= good and other_fast >= fast and (other_good > good or other_fast > fast)
+        ]
+        found.append({**row, "dominated_by": max(better)[1] if better else None})
+    return found
+
+
+def table(rows: list[dict[str, Any]], quality: str = "psnr") -> str:
+    """The measured methods as a Markdown table, the fastest first; the frontier's in bold."""
+    shown = [q for q in ("psnr", "ssim", "agreement", "frechet", "kernel") if any(_figure(r, q) for r in rows)]
+    if quality not in shown:
+        shown.append(quality)
+    names = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "frechet": "Frechet"}
+    head = [
+        "method",
+        "FLOPs",
+        "seconds",
+        "realised",
+        *(names.get(q, q.replace("_", " ")) for q in shown),
+        "dominated by",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in sorted(frontier(rows, quality), key=lambda r: -r["speed"]["ratio"]):
+        best = row["dominated_by"] is None
+        cells = [
+            f"**{row['method']}**" if best else row["method"],
+            f"x{row['cost']['ratio']:.2f}",
+            f"x{row['speed']['ratio']:.2f}",
+            f"{row['speed']['realised']:.2f}",
+            *(_figure(row, q) for q in shown),
+            row["dominated_by"] or "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for row in rows:
+        if row["method"] == CONTROL:
+            cells = [f"_{CONTROL}_", "", "", "", *(_figure(row, q) for q in shown), ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _figure(row: dict[str, Any], quality: str) -> str:
+    found = row.get("quality", {}).get(quality)
+    if not found:
+        return ""
+    digits = 1 if quality == "psnr" else 2 if quality == "frechet" else 3
+    value, low, high = (f"{x:.{digits}f}" for x in found)
+    return value if row["method"] == BASELINE and quality in ("psnr", "ssim", "ms_ssim") else f"{value} [{low}, {high}]"
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; [] where there is none, and without a last line that was cut off."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        with replacing(path) as aside:
+            pathlib.Path(aside).write_text("".join(lines))
+    return [json.loads(text) for text in lines]
+
+
+def line(row: dict[str, Any]) -> str:
+    """One measurement for people."""
+    if "refused" in row:
+        return f"{row['method']}: not for this model ({row['refused'][:90]})"
+    speed, found = row["speed"], row["quality"]
+    return (
+        f"{row['method']}: FLOPs x{row['cost']['ratio']:.2f}, seconds x{speed['ratio']:.2f}, "
+        f"PSNR {found['psnr'][0]:.1f}, SSIM {found['ssim'][0]:.3f}"
+    )
+
+
+def slug(name: str) -> str:
+    """A method's name as that of a file."""
+    kept = "".join(c if c.isalnum() else "_" for c in name)
+    return f"{kept[:60]}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def _finite(value: Any) -> Any:
+    """Without the infinities and nans that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+def _flag(value: Any) -> str:
+    text = str(value).replace(" ", "")
+    return f"'{text}'" if any(c in text for c in "()[]{}") else text
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

@@ -1,0 +1,359 @@
+"""The catalogue is true: every factory has its line, every line names what there is; and what no other file checks."""
+
+import ast
+import functools
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from difax.accel.caches import CACHES
+from difax.build import REGISTRIES
+from difax.catalogue import CATEGORIES, HERE, NOT_SYSTEMS, STATUSES, System, check, count, select, systems
+from difax.cli import LISTS, main
+from difax.contracts import Accelerator
+from tests.oracles.online import Network, modulated
+from tests.test_caches import Problem, problem
+from tests.test_caches_online import by_ddim, pieces
+from tests.test_caches_plans import computed, text
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CATALOGUE = systems()
+GROUPS = {"processes": "process", "losses": "loss"} | {
+    group: group.removesuffix("s") for group in ("models", "solvers", "grids", "guides", "caches", "attends", "quants")
+}
+FACTORIES = {group: list(REGISTRIES[kind]) for group, kind in GROUPS.items()}
+
+
+@functools.cache
+def functions_of(file: str) -> set[str]:
+    """The test functions of a file, without parameters."""
+    tree = ast.parse((ROOT / file).read_text())
+    return {f"{file}::{f.name}" for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.startswith("test_")}
+
+
+def named_tests() -> list[str]:
+    return sorted({test for s in CATALOGUE for test in s.verified})
+
+
+@functools.cache
+def all_tests() -> frozenset[str]:
+    """Those of every file in this folder, and those that a line names with parameters of an existing function."""
+    functions = {t for file in (ROOT / "tests").glob("test_*.py") for t in functions_of(f"tests/{file.name}")}
+    return frozenset(functions | {t for t in named_tests() if t.partition("[")[0] in functions})
+
+
+# ---------------------------------------------------------------- the catalogue
+
+
+def test_the_lists_of_the_catalogue_are_those_of_the_command():
+    assert set(GROUPS) <= set(LISTS)
+    assert set(LISTS) - set(GROUPS) == {"data", "weights", "configs"}  # nothing of them is a technique or a network
+
+
+def test_every_line_is_consistent():
+    """Closed lists, unique names, arXiv numbers, factories and tests that exist; no factory without a line."""
+    check(CATALOGUE, FACTORIES, all_tests())
+    assert len(CATALOGUE) >= 230
+    assert {
+        factory for factory in NOT_SYSTEMS if factory.partition(":")[2] not in FACTORIES[factory.partition(":")[0]]
+    } == set()
+
+
+def test_arxiv_numbers_are_of_their_years():
+    """The number begins with year and month of the first version, which may be submitted on the last day before."""
+    for s in CATALOGUE:
+        found = re.fullmatch(r"arXiv:(\d\d)(\d\d)\..*", s.reference)
+        if found:
+            year, month = 2000 + int(found[1]), int(found[2])
+            assert 1 <= month <= 12 and s.year in ({year, year - 1} if month == 1 else {year}), s.name
+
+
+@pytest.mark.slow
+def test_named_parameters_are_collected():
+    """Every named test is one that pytest runs, with the parameters that are named."""
+    files = sorted({t.partition("::")[0] for t in named_tests()})
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-m",
+        "slow or not slow",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run([*command, *files], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    collected = set(done.stdout.splitlines())
+    known = collected | {t.partition("[")[0] for t in collected}
+    assert [t for t in named_tests() if t not in known] == []
+
+
+LIES = {
+    "a test": ({"verified": ("tests/test_caches.py::test_forra",)}, "no test tests/test_caches.py::test_forra"),
+    "no test": ({"verified": ()}, "is exact and names no test"),
+    "a factory": ({"factories": ("caches:foraa",)}, r"no factory caches:foraa \(did you mean fora\?\)"),
+    "a list": ({"factories": ("cache:fora",)}, "no factory cache:fora"),
+    "no list": ({"factories": ("fora",)}, "no factory fora"),
+    "status": ({"status": "exakt"}, r"unknown status .*'exakt' \(did you mean exact\?\); allowed: exact, variant"),
+    "category": ({"category": "cachings"}, r"\(did you mean caching\?\)"),
+    "training": ({"training": "none"}, "unknown training"),
+    "note": ({"note": "as in the paper"}, "must say 'checked against"),
+    "planned, but checked": ({"status": "planned"}, "must not say 'checked against"),
+    "not applicable, but here": ({"status": "not applicable", "note": "a U-Net"}, "names factories or tests"),
+    "number": ({"reference": "arXiv:2407.1425x"}, "allowed: arXiv:YYMM.NNNNN"),
+    "year": ({"year": 24}, "year 24; allowed: 2000"),
+    "no year": ({"year": None}, "without a year"),
+    "no composition": ({"composition": ""}, "no composition"),
+    "twice": ({"name": "TaylorSeer"}, "'TaylorSeer' stands there twice"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_line_that_lies_is_refused(lie):
+    changed, message = LIES[lie]
+    told = [s._replace(**changed) if s.name == "FORA" else s for s in CATALOGUE]
+    with pytest.raises(ValueError, match=message):
+        check(told, FACTORIES, all_tests())
+
+
+def test_a_factory_without_a_line_is_refused():
+    without = [s for s in CATALOGUE if s.name != "FORA"]
+    with pytest.raises(ValueError, match="caches:fora is neither named by a system nor in NOT_SYSTEMS"):
+        check(without, FACTORIES)
+    added = {**FACTORIES, "solvers": [*FACTORIES["solvers"], "unipc"]}
+    with pytest.raises(ValueError, match="solvers:unipc is neither"):
+        check(CATALOGUE, added)
+    doubled = [s._replace(factories=(*s.factories, "caches:none")) if s.name == "FORA" else s for s in CATALOGUE]
+    with pytest.raises(ValueError, match="caches:none is both"):
+        check(doubled, FACTORIES)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def listed(capsys, *arguments: str) -> tuple[list[str], dict[str, list[int]]]:
+    """The names of the systems, and the numbers of each category."""
+    assert main(["list", "--systems", *arguments]) == 0
+    lines, _, table = capsys.readouterr().out.partition("\n\n")
+    rows = [re.split(r"\s{2,}", row) for row in table.strip().splitlines()]
+    assert rows[0] == ["category", *STATUSES, "total"]
+    start = lines.splitlines()[0].index("year")
+    return [line[:start].strip() for line in lines.splitlines()[1:]], {r[0]: list(map(int, r[1:])) for r in rows[1:]}
+
+
+def test_the_list_shows_every_system_and_its_numbers_add_up(capsys):
+    names, numbers = listed(capsys)
+    assert names == [s.name for s in CATALOGUE]
+    total = numbers.pop("total")
+    assert list(numbers) == list(CATEGORIES)
+    assert total[-1] == len(CATALOGUE) == sum(row[-1] for row in numbers.values()) == sum(total[:-1])
+    assert all(row[-1] == sum(row[:-1]) for row in numbers.values())
+    assert total[: len(HERE)] == [sum(s.status == status for s in CATALOGUE) for status in HERE]
+
+
+def test_filters(capsys):
+    names, numbers = listed(capsys, "--category", "caching", "--status", "exact")
+    want = [s.name for s in CATALOGUE if (s.category, s.status) == ("caching", "exact")]
+    assert names == want and len(want) > 5 and list(numbers) == ["caching", "total"]
+    assert select(CATALOGUE, status="planned") == tuple(s for s in CATALOGUE if s.status == "planned")
+    assert sum(sum(n.values()) for n in count(select(CATALOGUE, "solver")).values()) == len(select(CATALOGUE, "solver"))
+    names, _ = listed(capsys, "--status", "not applicable")
+    assert "Hash3D" in names
+
+
+REFUSALS = {
+    "category": (["--systems", "--category", "cashing"], ["'cashing'", "did you mean caching?", "quantisation"]),
+    "status": (["--systems", "--status", "exakt"], ["'exakt'", "did you mean exact?", "planned, not applicable"]),
+    "kind": (["caches", "--systems"], ["list caches --systems", "one of the two"]),
+    "category alone": (["--category", "caching"], ["--category caching", "--systems"]),
+    "status alone": (["caches", "--status", "exact"], ["--status exact", "--systems"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusal(name, capsys):
+    arguments, wanted = REFUSALS[name]
+    assert main(["list", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("difax: error: ") and err.count("\n") == 1
+    for word in wanted:
+        assert word in err, err
+
+
+def test_a_broken_file_is_refused(tmp_path, monkeypatch):
+    import difax.catalogue
+
+    file = tmp_path / "catalogue.csv"
+    monkeypatch.setattr(difax.catalogue, "FILE", file)
+    header = ",".join(System._fields)
+    for content, message in [
+        ("name,title\n", "columns .*; allowed: name, title, authors"),
+        (f"{header}\nFORA,,\n", "12 columns are needed in the line of 'FORA'"),
+        (f"{header}\nFORA,,,now,,caching,free,x,,exact,x,\n", "year 'now'; allowed: a number"),
+        (f"{header}\nFORA,,,,,caching,free,x,,exact,x,\n", "must say 'checked against"),
+    ]:
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            systems()
+
+
+# ---------------------------------------------------------------- rules that no other file checks
+
+CLOCKS = [  # with the full evaluations of 50: of the authors' DiT, FLUX and HunyuanVideo code
+    ({"interval": 3}, 18, "FF..F..F..F"),
+    ({"interval": 4}, 14, "FF...F...F"),
+    ({"interval": 5}, 11, "FF....F....F"),
+    ({"interval": 6}, 10, "FF.....F.....F"),
+    ({"interval": 6, "first": 3}, 10, "FFF.....F"),
+    ({"interval": 5, "first": 1}, 10, "F....F....F"),
+]
+
+
+@pytest.mark.parametrize(("settings", "full", "start"), CLOCKS)
+def test_taylorseer_has_the_authors_clock(settings, full, start):
+    got = text(computed(CACHES["taylorseer"](**settings))["blocks", "attn"])
+    assert got.count("F") == full and got.startswith(start)
+
+
+def test_taylorseer_diffusers_has_the_clock_of_diffusers():
+    """FLUX's attention as diffusers 0.42.1 computes it in 20 evaluations, and 13 of 50."""
+    got = text(computed(CACHES["taylorseer_diffusers"](), steps=20)["blocks", "attn"])
+    assert got == "FFF.F....F....F....F"
+    assert text(computed(CACHES["taylorseer_diffusers"]())["blocks", "mlp"]).count("F") == 13
+
+
+STEPS = 12
+
+
+@functools.cache
+def unguided() -> tuple[Problem, Network, np.ndarray]:
+    """A run of a tiny DiT, its network in pieces, and its samples without a cache."""
+    p = problem("none", steps=STEPS)
+    return p, pieces(p), np.asarray(p.run(REGISTRIES["cache"]["none"]())[0])
+
+
+def blocks(
+    network: Network, tokens: np.ndarray, context: Any, low: int, high: int, stands_in: Any = None
+) -> np.ndarray:
+    for layer in range(low, high):
+        for name in ("attn", "mlp"):
+            update, gate, *_ = network.branch(layer, name, tokens, context)
+            update = update if stands_in is None else stands_in(layer, name, update)
+            tokens = (tokens + gate * update).astype(np.float32)
+    return tokens
+
+
+def embedded(i: int, x: np.ndarray) -> tuple[np.ndarray, Any]:
+    p, network, _ = unguided()
+    tokens, context = network.embed(x.astype(np.float32), p.rows().model_time[i], p.inputs()[3])
+    return np.asarray(tokens), context
+
+
+def compare(accelerator: Accelerator, eps: Callable[..., np.ndarray]) -> np.ndarray:
+    """The sampler gives the loop's samples; returns what was computed, [E, L, branches]."""
+    p, _, plain = unguided()
+    got, trace = p.run(accelerator)
+    want = by_ddim(p, eps, guided=0)
+    scale = np.abs(want).max()
+    error, effect = np.abs(got - want).max() / scale, np.abs(plain - want).max() / scale
+    print(f"{accelerator.name}: error {error:.1e}, effect of the cache {effect:.1e}")
+    assert error < min(1e-4, 0.01 * effect)
+    return np.asarray(trace.computed["blocks"])[..., 0]
+
+
+def test_taylorseer_by_a_plain_loop():
+    """The authors' factors, by their counter, which runs down: G_{i+1} = (G_i - G_i before) / (step - step before)."""
+    order, interval, first = 3, 3, 2
+    network = unguided()[1]
+    factors: dict[tuple[int, str], list[np.ndarray]] = {}
+    clock = {"counter": 0, "last": 0, "full": False}
+    done = []
+
+    def stands_in(step, layer, name, update):
+        key = layer, name
+        if not clock["full"]:
+            x = step - clock["last"]
+            return np.sum([g * x**i / math.factorial(i) for i, g in enumerate(factors[key])], 0).astype(np.float32)
+        new, old = [update.astype(np.float64)], factors.get(key, [])
+        for i in range(order):
+            if i < len(old) and step < STEPS - first + 1:
+                new.append((new[i] - old[i]) / (step - clock["last"]))
+        factors[key] = new
+        return update
+
+    def eps(half, i, x):
+        step = STEPS - 1 - i
+        clock["full"] = step > STEPS - first - 1 or clock["counter"] == interval - 1
+        clock["counter"] = 0 if clock["full"] else clock["counter"] + 1
+        done.append(clock["full"])
+        tokens, context = embedded(i, x)
+        tokens = blocks(network, tokens, context, 0, 2, functools.partial(stands_in, step))
+        clock["last"] = step if clock["full"] else clock["last"]
+        return network.head(tokens, context)
+
+    ran = compare(CACHES["taylorseer"](interval=interval, order=order, first=first), eps)
+    np.testing.assert_array_equal(ran, np.broadcast_to(np.asarray(done)[:, None, None], ran.shape))
+    assert 2 < sum(done) < STEPS / 2 + 1
+
+
+@pytest.mark.parametrize("polynomial", [(1.0, 0.0), (2.0, -0.5, 0.3, 0.01)])
+def test_teacache_by_a_plain_loop(polynomial):
+    """The change of every evaluation is added up, rescaled, until it reaches the threshold; both ends are computed."""
+    threshold = {2: 0.7, 4: 0.25}[len(polynomial)]
+    network = unguided()[1]
+    state: dict[str, np.ndarray] = {}
+    sums, done = [0.0], []
+
+    def eps(half, i, x):
+        tokens, context = embedded(i, x)
+        _, _, shift, scale = network.branch(0, "attn", tokens, context)
+        m = modulated(tokens, shift, scale)
+        change = np.abs(m - state["m"]).mean() / np.abs(state["m"]).mean() if i > 0 else 0.0
+        total = sums[-1] + np.polyval(polynomial, change)
+        full = i in (0, STEPS - 1) or not total < threshold
+        sums.append(0.0 if full else total)
+        done.append(full)
+        state["m"] = m
+        if full:
+            out = blocks(network, tokens, context, 0, 2)
+            state["residual"] = out - tokens
+        return network.head(tokens + state["residual"], context)
+
+    ran = compare(CACHES["teacache"](threshold, polynomial), eps)
+    np.testing.assert_array_equal(ran, np.broadcast_to(np.asarray(done)[:, None, None], ran.shape))
+    runs = "".join("F" if d else "." for d in done)
+    print(runs)
+    assert len(set(map(len, runs.strip("F").split("F")))) > 1  # it is not a plain interval
+
+
+def test_fbcache_by_a_plain_loop():
+    """The first block's residual is held against that of the last computed evaluation."""
+    threshold = 0.4
+    network = unguided()[1]
+    state: dict[str, np.ndarray] = {}
+    done = []
+
+    def eps(half, i, x):
+        tokens, context = embedded(i, x)
+        behind = blocks(network, tokens, context, 0, 1)
+        r = behind - tokens
+        full = not state or not np.abs(state["r"] - r).mean() / np.abs(state["r"]).mean() < threshold
+        done.append(full)
+        if full:
+            state.update(r=r, tail=blocks(network, behind, context, 1, 2) - behind)
+        return network.head(behind + state["tail"], context)
+
+    ran = compare(CACHES["fbcache"](threshold), eps)
+    assert ran[:, 0].all()
+    np.testing.assert_array_equal(ran[:, 1], np.broadcast_to(np.asarray(done)[:, None], ran[:, 1].shape))
+    assert 2 < sum(done) < STEPS - 2

@@ -1,0 +1,202 @@
+"""The sweep: rows that can be trusted, resumed and compared."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from difax.cli import main
+from difax.config import load_config, override, parse_value
+from difax.methods import FAMILIES, METHODS, chosen
+from difax.pareto import BASELINE, Options, Sweep, frontier, read_rows, slug, table
+
+LOW, HIGH = (f"cache.name=teacache,cache.threshold={t}" for t in (0.5, 9.0))
+SHORT = Options(seeds=3, batch=2, turns=1)
+
+
+def sweep(folder, steps=4, options=SHORT, **keys):
+    config = override(load_config("fmnist_dit"), [("steps", steps)])
+    return Sweep("fmnist_dit", config, options, folder, **keys)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """One sweep of five methods, in two goes."""
+    folder = tmp_path_factory.mktemp("pareto")
+    names = ["cache.name=none", LOW, HIGH]
+    sweep(folder).measure(chosen(names, parse_value))
+    first = (folder / "rows.jsonl").read_text()
+    rows = sweep(folder).measure(chosen([*names, "tgate", "steps=2"], parse_value))
+    return folder, first, {row["method"]: row for row in rows}
+
+
+def test_a_sweep_goes_on_where_it_stopped(measured):
+    folder, first, rows = measured
+    text = (folder / "rows.jsonl").read_text()
+    assert text.startswith(first) and first.count("\n") == 4 and text.count("\n") == 6
+    assert list(rows) == [BASELINE, "cache.name=none", LOW, HIGH, "tgate", "steps=2"]
+
+
+def test_what_changes_nothing_is_the_baseline(measured):
+    _, _, rows = measured
+    for name in (BASELINE, "cache.name=none"):
+        found = rows[name]
+        assert found["quality"]["psnr"] == [100, 100, 100] and found["quality"]["relative_l2"] == [0, 0, 0]
+        np.testing.assert_allclose(found["cost"]["ratio"], 1.0)
+        assert found["decisions"]["strips"] == ["FFFF", "FFFF"] and found["decisions"]["computed_fraction"] == 1
+
+
+def test_costs_are_those_of_the_trace(measured):
+    _, _, rows = measured
+    np.testing.assert_allclose(rows["steps=2"]["cost"]["ratio"], 2.0)
+    np.testing.assert_allclose(rows["steps=2"]["speed"]["realised"], rows["steps=2"]["speed"]["ratio"] / 2.0, rtol=1e-9)
+    strip = rows[HIGH]["decisions"]["strips"][0]
+    assert strip == "F..F"
+    assert rows[HIGH]["decisions"]["blocks"] == [[100 * (c == "F")] * 12 for c in strip]
+
+
+def test_equal_programs_are_compiled_once(measured):
+    _, _, rows = measured
+    assert rows[HIGH]["speed"]["shared_compilation"] and rows["cache.name=none"]["speed"]["shared_compilation"]
+    assert not rows["steps=2"]["speed"]["shared_compilation"]
+
+
+def test_what_a_model_cannot_have_is_said(measured):
+    _, _, rows = measured
+    assert "no branch 'cross'" in rows["tgate"]["refused"] and "speed" not in rows["tgate"]
+
+
+def test_images_are_kept(measured):
+    folder, _, _ = measured
+    images = np.load(folder / "images" / f"{slug('steps=2')}.npz")["images"]
+    assert images.shape == (3, 28, 28, 1) and images.dtype == np.uint8 and images.std() > 0
+
+
+def test_the_command_of_a_row_is_one_that_difax_takes(measured, tmp_path, capsys):
+    _, _, rows = measured
+    command = rows[HIGH]["command"].split()
+    assert command[:2] == ["difax", "sample"]
+    out = str(tmp_path / "x.png")
+    assert main([*command[1:], "--steps", "2", "--labels", "0", "--out", out, "--json", "--no-compile-cache"]) == 0
+    assert json.loads(capsys.readouterr().out)["cache"] == "teacache"
+
+
+def test_another_sweep_is_refused(measured):
+    folder, _, _ = measured
+    with pytest.raises(ValueError, match="seeds: 3 there, 4 here"):
+        sweep(folder, options=SHORT._replace(seeds=4))
+    with pytest.raises(ValueError, match="another configuration"):
+        sweep(folder, steps=5)
+    with pytest.raises(ValueError, match="other settings"):
+        sweep(folder).measure({LOW: METHODS["teacache 0.2"]})
+
+
+def test_a_line_that_was_cut_off_is_measured_again(measured, tmp_path):
+    folder, _, _ = measured
+    whole = (folder / "rows.jsonl").read_text()
+    path = tmp_path / "rows.jsonl"
+    path.write_text(whole[: -len(whole.splitlines()[-1]) // 2])
+    assert [r["method"] for r in read_rows(path)] == [json.loads(x)["method"] for x in whole.splitlines()[:-1]]
+    assert path.read_text() == "".join(x + "\n" for x in whole.splitlines()[:-1])
+
+
+def test_a_budget_ends_a_sweep(measured, tmp_path):
+    said = []
+    rows = sweep(tmp_path, options=SHORT._replace(budget=1e-9), tell=said.append).measure(
+        chosen(["steps=2"], parse_value)
+    )
+    assert [r["method"] for r in rows] == [BASELINE] and "1 methods are left" in said[-1]
+
+
+def fake(method, psnr, ratio, flops=None):
+    return {
+        "method": method,
+        "speed": {"ratio": ratio, "realised": 1.0},
+        "cost": {"ratio": flops or ratio},
+        "quality": {"psnr": [psnr, psnr, psnr], "frechet": None},
+    }
+
+
+def test_frontier_by_hand():
+    rows = [fake("a", 30, 2), fake("b", 25, 3), fake("c", 24, 2.5, 4), fake("d", 30, 2), fake("e", 20, 2)]
+    found = {r["method"]: r["dominated_by"] for r in frontier([*rows, {"method": "x", "refused": "why"}])}
+    # equal points do not dominate each other
+    assert found == {"a": None, "b": None, "c": "b", "d": None, "e": "b"}
+    assert {r["method"]: r["dominated_by"] for r in frontier(rows, cost="flops")}["c"] is None
+    assert frontier(rows, "frechet") == []
+    text = table(rows)
+    assert text.splitlines()[2].startswith("| **b** | x3.00 | x3.00 | 1.00 | 25.0 [25.0, 25.0]")
+    assert "| c | x4.00 | x2.50 |" in text and text.splitlines()[3].endswith("| b |")
+
+
+def test_methods_have_families_and_known_settings():
+    for name, method in METHODS.items():
+        assert method.family in FAMILIES, name
+        override(load_config("fmnist_dit"), list(method.settings.items()))
+    assert {m.family for m in METHODS.values()} == set(FAMILIES)
+
+
+def test_methods_are_chosen_by_name_family_and_settings():
+    assert list(chosen(["steps", "fora 2"], parse_value)) == [
+        *(n for n in METHODS if n.startswith("steps ") and "+" not in n),
+        "fora 2",
+    ]
+    assert chosen(["steps=12, cache.name=fora"], parse_value).popitem()[1].settings == {
+        "steps": 12,
+        "cache.name": "fora",
+    }
+    with pytest.raises(ValueError, match="did you mean 'fora 3'"):
+        chosen(["forra 3"], parse_value)
+
+
+@pytest.mark.parametrize(
+    "arguments,match",
+    [
+        (["--methods", "nothing"], "unknown method"),
+        (["--seeds", "0"], "--seeds=0; allowed: 1 or more"),
+        (["--budget", "-1"], "--budget=-1.0; allowed: above 0"),
+        (["--quality", "pnsr"], "did you mean psnr"),
+        (["--config", "wan_tiny", "--no-judge"], "takes no labels"),
+        (["--methods", "stepz=3", "--no-judge"], "config section"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, match, tmp_path, capsys):
+    assert main(["pareto", *arguments, "--out", str(tmp_path / "p"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert match in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_continues(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "difax",
+        "pareto",
+        "--methods",
+        "steps=2",
+        "fora 2",
+        "--no-judge",
+        "--set",
+        "steps=3",
+    ]
+    command += ["--seeds", "2", "--batch", "2", "--turns", "1", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    path = tmp_path / "rows.jsonl"
+    while not path.exists() or "steps=2" not in path.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = path.read_text()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert path.read_text().startswith(before.rsplit("\n", 1)[0])
+    assert [r["method"] for r in read_rows(path)] == [BASELINE, "steps=2", "fora 2"]
+    assert "steps=2" not in done.stderr and "fora 2" in done.stdout
