@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = _parser().parse_args(_join_overrides(arguments))
+        options.command = shlex.join(["difax", *arguments])
         code = options.run(options)
         sys.stdout.flush()
         return code
@@ -162,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     pareto.add_argument("--data", metavar="DIR", help="folder of the data set's files, for the judge")
     pareto.add_argument("--no-judge", action="store_true", help="compare with the baseline's images alone")
     pareto.add_argument("--quality", default="psnr", help="that the frontier is of (default: %(default)s)")
+    pareto.add_argument("--figure", metavar="FILE.png", help="the scatter as a picture (needs difax[plot])")
     pareto.add_argument("--json", action="store_true", help="print the rows as JSON")
     pareto.set_defaults(run=_pareto)
 
@@ -280,17 +283,26 @@ def _pareto(options: argparse.Namespace) -> int:
     from difax.judge import make_judge
     from difax.methods import METHODS, chosen
     from difax.pareto import QUALITIES, Options, Sweep, table
+    from difax.pareto_report import figure, title, write_report
 
     choose("quality", options.quality, QUALITIES)
+    if options.figure:
+        writable(options.figure, (".png",), "--figure")
     methods = chosen(options.methods, parse_value)
     for name in methods.keys() - METHODS.keys():  # what a user wrote is refused before hours of measuring
         override(config, list(methods[name].settings.items()))
     judge = None if options.no_judge else make_judge(options.data)
     tell = lambda text: None if options.quiet else print(f"difax: {text}", file=sys.stderr, flush=True)  # noqa: E731
     asked = Options(options.seeds, options.batch, options.turns, options.seed, options.budget)
-    sweep = Sweep(options.config or "fmnist_dit", config, asked, pathlib.Path(options.out), judge, tell)
+    gin = [f"--gin_file {f}" for f in options.gin_file] + [f"--gin_param {shlex.quote(p)}" for p in options.gin_param]
+    name = " ".join([options.config or "fmnist_dit", *gin, *(shlex.quote(f"--config.{s}") for s in options.set)])
+    sweep = Sweep(name, config, asked, pathlib.Path(options.out), judge, tell)
     rows = sweep.measure(methods)
     print(json.dumps(rows) if options.json else table(rows, options.quality))
+    report = write_report(options.out, quality=options.quality, command=options.command)
+    if options.figure:
+        figure(rows, options.quality, options.figure, heading=title(json.loads((sweep.out / "sweep.json").read_text())))
+    tell(f"the report is {report}")
     return 0
 
 

@@ -110,7 +110,7 @@ class Sweep:
         judge: Judge | None = None,
         tell: Tell = lambda text: None,
     ):
-        """name: of the configuration, for the commands; config: as `difax.config.load_config` reads it."""
+        """name: what follows --config in a command, the flags that change it included; config: what that gives."""
         self.name, self.config, self.options, self.out, self.judge, self.tell = (
             name,
             dict(config),
@@ -181,7 +181,7 @@ class Sweep:
                     f"the budget of {self.options.budget:g} minutes is spent; {len(left) - done} methods are left"
                 )
                 break
-            row = self._row(name, method)
+            row = _finite(self._row(name, method))
             self._append(row)
             spent = (time.monotonic() - start) / 60
             minutes = spent / (done + 1) * (len(left) - done - 1)
@@ -190,7 +190,7 @@ class Sweep:
 
     def _append(self, row: dict[str, Any]) -> None:
         with open(self.out / "rows.jsonl", "a") as file:
-            file.write(json.dumps(_finite(row)) + "\n")
+            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
 
     def _row(self, name: str, method: Method) -> dict[str, Any]:
         about = {
@@ -334,7 +334,7 @@ def frontier(rows: list[dict[str, Any]], quality: str = "psnr", cost: str = "sec
       cost: "seconds" or "flops", by ratio to the baseline.
     """
     sign = 1.0 if QUALITIES[quality] else -1.0
-    measured = [r for r in rows if "speed" in r and r["quality"].get(quality)]
+    measured = [r for r in rows if "speed" in r and _finite_figure(r, quality)]
     points = [
         (sign * r["quality"][quality][0], r["speed"]["ratio"] if cost == "seconds" else r["cost"]["ratio"])
         for r in measured
@@ -383,9 +383,15 @@ def table(rows: list[dict[str, Any]], quality: str = "psnr") -> str:
     return "\n".join(lines)
 
 
-def _figure(row: dict[str, Any], quality: str) -> str:
+def _finite_figure(row: dict[str, Any], quality: str) -> list[float] | None:
+    """[value, low, high], or None where there is none, such as that of images that are not finite."""
     found = row.get("quality", {}).get(quality)
-    if not found:
+    return found if found and None not in found else None
+
+
+def _figure(row: dict[str, Any], quality: str) -> str:
+    found = _finite_figure(row, quality)
+    if found is None:
         return ""
     digits = 1 if quality == "psnr" else 2 if quality == "frechet" else 3
     value, low, high = (f"{x:.{digits}f}" for x in found)
@@ -408,11 +414,8 @@ def line(row: dict[str, Any]) -> str:
     """One measurement for people."""
     if "refused" in row:
         return f"{row['method']}: not for this model ({row['refused'][:90]})"
-    speed, found = row["speed"], row["quality"]
-    return (
-        f"{row['method']}: FLOPs x{row['cost']['ratio']:.2f}, seconds x{speed['ratio']:.2f}, "
-        f"PSNR {found['psnr'][0]:.1f}, SSIM {found['ssim'][0]:.3f}"
-    )
+    found = f"PSNR {_figure(row, 'psnr') or 'not finite'}, SSIM {_figure(row, 'ssim') or 'not finite'}"
+    return f"{row['method']}: FLOPs x{row['cost']['ratio']:.2f}, seconds x{row['speed']['ratio']:.2f}, {found}"
 
 
 def slug(name: str) -> str:

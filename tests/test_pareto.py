@@ -14,7 +14,7 @@ import pytest
 from difax.cli import main
 from difax.config import load_config, override, parse_value
 from difax.methods import FAMILIES, METHODS, chosen
-from difax.pareto import BASELINE, Options, Sweep, frontier, read_rows, slug, table
+from difax.pareto import BASELINE, Options, Sweep, frontier, line, read_rows, slug, table
 
 LOW, HIGH = (f"cache.name=teacache,cache.threshold={t}" for t in (0.5, 9.0))
 SHORT = Options(seeds=3, batch=2, turns=1)
@@ -130,6 +130,9 @@ def test_frontier_by_hand():
     assert found == {"a": None, "b": None, "c": "b", "d": None, "e": "b"}
     assert {r["method"]: r["dominated_by"] for r in frontier(rows, cost="flops")}["c"] is None
     assert frontier(rows, "frechet") == []
+    broken = fake("broken", 1, 9)
+    broken["quality"]["psnr"] = [None, None, None]  # images that were not finite
+    assert len(frontier([*rows, broken])) == 5 and "not finite" in line(broken | {"cost": {"ratio": 1.0}})
     text = table(rows)
     assert text.splitlines()[2].startswith("| **b** | x3.00 | x3.00 | 1.00 | 25.0 [25.0, 25.0]")
     assert "| c | x4.00 | x2.50 |" in text and text.splitlines()[3].endswith("| b |")

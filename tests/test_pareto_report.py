@@ -1,0 +1,485 @@
+"""The report of `difax pareto`: its data, its pictures, and the page in a browser where there is one."""
+
+import base64
+import html
+import html.parser
+import io
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from difax.methods import FAMILIES, METHODS
+from difax.pareto import BASELINE, CONTROL, PSNR_LIMIT, QUALITIES, frontier, read_rows, slug
+from difax.pareto_report import COLUMNS, LABELS, LOOKS, SHOWN_IMAGES, figure, report, sprites, write_report
+
+EVIL = "<script>document.title = 'taken'</script> & \"steps\" 'x' </script>"
+EVALUATIONS, BLOCKS = 50, 12
+
+
+def fake_row(name: str, family: str, settings: dict, rng: np.random.Generator, good: float, fast: float) -> dict:
+    """A row of the schema of `difax.pareto`; its figures are made up."""
+    spread = lambda value, by: [value, value - by, value + by]  # noqa: E731
+    blocks = (100 * (rng.random((EVALUATIONS, BLOCKS)) < 1 / fast)).astype(int)
+    blocks[:3] = 100
+    share = float(blocks.mean() / 100)
+    flops = fast * (1 + 0.3 * rng.random())
+    return {
+        "method": name,
+        "family": family,
+        "settings": settings,
+        "calibrated": None,
+        "command": " ".join(["difax sample", *(f"--config.{k}={v}" for k, v in settings.items()), "--seed 0"]),
+        "evaluations": EVALUATIONS,
+        "cost": {"gflops_per_image": 27.4 / flops, "ratio": flops},
+        "speed": {
+            "seconds_per_image": 0.61 / fast,
+            "baseline_seconds_per_image": 0.61,
+            "ratio": fast,
+            "turns": [fast * 0.97, fast, fast * 1.04],
+            "realised": fast / flops,
+            "compile_seconds": 2 + rng.random(),
+            "shared_compilation": bool(rng.random() < 0.3),
+            "peak_memory_mib": 180 + 40 * rng.random(),
+        },
+        "quality": {
+            "psnr": spread(good, 0.9),
+            "ssim": spread(1 - 2.5 / good, 0.01),
+            "ms_ssim": spread(1 - 1.2 / good, 0.008),
+            "relative_l1": spread(4 / good, 0.01),
+            "relative_l2": spread(6 / good, 0.02),
+            "agreement": [0.9 + 0.04 * rng.random(), 0.86, 0.96],
+            "frechet": None,
+            "kernel": spread(0.4 * rng.random() - 0.02, 0.08),
+            "precision": spread(0.6 + 0.2 * rng.random(), 0.05),
+            "recall": spread(0.5 + 0.2 * rng.random(), 0.05),
+        },
+        "decisions": {
+            "strips": ["".join("F" if b.mean() > 99 else "." if b.mean() < 1 else "5" for b in blocks)] * 2,
+            "blocks": blocks.tolist(),
+            "computed_fraction": share,
+        },
+        "device": "cpu:cpu x2",
+        "jax": "0.12.0",
+        "date": "2026-11-21 18:00 UTC",
+    }
+
+
+def fake_images(rng: np.random.Generator, shape: tuple[int, ...], noise: float, base: np.ndarray | None) -> np.ndarray:
+    if base is None:
+        down, across = np.mgrid[0 : shape[-3], 0 : shape[-2]] / shape[-2]
+        middle = rng.random((shape[0], 2, 1, 1)) * 0.4 + 0.3
+        away = (down - middle[:, 0]) ** 2 + (across - middle[:, 1]) ** 2
+        base = np.broadcast_to(255 * np.exp(-8 * away)[..., None], shape)
+    return np.clip(base + rng.normal(size=shape) * noise, 0, 255).astype(np.uint8)
+
+
+def fake_sweep(folder: pathlib.Path, methods: int = 70, images: int = 64) -> list[dict]:
+    """A folder as `difax pareto` leaves it, of made-up figures: one refused, a hostile name, one without images."""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    config = {"model": {"name": "dit"}, "solver": {"name": "euler"}, "steps": 50, "weights": "fmnist_dit"}
+    sweep = {"config": config, "seeds": images, "batch": 16, "seed": 0, "device": "cpu:cpu x2", "jax": "0.12.0"}
+    (folder / "sweep.json").write_text(json.dumps(sweep | {"judged": True}))
+    rows = [fake_row(BASELINE, "baseline", {}, rng, PSNR_LIMIT, 1.0)]
+    judged = {k: v for k, v in rows[0]["quality"].items() if k in ("agreement", "kernel", "precision", "recall")}
+    rows.insert(0, {"method": CONTROL, "family": "control", "settings": {}, "quality": judged | {"frechet": None}})
+    named = [*METHODS.items()][: methods - 1]
+    for name, method in [*named, (EVIL, METHODS["fora 2"]._replace(settings={"cache.name": EVIL}))]:
+        fast = float(np.exp(rng.uniform(-0.4, 1.9)))
+        good = 42 - 7 * np.log(max(fast, 1.05)) - 14 * rng.random() ** 2
+        rows.append(fake_row(name, method.family, method.settings, rng, good, fast))
+        if method.family == "attention":
+            rows[-1] = {k: rows[-1][k] for k in ("method", "family", "settings")} | {
+                "refused": f"no tokens <b>{EVIL}</b>"
+            }
+    rows[-2]["quality"] = {**rows[-2]["quality"], "psnr": [None, None, None], "ssim": None}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = fake_images(rng, (images, 28, 28, 1), 0, None)
+    for row in rows:
+        if "speed" not in row or row["method"] == "heun 8":
+            continue
+        noise = 0 if row["method"] == BASELINE else 12
+        made = fake_images(rng, base.shape, noise, base.astype(float))
+        np.savez_compressed(folder / "images" / f"{slug(row['method'])}.npz", images=made)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """(folder, its rows, its report)."""
+    folder = tmp_path_factory.mktemp("sweep") / "pareto"
+    rows = fake_sweep(folder)
+    return folder, rows, write_report(folder, command=f"difax pareto {EVIL}").read_text()
+
+
+class Elements(html.parser.HTMLParser):
+    """What a page is made of: nesting, tags with attributes, and the text of its scripts."""
+
+    VOID = ("meta", "input", "br", "img", "link")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict]] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+
+
+def embedded(text: str) -> dict:
+    return json.loads(Elements(text).scripts[0])
+
+
+def decoded(about: dict) -> list[np.ndarray]:
+    """The images of one method, cut from its sheet."""
+    kind, _, content = about["source"].partition(",")
+    assert kind == "data:image/png;base64"
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+    h, w = about["height"], about["width"]
+    return [sheet[i // COLUMNS * h :, i % COLUMNS * w :][:h, :w] for i in range(about["count"])]
+
+
+def test_every_family_and_quality_has_its_look():
+    assert set(FAMILIES) == set(LOOKS) and set(LABELS) == set(QUALITIES)
+    assert len({look.marker for look in LOOKS.values()}) == len(LOOKS) == len({look.light for look in LOOKS.values()})
+
+
+def test_report_is_one_sound_page_that_asks_nothing_of_a_network(sweep):
+    _, _, text = sweep
+    page = Elements(text)
+    assert text.startswith("<!doctype html>") and page.open == []
+    assert "@@" not in text and len(text) < 5e6
+    print(f"{len(text) / 1e6:.2f} MB")
+    assert not re.findall(r"https?:|url\(|@import|import\(|fetch\(|XMLHttpRequest|WebSocket|\bsrc=|<link", text)
+    policy = next(a["content"] for t, a in page.found if t == "meta" and "http-equiv" in a)
+    assert "default-src 'none'" in policy and "img-src data:;" in policy
+    ids = [a["id"] for _, a in page.found if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_data_of_the_page_are_the_rows(sweep):
+    folder, rows, text = sweep
+    data = embedded(text)
+    assert data["rows"] == rows == read_rows(folder / "rows.jsonl")
+    assert data["sweep"] == json.loads((folder / "sweep.json").read_text())
+    assert data["title"] == "dit (fmnist_dit), euler, 50 steps"
+    assert "64 images each, 16 at a time" in data["facts"] and "2026-11-21 18:00 UTC" in data["facts"]
+
+
+def test_names_are_never_markup(sweep):
+    _, _, text = sweep
+    page = Elements(text)
+    assert len(page.scripts) == 2 and page.scripts[1].count("<script") == 0
+    assert "<" not in page.scripts[0]
+    data = embedded(text)
+    assert any(r["method"] == EVIL for r in data["rows"]) and data["command"].endswith(EVIL)
+    rows = [fake_row(BASELINE, "baseline", {}, np.random.default_rng(0), 50, 1)]
+    named = report({"config": {"model": {"name": EVIL + "@@data@@"}}}, rows, {})
+    assert len(Elements(named).scripts) == 2 and "&lt;script&gt;" in named.split("</title>")[0]
+
+
+def test_sheets_hold_the_images(sweep):
+    folder, rows, text = sweep
+    images = embedded(text)["images"]
+    kept = [r["method"] for r in rows if (folder / "images" / f"{slug(r['method'])}.npz").exists()]
+    assert sorted(images) == sorted(kept) and "heun 8" not in images and len(kept) > 60
+    for name in (BASELINE, "fora 3", EVIL):
+        with np.load(folder / "images" / f"{slug(name)}.npz") as file:
+            wanted = file["images"][..., 0]
+        shown = decoded(images[name])
+        assert len(shown) == SHOWN_IMAGES
+        for a, b in zip(shown, wanted, strict=False):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_sheets_of_colour_video_latents_and_large_images():
+    rng = np.random.default_rng(0)
+    colour = rng.integers(0, 256, (5, 6, 8, 3), np.uint8)
+    video = rng.integers(0, 256, (3, 5, 6, 6, 3), np.uint8)
+    latent = rng.integers(0, 256, (2, 4, 4, 4), np.uint8)
+    large = np.repeat(np.repeat(rng.integers(0, 256, (4, 96, 48, 1), np.uint8), 2, 1), 2, 2)
+    found = sprites({"colour": colour, "video": video, "latent": latent, "large": large})
+    np.testing.assert_array_equal(decoded(found["colour"]), colour)
+    np.testing.assert_array_equal(decoded(found["video"]), video[:, 2])
+    np.testing.assert_array_equal(decoded(found["latent"]), latent[..., 0])
+    np.testing.assert_array_equal(decoded(found["large"]), large[:, ::2, ::2, 0])
+    notes = {k: v["note"] for k, v in found.items()}
+    assert notes == {
+        "colour": "",
+        "video": "frame 3 of 5",
+        "latent": "channel 1 of 4",
+        "large": "shown at 48 of 96 pixels",
+    }
+    with pytest.raises(ValueError, match="float64"):
+        sprites({"a": np.zeros((2, 4, 4, 1))})
+
+
+def test_many_large_images_are_shown_in_part(monkeypatch):
+    monkeypatch.setattr("difax.pareto_report.ROOM", 2 * 7 * 32 * 32 * 3)
+    batch = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
+    found = sprites({"a": batch, "b": batch})
+    assert [v["count"] for v in found.values()] == [7, 7]
+    monkeypatch.setattr("difax.pareto_report.ROOM", 1)
+    assert sprites({"a": batch})["a"]["count"] == 5
+
+
+def test_equal_sweeps_make_equal_bytes(sweep, tmp_path):
+    folder, _, text = sweep
+    again = write_report(folder, tmp_path / "again.html", command=f"difax pareto {EVIL}")
+    assert again.read_text() == text and [p.name for p in tmp_path.iterdir()] == ["again.html"]
+
+
+def test_what_cannot_be_reported_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no sweep\.json"):
+        write_report(tmp_path)
+    rows = fake_sweep(tmp_path / "sweep", 3, 2)
+    with pytest.raises(ValueError, match="psnrr.*allowed: psnr"):
+        write_report(tmp_path / "sweep", quality="psnrr")
+    with pytest.raises(ValueError, match="nothing is measured"):
+        report({}, [r for r in rows if "speed" not in r], {})
+    (tmp_path / "sweep" / "images" / f"{slug('steps 35')}.npz").write_bytes(b"not a zip file")
+    with pytest.raises(ValueError, match="no images of difax pareto"):
+        write_report(tmp_path / "sweep")
+    assert not (tmp_path / "sweep" / "report.html").exists()
+
+
+def test_a_half_written_row_is_left_out(tmp_path):
+    rows = fake_sweep(tmp_path / "sweep", 3, 2)
+    with open(tmp_path / "sweep" / "rows.jsonl", "a") as file:
+        file.write('{"method": "cut o')
+    assert embedded(write_report(tmp_path / "sweep").read_text())["rows"] == rows
+
+
+@pytest.mark.parametrize(("quality", "cost"), [("psnr", "seconds"), ("kernel", "flops")])
+def test_figure(sweep, tmp_path, quality, cost):
+    pytest.importorskip("matplotlib")
+    _, rows, _ = sweep
+    for name in ("one.png", "two.png")[: 1 + (quality == "psnr")]:
+        figure(rows, quality, tmp_path / name, cost, "dit, euler, 50 steps")
+    picture = np.asarray(Image.open(tmp_path / "one.png").convert("RGB"), np.uint32)
+    assert picture.shape == (1080, 1800, 3)
+    drawn = {f"#{c:06x}" for c in np.unique(picture @ np.asarray([2**16, 2**8, 1], np.uint32))}
+    shown = {r["family"] for r in rows if "speed" in r} - {"baseline"}
+    assert {LOOKS[f].light for f in shown} <= drawn and "attention" not in shown
+    assert LOOKS["attention"].light not in drawn
+    if quality == "psnr":
+        assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_figure_refuses(sweep, tmp_path, monkeypatch):
+    _, rows, _ = sweep
+    with pytest.raises(ValueError, match="allowed: seconds, flops"):
+        figure(rows, "psnr", tmp_path / "a.png", "bytes")
+    with pytest.raises(ValueError, match="no row has 'frechet'"):
+        figure(rows, "frechet", tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"difax\[plot\]"):
+        figure(rows, "psnr", tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LISTEN = """<script>
+window.told = [];
+addEventListener("error", (event) => told.push(event.message));
+addEventListener("unhandledrejection", (event) => told.push(String(event.reason)));
+addEventListener("securitypolicyviolation", (event) => told.push(event.violatedDirective));
+for (const kind of ["error", "warn"]) console[kind] = (...a) => told.push(a.join(" "));
+</script>"""
+# What a person does, by the events that a browser makes of it; `found` is what there is to see
+PERFORM = """<script>
+(async () => {
+  const found = {told}, wait = (ms) => new Promise((r) => setTimeout(r, ms));
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const point = (name) => all(".point").find((p) => p.dataset.method === name);
+  const click = (element) => element.dispatchEvent(new MouseEvent("click", {bubbles: true}));
+  const press = (key) =>
+    document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+  const figure = (cell) => (cell.firstChild ? cell.firstChild.textContent : ""); // its interval comes second
+  const rows = () => all("#table tbody tr").map((tr) => [...tr.children].map(figure));
+  const heads = () => all("#table thead th").map((th) => th.textContent);
+  const names = () => all(".point").map((p) => p.dataset.method).sort();
+  const dominated = () =>
+    Object.fromEntries(all("#table tbody tr").map((tr) => [tr.dataset.method, tr.lastChild.textContent]));
+  try {
+    found.width = innerWidth;
+    found.overflow = document.documentElement.scrollWidth - innerWidth;
+    found.title = document.title;
+    found.points = names();
+    found.labels = all("#plot .name").map((t) => t.firstChild.data);
+    found.line = all("#plot .control").length;
+    found.dominated = dominated();
+    found.refused = document.getElementById("refused").innerText;
+
+    point("fora 3").dispatchEvent(new PointerEvent("pointermove", {bubbles: true}));
+    found.card = document.getElementById("card").innerText;
+    click(point("fora 3"));
+    await wait(300);
+    found.pinned = all(".point[aria-pressed=true]").map((p) => p.dataset.method);
+    found.detail = document.getElementById("detail").innerText;
+    found.panels = all("#detail .panels canvas").map((c) => ({
+      label: c.getAttribute("aria-label"), painted: c.dataset.painted, shown: c.getBoundingClientRect().width,
+      cell: [...c.getContext("2d").getImageData(0, 0, 28, 28).data].filter((_, i) => i % 4 === 0),
+    }));
+    found.heat = all("#detail canvas.heat").map((c) => {
+      const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+      return {size: [c.width, c.height], filled: [...d].filter((v, i) => i % 4 === 3 && v === 255).length};
+    });
+    found.hash = location.hash;
+
+    point("fora 3").focus();
+    press("ArrowRight");
+    found.next = document.activeElement.dataset.method;
+    press("Enter");
+    found.entered = all(".point[aria-pressed=true]").map((p) => p.dataset.method);
+    press("Escape");
+    found.left = all(".point[aria-pressed=true]").length;
+
+    const sort = () => all("#table thead button").find((b) => b.dataset.key === "seconds");
+    const state = () =>
+      [sort().parentElement.getAttribute("aria-sort"), rows().map((r) => r[heads().indexOf("Seconds")])];
+    found.sorted = [state()];
+    click(sort());
+    found.sorted.push(state());
+    click(all("#table thead button").find((b) => b.dataset.key === "psnr"));
+    found.psnr = rows().map((r) => r[heads().indexOf("PSNR")]);
+
+    click(all("#every")[0]);
+    found.heads = heads();
+    const choose = document.getElementById("quality");
+    found.qualities = [...choose.options].map((o) => o.value);
+    choose.value = "kernel";
+    choose.dispatchEvent(new Event("change"));
+    click(all("input[value=flops]")[0]);
+    found.kernel = dominated();
+    found.line_kernel = all("#plot .control").length;
+    found.numbers = all("#plot text, #plot line, #plot path").filter((e) => /NaN|undefined/.test(e.outerHTML)).length;
+    click(all("#families input[value=cache]")[0]);
+    found.without = names();
+    found.scripts = document.scripts.length;
+  } catch (error) { told.push(`${error} ${error.stack}`); }
+  const pre = document.createElement("pre");
+  pre.id = "found";
+  pre.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(found))));
+  top.document.body.append(pre);
+})();
+</script>"""
+
+
+@pytest.fixture(scope="module", params=[1280, 390], ids=["desk", "phone"])
+def seen(request, sweep, tmp_path_factory):
+    """What is to be seen on the page before and after a person's actions."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    folder = tmp_path_factory.mktemp("browser")
+    page = folder / "page.html"
+    text = sweep[2].replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{PERFORM}</body>")
+    if request.param < 500:  # no window is narrower than that
+        style = f"border: 0; width: {request.param}px; height: 844px"
+        text = f'<!doctype html><body><iframe style="{style}" srcdoc="{html.escape(text)}"></iframe>'
+    page.write_text(text)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
+    flags += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
+    command = [CHROMIUM, *flags, "--window-size=1280,900", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shutil.rmtree(folder / "profile", ignore_errors=True)
+    assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    content = re.search(r'<pre id="found">([^<]*)</pre>', done.stdout)
+    assert content, done.stdout[-2000:]
+    found = json.loads(base64.b64decode(content[1]))
+    assert found["told"] == []
+    return found
+
+
+def judged_by(rows: list[dict], quality: str, cost: str) -> dict[str, str]:
+    known = [r for r in rows if "speed" in r and (r["quality"][quality] or [None])[0] is not None]
+    return {r["method"]: r["dominated_by"] or "" for r in frontier(known, quality, cost)}
+
+
+def test_browser_shows_what_was_measured(seen, sweep):
+    _, rows, _ = sweep
+    wanted = judged_by(rows, "psnr", "seconds")
+    assert seen["points"] == sorted(wanted)
+    assert {n: d for n, d in seen["dominated"].items() if n in wanted} == wanted
+    best = [n for n, d in wanted.items() if not d]
+    if seen["width"] > 560:
+        assert len(seen["labels"]) == len(best) and all(n[:30] in "\n".join(seen["labels"]) for n in best)
+    else:
+        assert seen["labels"] == [str(i + 1) for i in range(len(best))]
+    assert seen["title"] == "dit (fmnist_dit), euler, 50 steps: quality and cost"
+    assert seen["line"] == 0 and seen["line_kernel"] == 1 and seen["numbers"] == 0
+    kernel = judged_by(rows, "kernel", "flops")
+    assert {n: d for n, d in seen["kernel"].items() if n in kernel} == kernel
+    assert "frechet" not in seen["qualities"] and "recall" in seen["qualities"] and "Recall" in seen["heads"]
+    caches = [r["method"] for r in rows if r["family"] == "cache"]
+    assert set(seen["without"]) == set(kernel) - set(caches) and caches
+
+
+def test_browser_click_pins_a_method_with_its_images(seen, sweep):
+    folder, rows, _ = sweep
+    row = next(r for r in rows if r["method"] == "fora 3")
+    assert "fora 3" in seen["card"] and ("cache.interval = 3" in seen["card"]) == (seen["width"] > 560)
+    assert seen["pinned"] == ["fora 3"] and seen["hash"] in ("#method=fora%203", "")  # a frame has none
+    assert seen["hash"] or seen["width"] == 390
+    assert row["command"] in seen["detail"] and f"×{row['speed']['ratio']:.2f}" in seen["detail"]
+    assert row["decisions"]["strips"][0] in seen["detail"]
+    labels = ["16 images of the baseline", "16 images of fora 3", "their difference"]
+    assert [p["label"] for p in seen["panels"]] == labels
+    cells = [np.reshape(p["cell"], (28, 28)) for p in seen["panels"]]
+    assert all(p["painted"] == "yes" and p["shown"] > 100 for p in seen["panels"])
+    for cell, name in zip(cells, (BASELINE, "fora 3"), strict=False):
+        with np.load(folder / "images" / f"{slug(name)}.npz") as file:
+            np.testing.assert_array_equal(cell, file["images"][0, :, :, 0])
+    factor = int(re.findall(r"Difference ×(\d+)", seen["detail"])[0])
+    np.testing.assert_array_equal(cells[2], np.clip(128 + factor * (cells[1] - cells[0]), 0, 255))
+    blocks = np.asarray(row["decisions"]["blocks"])
+    assert seen["heat"] == [{"size": list(blocks.shape), "filled": int((blocks == 100).sum())}]
+
+
+def test_browser_sorts_the_table(seen, sweep):
+    _, rows, _ = sweep
+    ratios = sorted(r["speed"]["ratio"] for r in rows if "speed" in r)
+    wanted = [f"×{r:.2f}" for r in ratios]
+    assert seen["sorted"] == [["descending", wanted[::-1]], ["ascending", wanted]]
+    figures = [r["quality"]["psnr"][0] for r in rows if "speed" in r]
+    known = sorted((f for f in figures if f is not None), reverse=True)
+    texts = ["equal" if f == PSNR_LIMIT else f"{f:.1f}" for f in known]
+    assert seen["psnr"] == texts + [""] * figures.count(None) and None in figures
+
+
+def test_browser_obeys_the_keyboard(seen, sweep):
+    _, rows, _ = sweep
+    known = judged_by(rows, "psnr", "seconds")
+    order = sorted((r["speed"]["ratio"], r["method"]) for r in rows if r["method"] in known)
+    place = [n for _, n in order].index("fora 3")
+    assert (
+        seen["next"] == order[(place + 1) % len(order)][1] and seen["entered"] == [seen["next"]] and seen["left"] == 0
+    )
+
+
+def test_browser_fits_and_takes_names_as_text(seen):
+    assert seen["width"] in (1280, 390) and seen["overflow"] <= 0
+    assert EVIL in seen["dominated"] and EVIL in seen["refused"]
+    assert seen["scripts"] == 4  # the page's two, and the test's
