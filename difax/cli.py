@@ -168,6 +168,23 @@ def _parser() -> argparse.ArgumentParser:
     pareto.add_argument("--json", action="store_true", help="print the rows as JSON")
     pareto.set_defaults(run=_pareto)
 
+    profile = commands.add_parser("profile", parents=[common], help="where the seconds of a step go, part by part")
+    for name in SHORT:
+        profile.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
+    profile.add_argument("--steps", type=int, help="solver steps")
+    profile.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
+    profile.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
+    profile.add_argument("--repeat", type=int, default=1, help="rows of the labels")
+    profile.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
+    profile.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
+    profile.add_argument("--random-init", action="store_true", help="random weights")
+    profile.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    profile.add_argument("--turns", type=int, default=5, help="of which the median is taken (default: %(default)s)")
+    profile.add_argument("--figure", metavar="FILE.png", help="the parts as a picture (needs difax[plot])")
+    profile.add_argument("--perfetto", metavar="DIR", help="also JAX's trace of one run, for ui.perfetto.dev")
+    profile.add_argument("--json", action="store_true", help="print the parts as JSON")
+    profile.set_defaults(run=_profile)
+
     convert = commands.add_parser("convert", help="turn a published safetensors checkpoint into an orbax one")
     convert.add_argument("source", metavar="SRC", help=".safetensors file, its .index.json, or their folder")
     convert.add_argument("target", metavar="DST", help="folder that does not exist yet")
@@ -303,6 +320,37 @@ def _pareto(options: argparse.Namespace) -> int:
     if options.figure:
         figure(rows, options.quality, options.figure, heading=title(json.loads((sweep.out / "sweep.json").read_text())))
     tell(f"the report is {report}")
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    config = _config(options, "fmnist_dit")
+    for name in ("turns", "repeat"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}={getattr(options, name)}; allowed: 1 or more")
+    if options.figure:
+        writable(options.figure, (".png",), "--figure")
+    import jax
+
+    from difax.build import build_run, load_weights
+    from difax.profile import as_json, draw_profile, format_profile, perfetto, profile
+
+    run = build_run(config)
+    random = options.random_init or (config.get("weights") == "random" and not options.weights)
+    if random:
+        config, run, _ = _fitting(config, run)
+    cond, _ = _conditions(options, config, run.model, random)
+    if random:
+        params = jax.jit(run.model.init)(jax.random.key(options.seed))
+    else:
+        model, params, _ = load_weights(config, run.model, options.weights)
+        run = run._replace(model=model)
+    found = profile(run, params, cond, options.seed, options.turns)
+    print(json.dumps(as_json(found)) if options.json else format_profile(found))
+    if options.figure:
+        draw_profile(found, pathlib.Path(options.figure))
+    if options.perfetto:
+        print(f"difax: trace in {perfetto(run, params, cond, options.seed, options.perfetto)}", file=sys.stderr)
     return 0
 
 

@@ -1,0 +1,266 @@
+"""`difax profile`: where the seconds of a step go, part by part, against what the device can do.
+
+Every part of an evaluation (embedding, conditioning, each branch of each stage over all its blocks, head, solver) is
+compiled by itself on the shapes of the run and timed in turns with the others, and so is the whole sampler, with and
+without its cache. What the parts do not add up to is shown as a row of its own: guidance, memory between the parts,
+the loop, or, where it is negative, what XLA fuses across them.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.build import Run
+from difax.contracts import Params, Where
+from difax.cost import model_cost, run_cost
+from difax.noise import sample_keys
+from difax.process import predict
+from difax.report import device_name
+from difax.sample import initial_noise
+from difax.trunk import neutral, trunk_spec
+
+
+class Part(NamedTuple):
+    """One row: seconds and operations of one evaluation of the batch."""
+
+    name: str
+    seconds: float
+    gflops: float
+
+
+class Profile(NamedTuple):
+    """parts: of one evaluation without a cache; evaluation: seconds of one, in the whole sampler, uncached; cached: the
+    same of the run's own cache, or None; ceiling: GFLOP/s of the best product of two matrices."""
+
+    parts: list[Part]
+    evaluation: Part
+    cached: Part | None
+    ceiling: float
+    batch: int
+    device: str
+
+
+def ceiling(dtype: Any = "float32", sizes: tuple[int, ...] = (), repeats: int = 10) -> float:
+    """Best GFLOP/s of a square product in this process (of 1024 and 2048 on a CPU, 8192 elsewhere)."""
+    best = 0.0
+    for n in sizes or ((1024, 2048) if jax.default_backend() == "cpu" else (8192,)):
+        a, b = (jax.random.normal(jax.random.key(i), (n, n)).astype(dtype) for i in range(2))
+        product = jax.jit(jnp.matmul)
+        seconds = [_timed(partial(product, a, b)) for _ in range(repeats + 1)]
+        best = max(best, 2 * n**3 / min(seconds[1:]) / 1e9)
+    return best
+
+
+def profile(run: Run, params: Params, cond: Any, seed: int = 0, repeats: int = 5) -> Profile:
+    """Times the parts of one evaluation, and the sampler whole.
+
+    Args:
+      run, params: what to sample with; params as they were loaded.
+      cond: conditions of the batch, leaves lead with [B].
+      repeats: turns, of which the median is taken (5).
+    """
+    params = jax.block_until_ready(run.prepare(params))
+    if not run.stacked:
+        raise ValueError("difax profile: the layout is unstacked; allowed: stacked, whose parts can be told apart")
+    batch = len(jax.tree.leaves(cond)[0])
+    keys = sample_keys(seed, batch)
+    x = initial_noise(run.process, keys, run.model.input_shape)
+    cond = jax.tree.map(jnp.asarray, cond)
+    rows, scale = jax.tree.map(jnp.asarray, run.rows), jnp.float32(run.scale)
+    programs, gflops = _parts(run, params, x, keys, cond)
+    cost = model_cost(run.model, params, run.attention)
+    whole: dict[str, Any] = {"uncached": neutral()}
+    if run.rows.plan.owner != "none" or run.accelerator != neutral():
+        whole["cached"] = run.accelerator
+    operations: dict[str, float] = {}
+    for name, accelerator in whole.items():
+        sampler = run.sampler(accelerator)
+        its = rows if name == "cached" else rows._replace(plan=jax.tree.map(jnp.asarray, neutral().plan(run.rows, ())))
+        compiled = sampler.lower(params, x, keys, cond, its, scale).compile()
+
+        def once(compiled: Any = compiled, its: Any = its) -> Any:
+            return compiled(params, initial_noise(run.process, keys, run.model.input_shape), keys, cond, its, scale)
+
+        operations[name] = batch * run_cost(cost, jax.tree.map(np.asarray, once()[1])) / 1e9
+        programs[f"whole, {name}"] = once
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(repeats + 1):
+        for name, program in programs.items():
+            taken = _timed(program)
+            if turn:  # the first touches its memory
+                seconds[name].append(taken)
+    evaluations = len(run.rows.i)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    parts = [Part(name, median[name], gflops[name]) for name in gflops]
+
+    def of(name: str) -> Part:
+        return Part(name, median[f"whole, {name}"] / evaluations, operations[name] / evaluations)
+
+    evaluation = of("uncached")
+    rest = evaluation.seconds - sum(part.seconds for part in parts)
+    parts.append(Part("guidance, memory, loop", rest, 0.0))
+    cached = of("cached") if "cached" in whole else None
+    return Profile(parts, evaluation, cached, ceiling(run.model.dtype), batch, device_name())
+
+
+def _parts(
+    run: Run, params: Params, x: Any, keys: Any, cond: Any
+) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+    """Compiled parts of one evaluation of all halves, and the operations of each (GFLOP, of the batch)."""
+    model = run.model
+    halves = run.guide.halves
+    if halves == 2:
+        cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, model.null(cond))
+    wide = jnp.concatenate([x] * halves)
+    t = jnp.full(wide.shape[:1], jnp.asarray(run.rows.model_time[0], jnp.float32))
+    spec = trunk_spec(model, params, wide, cond, halves)
+    cost = model_cost(model, params, run.attention)
+    embed, head = jax.jit(model.embed), jax.jit(model.head)
+    tokens, context = jax.block_until_ready(embed(params, wide, t, cond))
+    programs: dict[str, Callable[[], Any]] = {"embedding": partial(embed, params, wide, t, cond)}
+    gflops: dict[str, float] = {}
+    for stage in model.stages:
+        tokens = stage.enter(tokens, context)
+
+        def conditioning(p: Any, context: Any, stage: Any = stage) -> Any:
+            return jax.lax.map(lambda one: stage.block.apply({"params": one}, context, method="mods"), p)
+
+        conditioning = jax.jit(conditioning)
+        mods = jax.block_until_ready(conditioning(params[stage.name], context))
+        name = f"{stage.name}: conditioning"
+        programs[name] = partial(conditioning, params[stage.name], context)
+        if stage.takes:
+
+            def skipping(p: Any, tokens: Any, stage: Any = stage) -> Any:
+                def one(h: Any, weights: Any) -> Any:
+                    return stage.block.apply({"params": weights}, h, h, method="skip"), None
+
+                return jax.lax.scan(one, tokens, p)[0]
+
+            alone, skips = programs.pop(name), partial(jax.jit(skipping), params[stage.name], tokens)
+            name = f"{stage.name}: conditioning, skip"
+            programs[name] = lambda alone=alone, skips=skips: (alone(), skips())
+        gflops[name] = len(wide) * stage.depth * cost.mods[stage.name] / 1e9
+        for branch, operations in zip(stage.branches, cost.branches[stage.name], strict=True):
+            call = spec.attention[stage.name][branch]
+            state = () if call is None else run.attention.init(call)
+
+            def every(p: Any, mods: Any, tokens: Any, context: Any, stage=stage, branch=branch, state=state) -> Any:
+                """The branch of every block on the same tokens, added up as the network does."""
+
+                def one(total: Any, xs: Any) -> Any:
+                    layer, weights, m = xs
+                    where = Where(stage.name, branch, layer, stage.depth)
+
+                    def attend(q: Any, k: Any, v: Any, segments: Any = None) -> Any:
+                        return run.attention.apply(q, k, v, segments, where, None, state)[0]
+
+                    apply = partial(stage.block.apply, {"params": weights})
+                    update = apply(total, m, context, attend, method=branch)
+                    gate = apply(m, branch, method="gate")
+                    return jax.tree.map(lambda h, g, u: h + (g * u).astype(h.dtype), total, gate, update), None
+
+                return jax.lax.scan(one, tokens, (jnp.arange(stage.depth), p, mods))[0]
+
+            name = f"{stage.name}: {branch}"
+            programs[name] = partial(jax.jit(every), params[stage.name], mods, tokens, context)
+            gflops[name] = len(wide) * stage.depth * operations / 1e9
+    programs["head"] = partial(head, params, tokens, context)
+    output = jax.block_until_ready(programs["head"]())[: len(x)]
+    row = jax.tree.map(lambda a: jnp.asarray(a[0]), run.rows._replace(plan=(), guide=()))
+
+    @jax.jit
+    def solver(output: Any, x: Any, keys: Any) -> Any:
+        predicted = predict(output.astype(jnp.float32), run.prediction, model.learn_sigma, x, row.level)
+        return run.solver.step(predicted, x, run.solver.init(x), row, keys)
+
+    programs["solver"] = partial(solver, output, x, keys)
+    gflops = {"embedding and head": len(wide) * cost.ends / 1e9, **gflops, "solver": 0.0}
+    ends = programs.pop("embedding"), programs.pop("head")
+    programs = {"embedding and head": lambda: (ends[0](), ends[1]()), **programs}
+    return programs, gflops
+
+
+def _timed(program: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(program())
+    return time.perf_counter() - start
+
+
+def format_profile(found: Profile) -> str:
+    """The table of a profile, with a bar for each part."""
+    total, width = found.evaluation, max(len(p.name) for p in found.parts)
+    lines = [f"{'':{width}}  {'ms':>9}  {'share':>6}  {'GFLOP':>8}  {'GFLOP/s':>8}  {'of ceiling':>10}"]
+    for part in [*found.parts, total._replace(name="evaluation"), *([found.cached] if found.cached else [])]:
+        share = part.seconds / total.seconds
+        rate = part.gflops / part.seconds if part.gflops and part.seconds > 0 else 0.0
+        speed = f"{rate:8.1f}  {100 * rate / found.ceiling:8.0f} %" if rate else f"{'':8}  {'':10}"
+        bar = "#" * round(40 * max(share, 0)) if part in found.parts else ""
+        name = "evaluation, cached" if part is found.cached else part.name
+        numbers = f"{1e3 * part.seconds:9.2f}  {100 * share:5.1f}%  {part.gflops:8.2f}"
+        lines.append(f"{name:{width}}  {numbers}  {speed}  {bar}".rstrip())
+    lines.append(
+        f"{found.batch} samples on {found.device}; ceiling (best product of matrices) {found.ceiling:.0f} GFLOP/s"
+    )
+    return "\n".join(lines)
+
+
+def as_json(found: Profile) -> dict[str, Any]:
+    """A profile as plain numbers."""
+    parts = [p._asdict() for p in found.parts]
+    cached = None if found.cached is None else found.cached._asdict()
+    return {**found._asdict(), "parts": parts, "evaluation": found.evaluation._asdict(), "cached": cached}
+
+
+def perfetto(run: Run, params: Params, cond: Any, seed: int, folder: str) -> str:
+    """Writes JAX's trace of one run of the sampler, compiled before, and returns the folder."""
+    params = jax.block_until_ready(run.prepare(params))
+    keys = sample_keys(seed, len(jax.tree.leaves(cond)[0]))
+    sampler, rows = run.sampler(), jax.tree.map(jnp.asarray, run.rows)
+    arguments = (keys, jax.tree.map(jnp.asarray, cond), rows, jnp.float32(run.scale))
+    x = initial_noise(run.process, keys, run.model.input_shape)
+    compiled = sampler.lower(params, x, *arguments).compile()
+    with jax.profiler.trace(folder, create_perfetto_trace=True):
+        jax.block_until_ready(compiled(params, x, *arguments))
+    return folder
+
+
+def draw_profile(found: Profile, path: pathlib.Path) -> None:
+    """The parts as horizontal bars, in milliseconds, each with its share of the ceiling.
+
+    Raises:
+      ValueError: matplotlib is missing (the extra `plot`).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--figure needs matplotlib: pip install 'difax[plot]'") from None
+    from difax.files import replacing
+
+    parts = list(reversed(found.parts))
+    picture = Figure((9, 0.45 * len(parts) + 1.6), layout="constrained")
+    axes = picture.add_subplot()
+    milliseconds = [1e3 * p.seconds for p in parts]
+    axes.barh([p.name for p in parts], milliseconds, color="#0b5fa5")
+    for i, part in enumerate(parts):
+        rate = part.gflops / part.seconds / found.ceiling if part.gflops and part.seconds > 0 else None
+        text = f" {milliseconds[i]:.1f} ms" + (f", {100 * rate:.0f} % of ceiling" if rate else "")
+        axes.text(max(milliseconds[i], 0), i, text, va="center", fontsize=9)
+    axes.set_xlim(right=1.35 * max(milliseconds))
+    axes.set_xlabel("milliseconds of one evaluation")
+    axes.set_title(
+        f"{found.batch} samples, {1e3 * found.evaluation.seconds:.0f} ms an evaluation, {found.device}", fontsize=10
+    )
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    with replacing(path) as aside, open(aside, "wb") as file:
+        picture.savefig(file, format="png", dpi=200)

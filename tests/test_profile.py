@@ -1,0 +1,67 @@
+"""The parts of a step: they are all there, and their operations are those of the whole."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from difax.cli import main
+from difax.profile import Part, Profile, draw_profile, format_profile
+
+TINY = ["--random-init", "--steps", "2", "--turns", "1"]
+
+
+def profiled(capsys, *arguments):
+    assert main(["profile", *arguments, "--json", "--quiet"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "config,stages",
+    [
+        ("skip_dit_tiny", ["down: attn", "down: mlp", "up: attn", "up: mlp"]),
+        ("flux_tiny", ["double: attn", "double: mlp", "single: attn_mlp"]),
+        ("wan_tiny", ["blocks: attn", "blocks: cross", "blocks: mlp"]),
+    ],
+)
+def test_the_parts_have_the_operations_of_the_whole(config, stages, capsys):
+    found = profiled(capsys, "--config", config, *TINY)
+    parts = {p["name"]: p for p in found["parts"]}
+    assert [n for n in parts if ": " in n and "conditioning" not in n] == stages
+    np.testing.assert_allclose(sum(p["gflops"] for p in parts.values()), found["evaluation"]["gflops"], rtol=1e-6)
+    seconds = [p["seconds"] for p in parts.values()]
+    np.testing.assert_allclose(sum(seconds), found["evaluation"]["seconds"], rtol=1e-9)
+    assert all(p["seconds"] > 0 for n, p in parts.items() if "loop" not in n) and found["cached"] is None
+
+
+def test_a_cache_is_beside_the_whole(capsys):
+    found = profiled(capsys, "--config", "flux_tiny", "--cache", "fora", "--config.cache.interval=2", *TINY)
+    assert 0.4 < found["cached"]["gflops"] / found["evaluation"]["gflops"] < 0.7
+
+
+def test_table_and_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    parts = [Part("blocks: attn", 0.03, 3.0), Part("guidance, memory, loop", -0.01, 0.0)]
+    found = Profile(parts, Part("uncached", 0.02, 3.0), Part("cached", 0.01, 1.0), 200.0, 4, "cpu")
+    lines = format_profile(found).splitlines()
+    assert lines[1].split()[:8] == ["blocks:", "attn", "30.00", "150.0%", "3.00", "100.0", "50", "%"]
+    assert lines[2].startswith("guidance, memory, loop") and "-50.0%" in lines[2]
+    assert lines[4].startswith("evaluation, cached")
+    draw_profile(found, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    "arguments,match",
+    [
+        (["--turns", "0"], "--turns=0; allowed: 1 or more"),
+        (["--figure", "p.jpg"], "must end in .png"),
+        (["--config.layout=unstacked", "--config", "flux_tiny", "--random-init"], "allowed: stacked"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, match, capsys):
+    assert main(["profile", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert match in error and error.count("\n") == 1
