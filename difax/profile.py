@@ -49,7 +49,7 @@ class Profile(NamedTuple):
     device: str
 
 
-def ceiling(dtype: Any = "float32", sizes: tuple[int, ...] = (), repeats: int = 10) -> float:
+def ceiling(dtype: Any = "float32", sizes: tuple[int, ...] = (), repeats: int = 15) -> float:
     """Best GFLOP/s of a square product in this process (of 1024 and 2048 on a CPU, 8192 elsewhere)."""
     best = 0.0
     for n in sizes or ((1024, 2048) if jax.default_backend() == "cpu" else (8192,)):

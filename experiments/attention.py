@@ -31,8 +31,9 @@ import jax.numpy as jnp
 from difax.accel.attention.chunked import chunked
 from difax.accel.attention.window import window
 from difax.accel.attention.xla import xla
+from difax.profile import ceiling
 from difax.report import peak_memory
-from experiments.bench_step import Torch, ceiling, measure
+from experiments.bench_step import Torch, measure
 from experiments.provenance import RESULTS, append_row, provenance, read_rows
 
 TOKENS, DTYPES, HEADS, WIDTH, RADIUS = (1024, 4096, 16384), ("float32", "bfloat16"), 8, 64, 512

@@ -35,27 +35,13 @@ from difax.models.dit import dit
 from difax.models.dit_checkpoint import load_dit
 from difax.noise import sample_keys
 from difax.process import vp_linear
+from difax.profile import ceiling
 from difax.report import peak_memory
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import forward, unstack
 from experiments.provenance import RESULTS, append_row, provenance, read_rows
 
 MODELS, BATCHES, DTYPES = ("S/2", "B/2", "XL/2"), (1, 4), ("float32", "bfloat16")
-
-
-def ceiling(dtype: str, sizes: tuple[int, ...] = ()) -> float:
-    """Best GFLOP/s of a square matmul in this process (of 1024 and 2048 on a CPU, 8192 elsewhere), 15 calls each."""
-    best = 0.0
-    for n in sizes or ((1024, 2048) if jax.default_backend() == "cpu" else (8192,)):
-        a, b = (jax.random.normal(jax.random.key(i), (n, n)).astype(dtype) for i in range(2))
-        matmul = jax.jit(jnp.matmul)
-        seconds, _ = measure(partial(_matmul, matmul, a, b), 15)
-        best = max(best, 2 * n**3 / min(seconds) / 1e9)
-    return best
-
-
-def _matmul(matmul: Any, a: jax.Array, b: jax.Array) -> Any:
-    return jax.block_until_ready(matmul(a, b))
 
 
 def measure(run: Callable[[], Any], repeats: int, warm: bool = True) -> tuple[list[float], list[float]]:

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from difax.ops import weight_gradients, weight_gradients_padded
-from experiments.bench_step import ceiling, measure
+from difax.profile import ceiling
+from experiments.bench_step import measure
 from experiments.provenance import RESULTS, provenance
 
 B, T, K, N = 32, 256, 384, 1536

@@ -71,11 +71,30 @@ def _attention(options: argparse.Namespace) -> list[list[str]]:
     return [["experiments.attention", "--out", str(path), *quick]]
 
 
+def _realised(options: argparse.Namespace) -> list[list[str]]:
+    path = options.out / ("quick_realised.jsonl" if options.quick else "realised.jsonl")
+    command = ["experiments.realised", "--dtype", "bfloat16", "--out", str(path)]
+    if options.quick:
+        small = ["--models", "S/8", "--batches", "1", "--steps", "4", "--repeats", "1"]
+        return [[*command, *small, "--methods", "fora 3", "teacache", "toca"]]
+    return [[*command, "--models", "XL/2", "--batches", "1", "8", "--steps", "50", "--repeats", "10"]]
+
+
+def _pareto(options: argparse.Namespace) -> list[list[str]]:
+    command = ["difax", "pareto", "--out", str(options.out / ("quick_pareto" if options.quick else "pareto"))]
+    if options.quick:
+        return [[*command, "--methods", "fora 3", "--seeds", "10", "--turns", "1", "--no-judge", "--config.steps=4"]]
+    data = ["--data", options.data] if options.data else []
+    return [[*command, "--seeds", "320", "--batch", "64", "--budget", "8", *data]]
+
+
 PARTS = {
     "train": Part("patch-2 DiT on Fashion-MNIST, resumed in slices of 8 minutes until its steps are done", _train),
     "bench_step": Part("a step and a sample of DiT-S/2, B/2, XL/2 in bf16, against torch eager and compile", _bench),
     "attention": Part("chunked attention against the reference at 1k, 4k and 16k tokens", _attention),
     "quantisation": Part("bytes, errors and seconds of every quantised DiT-B/2", _quantisation),
+    "realised": Part("caches on DiT-XL/2 in bf16: seconds against operations, at batch 1 and 8", _realised),
+    "pareto": Part("every method on the embedded model, 320 images each", _pareto),
     "sample": Part("2,000 images of the embedded model in f32 and bf16: seconds and memory", _sample),
 }
 

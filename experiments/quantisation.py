@@ -26,10 +26,11 @@ from difax.build import build_run, load_weights
 from difax.config import load_config, override
 from difax.metrics import psnr
 from difax.models.dit import dit
+from difax.profile import ceiling
 from difax.qtensor import QTensor, cast, dequantize, is_quantized, quantize_params, size_in_bytes
 from difax.report import draw
 from difax.trunk import forward
-from experiments.bench_step import ceiling, measure
+from experiments.bench_step import measure
 from experiments.provenance import RESULTS, provenance
 
 DTYPES = ("float32", "bfloat16")

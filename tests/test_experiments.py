@@ -1,15 +1,21 @@
 """The studies run, at toy size, and their rows say where they come from."""
 
+import argparse
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from difax.accel.caches.masks import steps_mask
+from difax.build import build_run, load_weights
+from difax.config import load_config, override
 from difax.cost import model_cost
 from difax.models.dit import dit
-from experiments import gpu_suite
-from experiments.bench_step import bench, ceiling
+from difax.profile import ceiling
+from experiments import caches, gpu_suite, realised, search
+from experiments.bench_step import bench
 from experiments.provenance import append_row, provenance, read_rows
 
 
@@ -60,3 +66,50 @@ def test_suite_part_runs(part, tmp_path, data_dir, user_env):
     subprocess.run([*command, "--data", str(data_dir)], env=user_env, check=True)
     rows = [json.loads(line) for line in (tmp_path / "quick.jsonl").read_text().splitlines()]
     assert rows and all(row["exit_code"] == 0 and row["part"] == part for row in rows)
+
+
+@pytest.mark.slow
+def test_realised_rows_count_what_was_left_out_and_what_is_remembered():
+    rows = {r["method"]: r for r in realised.measure("S/8", 1, "float32", ["fora 3", "teacache"], 6, 1)}
+    # two of six evaluations are computed; what is held still pays for its conditioning and the ends
+    assert 2.5 < rows["fora 3"]["flops_ratio"] < 3
+    np.testing.assert_allclose(rows["fora 3"]["remembered_mib"], 12 * 2 * 2 * 16 * 384 * 4 / 2**20)
+    assert rows["teacache"]["settings"]["threshold"] > 0 and 1 < rows["teacache"]["flops_ratio"] < 6
+    for row in rows.values():
+        assert row["realised"] == pytest.approx(row["seconds_ratio"] / row["flops_ratio"])
+
+
+@pytest.mark.slow
+def test_search_compares_plans_of_equal_operations():
+    options = argparse.Namespace(where="branches", forecast="hold", samples=2, rounds=1, held_out=20)
+    config = override(load_config("fmnist_dit"), [("steps", 8)])
+    run = build_run(config)
+    params = run.prepare(load_weights(config, run.model)[1])
+    rows = {r["plan"]: r for r in search.compare(run, params, "fast", options)}
+    assert len({r["computed"] for r in rows.values()}) == 1 and len({r["gflops"] for r in rows.values()}) == 1
+    assert rows["SCM fast"]["schedule"] == "".join(map(str, steps_mask(policy="fast", total_steps=8)))
+    for row in rows.values():
+        low, high = row["psnr_interval"]
+        assert low <= row["psnr"] <= high and row["gain"] == pytest.approx(rows["found"]["psnr"] - row["psnr"])
+
+
+@pytest.mark.slow
+def test_caches_speed_and_quality(tmp_path, monkeypatch):
+    options = [
+        "caches",
+        "--methods",
+        "none",
+        "fora 3",
+        "--samples",
+        "20",
+        "--repeats",
+        "1",
+        "--out",
+        str(tmp_path / "r.jsonl"),
+    ]
+    monkeypatch.setattr(sys, "argv", options)
+    monkeypatch.setattr(caches, "make_judge", lambda data: None)  # twenty samples are too few for it
+    caches.main()
+    rows = {(r["method"], r["part"]): r for r in read_rows(tmp_path / "r.jsonl")}
+    assert rows["fora 3", "speed"]["flops_ratio"] == pytest.approx(54.9 / 19.1, rel=0.01)
+    assert rows["none", "quality"]["ssim"]["mean"] == 1 and 0.8 < rows["fora 3", "quality"]["ssim"]["mean"] < 1

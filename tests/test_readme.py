@@ -31,7 +31,16 @@ def test_commands_parse(line):
 
 
 def test_there_are_commands():
-    assert {line.split()[1] for line in COMMANDS} == {"sample", "calibrate", "train", "convert", "export", "list"}
+    assert {line.split()[1] for line in COMMANDS} == {
+        "sample",
+        "calibrate",
+        "pareto",
+        "profile",
+        "train",
+        "convert",
+        "export",
+        "list",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -72,9 +72,10 @@ def dbprune(
       An `Accelerator` that remembers each block's input and residual: 2 L B N D values.
 
     References: cache-dit 1.5.3, whose decisions and results tests/golden/dbprune.json holds. As there, the
-      accumulated-difference cap of `dbcache` has no effect, so it is no argument. There every list of blocks has its
-      own counters, first and last (FLUX has two lists), and the unconditional half's dynamic threshold reads the
-      conditional half's differences; here the blocks are counted over the whole model, and each half's are its own.
+      accumulated-difference cap of `dbcache` has no effect, so it is no argument. There the
+      unconditional half's dynamic threshold reads the conditional half's differences; here each half's are its own. The
+      blocks are counted over the whole model, as there by default; with CACHE_DIT_FLUX_ENABLE_DUMMY_BLOCKS=0 each of
+      FLUX's two lists has its own counters, first and last, which is not here.
     """
     check("dbprune", threshold, warmup, warmup_interval, mask, policy)
     check_dtype("dbprune", dtype)
