@@ -164,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     pareto.add_argument("--data", metavar="DIR", help="folder of the data set's files, for the judge")
     pareto.add_argument("--no-judge", action="store_true", help="compare with the baseline's images alone")
     pareto.add_argument("--quality", default="psnr", help="that the frontier is of (default: %(default)s)")
+    pareto.add_argument("--search", action="store_true", help="look for the best composition (needs difax[search])")
+    pareto.add_argument("--speedup", type=float, help="of --search: seconds over the baseline's, at least")
+    pareto.add_argument("--floor", type=float, help="of --search: of the quality, at least (at most, of a distance)")
+    pareto.add_argument("--trials", type=int, default=30, help="of --search: settings to try (default: %(default)s)")
     pareto.add_argument("--figure", metavar="FILE.png", help="the scatter as a picture (needs difax[plot])")
     pareto.add_argument("--json", action="store_true", help="print the rows as JSON")
     pareto.set_defaults(run=_pareto)
@@ -290,17 +294,20 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _pareto(options: argparse.Namespace) -> int:
     config = _config(options, "fmnist_dit")
-    for name, least in (("seeds", 1), ("batch", 1), ("turns", 1), ("seed", 0)):
+    for name, least in (("seeds", 1), ("batch", 1), ("turns", 1), ("trials", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name}={getattr(options, name)}; allowed: {least} or more")
     if options.budget is not None and not options.budget > 0:
         raise ValueError(f"--budget={options.budget}; allowed: above 0")
+    if options.search == (options.speedup is None and options.floor is None):
+        raise ValueError("--search needs one of --speedup and --floor, which need --search")
     from difax.build import choose
     from difax.config import override, parse_value
     from difax.judge import make_judge
     from difax.methods import METHODS, chosen
     from difax.pareto import QUALITIES, Options, Sweep, table
     from difax.pareto_report import figure, title, write_report
+    from difax.pareto_search import Goal, search, summary
 
     choose("quality", options.quality, QUALITIES)
     if options.figure:
@@ -314,7 +321,12 @@ def _pareto(options: argparse.Namespace) -> int:
     gin = [f"--gin_file {f}" for f in options.gin_file] + [f"--gin_param {shlex.quote(p)}" for p in options.gin_param]
     name = " ".join([options.config or "fmnist_dit", *gin, *(shlex.quote(f"--config.{s}") for s in options.set)])
     sweep = Sweep(name, config, asked, pathlib.Path(options.out), judge, tell)
-    rows = sweep.measure(methods)
+    if options.search:
+        found = search(sweep, Goal(options.quality, options.speedup, options.floor), options.trials)
+        print(summary(found, Goal(options.quality, options.speedup, options.floor)))
+        rows = sweep.rows()
+    else:
+        rows = sweep.measure(methods)
     print(json.dumps(rows) if options.json else table(rows, options.quality))
     report = write_report(options.out, quality=options.quality, command=options.command)
     if options.figure:

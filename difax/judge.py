@@ -84,15 +84,16 @@ def examine(classifier: Classifier, params: Params, images: np.ndarray) -> tuple
 
 
 def halves(images: Images, n: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two disjoint sets of n images each, with n / classes of every class: reference and control.
+    """Rows of two disjoint sets of n images each, with the classes of n samples that go round them: reference, control.
 
     Raises:
-      ValueError: n not a multiple of the classes, or more than half of the images of some class.
+      ValueError: more than half of the images of some class.
     """
     most = min(int(np.sum(images.label == c)) for c in range(classes)) // 2 * classes
-    if n % classes or not 0 < n <= most:
-        raise ValueError(f"--samples {n}; allowed: multiples of {classes} up to {most}")
-    rows = [np.flatnonzero(images.label == c)[: 2 * n // classes] for c in range(classes)]
+    if not 0 < n <= most:
+        raise ValueError(f"{n} samples; allowed: 1 to {most}, half of the real images")
+    counts = [len(range(c, n, classes)) for c in range(classes)]
+    rows = [np.flatnonzero(images.label == c)[: 2 * count] for c, count in enumerate(counts)]
     return np.concatenate([r[::2] for r in rows]), np.concatenate([r[1::2] for r in rows])
 
 
@@ -117,7 +118,7 @@ def compared(judge: Judge, images: np.ndarray | None, labels: np.ndarray) -> dic
 
     Args:
       images: uint8 [n, H, W, C]; None is the control, as many real images of the same classes.
-      labels: [n], that were asked for, in equal parts.
+      labels: [n], that were asked for, 0, 1, 2, ... in turn.
 
     Returns:
       {"agreement", "frechet", "kernel", "precision", "recall"}: [value, low, high] each; frechet is None for fewer than

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.build import FITS, Run, build_run, choose, load_weights, save_by_stage
+from difax.build import FITS, Run, build_run, load_weights, save_by_stage
 from difax.calibrate import Sampler, calibrate, fit, save_json, search
 from difax.config import load_config, override
 from difax.contracts import Params
@@ -260,7 +260,8 @@ def main() -> None:
         print(table(read_rows(path)))
         return
     for method in options.methods:
-        choose("method", method, ["none", *METHODS])
+        if method not in ("none", *METHODS):
+            parser.error(f"unknown method {method!r}; allowed: none, {', '.join(METHODS)}")
     base = load_config(CONFIG)
     run = build_run(base)
     model, params, _ = load_weights(base, run.model)

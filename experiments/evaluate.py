@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="solver steps")
     parser.add_argument("--scale", type=float, help="guidance scale")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the sampled model")
-    parser.add_argument("--samples", type=int, default=2000, help="in equal parts of every class (%(default)s)")
+    parser.add_argument("--samples", type=int, default=2000, help="of the classes in turn (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", metavar="DIR", help="folder of the data set's files")
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE.json")

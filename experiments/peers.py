@@ -36,7 +36,6 @@ from safetensors.numpy import load_file
 
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
-from difax.build import choose
 from difax.grids import GRIDS, make_times
 from difax.guidance import cfg, unguided
 from difax.models.dit_checkpoint import load_dit
@@ -589,7 +588,8 @@ def main() -> None:
         geometry = {**GEOMETRIES[name], "threads": options.torch_threads or THREADS[name.split()[1]]}
         known = methods(geometry["kind"], geometry["depth"], options.steps)
         for method in options.methods or ():
-            choose("method", method, known)
+            if method not in known:
+                parser.error(f"unknown method {method!r}; allowed: {', '.join(known)}")
         there = {r["method"] for r in read_rows(path) if r["geometry"] == name and r["steps"] == options.steps}
         wanted = [m for m in options.methods or (QUICK if options.quick else known) if m not in there]
         if not wanted:

@@ -27,7 +27,6 @@ import numpy as np
 
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
-from difax.build import choose
 from difax.cost import model_cost, run_cost
 from difax.grids import GRIDS, make_times
 from difax.guidance import cfg
@@ -185,7 +184,8 @@ def main() -> None:
     options = parser.parse_args()
     path = options.out or RESULTS / "realised" / f"{options.lane}.jsonl"
     for method in options.methods:
-        choose("method", method, METHODS)
+        if method not in METHODS:
+            parser.error(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
     wanted = GEOMETRIES
     if options.models or options.batches:
         wanted = [(m, b) for m in options.models or ("B/2", "XL/2") for b in options.batches or (1,)]
