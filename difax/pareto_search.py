@@ -102,7 +102,8 @@ def search(sweep: Sweep, goal: Goal, trials: int = 30, keep: int = 3) -> list[di
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     seeds = sweep.options.seeds
     rungs = sorted({max(seeds // keep**2, min(seeds, 8)), max(seeds // keep, min(seeds, 8))})
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))
+    sampler = optuna.samplers.TPESampler(n_startup_trials=min(20, trials // 2), seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
     small = _rung(sweep, rungs[0])
     found: dict[str, tuple[dict[str, Any], Score]] = {}
     for number in range(trials):

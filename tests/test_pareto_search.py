@@ -48,7 +48,7 @@ def world(monkeypatch):
     return World()
 
 
-@pytest.mark.parametrize("goal", [Goal(speedup=4.0), Goal(floor=42.0), Goal("frechet", floor=6.0)])
+@pytest.mark.parametrize("goal", [Goal(speedup=4.0), Goal(floor=42.0), Goal("frechet", floor=8.0)])
 def test_the_goal_is_met_and_little_is_lost(world, goal):
     rows = search(world, goal, trials=60)
     best = rows[0]
