@@ -303,9 +303,10 @@ def _pareto(options: argparse.Namespace) -> int:
         raise ValueError("--search needs one of --speedup and --floor, which need --search")
     from difax.build import choose
     from difax.config import override, parse_value
+    from difax.frontier import QUALITIES, table
     from difax.judge import make_judge
     from difax.methods import METHODS, chosen
-    from difax.pareto import QUALITIES, Options, Sweep, table
+    from difax.pareto import Options, Sweep
     from difax.pareto_report import figure, title, write_report
     from difax.pareto_search import Goal, search, summary
 

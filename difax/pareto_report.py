@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from difax.files import replacing
-from difax.pareto import BASELINE, CONTROL, PSNR_LIMIT, QUALITIES, frontier, read_rows, slug
+from difax.frontier import BASELINE, CONTROL, QUALITIES, frontier
+from difax.pareto import PSNR_LIMIT, read_rows, slug
 
 SHOWN_IMAGES, LEAST_IMAGES = 16, 5
 CELL = 96  # pixels of an image's longer side, at most

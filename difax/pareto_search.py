@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from difax.frontier import QUALITIES
 from difax.methods import Method
-from difax.pareto import QUALITIES, Sweep
+from difax.pareto import Sweep
 
 CACHES = ("none", "fora", "taylorseer", "teacache", "fbcache")
 

@@ -13,8 +13,9 @@ import pytest
 
 from difax.cli import main
 from difax.config import load_config, override, parse_value
+from difax.frontier import BASELINE, frontier, line, table
 from difax.methods import FAMILIES, METHODS, chosen
-from difax.pareto import BASELINE, Options, Sweep, frontier, line, read_rows, slug, table
+from difax.pareto import Options, Sweep, read_rows, slug
 
 LOW, HIGH = (f"cache.name=teacache,cache.threshold={t}" for t in (0.5, 9.0))
 SHORT = Options(seeds=3, batch=2, turns=1)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from difax.frontier import BASELINE, CONTROL, QUALITIES, frontier
 from difax.methods import FAMILIES, METHODS
-from difax.pareto import BASELINE, CONTROL, PSNR_LIMIT, QUALITIES, frontier, read_rows, slug
+from difax.pareto import PSNR_LIMIT, read_rows, slug
 from difax.pareto_report import COLUMNS, LABELS, LOOKS, SHOWN_IMAGES, figure, report, sprites, write_report
 
 EVIL = "<script>document.title = 'taken'</script> & \"steps\" 'x' </script>"

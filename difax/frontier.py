@@ -1,0 +1,100 @@
+"""What a sweep's rows say: which methods are dominated, and a table of all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BASELINE, CONTROL = "baseline", "real images"
+# name -> is more of it better
+QUALITIES = {
+    "psnr": True,
+    "ssim": True,
+    "ms_ssim": True,
+    "relative_l1": False,
+    "relative_l2": False,
+    "agreement": True,
+    "frechet": False,
+    "kernel": False,
+    "precision": True,
+    "recall": True,
+}
+
+
+def frontier(rows: list[dict[str, Any]], quality: str = "psnr", cost: str = "seconds") -> list[dict[str, Any]]:
+    """The measured rows, each with `dominated_by`: a method that is at least as good and as fast, and better in one.
+
+    Args:
+      quality: one of `QUALITIES`.
+      cost: "seconds" or "flops", by ratio to the baseline.
+    """
+    sign = 1.0 if QUALITIES[quality] else -1.0
+    measured = [r for r in rows if "speed" in r and _finite_figure(r, quality)]
+    points = [
+        (sign * r["quality"][quality][0], r["speed"]["ratio"] if cost == "seconds" else r["cost"]["ratio"])
+        for r in measured
+    ]
+    found = []
+    for row, (good, fast) in zip(measured, points, strict=True):
+        better = [
+            (other_fast, other["method"])
+            for other, (other_good, other_fast) in zip(measured, points, strict=True)
+            if other_good >= good and other_fast >= fast and (other_good > good or other_fast > fast)
+        ]
+        found.append({**row, "dominated_by": max(better)[1] if better else None})
+    return found
+
+
+def table(rows: list[dict[str, Any]], quality: str = "psnr") -> str:
+    """The measured methods as a Markdown table, the fastest first; the frontier's in bold."""
+    shown = [q for q in ("psnr", "ssim", "agreement", "frechet", "kernel") if any(_figure(r, q) for r in rows)]
+    if quality not in shown:
+        shown.append(quality)
+    names = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "frechet": "Frechet"}
+    head = [
+        "method",
+        "FLOPs",
+        "seconds",
+        "realised",
+        *(names.get(q, q.replace("_", " ")) for q in shown),
+        "dominated by",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in sorted(frontier(rows, quality), key=lambda r: -r["speed"]["ratio"]):
+        best = row["dominated_by"] is None
+        cells = [
+            f"**{row['method']}**" if best else row["method"],
+            f"x{row['cost']['ratio']:.2f}",
+            f"x{row['speed']['ratio']:.2f}",
+            f"{row['speed']['realised']:.2f}",
+            *(_figure(row, q) for q in shown),
+            row["dominated_by"] or "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for row in rows:
+        if row["method"] == CONTROL:
+            cells = [f"_{CONTROL}_", "", "", "", *(_figure(row, q) for q in shown), ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _finite_figure(row: dict[str, Any], quality: str) -> list[float] | None:
+    """[value, low, high], or None where there is none, such as that of images that are not finite."""
+    found = row.get("quality", {}).get(quality)
+    return found if found and None not in found else None
+
+
+def _figure(row: dict[str, Any], quality: str) -> str:
+    found = _finite_figure(row, quality)
+    if found is None:
+        return ""
+    digits = 1 if quality == "psnr" else 2 if quality == "frechet" else 3
+    value, low, high = (f"{x:.{digits}f}" for x in found)
+    return value if row["method"] == BASELINE and quality in ("psnr", "ssim", "ms_ssim") else f"{value} [{low}, {high}]"
+
+
+def line(row: dict[str, Any]) -> str:
+    """One measurement for people."""
+    if "refused" in row:
+        return f"{row['method']}: not for this model ({row['refused'][:90]})"
+    found = f"PSNR {_figure(row, 'psnr') or 'not finite'}, SSIM {_figure(row, 'ssim') or 'not finite'}"
+    return f"{row['method']}: FLOPs x{row['cost']['ratio']:.2f}, seconds x{row['speed']['ratio']:.2f}, {found}"
