@@ -171,6 +171,23 @@ def measure(variant: str, batch: int, dtype: str, methods: list[str], steps: int
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| network | batch | method | kind | FLOPs | seconds | realised (turns) | remembers, MiB | program, MiB more |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if r["method"] != "none":
+            turns = f"{min(r['realised_turns']):.2f}-{max(r['realised_turns']):.2f}"
+            lines.append(
+                f"| {r['model']} | {r['batch']} | {r['method']} | {r['kind']} | x{r['flops_ratio']:.2f} | "
+                f"x{r['seconds_ratio']:.2f} | {r['realised']:.3f} ({turns}) | {r['remembered_mib']:.0f} | "
+                f"{r['peak_over_uncached_mib']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", help="default: B/2 and XL/2")
@@ -181,8 +198,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
     parser.add_argument("--out", type=pathlib.Path, help="file of rows, instead of the lane's")
+    parser.add_argument("--table", action="store_true", help="print what is measured, and measure nothing")
     options = parser.parse_args()
     path = options.out or RESULTS / "realised" / f"{options.lane}.jsonl"
+    if options.table:
+        print(table(read_rows(path)))
+        return
     for method in options.methods:
         if method not in METHODS:
             parser.error(f"unknown method {method!r}; allowed: {', '.join(METHODS)}")
