@@ -36,6 +36,7 @@ from difax.images import to_uint8
 from difax.judge import judge_samples, make_judge
 from difax.metrics import psnr, ssim
 from difax.noise import sample_keys
+from difax.pareto import PSNR_LIMIT
 from difax.report import peak_memory
 from difax.sample import initial_noise
 from experiments.provenance import RESULTS, append_row, provenance, read_rows
@@ -193,7 +194,7 @@ def quality(run: Run, plain: Program, params: Params, samples: int, judge: Any) 
     labels = np.arange(len(together)) % run.model.classes
     # a distance between sets needs more samples than the judge has features
     found = judge_samples(judge, to_uint8(together), labels) if len(labels) >= 300 else {}
-    each = [psnr(a, b) for a, b in zip(together, other, strict=True)]
+    each = [min(psnr(a, b), PSNR_LIMIT) for a, b in zip(together, other, strict=True)]
     return {
         "gflops_per_image": sum(run_cost(cost, t) for t in traces) / batches / 1e9,
         "computed_fraction": float(np.mean([np.mean(c) for c in averaged(traces).computed.values()])),

@@ -21,8 +21,12 @@ def profiled(capsys, *arguments):
     "config,stages",
     [
         ("skip_dit_tiny", ["down: attn", "down: mlp", "up: attn", "up: mlp"]),
-        ("flux_tiny", ["double: attn", "double: mlp", "single: attn_mlp"]),
-        ("wan_tiny", ["blocks: attn", "blocks: cross", "blocks: mlp"]),
+        pytest.param(
+            "flux_tiny", ["double: attn", "double: mlp", "single: attn_mlp"], marks=pytest.mark.slow, id="flux_tiny"
+        ),
+        pytest.param(
+            "wan_tiny", ["blocks: attn", "blocks: cross", "blocks: mlp"], marks=pytest.mark.slow, id="wan_tiny"
+        ),
     ],
 )
 def test_the_parts_have_the_operations_of_the_whole(config, stages, capsys):
