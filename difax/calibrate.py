@@ -192,7 +192,7 @@ def computed_for(run: Run, params: Params, budget: float) -> int:
     if not 0 < budget <= 1:
         raise ValueError(f"--budget={budget}; allowed: above 0, at most 1")
     cost, evaluations = model_cost(run.model, params, run.attention), len(run.rows.i)
-    held = cost.ends + sum(depth * cost.mods[stage] for stage, depth in cost.depth.items())
+    held = cost.held
     full = int((budget * cost.evaluation - held) * evaluations / (cost.evaluation - held))
     if full < 1:
         least = (held * (evaluations - 1) + cost.evaluation) / (evaluations * cost.evaluation)

@@ -31,6 +31,11 @@ class ModelCost(NamedTuple):
     depth: dict[str, int]
 
     @property
+    def held(self) -> float:
+        """Operations of one evaluation of one sample whose branches are all filled: ends and conditioning."""
+        return self.ends + sum(depth * self.mods[stage] for stage, depth in self.depth.items())
+
+    @property
     def evaluation(self) -> float:
         """Operations of one full evaluation of one sample."""
         blocks = (self.depth[s] * (self.mods[s] + sum(self.branches[s])) for s in self.depth)

@@ -7,8 +7,8 @@ For each policy of `difax.accel.caches.masks.steps_mask` the search (`difax cali
 many computed evaluations as the mask has, so that all plans of a group cost the same operations. Compared are the
 mask, uniform intervals, the dynamic programming that the search starts from, and what it found, all with the same
 place and forecast. PSNR to the uncached images of the same noise, on `--held-out` samples of another seed; intervals
-are percentile bootstraps over samples (scipy), and `gain` is the paired difference in decibels of the found plan over
-each. Rows go to experiments/results/search/LANE.jsonl; a group that is there already is not measured again.
+are bootstraps over samples (`difax.metrics.bootstrap`), and `gain` is the paired difference in decibels of the
+found plan over each. Rows go to experiments/results/search/LANE.jsonl; a group that is there already is not measured again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 
 from difax.accel.caches.masks import POLICIES, steps_mask
 from difax.accel.caches.scheduled import PLACES, scheduled
@@ -31,7 +30,7 @@ from difax.calibrate import Loss, Sampler, calibrate, search
 from difax.config import load_config, override
 from difax.contracts import Accelerator
 from difax.cost import model_cost, run_cost
-from difax.metrics import psnr
+from difax.metrics import bootstrap, psnr
 from experiments.provenance import RESULTS, append_row, provenance, read_rows
 
 CONFIG, SEARCHED, HELD_OUT, BATCH = "fmnist_dit", 2_000, 3_000, 20
@@ -40,8 +39,7 @@ CONFIG, SEARCHED, HELD_OUT, BATCH = "fmnist_dit", 2_000, 3_000, 20
 def budget_of(run: Run, params: Any, full: int) -> float:
     """The share of the operations at which `search` computes `full` evaluations."""
     cost, evaluations = model_cost(run.model, params, run.attention), len(run.rows.i)
-    held = cost.ends + sum(depth * cost.mods[stage] for stage, depth in cost.depth.items())
-    return (full * cost.evaluation + (evaluations - full) * held) / (evaluations * cost.evaluation) + 1e-9
+    return (full * cost.evaluation + (evaluations - full) * cost.held) / (evaluations * cost.evaluation) + 1e-9
 
 
 class HeldOut:
@@ -65,12 +63,6 @@ class HeldOut:
         _, trace = program(self.sampler.params, x, keys, cond, rows, self.sampler.scale())
         run = self.sampler.run
         return run_cost(model_cost(run.model, self.sampler.params, run.attention), jax.tree.map(np.asarray, trace))
-
-
-def interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """95 % percentile bootstrap of the mean."""
-    found = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(seed))
-    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 
 def compare(run: Run, params: Any, policy: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -111,9 +103,9 @@ def compare(run: Run, params: Any, policy: str, options: argparse.Namespace) -> 
                 "gflops": held.operations(scheduled(plan.astype(int).tolist(), **settings)) / 1e9,
                 "schedule": "".join(map(str, plan.astype(int))),
                 "psnr": float(np.mean(decibels[name])),
-                "psnr_interval": interval(decibels[name]),
+                "psnr_interval": list(bootstrap(decibels[name])[1:]),
                 "gain": float(np.mean(gain)),
-                "gain_interval": interval(gain) if name != "found" else [0.0, 0.0],
+                "gain_interval": list(bootstrap(gain)[1:]),
                 "searched": {"seed": SEARCHED, "samples": options.samples, "losses": found["losses"]},
                 "held_out": {"seed": HELD_OUT, "samples": options.held_out},
             }
