@@ -8,7 +8,8 @@ many computed evaluations as the mask has, so that all plans of a group cost the
 mask, uniform intervals, the dynamic programming that the search starts from, and what it found, all with the same
 place and forecast. PSNR to the uncached images of the same noise, on `--held-out` samples of another seed; intervals
 are bootstraps over samples (`difax.metrics.bootstrap`), and `gain` is the paired difference in decibels of the
-found plan over each. Rows go to experiments/results/search/LANE.jsonl; a group that is there already is not measured again.
+found plan over each. Rows go to experiments/results/search/LANE.jsonl; a group that is there already is not measured
+again.
 """
 
 from __future__ import annotations
