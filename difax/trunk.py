@@ -123,6 +123,7 @@ def run_trunk(
     memory: State,
     row: Row | None,
     unroll: int | bool = 1,
+    mods: dict[str, Any] | None = None,
 ) -> tuple[Tokens, State, Report]:
     """Runs all stages of a model on embedded tokens through an accelerator and an attention.
 
@@ -134,6 +135,7 @@ def run_trunk(
       memory: of both, as `memory_for` made it.
       row: the evaluation under way with its chosen plan (None outside of sampling, for the neutral accelerator).
       unroll: of the `lax.scan` over depth; True writes the blocks out (faster gradients on CPU, slower compile).
+      mods: what the blocks' `mods` give here, {stage: leaves [L, ...]}, if that is known; None computes it.
 
     Returns:
       (tokens, memory, report).
@@ -155,7 +157,13 @@ def run_trunk(
             state = {level: memory[level][n] for level in ("block", "branch", "attention")}
             skips = _taken(emitted[stage.takes], stage.depth, low, high) if stage.takes and low < high else None
             (tokens, memory["along"]), state, out, reports[n] = fold(
-                (tokens, memory["along"]), (params[n], learned.get(n, ())), state, skips, low, high, unroll
+                (tokens, memory["along"]),
+                (params[n], learned.get(n, ()), mods and mods[n]),
+                state,
+                skips,
+                low,
+                high,
+                unroll,
             )
             if n in emitted and low < high:
                 emitted[n].append((low, high, out))
@@ -176,14 +184,20 @@ def run_trunk(
         emitted.update(before)  # what an abstract run emits is nobody's
         return tokens, memory, report
 
+    looked: list[str] = []
+
     def first_input(tokens: Tokens) -> Any:
         stage = model.stages[0]
         p, tokens = {"params": first_layer(params[stage.name])}, stage.enter(tokens, context)
-        mods = stage.block.apply(p, context, method="mods")
+        if mods is None:
+            looked.append(stage.name)
+            own = stage.block.apply(p, context, method="mods")
+        else:
+            own = jax.tree.map(lambda a: a[0], mods[stage.name])
 
         def branch(dense: Any) -> Any:
             with _hooked(dense):
-                return stage.block.apply(p, tokens, mods, context, ops.attend, method=stage.branches[0])
+                return stage.block.apply(p, tokens, own, context, ops.attend, method=stage.branches[0])
 
         return modulated_input(branch)
 
@@ -191,6 +205,8 @@ def run_trunk(
         return run(tokens, memory)
     blocks = Blocks(run, skip, first_input, model.hidden, depth)
     tokens, state, memory, report = accelerator.trunk(blocks, tokens, context, memory["trunk"], memory, row)
+    for name in looked:  # the conditioning of the first block, computed for its input
+        report = report._replace(entered={**report.entered, name: report.entered[name].at[0].add(1.0)})
     return tokens, {**memory, "trunk": state}, report
 
 
@@ -279,7 +295,11 @@ class _Fold:
         if isinstance(params[0], tuple):
             outs = []
             for index in range(low, high):
-                p = (params[0][index], params[1][index] if params[1] else ())
+                p = (
+                    params[0][index],
+                    params[1][index] if params[1] else (),
+                    jax.tree.map(lambda a, i=index: a[i], params[2]),
+                )
                 skip = jax.tree.map(lambda a, i=index - low: a[i], skips)
                 carry, leaves, out, done = layer(carry, leaves, index, p, skip)
                 # a filled block is elementwise: without a border XLA fuses all of them into each consumer of the last
@@ -304,11 +324,11 @@ class _Fold:
         return carry, tree.unflatten(leaves), out if self.emits else None, done
 
     def _block(self, carry: Any, params: Any, index: Any, skip: Any, state: State) -> Any:
-        (tokens, along), (p, learned) = carry, params
+        (tokens, along), (p, learned, mods) = carry, params
         where = Where(self.stage.name, None, index, self.stage.depth, learned)
 
         def run(tokens: Tokens, inner: Any) -> tuple[Tokens, Any, Report]:
-            return self._branches(tokens, p, where, skip, inner)
+            return self._branches(tokens, p, mods, where, skip, inner)
 
         inner, own = {"branch": state["branch"], "attention": state["attention"], "along": along}, state["block"]
         if self.accelerator.block is None:
@@ -322,11 +342,11 @@ class _Fold:
             done,
         )
 
-    def _branches(self, tokens: Tokens, p: Params, where: Where, skip: Any, state: State) -> Any:
+    def _branches(self, tokens: Tokens, p: Params, mods: Any, where: Where, skip: Any, state: State) -> Any:
         apply = partial(self.stage.block.apply, {"params": p})
         if self.stage.takes:
             tokens = apply(tokens, skip, method="skip")
-        mods = apply(self.context, method="mods")
+        mods = apply(self.context, method="mods") if mods is None else mods
         branch_state, attention_state, along = state["branch"], state["attention"], state["along"]
         computed, metrics = [], {}
         for branch in self.stage.branches:

@@ -398,7 +398,8 @@ def test_nothing_stale_is_used_where_guidance_begins():
 
     got, trace = p.run(toca._replace(init=poisoned))
     assert np.all(np.isfinite(got)) and list(trace.halves) == [1, 1, 2, 2, 2, 1]
-    assert list(trace.computed["blocks"][:, 0, 0, 0]) == [1, 0, 1, 0, 0, 1]
+    # the scores of a full evaluation count as well
+    assert list(np.floor(trace.computed["blocks"][:, 0, 0, 0])) == [1, 0, 1, 0, 0, 1]
 
 
 def of_cross(n: int, width: int = 48, text: int = 8, share: float = 0.4) -> float:

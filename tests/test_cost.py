@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from difax.accel.caches import CACHES
+from difax.accel.quant import QUANTS
 from difax.accel.solvers import SOLVERS
 from difax.contracts import Trace
-from difax.cost import count, model_cost, run_cost
+from difax.cost import count, model_bytes, model_cost, run_bytes, run_cost
 from difax.grids import GRIDS, make_times
 from difax.guidance import cfg, interval, unguided
 from difax.models.dit import dit
 from difax.noise import sample_keys
 from difax.process import flow
+from difax.qtensor import quantize_params
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import forward
 
@@ -80,6 +82,47 @@ def test_trace_of_nothing_costs_the_ends():
     cost = model_cost(model, shapes(model))
     trace = Trace({"blocks": jnp.zeros((3, 2, 2, 1))}, {"blocks": jnp.ones((3, 2, 1))}, jnp.ones(3), {})
     assert run_cost(cost, trace) == 3 * (cost.ends + 2 * cost.mods["blocks"])
+
+
+def moved_by_hand(width: int, tokens: int, heads: int) -> tuple[float, float]:
+    """Bytes of float32 that the products of DiT's attention and MLP read and write for one sample, weights not."""
+    rows = tokens * width
+    attn = (rows + 3 * rows) + (2 * rows + heads * tokens**2) + (heads * tokens**2 + 2 * rows) + 2 * rows
+    return 4.0 * attn, 4.0 * 2 * (rows + 4 * rows)
+
+
+def test_bytes_by_hand():
+    model = dit("B/2")
+    moved = model_bytes(model, shapes(model))
+    parameters = sum(a.size for a in jax.tree.leaves(shapes(model)))
+    assert moved.weights.evaluation == 4 * parameters
+    assert moved.weights.mods["blocks"] == 4 * (768 * 6 * 768 + 6 * 768)
+    assert moved.activations.branches["blocks"] == moved_by_hand(768, 256, 12)
+
+
+def test_quantised_weights_count_as_they_are_stored():
+    model = dit(**TINY | {"width": 64})
+    params = model.init(jax.random.key(0))
+    plain = model_bytes(model, params).weights
+    for kind, share in (("int8_weight", 1 / 4), ("int4_weight", 1 / 8)):
+        quantised = model_bytes(model, quantize_params(params, QUANTS[kind](model))).weights
+        for a, b in zip(plain.branches["blocks"], quantised.branches["blocks"], strict=True):
+            assert share < b / a < share + 0.1  # scales and biases beside
+
+
+def test_bytes_of_a_run():
+    """Weights once for both halves of guidance, and only where some half computes them; activations for each."""
+    model = dit(**TINY)
+    cost = model_bytes(model, shapes(model))
+    weights, moved = cost
+    computed = np.zeros((3, 2, 2, 2))
+    computed[0], computed[1, 0, 0, 0] = 1, 0.5
+    trace = Trace({"blocks": computed}, {"blocks": np.ones((3, 2, 2))}, np.asarray([2, 2, 2]), {})
+    attn, mlp = weights.branches["blocks"]
+    read = 3 * (weights.ends + 2 * weights.mods["blocks"]) + 2 * (attn + mlp) + attn
+    assert run_bytes(cost, trace, 5) == pytest.approx(read + 5 * run_cost(moved, trace), rel=1e-12)
+    apart = 6 * (weights.ends + 2 * weights.mods["blocks"]) + 4 * (attn + mlp) + attn
+    assert run_bytes(cost, trace, 5, together=False) == pytest.approx(apart + 5 * run_cost(moved, trace), rel=1e-12)
 
 
 def test_count_of_known_programs():

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -96,8 +97,8 @@ def token_cache(
 
     Returns:
       An `Accelerator` that remembers one output per branch and layer, and with the scores of `ATTENDED` one number per
-      layer and token (no attention map). Their own product, queries by keys once more at a full evaluation
-      ("attention" only), is not in `computed`.
+      layer and token (no attention map). For "attention", a full evaluation that scores multiplies queries by keys
+      once more: `computed` is then above 1 by that.
     """
     check_dtype(name, dtype)
     _check(name, score, select, staleness, bonus)
@@ -143,20 +144,24 @@ def token_cache(
             return gate(update), held, inner, Done(1.0)
 
         def whole(inner: State) -> Any:
-            seen = []
+            seen, more = [], 0.0
 
             def attend(q: Any, k: Any, v: Any, segments: Any, apply: Any) -> Any:
-                seen.append(attended_score(score, q, k, v, segments))
+                nonlocal more
+                looks = partial(attended_score, score, segments=segments)
+                more = count(looks, q, k, v)
+                seen.append(looks(q, k, v))
                 return apply(q, k, v, segments)
 
             scored = _some(held.score)
             update, inner = compute(inner, attend=attend) if scored else compute(inner)
+            computed = 1 + more / _operations(compute, inner, compute.tokens) if more else 1.0
             kept = Held(
                 stored(update, dtype),
                 jax.tree.map(jnp.zeros_like, held.age),
                 by_stream(seen[0], held.value) if scored else (),
             )
-            return update, kept, _handed_on(name, kept, inner), jnp.float32(1)
+            return update, kept, _handed_on(name, kept, inner), jnp.float32(computed)
 
         def part(inner: State) -> Any:
             new, computed, inner = held, jnp.float32(0), _handed_on(name, held, inner)
@@ -233,7 +238,7 @@ def with_bonus(score: jax.Array, share: Any, grid: tuple[int, ...] | None, cell:
     return raised.reshape(cells.shape).swapaxes(3, 4).reshape(score.shape)
 
 
-def attended_score(kind: str, q_BTHK: Any, k_BSHK: Any, v_BSHK: Any, segments: Segments | None) -> jax.Array:
+def attended_score(kind: str, q_BTHK: Any, k_BSHK: Any, v_BSHK: Any, segments: Segments | None = None) -> jax.Array:
     """What an attention says about each of its keys, [B, S] in float32."""
     if kind == "attention":
         return column_sums(q_BTHK, k_BSHK, segments)
@@ -398,22 +403,25 @@ def portion(share: float, tokens: int) -> int:
     return int(np.floor(np.float32(share) * np.float32(tokens)))
 
 
-def _products(compute: Compute, inner: State) -> tuple[float, list[float]]:
-    """Operations of a branch's products, and how many of them are those of one token of each stream."""
-    leaves, tree = jax.tree.flatten(compute.tokens)
+def _operations(compute: Compute, inner: State, tokens: Tokens) -> float:
+    """Operations of a branch's products on tokens of these shapes."""
 
     def attend(q: Any, k: Any, v: Any, segments: Any, apply: Any) -> Any:
         return ops.attend(q, k, v, segments)
 
-    def of(lengths: list[int]) -> float:
-        shapes = [(a.shape[0], n, a.shape[2]) for a, n in zip(leaves, lengths, strict=True)]
-        tokens = [jax.ShapeDtypeStruct(s, a.dtype) for s, a in zip(shapes, leaves, strict=True)]
-        return count(lambda t: compute(inner, attend=attend, tokens=t)[0], tree.unflatten(tokens))
+    return count(lambda t: compute(inner, attend=attend, tokens=t)[0], tokens)
 
-    lengths = [a.shape[1] for a in leaves]
-    whole = of(lengths)
-    single = [of([*lengths[:i], 1, *lengths[i + 1 :]]) for i in range(len(lengths))]
-    return whole, [(whole - one) / max(n - 1, 1) for one, n in zip(single, lengths, strict=True)]
+
+def _products(compute: Compute, inner: State) -> tuple[float, list[float]]:
+    """Operations of a branch's products, and how many of them are those of one token of each stream."""
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), compute.tokens))
+    whole = _operations(compute, inner, tree.unflatten(leaves))
+    each = []
+    for i, a in enumerate(leaves):
+        one = jax.ShapeDtypeStruct((a.shape[0], 1, a.shape[2]), a.dtype)
+        single = _operations(compute, inner, tree.unflatten([*leaves[:i], one, *leaves[i + 1 :]]))
+        each.append((whole - single) / max(a.shape[1] - 1, 1))
+    return whole, each
 
 
 # ---------------------------------------------------------------- the plan
