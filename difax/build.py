@@ -108,6 +108,7 @@ class Run(NamedTuple):
     attention: Attention
     rules: Rules
     stacked: bool
+    ahead: bool
     times: np.ndarray
     rows: Row
     scale: float
@@ -123,6 +124,7 @@ class Run(NamedTuple):
             self.guide,
             self.accelerator if accelerator is None else accelerator,
             attention=self.attention,
+            ahead=self.ahead,
             **options,
         )
 
@@ -136,10 +138,11 @@ class Run(NamedTuple):
 
 SECTIONS = (
     "model", "process", "prediction", "weights",
-    "solver", "grid", "steps", "guide", "scale", "cache", "attend", "quant", "layout", "reduced",
+    "solver", "grid", "steps", "guide", "scale", "cache", "attend", "quant", "layout", "conditioning", "reduced",
     "data", "loss", "train",
 )  # fmt: skip
 LAYOUTS = ("stacked", "unstacked")
+CONDITIONINGS = ("each", "ahead")  # is the blocks' modulation computed at each evaluation, or before all of them
 TOGETHER = {"attend": ",", "cache": "+"}  # what stands between several names in one section
 
 
@@ -160,6 +163,7 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
     attending = _attention(config.get("attend", {"name": "xla"}))
     rules = make("quant", config.get("quant", {"name": "none"}), model)
     layout = choose("layout", config.get("layout", "stacked"), LAYOUTS)
+    conditioning = choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
     times = grids.make_times(make("grid", config["grid"]), process, config["steps"])
     rows = make_rows(solver, guide, process, times, accelerator, model.stages)
     if prediction in ("eps", "score") and not np.all(rows.level.alpha > 0):
@@ -179,6 +183,7 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
         attention=attending,
         rules=rules,
         stacked=layout == "stacked",
+        ahead=conditioning == "ahead",
         times=times,
         rows=rows,
         scale=float(config["scale"]),

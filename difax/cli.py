@@ -98,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--scale", type=float, help="guidance scale")
     sample.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
     sample.add_argument("--layout", metavar="NAME", help="of the weights: stacked, or unstacked (blocks written out)")
+    sample.add_argument(
+        "--conditioning", metavar="NAME", help="of the blocks: at each evaluation, or ahead of all (small batches)"
+    )
     sample.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
     sample.add_argument("--repeat", type=int, default=1, help="rows of the labels, each with other noise")
     sample.add_argument("--seed", type=int, default=0, help="seed of the run; image i depends on (seed, i) alone")
@@ -157,18 +160,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     pareto.add_argument("--out", default="pareto", metavar="DIR", help="folder of the sweep (default: %(default)s)")
     pareto.add_argument("--seeds", type=int, default=64, help="images of each method (default: %(default)s)")
-    pareto.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")
+    pareto.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
     pareto.add_argument("--turns", type=int, default=3, help="batches that are timed (default: %(default)s)")
     pareto.add_argument("--seed", type=int, default=0, help="seed of the images")
     pareto.add_argument("--budget", type=float, metavar="MINUTES", help="begin no more methods after so long")
     pareto.add_argument("--data", metavar="DIR", help="folder of the data set's files, for the judge")
     pareto.add_argument("--no-judge", action="store_true", help="compare with the baseline's images alone")
+    pareto.add_argument(
+        "--network",
+        action="append",
+        default=[],
+        metavar="NAME[=PATH]",
+        help="also judge with efficientnet_lite0, or with your own inception=FILE (FID), lpips=FILE, clip=FOLDER, "
+        "image_reward=FILE (needs difax[features]); may be repeated",
+    )
+    pareto.add_argument("--real", metavar="FILE", help="of --network: real images, uint8 [N, H, W, C], .npy or .npz")
+    pareto.add_argument("--prompts", metavar="FILE", help="of --network: a line of text for each label, in their order")
     pareto.add_argument("--quality", default="psnr", help="that the frontier is of (default: %(default)s)")
     pareto.add_argument("--search", action="store_true", help="look for the best composition (needs difax[search])")
     pareto.add_argument("--speedup", type=float, help="of --search: seconds over the baseline's, at least")
     pareto.add_argument("--floor", type=float, help="of --search: of the quality, at least (at most, of a distance)")
     pareto.add_argument("--trials", type=int, default=30, help="of --search: settings to try (default: %(default)s)")
     pareto.add_argument("--figure", metavar="FILE.png", help="the scatter as a picture (needs difax[plot])")
+    pareto.add_argument(
+        "--sheet", metavar="FILE.png", help="the frontier's images, differences and decisions (needs difax[plot])"
+    )
     pareto.add_argument("--json", action="store_true", help="print the rows as JSON")
     pareto.set_defaults(run=_pareto)
 
@@ -229,7 +245,13 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
         key, _, value = setting.partition("=")
         settings.append((key, parse_value(value)))
     short = {name: f"{name}.name" for name in SHORT}
-    short |= {"layout": "layout", "steps": "steps", "scale": "scale", "dtype": "model.dtype"}
+    short |= {
+        "layout": "layout",
+        "conditioning": "conditioning",
+        "steps": "steps",
+        "scale": "scale",
+        "dtype": "model.dtype",
+    }
     for flag, key in short.items():
         if getattr(options, flag, None) is not None:
             settings.append((key, getattr(options, flag)))
@@ -248,7 +270,7 @@ def _sample(options: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    from difax.build import build_run, load_weights
+    from difax.build import build_run
     from difax.decisions import save_trace
     from difax.images import picture, save_png
     from difax.report import draw, format_table
@@ -257,19 +279,11 @@ def _sample(options: argparse.Namespace) -> int:
         cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "difax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    run = build_run(config)
-    random = options.random_init or (config.get("weights") == "random" and not options.weights)
-    full_size = {}
-    if options.random_init and options.weights:
-        raise ValueError("--random-init and --weights exclude each other")
+    run, random, full_size = build_run(config), _random(options, config), {}
     if random:
         config, run, full_size = _fitting(config, run)
     cond, columns = _conditions(options, config, run.model, random)
-    if random:
-        params, source = jax.jit(run.model.init)(jax.random.key(options.seed)), "random"
-    else:
-        model, params, source = load_weights(config, run.model, options.weights)
-        run = run._replace(model=model)
+    run, params, source = _weights(options, config, run, random)
     progress = not (options.quiet or options.json) and sys.stderr.isatty()
     images, table, trace = draw(run, params, cond, options.seed, progress)
     save_png(out, picture(images, columns))
@@ -306,22 +320,26 @@ def _pareto(options: argparse.Namespace) -> int:
     from difax.frontier import QUALITIES, table
     from difax.judge import make_judge
     from difax.methods import METHODS, chosen
+    from difax.networks import make_eyes, read_prompts, real_images
     from difax.pareto import Options, Sweep
-    from difax.pareto_report import figure, title, write_report
+    from difax.pareto_report import figure, read_images, sheet, title, write_report
     from difax.pareto_search import Goal, search, summary
 
     choose("quality", options.quality, QUALITIES)
-    if options.figure:
-        writable(options.figure, (".png",), "--figure")
+    for flag in ("figure", "sheet"):
+        if getattr(options, flag):
+            writable(getattr(options, flag), (".png",), f"--{flag}")
     methods = chosen(options.methods, parse_value)
     for name in methods.keys() - METHODS.keys():  # what a user wrote is refused before hours of measuring
         override(config, list(methods[name].settings.items()))
     judge = None if options.no_judge else make_judge(options.data)
+    real = real_images(options.real, options.seeds, judge) if options.network else None
+    eyes = make_eyes(options.network, real, read_prompts(options.prompts))
     tell = lambda text: None if options.quiet else print(f"difax: {text}", file=sys.stderr, flush=True)  # noqa: E731
     asked = Options(options.seeds, options.batch, options.turns, options.seed, options.budget)
     gin = [f"--gin_file {f}" for f in options.gin_file] + [f"--gin_param {shlex.quote(p)}" for p in options.gin_param]
     name = " ".join([options.config or "fmnist_dit", *gin, *(shlex.quote(f"--config.{s}") for s in options.set)])
-    sweep = Sweep(name, config, asked, pathlib.Path(options.out), judge, tell)
+    sweep = Sweep(name, config, asked, pathlib.Path(options.out), judge, tell, eyes)
     if options.search:
         found = search(sweep, Goal(options.quality, options.speedup, options.floor), options.trials)
         print(summary(found, Goal(options.quality, options.speedup, options.floor)))
@@ -330,8 +348,11 @@ def _pareto(options: argparse.Namespace) -> int:
         rows = sweep.measure(methods)
     print(json.dumps(rows) if options.json else table(rows, options.quality))
     report = write_report(options.out, quality=options.quality, command=options.command)
+    heading = title(json.loads((sweep.out / "sweep.json").read_text()))
     if options.figure:
-        figure(rows, options.quality, options.figure, heading=title(json.loads((sweep.out / "sweep.json").read_text())))
+        figure(rows, options.quality, options.figure, heading=heading)
+    if options.sheet:
+        sheet(rows, read_images(sweep.out, rows), options.sheet, options.quality, heading=heading)
     tell(f"the report is {report}")
     return 0
 
@@ -343,21 +364,14 @@ def _profile(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name}={getattr(options, name)}; allowed: 1 or more")
     if options.figure:
         writable(options.figure, (".png",), "--figure")
-    import jax
-
-    from difax.build import build_run, load_weights
+    from difax.build import build_run
     from difax.profile import as_json, draw_profile, format_profile, perfetto, profile
 
-    run = build_run(config)
-    random = options.random_init or (config.get("weights") == "random" and not options.weights)
+    run, random = build_run(config), _random(options, config)
     if random:
         config, run, _ = _fitting(config, run)
     cond, _ = _conditions(options, config, run.model, random)
-    if random:
-        params = jax.jit(run.model.init)(jax.random.key(options.seed))
-    else:
-        model, params, _ = load_weights(config, run.model, options.weights)
-        run = run._replace(model=model)
+    run, params, _ = _weights(options, config, run, random)
     found = profile(run, params, cond, options.seed, options.turns)
     print(json.dumps(as_json(found)) if options.json else format_profile(found))
     if options.figure:
@@ -368,7 +382,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from difax.build import CALIBRATIONS, FITS, build_run, choose, load_weights, save_by_stage
+    from difax.build import CALIBRATIONS, FITS, build_run, choose, save_by_stage
 
     out = writable(options.out, (".npz" if options.cache in FITS else ".json",))
     for name in ("samples", "batch", "rounds", "rank"):
@@ -382,17 +396,13 @@ def _calibrate(options: argparse.Namespace) -> int:
     config = _config(options, "fmnist_dit")
     settings = {k: v for k, v in config.get("cache", {}).items() if k != "name"}
     config = {k: v for k, v in config.items() if k != "cache"}
-    run = build_run(config)
-    cond, _ = _conditions(options, config, run.model, options.random_init)
+    run, random = build_run(config), _random(options, config)
+    cond, _ = _conditions(options, config, run.model, random)
     import jax
 
     from difax.calibrate import Sampler, about, calibrate, fit, save_json, search
 
-    if options.random_init:
-        params = jax.jit(run.model.init)(jax.random.key(options.seed))
-    else:
-        model, params, _ = load_weights(config, run.model, options.weights)
-        run = run._replace(model=model)
+    run, params, _ = _weights(options, config, run, random)
     params = jax.block_until_ready(run.prepare(params))
     sampler = Sampler(run, params, cond, options.seed)
     tell = lambda text: None if options.quiet else print(f"difax: {text}", file=sys.stderr)  # noqa: E731
@@ -418,6 +428,25 @@ def _calibrate(options: argparse.Namespace) -> int:
     for key, value in {**shown, "written to": str(out)}.items():
         print(f"{key:<26}{value}")
     return 0
+
+
+def _random(options: argparse.Namespace, config: dict[str, Any]) -> bool:
+    """Are the weights random, by a flag or by the configuration."""
+    if options.random_init and options.weights:
+        raise ValueError("--random-init and --weights exclude each other")
+    return options.random_init or (config.get("weights") == "random" and not options.weights)
+
+
+def _weights(options: argparse.Namespace, config: dict[str, Any], run: Any, random: bool) -> tuple[Any, Any, str]:
+    """The run with the model that its weights are of, the weights, and where they came from."""
+    import jax
+
+    from difax.build import load_weights
+
+    if random:
+        return run, jax.jit(run.model.init)(jax.random.key(options.seed)), "random"
+    model, params, source = load_weights(config, run.model, options.weights)
+    return run._replace(model=model), params, source
 
 
 def _conditions(options: argparse.Namespace, config: dict[str, Any], model: Any, random: bool) -> tuple[Any, int]:

@@ -142,7 +142,7 @@ def gin_settings(files: Sequence[str], bindings: Sequence[str]) -> tuple[str | N
     return base, [*top.items(), *nested]
 
 
-SCALARS = ("prediction", "steps", "scale", "weights", "layout")
+SCALARS = ("prediction", "steps", "scale", "weights", "layout", "conditioning")
 _configurables: dict[str, Any] = {}
 
 

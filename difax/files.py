@@ -1,11 +1,13 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and rows that are appended line by line."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -24,3 +26,15 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; [] where there is none, and without a last line that was cut off."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        with replacing(path) as aside:
+            pathlib.Path(aside).write_text("".join(lines))
+    return [json.loads(text) for text in lines]

@@ -17,7 +17,19 @@ QUALITIES = {
     "kernel": False,
     "precision": True,
     "recall": True,
+    "lite0_frechet": False,
+    "lite0_kernel": False,
+    "lite0_precision": True,
+    "lite0_recall": True,
+    "fid": False,
+    "kid": False,
+    "inception_precision": True,
+    "inception_recall": True,
+    "lpips": False,
+    "clip_score": True,
+    "image_reward": True,
 }
+SHOWN = ("psnr", "ssim", "lpips", "agreement", "frechet", "kernel", "lite0_kernel", "fid", "clip_score", "image_reward")
 
 
 def frontier(rows: list[dict[str, Any]], quality: str = "psnr", cost: str = "seconds") -> list[dict[str, Any]]:
@@ -46,14 +58,24 @@ def frontier(rows: list[dict[str, Any]], quality: str = "psnr", cost: str = "sec
 
 def table(rows: list[dict[str, Any]], quality: str = "psnr") -> str:
     """The measured methods as a Markdown table, the fastest first; the frontier's in bold."""
-    shown = [q for q in ("psnr", "ssim", "agreement", "frechet", "kernel") if any(_figure(r, q) for r in rows)]
+    shown = [q for q in SHOWN if any(_figure(r, q) for r in rows)]
     if quality not in shown:
         shown.append(quality)
-    names = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "frechet": "Frechet"}
+    names = {
+        "psnr": "PSNR",
+        "ssim": "SSIM",
+        "ms_ssim": "MS-SSIM",
+        "frechet": "Frechet",
+        "lpips": "LPIPS",
+        "lite0_kernel": "kernel (EfficientNet-Lite0)",
+        "fid": "FID",
+        "clip_score": "CLIP score",
+        "image_reward": "ImageReward",
+    }
     head = [
         "method",
         "FLOPs",
-        "seconds",
+        "seconds (turns)",
         "realised",
         *(names.get(q, q.replace("_", " ")) for q in shown),
         "dominated by",
@@ -64,7 +86,7 @@ def table(rows: list[dict[str, Any]], quality: str = "psnr") -> str:
         cells = [
             f"**{row['method']}**" if best else row["method"],
             f"x{row['cost']['ratio']:.2f}",
-            f"x{row['speed']['ratio']:.2f}",
+            f"x{row['speed']['ratio']:.2f} ({min(row['speed']['turns']):.2f}-{max(row['speed']['turns']):.2f})",
             f"{row['speed']['realised']:.2f}",
             *(_figure(row, q) for q in shown),
             row["dominated_by"] or "",

@@ -26,19 +26,21 @@ from difax.build import FITS, Run, build_run, load_weights, save_by_stage
 from difax.calibrate import Sampler, calibrate, fit, save_json, search
 from difax.config import override
 from difax.contracts import Params, Trace
-from difax.cost import model_cost, run_cost
+from difax.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.decisions import averaged, strip
-from difax.files import replacing
+from difax.files import read_rows, replacing
 from difax.frontier import BASELINE, CONTROL, line
 from difax.images import to_uint8
 from difax.judge import Judge, compared
 from difax.methods import Method
 from difax.metrics import bootstrap, ms_ssim, psnr, relative_error, ssim
+from difax.networks import Eyes, seen
 from difax.noise import sample_keys
-from difax.report import device_name, peak_memory
+from difax.report import device_name, peak_memory, processor, versions
 from difax.sample import initial_noise
 
 CALIBRATION_SEED, CALIBRATION_SAMPLES = 1_000_000, 20
+QUEUED = 3  # runs of a batch that are timed together on an accelerator
 PSNR_LIMIT = 100.0  # what equal images count as: the mean of an infinity says nothing
 Tell = Callable[[str], None]
 
@@ -48,7 +50,7 @@ class Options(NamedTuple):
     budget: minutes after which no more methods are begun, or None."""
 
     seeds: int = 64
-    batch: int = 16
+    batch: int = 8
     turns: int = 3
     seed: int = 0
     budget: float | None = None
@@ -63,7 +65,8 @@ class Program:
         self.rows, self.scale = jax.tree.map(jnp.asarray, run.rows), jnp.float32(run.scale)
         start = time.perf_counter()
         lowered = run.sampler().lower(self.params, *self.inputs(0), self.rows, self.scale)
-        text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        # equal texts may differ in what their arguments are called, which a compiled program insists on
+        text = hashlib.sha256(f"{lowered.in_tree}{lowered.as_text()}".encode()).hexdigest()
         self.shared = text in compiled
         if not self.shared:
             compiled[text] = lowered.compile()
@@ -78,10 +81,14 @@ class Program:
         return initial_noise(self.run.process, keys, self.run.model.input_shape), keys, labels
 
     def draw(self, index: int) -> tuple[np.ndarray, Trace, float]:
-        x, keys, labels = jax.block_until_ready(self.inputs(index))
+        """Samples, trace and seconds of a batch; on an accelerator those of one of several queued runs, so that they
+        are the device's and not the launch's."""
+        queued = QUEUED if jax.default_backend() != "cpu" else 1
+        inputs = jax.block_until_ready([self.inputs(index) for _ in range(queued)])  # x is donated
         start = time.perf_counter()
-        samples, trace = jax.block_until_ready(self.compiled(self.params, x, keys, labels, self.rows, self.scale))
-        seconds = time.perf_counter() - start
+        out = [self.compiled(self.params, x, keys, labels, self.rows, self.scale) for x, keys, labels in inputs]
+        samples, trace = jax.block_until_ready(out)[-1]
+        seconds = (time.perf_counter() - start) / queued
         return np.asarray(samples), jax.tree.map(np.asarray, trace), seconds
 
 
@@ -96,16 +103,12 @@ class Sweep:
         out: pathlib.Path,
         judge: Judge | None = None,
         tell: Tell = lambda text: None,
+        eyes: Eyes | None = None,
     ):
-        """name: what follows --config in a command, the flags that change it included; config: what that gives."""
-        self.name, self.config, self.options, self.out, self.judge, self.tell = (
-            name,
-            dict(config),
-            options,
-            out,
-            judge,
-            tell,
-        )
+        """name: what follows --config in a command, the flags that change it included; config: what that gives.
+        judge, eyes: what else than the unaccelerated images the images are compared with."""
+        self.name, self.config, self.options, self.out = name, dict(config), options, out
+        self.judge, self.eyes, self.tell = judge, eyes or Eyes({}), tell
         run = build_run(config)
         if not run.model.classes:
             raise ValueError(f"difax pareto: {run.model.name} takes no labels; allowed: a model that does")
@@ -118,6 +121,7 @@ class Sweep:
         self.compiled: dict[str, Any] = {}
         self.baseline: Program | None = None
         self.wanted: np.ndarray | None = None
+        self.uncached = (0.0, 0.0)  # operations and bytes of the baseline, once its images are drawn
         out.mkdir(parents=True, exist_ok=True)
         self._claim()
 
@@ -131,6 +135,7 @@ class Sweep:
             "device": device_name(),
             "jax": jax.__version__,
             "judged": self.judge is not None,
+            **({"networks": list(self.eyes.networks)} if self.eyes.networks else {}),
         }
         path = self.out / "sweep.json"
         if not path.exists():
@@ -138,9 +143,9 @@ class Sweep:
                 pathlib.Path(aside).write_text(json.dumps(here, indent=1) + "\n")
             return
         there = json.loads(path.read_text())
-        other = [k for k in here if there.get(k) != here[k]]
+        other = [k for k in here | there if there.get(k) != here.get(k)]
         if other:
-            differences = "; ".join(f"{k}: {there.get(k)} there, {here[k]} here" for k in other if k != "config")
+            differences = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in other if k != "config")
             raise ValueError(
                 f"{self.out} holds another sweep ({differences or 'another configuration'}); allowed: the same one, or "
                 "another --out"
@@ -159,7 +164,7 @@ class Sweep:
                 raise ValueError(f"{self.out} has {name!r} with other settings, {settings}; allowed: another --out")
         left = {n: m for n, m in todo.items() if n not in there}
         start = time.monotonic()
-        if self.judge is not None and CONTROL not in there:
+        if (self.judge is not None or self.eyes.real is not None) and CONTROL not in there:
             self._append({"method": CONTROL, "family": "control", "settings": {}, "quality": self._control()})
         for done, (name, method) in enumerate(left.items()):
             spent = (time.monotonic() - start) / 60
@@ -199,7 +204,16 @@ class Sweep:
         if name == BASELINE:
             self.baseline = program
         measured = self._measured(name, program)
-        return {**about, **measured, "device": device_name(), "jax": jax.__version__, "date": _now()}
+        return {
+            **about,
+            **measured,
+            "config": _plain(config),
+            "device": device_name(),
+            "processor": processor(),
+            "jax": jax.__version__,
+            "versions": versions(),
+            "date": _now(),
+        }
 
     def _baseline(self) -> Program:
         if self.baseline is None:
@@ -213,22 +227,28 @@ class Sweep:
         images, traces, turns = [], [], []
         program.draw(0)  # the first run touches its memory
         for index in range(max(batches, options.turns)):
+            beside = plain.draw(index % batches)[2] if index < options.turns and index % 2 else 0.0
             samples, trace, seconds = program.draw(index % batches)
-            if index < options.turns:
-                turns.append((seconds, plain.draw(index % batches)[2]))
+            if index < options.turns:  # who is first changes from turn to turn
+                turns.append((seconds, beside or plain.draw(index % batches)[2]))
             if index < batches:
                 images.append(samples)
                 traces.append(trace)
         together = np.concatenate(images)[: options.seeds]
         trace = averaged(traces)
-        cost = run_cost(model_cost(program.run.model, program.params, program.run.attention), trace)
-        evaluations = len(plain.run.rows.i) * plain.run.guide.halves
-        uncached = model_cost(plain.run.model, plain.params, plain.run.attention).evaluation * evaluations
-        ratio = statistics.median(b / a for a, b in turns)
+        cost, moved = self._cost(program, traces)
+        uncached, uncached_moved = self.uncached
+        # the baseline is the unit: what its turns against itself are off from 1 is the machine's noise
+        ratio = 1.0 if name == BASELINE else statistics.median(b / a for a, b in turns)
         self._save_images(name, together)
         return {
             "evaluations": len(program.run.rows.i),
-            "cost": {"gflops_per_image": cost / 1e9, "ratio": uncached / cost},
+            "cost": {
+                "gflops_per_image": cost / 1e9,
+                "ratio": uncached / cost,
+                "gbytes_per_image": moved / 1e9,
+                "bytes_ratio": uncached_moved / moved,
+            },
             "speed": {
                 "seconds_per_image": statistics.median(a for a, _ in turns) / options.batch,
                 "baseline_seconds_per_image": statistics.median(b for _, b in turns) / options.batch,
@@ -246,8 +266,18 @@ class Sweep:
     def _wanted(self, plain: Program, batches: int) -> np.ndarray:
         if self.wanted is None:
             plain.draw(0)
-            self.wanted = np.concatenate([plain.draw(i)[0] for i in range(batches)])[: self.options.seeds]
+            drawn = [plain.draw(i)[:2] for i in range(batches)]
+            self.wanted = np.concatenate([samples for samples, _ in drawn])[: self.options.seeds]
+            self.uncached = self._cost(plain, [trace for _, trace in drawn])
         return self.wanted
+
+    def _cost(self, program: Program, traces: list[Trace]) -> tuple[float, float]:
+        """Operations and bytes of one image; the weights' bytes are those of a batch, shared by its images."""
+        run, batch = program.run, self.options.batch
+        parts = (run.model, program.params, run.attention)
+        cost = model_bytes(*parts)
+        moved = [run_bytes(cost, trace, batch, run.guide.together, run.ahead) for trace in traces]
+        return run_cost(model_cost(*parts), averaged(traces)), statistics.mean(moved) / batch
 
     def _labels(self) -> np.ndarray:
         return np.arange(self.options.seeds) % self.run.model.classes
@@ -263,11 +293,13 @@ class Sweep:
         found: dict[str, Any] = {name: list(bootstrap(values)) for name, values in each.items()}
         if self.judge is not None:
             found |= compared(self.judge, to_uint8(images), self._labels())
-        return found
+        return found | seen(self.eyes, to_uint8(images), to_uint8(wanted), self._labels())
 
     def _control(self) -> dict[str, Any]:
-        assert self.judge is not None
-        return compared(self.judge, None, self._labels())
+        found = {} if self.judge is None else compared(self.judge, None, self._labels())
+        if self.eyes.real is not None:
+            found |= seen(self.eyes, self.eyes.real[1][: self.options.seeds])
+        return found
 
     def _save_images(self, name: str, images: np.ndarray) -> None:
         folder = self.out / "images"
@@ -308,21 +340,9 @@ def decisions(trace: Trace) -> dict[str, Any]:
     blocks = np.concatenate([np.asarray(c, np.float64).mean((2, 3)) for c in trace.computed.values()], axis=1)
     return {
         "strips": [strip(trace, half) for half in range(halves)],
-        "blocks": np.round(100 * blocks).astype(int).tolist(),
+        "blocks": np.round(100 * np.minimum(blocks, 1)).astype(int).tolist(),  # what scores tokens does more
         "computed_fraction": float(np.mean(blocks)),
     }
-
-
-def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; [] where there is none, and without a last line that was cut off."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        with replacing(path) as aside:
-            pathlib.Path(aside).write_text("".join(lines))
-    return [json.loads(text) for text in lines]
 
 
 def slug(name: str) -> str:

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from difax.files import replacing
+from difax.catalogue import System, systems
+from difax.files import read_rows, replacing
 from difax.frontier import BASELINE, CONTROL, QUALITIES, frontier
-from difax.pareto import PSNR_LIMIT, read_rows, slug
+from difax.pareto import PSNR_LIMIT, slug
 
 SHOWN_IMAGES, LEAST_IMAGES = 16, 5
 CELL = 96  # pixels of an image's longer side, at most
@@ -60,6 +61,17 @@ LABELS = {
     "kernel": ("Kernel distance", "to real images", 3),
     "precision": ("Precision", "against real images", 3),
     "recall": ("Recall", "of real images", 3),
+    "lite0_frechet": ("Fréchet distance", "in EfficientNet-Lite0 features", 2),
+    "lite0_kernel": ("Kernel distance", "in EfficientNet-Lite0 features", 3),
+    "lite0_precision": ("Precision", "in EfficientNet-Lite0 features", 3),
+    "lite0_recall": ("Recall", "in EfficientNet-Lite0 features", 3),
+    "fid": ("FID", "", 2),
+    "kid": ("KID", "", 4),
+    "inception_precision": ("Precision", "in Inception features", 3),
+    "inception_recall": ("Recall", "in Inception features", 3),
+    "lpips": ("LPIPS", "", 3),
+    "clip_score": ("CLIP score", "", 2),
+    "image_reward": ("ImageReward", "", 2),
 }
 
 
@@ -125,6 +137,8 @@ def report(
         "control": CONTROL,
         "limit": PSNR_LIMIT,
         "title": title(sweep),
+        "systems": published(rows),
+        "catalogue": len(systems()),
         "facts": facts(sweep, rows),
         "command": command,
     }
@@ -137,6 +151,34 @@ def report(
     }
     template = importlib.resources.files("difax").joinpath("assets/pareto.html").read_text(encoding="utf-8")
     return re.sub(r"@@(\w+)@@", lambda found: filled[found[1]], template)
+
+
+LISTS = {
+    "cache": "caches",
+    "solver": "solvers",
+    "grid": "grids",
+    "guide": "guides",
+    "attend": "attends",
+    "quant": "quants",
+}
+
+
+def published(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str]]]:
+    """{method: the published systems that its settings name, as the catalogue has them}, of the methods with some."""
+    by_factory: dict[str, list[System]] = {}
+    for system in systems():
+        for factory in system.factories:
+            by_factory.setdefault(factory, []).append(system)
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        for key, value in row.get("settings", {}).items():
+            section, _, last = key.partition(".")
+            named = str(value).split("+") if last == "name" and section in LISTS else []
+            for system in (s for name in named for s in by_factory.get(f"{LISTS[section]}:{name}", ())):
+                paper = ", ".join(filter(None, (system.authors, str(system.year or ""), system.reference)))
+                one = {"name": system.name, "paper": paper, "status": system.status}
+                found.setdefault(row["method"], []).append(one)
+    return found
 
 
 def title(sweep: Mapping[str, Any]) -> str:
@@ -254,7 +296,7 @@ def figure(
     """Draws the scatter of quality against speed-up as PNG, 1800 pixels wide, to be shown at half of that.
 
     Args:
-      rows: as `difax.pareto.read_rows` gives them. quality: one of `difax.pareto.QUALITIES`. cost: "seconds" or
+      rows: as `difax.files.read_rows` gives them. quality: one of `difax.pareto.QUALITIES`. cost: "seconds" or
         "flops". heading: over it, such as `title(sweep)`.
 
     Raises:
@@ -265,11 +307,7 @@ def figure(
     points = frontier(_measured(rows, quality), quality, cost)
     if not points:
         raise ValueError(f"no row has {quality!r} (frechet needs more images); allowed: a quality that was measured")
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a figure needs matplotlib, of the extra plot: pip install 'difax[plot]'") from None
+    rc_context, Figure = _matplotlib()
     real = [(r["quality"].get(quality) or [None])[0] for r in rows if r["method"] == CONTROL]
     control = [value for value in real if value is not None]
     with rc_context({"font.size": 8.5, "text.parse_math": False}), replacing(path) as aside:
@@ -280,6 +318,86 @@ def figure(
         drawn.text(0.985, 0.015, ", ".join(filter(None, told)), fontsize=7, color=MUTED, ha="right")
         _scatter(drawn.add_axes((0.07, 0.165, 0.915, 0.72)), points, control, quality, cost)
         drawn.savefig(aside, format="png", metadata={"Software": None})
+
+
+SHEET_IMAGES, SHEET_METHODS = 8, 12
+
+
+def sheet(
+    rows: Sequence[Mapping[str, Any]],
+    images: Mapping[str, np.ndarray],
+    path: str | os.PathLike,
+    quality: str = "psnr",
+    methods: Sequence[str] | None = None,
+    heading: str = "",
+) -> None:
+    """Draws methods' images, their differences from the baseline's, and what was computed, as PNG 1800 pixels wide.
+
+    Each method is a row: images of the same noise as the baseline's above, |image - baseline| of the same images
+    (white is none, black 64 grey levels or more), and a strip, blocks down and evaluations across, dark where computed.
+
+    Args:
+      rows: as `difax.files.read_rows` gives them. images: `read_images`. quality: whose frontier is shown.
+      methods: which, in this order; None is the frontier, the slowest first, at most `SHEET_METHODS`.
+
+    Raises:
+      ValueError: none of the methods has images, an unknown quality, or matplotlib is missing.
+    """
+    points = frontier(_measured(rows, quality), quality)
+    if methods is None:
+        best = sorted((r for r in points if r["dominated_by"] is None), key=lambda r: r["speed"]["ratio"])
+        best = [r["method"] for r in best if r["method"] != BASELINE]
+        methods = [best[i] for i in np.unique(np.linspace(0, len(best) - 1, SHEET_METHODS).round().astype(int))]
+    of = {r["method"]: r for r in points}
+    shown = [m for m in (BASELINE, *methods) if m in of and m in images]
+    if BASELINE not in shown or len(shown) < 2:
+        raise ValueError(
+            f"no images of {', '.join(methods)} beside the baseline's; allowed: methods that were measured"
+        )
+    rc_context, Figure = _matplotlib()
+    base = _still(images[BASELINE])[0][:SHEET_IMAGES]
+    height = 0.62 * len(shown) + 0.6
+    with rc_context({"font.size": 8, "text.parse_math": False}), replacing(path) as aside:
+        drawn = Figure(figsize=(9, height), dpi=200, facecolor="white")
+        drawn.text(0.01, 1 - 0.22 / height, heading, fontsize=10.5, weight="bold", color=INK)
+        at = 1 - 0.48 / height
+        for x, name in ((0.225, "images"), (0.545, "difference from the baseline"), (0.865, "computed")):
+            drawn.text(x, at, name, fontsize=7.5, color=MUTED)
+        for i, method in enumerate(shown):
+            low, tall = 1 - (0.6 + 0.62 * (i + 1)) / height, 0.54 / height
+            row, batch = of[method], _still(images[method])[0][: len(base)]
+            told = f"×{row['speed']['ratio']:.2f}" if method != BASELINE else ""
+            drawn.text(0.01, low + 0.62 * tall, method, fontsize=8, color=INK, wrap=True)
+            drawn.text(0.01, low + 0.2 * tall, told, fontsize=8, color=MUTED)
+            _plain_image(drawn.add_axes((0.225, low, 0.31, tall)), _beside(batch))
+            if method != BASELINE:
+                apart = np.abs(batch.astype(int) - base.astype(int)).max(-1, keepdims=True)
+                black = np.clip(255 - 4 * apart, 0, 255).astype(np.uint8)
+                _plain_image(drawn.add_axes((0.545, low, 0.31, tall)), _beside(black))
+            axes = drawn.add_axes((0.865, low, 0.125, tall))
+            axes.imshow(np.asarray(row["decisions"]["blocks"]).T, cmap="Blues", vmin=0, vmax=130, aspect="auto")
+            axes.set_axis_off()
+        drawn.savefig(aside, format="png", metadata={"Software": None})
+
+
+def _beside(batch: np.ndarray) -> np.ndarray:
+    """[n, H, W, C] -> [H, n W, C]."""
+    return np.concatenate(list(batch), axis=1)
+
+
+def _plain_image(axes: Any, image: np.ndarray) -> None:
+    axes.imshow(np.broadcast_to(image, (*image.shape[:2], 3)), interpolation="nearest")
+    axes.set_anchor("W")
+    axes.set_axis_off()
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a figure needs matplotlib, of the extra plot: pip install 'difax[plot]'") from None
+    return rc_context, Figure
 
 
 def _scatter(axes: Any, points: list[dict[str, Any]], control: list[float], quality: str, cost: str) -> None:

@@ -1,9 +1,10 @@
 """`difax profile`: where the seconds of a step go, part by part, against what the device can do.
 
-Every part of an evaluation (embedding, conditioning, each branch of each stage over all its blocks, head, solver) is
-compiled by itself on the shapes of the run and timed in turns with the others, and so is the whole sampler, with and
-without its cache. What the parts do not add up to is shown as a row of its own: guidance, memory between the parts,
-the loop, or, where it is negative, what XLA fuses across them.
+Every part of an evaluation (embedding, conditioning, each branch of each stage over all its blocks, head, guidance,
+solver) is compiled by itself on the shapes of the run and timed in turns with the others, and so is the whole sampler,
+with and without its cache. What the parts do not add up to is shown as a row of its own: memory between the parts, the
+loop, or, where it is negative, what XLA fuses across them. What a cache takes is its evaluation's seconds less those of
+the parts that it computes, by its trace.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.build import Run
-from difax.contracts import Params, Where
+from difax.contracts import Params, Trace, Where
 from difax.cost import model_cost, run_cost
 from difax.noise import sample_keys
 from difax.process import predict
@@ -39,11 +40,13 @@ class Part(NamedTuple):
 
 class Profile(NamedTuple):
     """parts: of one evaluation without a cache; evaluation: seconds of one, in the whole sampler, uncached; cached: the
-    same of the run's own cache, or None; ceiling: GFLOP/s of the best product of two matrices."""
+    same of the run's own cache, or None; remembering: seconds of that evaluation beyond the parts that are computed in
+    it, or None; ceiling: GFLOP/s of the best product of two matrices."""
 
     parts: list[Part]
     evaluation: Part
     cached: Part | None
+    remembering: Part | None
     ceiling: float
     batch: int
     device: str
@@ -71,6 +74,8 @@ def profile(run: Run, params: Params, cond: Any, seed: int = 0, repeats: int = 5
     params = jax.block_until_ready(run.prepare(params))
     if not run.stacked:
         raise ValueError("difax profile: the layout is unstacked; allowed: stacked, whose parts can be told apart")
+    if run.ahead:
+        raise ValueError("difax profile: conditioning is ahead of the evaluations; allowed: each, a part of them")
     batch = len(jax.tree.leaves(cond)[0])
     keys = sample_keys(seed, batch)
     x = initial_noise(run.process, keys, run.model.input_shape)
@@ -82,6 +87,7 @@ def profile(run: Run, params: Params, cond: Any, seed: int = 0, repeats: int = 5
     if run.rows.plan.owner != "none" or run.accelerator != neutral():
         whole["cached"] = run.accelerator
     operations: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for name, accelerator in whole.items():
         sampler = run.sampler(accelerator)
         its = rows if name == "cached" else rows._replace(plan=jax.tree.map(jnp.asarray, neutral().plan(run.rows, ())))
@@ -90,7 +96,9 @@ def profile(run: Run, params: Params, cond: Any, seed: int = 0, repeats: int = 5
         def once(compiled: Any = compiled, its: Any = its) -> Any:
             return compiled(params, initial_noise(run.process, keys, run.model.input_shape), keys, cond, its, scale)
 
-        operations[name] = batch * run_cost(cost, jax.tree.map(np.asarray, once()[1])) / 1e9
+        trace = jax.tree.map(np.asarray, once()[1])
+        operations[name] = batch * run_cost(cost, trace) / 1e9
+        shares = _shares(run, trace)
         programs[f"whole, {name}"] = once
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(repeats + 1):
@@ -107,9 +115,25 @@ def profile(run: Run, params: Params, cond: Any, seed: int = 0, repeats: int = 5
 
     evaluation = of("uncached")
     rest = evaluation.seconds - sum(part.seconds for part in parts)
-    parts.append(Part("guidance, memory, loop", rest, 0.0))
-    cached = of("cached") if "cached" in whole else None
-    return Profile(parts, evaluation, cached, ceiling(run.model.dtype), batch, device_name())
+    parts.append(Part("memory, loop", rest, 0.0))
+    cached = remembering = None
+    if "cached" in whole:
+        cached = of("cached")
+        computed = sum(shares.get(part.name, 1.0) * part.seconds for part in parts)
+        remembering = Part("cache", cached.seconds - computed, 0.0)
+    return Profile(parts, evaluation, cached, remembering, ceiling(run.model.dtype), batch, device_name())
+
+
+def _shares(run: Run, trace: Trace) -> dict[str, float]:
+    """Of each part that a trace counts, the share that was computed."""
+    most = len(run.rows.i) * run.guide.halves
+    shares = {"embedding and head": float(np.sum(trace.halves)) / most}
+    for stage in run.model.stages:
+        name = f"{stage.name}: conditioning" + (", skip" if stage.takes else "")
+        shares[name] = float(np.sum(trace.entered[stage.name])) / (most * stage.depth)
+        each = np.sum(trace.computed[stage.name], axis=(0, 1, 3)) / (most * stage.depth)
+        shares |= {f"{stage.name}: {branch}": float(share) for branch, share in zip(stage.branches, each, strict=True)}
+    return shares
 
 
 def _parts(
@@ -118,6 +142,7 @@ def _parts(
     """Compiled parts of one evaluation of all halves, and the operations of each (GFLOP, of the batch)."""
     model = run.model
     halves = run.guide.halves
+    alone, null = cond, model.null(cond)
     if halves == 2:
         cond = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, model.null(cond))
     wide = jnp.concatenate([x] * halves)
@@ -146,9 +171,9 @@ def _parts(
 
                 return jax.lax.scan(one, tokens, p)[0]
 
-            alone, skips = programs.pop(name), partial(jax.jit(skipping), params[stage.name], tokens)
+            first, skips = programs.pop(name), partial(jax.jit(skipping), params[stage.name], tokens)
             name = f"{stage.name}: conditioning, skip"
-            programs[name] = lambda alone=alone, skips=skips: (alone(), skips())
+            programs[name] = lambda first=first, skips=skips: (first(), skips())
         gflops[name] = len(wide) * stage.depth * cost.mods[stage.name] / 1e9
         for branch, operations in zip(stage.branches, cost.branches[stage.name], strict=True):
             call = spec.attention[stage.name][branch]
@@ -175,8 +200,19 @@ def _parts(
             programs[name] = partial(jax.jit(every), params[stage.name], mods, tokens, context)
             gflops[name] = len(wide) * stage.depth * operations / 1e9
     programs["head"] = partial(head, params, tokens, context)
-    output = jax.block_until_ready(programs["head"]())[: len(x)]
-    row = jax.tree.map(lambda a: jnp.asarray(a[0]), run.rows._replace(plan=(), guide=()))
+    both = jax.block_until_ready(programs["head"]())
+    row = jax.tree.map(lambda a: jnp.asarray(a[0]), run.rows._replace(plan=()))
+
+    @jax.jit
+    def guidance(both: Any, x: Any, cond: Any, null: Any, scale: Any) -> Any:
+        def denoise(x: Any, cond: Any, row: Any, memory: Any, half: str) -> Any:
+            output = both if half == "both" else jnp.split(both, halves)[int(half == "uncond")]
+            return output, memory, ()
+
+        return run.guide.apply(denoise, x, cond, null, scale, row, run.guide.init(x), ())[0]
+
+    programs["guidance"] = partial(guidance, both, x, alone, null, jnp.float32(run.scale))
+    output = jax.block_until_ready(programs["guidance"]())
 
     @jax.jit
     def solver(output: Any, x: Any, keys: Any) -> Any:
@@ -184,7 +220,7 @@ def _parts(
         return run.solver.step(predicted, x, run.solver.init(x), row, keys)
 
     programs["solver"] = partial(solver, output, x, keys)
-    gflops = {"embedding and head": len(wide) * cost.ends / 1e9, **gflops, "solver": 0.0}
+    gflops = {"embedding and head": len(wide) * cost.ends / 1e9, **gflops, "guidance": 0.0, "solver": 0.0}
     ends = programs.pop("embedding"), programs.pop("head")
     programs = {"embedding and head": lambda: (ends[0](), ends[1]()), **programs}
     return programs, gflops
@@ -200,12 +236,15 @@ def format_profile(found: Profile) -> str:
     """The table of a profile, with a bar for each part."""
     total, width = found.evaluation, max(len(p.name) for p in found.parts)
     lines = [f"{'':{width}}  {'ms':>9}  {'share':>6}  {'GFLOP':>8}  {'GFLOP/s':>8}  {'of ceiling':>10}"]
-    for part in [*found.parts, total._replace(name="evaluation"), *([found.cached] if found.cached else [])]:
+    cached = [part for part in (found.cached, found.remembering) if part]
+    for part in [*found.parts, total._replace(name="evaluation"), *cached]:
         share = part.seconds / total.seconds
         rate = part.gflops / part.seconds if part.gflops and part.seconds > 0 else 0.0
         speed = f"{rate:8.1f}  {100 * rate / found.ceiling:8.0f} %" if rate else f"{'':8}  {'':10}"
         bar = "#" * round(40 * max(share, 0)) if part in found.parts else ""
-        name = "evaluation, cached" if part is found.cached else part.name
+        name = {id(found.cached): "evaluation, cached", id(found.remembering): "  of it the cache"}.get(
+            id(part), part.name
+        )
         numbers = f"{1e3 * part.seconds:9.2f}  {100 * share:5.1f}%  {part.gflops:8.2f}"
         lines.append(f"{name:{width}}  {numbers}  {speed}  {bar}".rstrip())
     lines.append(
@@ -217,8 +256,10 @@ def format_profile(found: Profile) -> str:
 def as_json(found: Profile) -> dict[str, Any]:
     """A profile as plain numbers."""
     parts = [p._asdict() for p in found.parts]
-    cached = None if found.cached is None else found.cached._asdict()
-    return {**found._asdict(), "parts": parts, "evaluation": found.evaluation._asdict(), "cached": cached}
+    plain = {
+        k: None if v is None else v._asdict() for k, v in found._asdict().items() if k in ("cached", "remembering")
+    }
+    return {**found._asdict(), "parts": parts, "evaluation": found.evaluation._asdict(), **plain}
 
 
 def perfetto(run: Run, params: Params, cond: Any, seed: int, folder: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import os
+import pathlib
+import platform
 import resource
 import sys
 import time
@@ -180,6 +183,24 @@ def device_name() -> str:
     """Platform and, where the runtime knows it, kind and number of the devices."""
     devices = jax.devices()
     return f"{devices[0].platform}:{devices[0].device_kind} x{len(devices)}"
+
+
+def processor() -> str:
+    """The processor's model and its matrix instructions, as Linux names them."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    lines = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    found = {k.strip(): v.strip() for k, v in lines.items()}
+    flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in found.get("flags", "").split()]
+    return f"{found.get('model name', platform.machine())} ({', '.join(flags)})"
+
+
+def versions() -> dict[str, str]:
+    """Of python, difax and what its figures depend on."""
+    of = {name: importlib.metadata.version(name) for name in ("difax", "jax", "jaxlib", "flax", "numpy")}
+    return {"python": platform.python_version(), **of}
 
 
 _ROWS = {

@@ -31,10 +31,11 @@ import jax.numpy as jnp
 from difax.accel.attention.chunked import chunked
 from difax.accel.attention.window import window
 from difax.accel.attention.xla import xla
+from difax.files import read_rows
 from difax.profile import ceiling
 from difax.report import peak_memory
 from experiments.bench_step import Torch, measure
-from experiments.provenance import RESULTS, append_row, provenance, read_rows
+from experiments.provenance import RESULTS, append_row, provenance
 
 TOKENS, DTYPES, HEADS, WIDTH, RADIUS = (1024, 4096, 16384), ("float32", "bfloat16"), 8, 64, 512
 WINDOW = f"window {RADIUS}"

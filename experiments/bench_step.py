@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from difax.accel.solvers import SOLVERS
 from difax.cost import model_cost
+from difax.files import read_rows
 from difax.grids import GRIDS, make_times
 from difax.guidance import unguided
 from difax.models.dit import dit
@@ -39,7 +40,7 @@ from difax.profile import ceiling
 from difax.report import peak_memory
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import forward, unstack
-from experiments.provenance import RESULTS, append_row, provenance, read_rows
+from experiments.provenance import RESULTS, append_row, provenance
 
 MODELS, BATCHES, DTYPES = ("S/2", "B/2", "XL/2"), (1, 4), ("float32", "bfloat16")
 

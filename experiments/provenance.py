@@ -6,32 +6,22 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 from typing import Any
 
-import jax
+from difax.report import device_name, processor, versions
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 
 def provenance() -> dict[str, Any]:
     """Device, versions, command, commit and UTC date of this process."""
-    import flax
-    import numpy as np
-
-    devices = jax.devices()
     return {
-        "device": f"{devices[0].platform}:{devices[0].device_kind} x{len(devices)}",
+        "device": device_name(),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "commit": _commit(),
@@ -39,28 +29,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """The processor's model and its matrix instructions, as Linux names them."""
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    lines = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    found = {k.strip(): v.strip() for k, v in lines.items()}
-    flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in found.get("flags", "").split()]
-    return f"{found.get('model name', platform.machine())} ({', '.join(flags)})"
-
-
 def append_row(path: pathlib.Path, row: dict[str, Any]) -> None:
     """Appends one JSON line; a line is written whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; [] where there is none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _module() -> str:

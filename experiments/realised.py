@@ -27,7 +27,9 @@ import numpy as np
 
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
+from difax.build import CONDITIONINGS
 from difax.cost import model_cost, run_cost
+from difax.files import read_rows
 from difax.grids import GRIDS, make_times
 from difax.guidance import cfg
 from difax.models.dit import dit
@@ -36,7 +38,7 @@ from difax.process import vp_linear
 from difax.report import peak_memory
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import neutral, trunk_spec, unstack
-from experiments.provenance import RESULTS, append_row, provenance, read_rows
+from experiments.provenance import RESULTS, append_row, provenance
 
 GEOMETRIES = (("B/2", 1), ("B/2", 4), ("XL/2", 1))
 
@@ -53,6 +55,7 @@ class Method(NamedTuple):
 METHODS = {
     "fora 3": Method("static", "fora", {"interval": 3}),
     "fora 5": Method("static", "fora", {"interval": 5}),
+    "fora 20": Method("static", "fora", {"interval": 20}),  # what an evaluation costs that computes nothing
     "taylorseer 4, order 1": Method("static", "taylorseer", {"interval": 4, "order": 1}),
     "taylorseer 4, order 2": Method("static", "taylorseer", {"interval": 4, "order": 2}),
     "delta_dit": Method("static", "delta_dit", {}),
@@ -76,8 +79,8 @@ METHODS = {
 class Work:
     """One geometry: weights, inputs, and a compiled sampler per method."""
 
-    def __init__(self, variant: str, batch: int, dtype: str, steps: int):
-        self.model, self.batch = dit(variant, dtype=dtype), batch
+    def __init__(self, variant: str, batch: int, dtype: str, steps: int, conditioning: str):
+        self.model, self.batch, self.ahead = dit(variant, dtype=dtype), batch, conditioning == "ahead"
         shapes = jax.eval_shape(self.model.init, jax.random.key(0))
         self.cost = model_cost(self.model, shapes)
         leaves, tree = jax.tree.flatten(shapes)
@@ -93,7 +96,8 @@ class Work:
         accelerator = neutral() if cache is None else CACHES[cache](**settings)
         host = make_rows(self.solver, self.guide, self.process, self.times, accelerator, self.model.stages)
         rows, scale = jax.tree.map(jnp.asarray, host), jnp.float32(2.0)
-        sampler = make_sampler(self.model, self.process, "eps", self.solver, self.guide, accelerator)
+        parts = (self.model, self.process, "eps", self.solver, self.guide, accelerator)
+        sampler = make_sampler(*parts, ahead=self.ahead)
         start = time.perf_counter()
         compiled = sampler.lower(self.params, self.noise(), self.keys, self.cond, rows, scale).compile()
         spec = trunk_spec(self.model, self.params, jnp.concatenate([self.noise()] * 2), jnp.tile(self.cond, 2), 2)
@@ -127,9 +131,11 @@ class Work:
         return {**method.settings, "threshold": float(method.times_metric * np.median(metric[metric > 0]))}
 
 
-def measure(variant: str, batch: int, dtype: str, methods: list[str], steps: int, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    variant: str, batch: int, dtype: str, methods: list[str], steps: int, repeats: int, conditioning: str = "each"
+) -> list[dict[str, Any]]:
     """The rows of one geometry."""
-    work = Work(variant, batch, dtype, steps)
+    work = Work(variant, batch, dtype, steps, conditioning)
     programs = {"none": work.program(None, {})}
     for name in methods:
         method = METHODS[name]
@@ -155,6 +161,7 @@ def measure(variant: str, batch: int, dtype: str, methods: list[str], steps: int
                 "batch": batch,
                 "dtype": dtype,
                 "steps": steps,
+                "conditioning": conditioning,
                 "method": name,
                 "kind": METHODS[name].kind if name in METHODS else "none",
                 "settings": program["settings"],
@@ -180,12 +187,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         if r["method"] != "none":
             turns = f"{min(r['realised_turns']):.2f}-{max(r['realised_turns']):.2f}"
+            network = r["model"] + (", conditioned ahead" if conditioning_of(r) == "ahead" else "")
             lines.append(
-                f"| {r['model']} | {r['batch']} | {r['method']} | {r['kind']} | x{r['flops_ratio']:.2f} | "
+                f"| {network} | {r['batch']} | {r['method']} | {r['kind']} | x{r['flops_ratio']:.2f} | "
                 f"x{r['seconds_ratio']:.2f} | {r['realised']:.3f} ({turns}) | {r['remembered_mib']:.0f} | "
                 f"{r['peak_over_uncached_mib']:.0f} |"
             )
     return "\n".join(lines)
+
+
+def conditioning_of(row: dict[str, Any]) -> str:
+    """Of a row; the first ones were measured before there was a choice."""
+    return row.get("conditioning", "each")
 
 
 def main() -> None:
@@ -193,6 +206,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="default: B/2 and XL/2")
     parser.add_argument("--batches", nargs="+", type=int, help="default: 1 and 4 for B/2, 1 for XL/2")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--conditioning", default="each", choices=CONDITIONINGS, help="of cached and uncached sampler")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
@@ -214,12 +228,14 @@ def main() -> None:
         there = {
             r["method"]
             for r in read_rows(path)
-            if (r["model"], r["batch"], r["dtype"]) == (f"DiT-{variant}", batch, options.dtype)
+            if (r["model"], r["batch"], r["dtype"], conditioning_of(r))
+            == (f"DiT-{variant}", batch, options.dtype, options.conditioning)
         }
         methods = [m for m in options.methods if m not in there]
         if not methods:
             continue
-        for row in measure(variant, batch, options.dtype, methods, options.steps, options.repeats):
+        work = (variant, batch, options.dtype, methods, options.steps, options.repeats, options.conditioning)
+        for row in measure(*work):
             if row["method"] not in there:
                 append_row(path, {**row, "provenance": provenance()})
             print(

@@ -31,8 +31,9 @@ from difax.calibrate import Loss, Sampler, calibrate, search
 from difax.config import load_config, override
 from difax.contracts import Accelerator
 from difax.cost import model_cost, run_cost
+from difax.files import read_rows
 from difax.metrics import bootstrap, psnr
-from experiments.provenance import RESULTS, append_row, provenance, read_rows
+from experiments.provenance import RESULTS, append_row, provenance
 
 CONFIG, SEARCHED, HELD_OUT, BATCH = "fmnist_dit", 2_000, 3_000, 20
 

@@ -12,11 +12,12 @@ from difax.accel.caches.masks import steps_mask
 from difax.build import build_run, load_weights
 from difax.config import load_config, override
 from difax.cost import model_cost
+from difax.files import read_rows
 from difax.models.dit import dit
 from difax.profile import ceiling
-from experiments import caches, gpu_suite, realised, search
+from experiments import gpu_suite, realised, search
 from experiments.bench_step import bench
-from experiments.provenance import append_row, provenance, read_rows
+from experiments.provenance import append_row, provenance
 
 
 @pytest.mark.slow
@@ -91,25 +92,3 @@ def test_search_compares_plans_of_equal_operations():
     for row in rows.values():
         low, high = row["psnr_interval"]
         assert low <= row["psnr"] <= high and row["gain"] == pytest.approx(rows["found"]["psnr"] - row["psnr"])
-
-
-@pytest.mark.slow
-def test_caches_speed_and_quality(tmp_path, monkeypatch):
-    options = [
-        "caches",
-        "--methods",
-        "none",
-        "fora 3",
-        "--samples",
-        "20",
-        "--repeats",
-        "1",
-        "--out",
-        str(tmp_path / "r.jsonl"),
-    ]
-    monkeypatch.setattr(sys, "argv", options)
-    monkeypatch.setattr(caches, "make_judge", lambda data: None)  # twenty samples are too few for it
-    caches.main()
-    rows = {(r["method"], r["part"]): r for r in read_rows(tmp_path / "r.jsonl")}
-    assert rows["fora 3", "speed"]["flops_ratio"] == pytest.approx(54.9 / 19.1, rel=0.01)
-    assert rows["none", "quality"]["ssim"]["mean"] == 1 and 0.8 < rows["fora 3", "quality"]["ssim"]["mean"] < 1

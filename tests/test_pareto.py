@@ -13,9 +13,10 @@ import pytest
 
 from difax.cli import main
 from difax.config import load_config, override, parse_value
+from difax.files import read_rows
 from difax.frontier import BASELINE, frontier, line, table
 from difax.methods import FAMILIES, METHODS, chosen
-from difax.pareto import Options, Sweep, read_rows, slug
+from difax.pareto import Options, Sweep, slug
 
 LOW, HIGH = (f"cache.name=teacache,cache.threshold={t}" for t in (0.5, 9.0))
 SHORT = Options(seeds=3, batch=2, turns=1)
@@ -50,12 +51,14 @@ def test_what_changes_nothing_is_the_baseline(measured):
         found = rows[name]
         assert found["quality"]["psnr"] == [100, 100, 100] and found["quality"]["relative_l2"] == [0, 0, 0]
         np.testing.assert_allclose(found["cost"]["ratio"], 1.0)
+        np.testing.assert_allclose(found["cost"]["bytes_ratio"], 1.0)
         assert found["decisions"]["strips"] == ["FFFF", "FFFF"] and found["decisions"]["computed_fraction"] == 1
 
 
 def test_costs_are_those_of_the_trace(measured):
     _, _, rows = measured
     np.testing.assert_allclose(rows["steps=2"]["cost"]["ratio"], 2.0)
+    assert rows[BASELINE]["speed"]["ratio"] == 1.0  # it is the unit; its turns are the machine's noise
     np.testing.assert_allclose(rows["steps=2"]["speed"]["realised"], rows["steps=2"]["speed"]["ratio"] / 2.0, rtol=1e-9)
     strip = rows[HIGH]["decisions"]["strips"][0]
     assert strip == "F..F"
@@ -118,7 +121,7 @@ def test_a_budget_ends_a_sweep(measured, tmp_path):
 def fake(method, psnr, ratio, flops=None):
     return {
         "method": method,
-        "speed": {"ratio": ratio, "realised": 1.0},
+        "speed": {"ratio": ratio, "realised": 1.0, "turns": [ratio - 0.1, ratio, ratio + 0.2]},
         "cost": {"ratio": flops or ratio},
         "quality": {"psnr": [psnr, psnr, psnr], "frechet": None},
     }
@@ -135,8 +138,8 @@ def test_frontier_by_hand():
     broken["quality"]["psnr"] = [None, None, None]  # images that were not finite
     assert len(frontier([*rows, broken])) == 5 and "not finite" in line(broken | {"cost": {"ratio": 1.0}})
     text = table(rows)
-    assert text.splitlines()[2].startswith("| **b** | x3.00 | x3.00 | 1.00 | 25.0 [25.0, 25.0]")
-    assert "| c | x4.00 | x2.50 |" in text and text.splitlines()[3].endswith("| b |")
+    assert text.splitlines()[2].startswith("| **b** | x3.00 | x3.00 (2.90-3.20) | 1.00 | 25.0 [25.0, 25.0]")
+    assert "| c | x4.00 | x2.50 (2.40-2.70) |" in text and text.splitlines()[3].endswith("| b |")
 
 
 def test_methods_have_families_and_known_settings():
@@ -204,3 +207,10 @@ def test_a_killed_sweep_continues(tmp_path):
     assert path.read_text().startswith(before.rsplit("\n", 1)[0])
     assert [r["method"] for r in read_rows(path)] == [BASELINE, "steps=2", "fora 2"]
     assert "steps=2" not in done.stderr and "fora 2" in done.stdout
+
+
+def test_equal_texts_of_other_plans_are_compiled_apart(tmp_path):
+    """These two are the same program with other numbers, under other names."""
+    names = ["cache.name=taylorseer,cache.interval=3,cache.order=1", "cache.name=ab_cache"]
+    rows = sweep(tmp_path, steps=8, options=Options(1, 1, 1)).measure(chosen(names, parse_value))
+    assert ["speed" in row for row in rows] == [True] * 3

@@ -15,10 +15,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from difax.files import read_rows
 from difax.frontier import BASELINE, CONTROL, QUALITIES, frontier
 from difax.methods import FAMILIES, METHODS
-from difax.pareto import PSNR_LIMIT, read_rows, slug
-from difax.pareto_report import COLUMNS, LABELS, LOOKS, SHOWN_IMAGES, figure, report, sprites, write_report
+from difax.pareto import PSNR_LIMIT, slug
+from difax.pareto_report import (
+    COLUMNS,
+    LABELS,
+    LOOKS,
+    SHOWN_IMAGES,
+    figure,
+    published,
+    read_images,
+    report,
+    sheet,
+    sprites,
+    write_report,
+)
 
 EVIL = "<script>document.title = 'taken'</script> & \"steps\" 'x' </script>"
 EVALUATIONS, BLOCKS = 50, 12
@@ -38,7 +51,7 @@ def fake_row(name: str, family: str, settings: dict, rng: np.random.Generator, g
         "calibrated": None,
         "command": " ".join(["difax sample", *(f"--config.{k}={v}" for k, v in settings.items()), "--seed 0"]),
         "evaluations": EVALUATIONS,
-        "cost": {"gflops_per_image": 27.4 / flops, "ratio": flops},
+        "cost": {"gflops_per_image": 27.4 / flops, "ratio": flops, "gbytes_per_image": 1.7 / fast, "bytes_ratio": fast},
         "speed": {
             "seconds_per_image": 0.61 / fast,
             "baseline_seconds_per_image": 0.61,
@@ -298,6 +311,38 @@ def test_figure_refuses(sweep, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"difax\[plot\]"):
         figure(rows, "psnr", tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sheet(sweep, tmp_path):
+    """Equal images differ by nothing, others by something, and both are where they belong."""
+    pytest.importorskip("matplotlib")
+    folder, rows, _ = sweep
+    images = read_images(folder, rows)
+    images["fora 2"], images["fora 3"] = images[BASELINE], 255 - images[BASELINE]
+    sheet(rows, images, tmp_path / "sheet.png", methods=["fora 2", "fora 3"], heading="dit")
+    picture = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"), float)
+    down, across = picture.shape
+    assert across == 1800
+    top, tall = 0.6 / (0.62 * 3 + 0.6), 0.62 / (0.62 * 3 + 0.6)
+    for i, dark in enumerate((False, False, True)):  # baseline, equal, inverted
+        rows_ = slice(int(down * (top + i * tall)) + 10, int(down * (top + (i + 1) * tall)) - 10)
+        assert (picture[rows_, int(0.55 * across) : int(0.85 * across)].min() < 128) == dark
+        assert picture[rows_, int(0.23 * across) : int(0.53 * across)].min() < 128
+    sheet(rows, images, tmp_path / "frontier.png")
+    with pytest.raises(ValueError, match="no images of heun 8"):
+        sheet(rows, images, tmp_path / "none.png", methods=["heun 8"])
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_systems_behind_a_method(sweep):
+    """What the settings name, as the catalogue has it."""
+    _, rows, page = sweep
+    found = published(rows)
+    assert [s["name"] for s in found["teacache 0.1"]] == ["TeaCache"]
+    assert found["teacache 0.1"][0]["paper"] == "Liu et al., 2024, arXiv:2411.19108"
+    assert {"DBCache", "FORA"} <= {s["name"] for s in found["dbcache F1 W4 0.12 MC3 + fora 2"]}
+    assert "DPM-Solver++" in {s["name"] for s in found["dpmpp_2m 12"]} and "steps 25" not in found
+    assert embedded(page)["systems"] == found
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments.peers import QUICK
+from experiments.peer_settings import QUICK
 
 TOLERANCE = 1e-4  # of the largest value; 1e-5 is measured, from the peer's own frequencies (test_flux_parity)
 

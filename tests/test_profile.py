@@ -42,16 +42,22 @@ def test_the_parts_have_the_operations_of_the_whole(config, stages, capsys):
 def test_a_cache_is_beside_the_whole(capsys):
     found = profiled(capsys, "--config", "flux_tiny", "--cache", "fora", "--config.cache.interval=2", *TINY)
     assert 0.4 < found["cached"]["gflops"] / found["evaluation"]["gflops"] < 0.7
+    parts = {p["name"]: p["seconds"] for p in found["parts"]}
+    branches = sum(seconds for name, seconds in parts.items() if ": " in name and "conditioning" not in name)
+    # two steps, of which one is computed
+    computed = sum(parts.values()) - 0.5 * branches
+    np.testing.assert_allclose(found["remembering"]["seconds"], found["cached"]["seconds"] - computed, rtol=1e-6)
 
 
 def test_table_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    parts = [Part("blocks: attn", 0.03, 3.0), Part("guidance, memory, loop", -0.01, 0.0)]
-    found = Profile(parts, Part("uncached", 0.02, 3.0), Part("cached", 0.01, 1.0), 200.0, 4, "cpu")
+    parts = [Part("blocks: attention", 0.03, 3.0), Part("memory, loop", -0.01, 0.0)]
+    cached = Part("cached", 0.01, 1.0), Part("cache", 0.002, 0.0)
+    found = Profile(parts, Part("uncached", 0.02, 3.0), *cached, 200.0, 4, "cpu")
     lines = format_profile(found).splitlines()
-    assert lines[1].split()[:8] == ["blocks:", "attn", "30.00", "150.0%", "3.00", "100.0", "50", "%"]
-    assert lines[2].startswith("guidance, memory, loop") and "-50.0%" in lines[2]
-    assert lines[4].startswith("evaluation, cached")
+    assert lines[1].split()[:8] == ["blocks:", "attention", "30.00", "150.0%", "3.00", "100.0", "50", "%"]
+    assert lines[2].startswith("memory, loop") and "-50.0%" in lines[2]
+    assert lines[4].startswith("evaluation, cached") and lines[5].split()[:5] == ["of", "it", "the", "cache", "2.00"]
     draw_profile(found, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.size[0] > 1000
@@ -62,6 +68,7 @@ def test_table_and_picture(tmp_path):
     [
         (["--turns", "0"], "--turns=0; allowed: 1 or more"),
         (["--figure", "p.jpg"], "must end in .png"),
+        (["--config.conditioning=ahead", "--config", "flux_tiny", "--random-init"], "allowed: each"),
         (["--config.layout=unstacked", "--config", "flux_tiny", "--random-init"], "allowed: stacked"),
     ],
 )

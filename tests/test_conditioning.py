@@ -1,0 +1,108 @@
+"""Conditioning ahead of the run: the same samples, and no modulation weight is read inside of the loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difax.build import build_run
+from difax.cli import main
+from difax.conditions import random_conditions
+from difax.config import load_config, override
+from difax.cost import model_bytes, run_bytes
+from difax.guidance import cfg, interval, unguided
+from difax.noise import sample_keys
+from difax.sample import initial_noise, make_rows
+from tests.toys import QUICK, randomise
+
+SMALL = [("model.depth", 2), ("model.width", 32), ("model.heads", 2), ("model.size", 16)]
+GUIDES = {"none": unguided, "cfg": cfg, "apart": lambda: cfg(together=False), "interval": lambda: interval(0.3, 0.7)}
+
+
+def drawn(config, ahead, guide=None):
+    """(run, params, samples, trace) of two samples."""
+    run = build_run(override(config, [("steps", 5), ("conditioning", "ahead" if ahead else "each")]))
+    if guide is not None:
+        run = run._replace(guide=GUIDES[guide]())
+        rows = make_rows(run.solver, run.guide, run.process, run.times, run.accelerator, run.model.stages)
+        run = run._replace(rows=rows)
+    params = run.prepare(randomise(jax.eval_shape(run.model.init, jax.random.key(0))))
+    keys, cond = sample_keys(0, 2), jax.tree.map(jnp.asarray, random_conditions(run.model, 2))
+    x = initial_noise(run.process, keys, run.model.input_shape)
+    sampler = jax.jit(run.sampler(), compiler_options=QUICK)
+    samples, trace = sampler(params, x, keys, cond, run.rows, jnp.float32(2.0))
+    return run, params, np.asarray(samples), jax.tree.map(np.asarray, trace)
+
+
+slow = pytest.mark.slow
+CELLS = [
+    ("fmnist_dit", [*SMALL, ("cache.name", "fora")], "cfg"),
+    ("fmnist_dit", [*SMALL, ("cache.name", "fora"), ("layout", "unstacked")], "cfg"),
+    ("fmnist_dit", [*SMALL, ("cache.name", "teacache"), ("cache.threshold", 0.5)], "interval"),
+    pytest.param(
+        "fmnist_dit", [*SMALL, ("cache.name", "dbcache"), ("cache.first", 1), ("cache.warmup", 1)], "apart", marks=slow
+    ),
+    pytest.param("fmnist_dit", SMALL, "none", marks=slow),
+    ("flux_tiny", [("cache.name", "fora")], None),
+    pytest.param("pixart_tiny", [], None, marks=slow),
+    pytest.param("wan_tiny", [("quant.name", "int8_w8a8")], None, marks=slow),
+]
+
+
+@pytest.mark.parametrize("name, settings, guide", CELLS)
+def test_samples_are_the_same(name, settings, guide):
+    config = override(load_config(name), settings)
+    _, _, each, trace = drawn(config, False, guide)
+    _, _, ahead, other = drawn(config, True, guide)
+    assert each.std() > 0.1
+    np.testing.assert_allclose(ahead, each, atol=2e-4 * np.abs(each).max())
+    for stage in trace.computed:
+        np.testing.assert_array_equal(trace.computed[stage], other.computed[stage])
+        assert np.all(other.entered[stage] == 1)
+
+
+def products_in_the_loop(run, params):
+    """Widths of the results of the products inside of the loop over evaluations."""
+    keys, cond = sample_keys(0, 2), jnp.arange(2)
+    x = initial_noise(run.process, keys, run.model.input_shape)
+    closed = jax.make_jaxpr(run.sampler())(params, x, keys, cond, run.rows, jnp.float32(2.0))
+    found = []
+
+    def walk(jaxpr, inside):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general" and inside:
+                found.append(equation.outvars[0].aval.shape[-1])
+            loop = equation.primitive.name == "scan" and equation.params["length"] == len(run.rows.i)
+            for value in equation.params.values():
+                for part in value if isinstance(value, tuple) else (value,):
+                    inner = getattr(part, "jaxpr", part)
+                    if hasattr(inner, "eqns"):
+                        walk(inner, inside or loop)
+
+    walk(closed.jaxpr, False)
+    return found
+
+
+def test_no_modulation_weight_is_read_in_the_loop():
+    config = override(load_config("fmnist_dit"), [*SMALL, ("steps", 5)])
+    for conditioning in ("each", "ahead"):
+        run = build_run(override(config, [("conditioning", conditioning)]))
+        params = run.prepare(randomise(jax.eval_shape(run.model.init, jax.random.key(0))))
+        assert (6 * 32 in products_in_the_loop(run, params)) == (conditioning == "each")
+
+
+def test_bytes_of_conditioning_ahead():
+    """The modulation's weights once for each block, and not once more for each evaluation."""
+    config = override(load_config("fmnist_dit"), [*SMALL, ("cache.name", "fora")])
+    run, params, _, trace = drawn(config, True, "cfg")
+    cost = model_bytes(run.model, params, run.attention)
+    each, ahead = (run_bytes(cost, trace, 2, ahead=ahead) for ahead in (False, True))
+    assert each - ahead == pytest.approx(4 * 2 * cost.weights.mods["blocks"])  # 5 evaluations, 2 blocks
+
+
+def test_long_skips_are_refused(capsys):
+    config = load_config("skip_dit_tiny")
+    with pytest.raises(ValueError, match="long skips"):
+        build_run(override(config, [("conditioning", "ahead")])).sampler()
+    assert main(["sample", "--config", "skip_dit_tiny", "--random-init", "--conditioning", "ahed"]) == 2
+    assert "unknown conditioning 'ahed' (did you mean ahead?); allowed: each, ahead" in capsys.readouterr().err
