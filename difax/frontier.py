@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 BASELINE, CONTROL = "baseline", "real images"
-# name -> is more of it better
+
+
+class Quality(NamedTuple):
+    """How a figure is called and written; more: is more of it better."""
+
+    label: str
+    unit: str
+    digits: int
+    more: bool
+
+
 QUALITIES = {
-    "psnr": True,
-    "ssim": True,
-    "ms_ssim": True,
-    "relative_l1": False,
-    "relative_l2": False,
-    "agreement": True,
-    "frechet": False,
-    "kernel": False,
-    "precision": True,
-    "recall": True,
-    "lite0_frechet": False,
-    "lite0_kernel": False,
-    "lite0_precision": True,
-    "lite0_recall": True,
-    "fid": False,
-    "kid": False,
-    "inception_precision": True,
-    "inception_recall": True,
-    "lpips": False,
-    "clip_score": True,
-    "image_reward": True,
+    "psnr": Quality("PSNR", "dB", 1, True),
+    "ssim": Quality("SSIM", "", 3, True),
+    "ms_ssim": Quality("MS-SSIM", "", 3, True),
+    "relative_l1": Quality("Relative L1 error", "", 3, False),
+    "relative_l2": Quality("Relative L2 error", "", 3, False),
+    "agreement": Quality("Agreement", "of the judge with the label", 3, True),
+    "frechet": Quality("Fréchet distance", "to real images", 2, False),
+    "kernel": Quality("Kernel distance", "to real images", 3, False),
+    "precision": Quality("Precision", "against real images", 3, True),
+    "recall": Quality("Recall", "of real images", 3, True),
+    "lite0_frechet": Quality("Fréchet distance", "in EfficientNet-Lite0 features", 2, False),
+    "lite0_kernel": Quality("Kernel distance", "in EfficientNet-Lite0 features", 3, False),
+    "lite0_precision": Quality("Precision", "in EfficientNet-Lite0 features", 3, True),
+    "lite0_recall": Quality("Recall", "in EfficientNet-Lite0 features", 3, True),
+    "fid": Quality("FID", "", 2, False),
+    "kid": Quality("KID", "", 4, False),
+    "inception_precision": Quality("Precision", "in Inception features", 3, True),
+    "inception_recall": Quality("Recall", "in Inception features", 3, True),
+    "lpips": Quality("LPIPS", "", 3, False),
+    "clip_score": Quality("CLIP score", "", 2, True),
+    "image_reward": Quality("ImageReward", "", 2, True),
 }
 SHOWN = ("psnr", "ssim", "lpips", "agreement", "frechet", "kernel", "lite0_kernel", "fid", "clip_score", "image_reward")
 
@@ -39,7 +49,7 @@ def frontier(rows: list[dict[str, Any]], quality: str = "psnr", cost: str = "sec
       quality: one of `QUALITIES`.
       cost: "seconds" or "flops", by ratio to the baseline.
     """
-    sign = 1.0 if QUALITIES[quality] else -1.0
+    sign = 1.0 if QUALITIES[quality].more else -1.0
     measured = [r for r in rows if "speed" in r and _finite_figure(r, quality)]
     points = [
         (sign * r["quality"][quality][0], r["speed"]["ratio"] if cost == "seconds" else r["cost"]["ratio"])
@@ -61,23 +71,12 @@ def table(rows: list[dict[str, Any]], quality: str = "psnr") -> str:
     shown = [q for q in SHOWN if any(_figure(r, q) for r in rows)]
     if quality not in shown:
         shown.append(quality)
-    names = {
-        "psnr": "PSNR",
-        "ssim": "SSIM",
-        "ms_ssim": "MS-SSIM",
-        "frechet": "Frechet",
-        "lpips": "LPIPS",
-        "lite0_kernel": "kernel (EfficientNet-Lite0)",
-        "fid": "FID",
-        "clip_score": "CLIP score",
-        "image_reward": "ImageReward",
-    }
     head = [
         "method",
         "FLOPs",
         "seconds (turns)",
         "realised",
-        *(names.get(q, q.replace("_", " ")) for q in shown),
+        *(_heading(q) for q in shown),
         "dominated by",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -99,6 +98,12 @@ def table(rows: list[dict[str, Any]], quality: str = "psnr") -> str:
     return "\n".join(lines)
 
 
+def _heading(quality: str) -> str:
+    """A column's name; only distances in features other than the judge's need saying which."""
+    label, unit, *_ = QUALITIES[quality]
+    return f"{label} {unit}" if "features" in unit else label
+
+
 def _finite_figure(row: dict[str, Any], quality: str) -> list[float] | None:
     """[value, low, high], or None where there is none, such as that of images that are not finite."""
     found = row.get("quality", {}).get(quality)
@@ -109,8 +114,7 @@ def _figure(row: dict[str, Any], quality: str) -> str:
     found = _finite_figure(row, quality)
     if found is None:
         return ""
-    digits = 1 if quality == "psnr" else 2 if quality == "frechet" else 3
-    value, low, high = (f"{x:.{digits}f}" for x in found)
+    value, low, high = (f"{x:.{QUALITIES[quality].digits}f}" for x in found)
     return value if row["method"] == BASELINE and quality in ("psnr", "ssim", "ms_ssim") else f"{value} [{low}, {high}]"
 
 

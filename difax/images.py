@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -50,3 +53,24 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
 
     with replacing(path) as aside:
         Image.fromarray(image).save(aside, format="PNG")
+
+
+@contextlib.contextmanager
+def drawing(path: str | os.PathLike, size: tuple[float, float], font: float = 9, **options: Any) -> Iterator[Any]:
+    """A matplotlib figure, written as PNG when the block ends; the file appears whole or not at all.
+
+    Args:
+      size: (width, height) in inches, of 200 pixels. font: size in points. options: of `matplotlib.figure.Figure`.
+
+    Raises:
+      ValueError: matplotlib is missing (the extra `plot`).
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a figure needs matplotlib, of the extra plot: pip install 'difax[plot]'") from None
+    with rc_context({"font.size": font, "text.parse_math": False}), replacing(path) as aside:
+        drawn = Figure(figsize=size, dpi=200, facecolor="white", **options)
+        yield drawn
+        drawn.savefig(aside, format="png", metadata={"Software": None})

@@ -23,6 +23,7 @@ import numpy as np
 from difax.catalogue import System, systems
 from difax.files import read_rows, replacing
 from difax.frontier import BASELINE, CONTROL, QUALITIES, frontier
+from difax.images import drawing
 from difax.pareto import PSNR_LIMIT, slug
 
 SHOWN_IMAGES, LEAST_IMAGES = 16, 5
@@ -50,29 +51,6 @@ LOOKS = {
 }
 OTHER = Look("#6b6f76", "#a0a5ab", "X")
 INK, MUTED, LINE = "#1c1d1f", "#62666d", "#dcdcd7"
-LABELS = {
-    "psnr": ("PSNR", "dB", 1),
-    "ssim": ("SSIM", "", 3),
-    "ms_ssim": ("MS-SSIM", "", 3),
-    "relative_l1": ("Relative L1 error", "", 3),
-    "relative_l2": ("Relative L2 error", "", 3),
-    "agreement": ("Agreement", "of the judge with the label", 3),
-    "frechet": ("Fréchet distance", "to real images", 2),
-    "kernel": ("Kernel distance", "to real images", 3),
-    "precision": ("Precision", "against real images", 3),
-    "recall": ("Recall", "of real images", 3),
-    "lite0_frechet": ("Fréchet distance", "in EfficientNet-Lite0 features", 2),
-    "lite0_kernel": ("Kernel distance", "in EfficientNet-Lite0 features", 3),
-    "lite0_precision": ("Precision", "in EfficientNet-Lite0 features", 3),
-    "lite0_recall": ("Recall", "in EfficientNet-Lite0 features", 3),
-    "fid": ("FID", "", 2),
-    "kid": ("KID", "", 4),
-    "inception_precision": ("Precision", "in Inception features", 3),
-    "inception_recall": ("Recall", "in Inception features", 3),
-    "lpips": ("LPIPS", "", 3),
-    "clip_score": ("CLIP score", "", 2),
-    "image_reward": ("ImageReward", "", 2),
-}
 
 
 def write_report(
@@ -86,7 +64,7 @@ def write_report(
     Args:
       folder: of `difax.pareto.Sweep`: sweep.json, rows.jsonl, and images/*.npz of the methods that have them.
       path: of the report; None is report.html in the folder. quality: that the page opens with, of
-        `difax.pareto.QUALITIES`. command: that measured the sweep, for the page to tell.
+        `difax.frontier.QUALITIES`. command: that measured the sweep, for the page to tell.
 
     Returns:
       The path.
@@ -129,8 +107,8 @@ def report(
         "columns": COLUMNS,
         "families": [{"name": n, "marker": look.marker} for n, look in LOOKS.items()],
         "qualities": [
-            {"name": n, "label": LABELS[n][0], "unit": LABELS[n][1], "digits": LABELS[n][2], "more": more}
-            for n, more in QUALITIES.items()
+            {"name": n, "label": q.label, "unit": q.unit, "digits": q.digits, "more": q.more}
+            for n, q in QUALITIES.items()
         ],
         "quality": quality,
         "baseline": BASELINE,
@@ -296,7 +274,7 @@ def figure(
     """Draws the scatter of quality against speed-up as PNG, 1800 pixels wide, to be shown at half of that.
 
     Args:
-      rows: as `difax.files.read_rows` gives them. quality: one of `difax.pareto.QUALITIES`. cost: "seconds" or
+      rows: as `difax.files.read_rows` gives them. quality: one of `difax.frontier.QUALITIES`. cost: "seconds" or
         "flops". heading: over it, such as `title(sweep)`.
 
     Raises:
@@ -307,17 +285,14 @@ def figure(
     points = frontier(_measured(rows, quality), quality, cost)
     if not points:
         raise ValueError(f"no row has {quality!r} (frechet needs more images); allowed: a quality that was measured")
-    rc_context, Figure = _matplotlib()
     real = [(r["quality"].get(quality) or [None])[0] for r in rows if r["method"] == CONTROL]
     control = [value for value in real if value is not None]
-    with rc_context({"font.size": 8.5, "text.parse_math": False}), replacing(path) as aside:
-        drawn = Figure(figsize=(9, 5.4), dpi=200, facecolor="white")
+    with drawing(path, (9, 5.4), font=8.5) as drawn:
         drawn.text(0.02, 0.955, heading, fontsize=11.5, weight="bold", color=INK)
         newest = max(points, key=lambda r: r.get("date", ""))
         told = (newest.get("device"), newest.get("jax") and f"jax {newest['jax']}", newest.get("date"))
         drawn.text(0.985, 0.015, ", ".join(filter(None, told)), fontsize=7, color=MUTED, ha="right")
         _scatter(drawn.add_axes((0.07, 0.165, 0.915, 0.72)), points, control, quality, cost)
-        drawn.savefig(aside, format="png", metadata={"Software": None})
 
 
 SHEET_IMAGES, SHEET_METHODS = 8, 12
@@ -354,11 +329,9 @@ def sheet(
         raise ValueError(
             f"no images of {', '.join(methods)} beside the baseline's; allowed: methods that were measured"
         )
-    rc_context, Figure = _matplotlib()
     base = _still(images[BASELINE])[0][:SHEET_IMAGES]
     height = 0.62 * len(shown) + 0.6
-    with rc_context({"font.size": 8, "text.parse_math": False}), replacing(path) as aside:
-        drawn = Figure(figsize=(9, height), dpi=200, facecolor="white")
+    with drawing(path, (9, height), font=8) as drawn:
         drawn.text(0.01, 1 - 0.22 / height, heading, fontsize=10.5, weight="bold", color=INK)
         at = 1 - 0.48 / height
         for x, name in ((0.225, "images"), (0.545, "difference from the baseline"), (0.865, "computed")):
@@ -377,7 +350,6 @@ def sheet(
             axes = drawn.add_axes((0.865, low, 0.125, tall))
             axes.imshow(np.asarray(row["decisions"]["blocks"]).T, cmap="Blues", vmin=0, vmax=130, aspect="auto")
             axes.set_axis_off()
-        drawn.savefig(aside, format="png", metadata={"Software": None})
 
 
 def _beside(batch: np.ndarray) -> np.ndarray:
@@ -391,17 +363,8 @@ def _plain_image(axes: Any, image: np.ndarray) -> None:
     axes.set_axis_off()
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a figure needs matplotlib, of the extra plot: pip install 'difax[plot]'") from None
-    return rc_context, Figure
-
-
 def _scatter(axes: Any, points: list[dict[str, Any]], control: list[float], quality: str, cost: str) -> None:
-    (label, unit, _), more = LABELS[quality], QUALITIES[quality]
+    label, unit, _, more = QUALITIES[quality]
     x = np.asarray([r["speed" if cost == "seconds" else "cost"]["ratio"] for r in points])
     y = np.asarray([r["quality"][quality][0] for r in points])
     names = [r["method"] if len(r["method"]) <= 34 else r["method"][:32] + "…" for r in points]

@@ -41,11 +41,11 @@ def score(row: dict[str, Any], goal: Goal) -> Score:
     found = row.get("quality", {}).get(goal.quality)
     if "speed" not in row or not found or found[0] is None:
         return Score(-1e9, 1e9)
-    quality = found[0] if QUALITIES[goal.quality] else -found[0]
+    quality = found[0] if QUALITIES[goal.quality].more else -found[0]
     if goal.speedup is not None:
         return Score(quality, goal.speedup - row["speed"]["ratio"])
     assert goal.floor is not None
-    return Score(row["speed"]["ratio"], (goal.floor if QUALITIES[goal.quality] else -goal.floor) - quality)
+    return Score(row["speed"]["ratio"], (goal.floor if QUALITIES[goal.quality].more else -goal.floor) - quality)
 
 
 def proposed(trial: Any, steps: int, guided: bool) -> dict[str, Any]:

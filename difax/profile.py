@@ -23,6 +23,7 @@ import numpy as np
 from difax.build import Run
 from difax.contracts import Params, Trace, Where
 from difax.cost import model_cost, run_cost
+from difax.images import drawing
 from difax.noise import sample_keys
 from difax.process import predict
 from difax.report import device_name
@@ -281,15 +282,12 @@ def draw_profile(found: Profile, path: pathlib.Path) -> None:
     Raises:
       ValueError: matplotlib is missing (the extra `plot`).
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--figure needs matplotlib: pip install 'difax[plot]'") from None
-    from difax.files import replacing
-
     parts = list(reversed(found.parts))
-    picture = Figure((9, 0.45 * len(parts) + 1.6), layout="constrained")
-    axes = picture.add_subplot()
+    with drawing(path, (9, 0.45 * len(parts) + 1.6), layout="constrained") as picture:
+        _bars(picture.add_subplot(), found, parts)
+
+
+def _bars(axes: Any, found: Profile, parts: list[Part]) -> None:
     milliseconds = [1e3 * p.seconds for p in parts]
     axes.barh([p.name for p in parts], milliseconds, color="#0b5fa5")
     for i, part in enumerate(parts):
@@ -303,5 +301,3 @@ def draw_profile(found: Profile, path: pathlib.Path) -> None:
     )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    with replacing(path) as aside, open(aside, "wb") as file:
-        picture.savefig(file, format="png", dpi=200)

@@ -12,7 +12,8 @@ import pytest
 
 from difax.build import REGISTRIES
 from difax.catalogue import CATEGORIES, HERE, NOT_SYSTEMS, STATUSES, System, check, count, select, systems
-from difax.cli import LISTS, main
+from difax.cli import main
+from difax.commands import LISTS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CATALOGUE = systems()

@@ -10,7 +10,8 @@ import pytest
 
 from difax.build import REGISTRIES, build_run
 from difax.checkpoint import save_safetensors
-from difax.cli import main, parse_labels
+from difax.cli import main
+from difax.commands import parse_labels
 from difax.config import config_names, gin_settings, load_config, override
 from difax.models.dit import dit
 from tests.toys import randomise
