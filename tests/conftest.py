@@ -1,4 +1,4 @@
-"""Settings of every test run: eight forced CPU devices, strict ranks, no compilation cache of the user's."""
+"""Settings of every test run: eight CPU devices, quick compilation, strict ranks, no compilation cache of the user."""
 
 import gzip
 import os
@@ -12,10 +12,12 @@ if "jax" in sys.modules:
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICES = "--xla_force_host_platform_device_count"
+QUICK = "--xla_backend_optimization_level"  # what a tiny program costs is its compilation; see `tests.toys.FULL`
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+for flag, value in ((DEVICES, 8), (QUICK, 0)):
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -26,7 +28,7 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 @pytest.fixture(scope="session")
 def user_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of a subprocess that runs difax as a user does, from any folder.
+    """Environment of a subprocess that runs difax as a user does, from any folder, but for quick compilation.
 
     One CPU device; caches in one temporary folder per session, so that a command given twice compiles once.
     """
@@ -34,6 +36,7 @@ def user_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTEST_"))}
     return env | {
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{QUICK}=0",
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "XDG_CACHE_HOME": str(cache),
         "PYTHONPATH": str(ROOT),

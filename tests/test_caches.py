@@ -22,7 +22,7 @@ from difax.sample import initial_noise, make_rows, make_sampler
 from difax.stack import with_learned
 from difax.trunk import neutral, trunk_spec
 from tests.oracles import caches as oracle
-from tests.toys import QUICK, network, tanh_stack, tiny_dit, tiny_skip_dit
+from tests.toys import FULL, QUICK, network, tanh_stack, tiny_dit, tiny_skip_dit
 
 STEPS = 6
 LABELS = jnp.asarray([3, 0], jnp.int32)
@@ -179,7 +179,7 @@ def problem(guide="cfg", bounds=(), steps=STEPS, toy: Any = tiny_dit, **dit) -> 
 
 
 # XLA may leave out the rounding of a bfloat16 value that it need not store, which a cache has to store
-STRICT = {"xla_allow_excess_precision": False}
+STRICT = {"xla_allow_excess_precision": False, **FULL}
 
 
 @functools.cache

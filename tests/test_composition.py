@@ -47,10 +47,10 @@ CELLS = [Cell(*names) for names in itertools.product(MODELS, SOLVERS, CACHES, QU
 
 
 def _row(cell: Cell) -> Any:
-    """Every run of the tests has all members together and none, guided, and in two models each alone; the slow ones
+    """Every run of the tests has all members together and none, guided, and in one model each alone; the slow ones
     have the rest."""
     on = sum(getattr(cell, section) != "none" for section in ("cache", "quant")) + (cell.attend != "xla")
-    alone = on == 1 and cell.model in ("dit", "flux")
+    alone = on == 1 and cell.model == "dit"
     few = (on in (0, 3) or alone) and cell.guide == "cfg" and cell.solver == "ddim"
     return pytest.param(cell, marks=() if few else pytest.mark.slow, id="-".join(cell))
 

@@ -17,7 +17,7 @@ from difax.grids import GRIDS, make_times
 from difax.guidance import GUIDES
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import forward, neutral
-from tests.toys import QUICK, network, tiny_dit
+from tests.toys import FULL, QUICK, network, tiny_dit
 
 LABELS = (3, 0, 4)
 cached_dit = functools.cache(tiny_dit)
@@ -114,7 +114,12 @@ def plain_loop(s: Setup, guided: bool):
 
         return jax.lax.scan(body, (x, s.solver.init(x)), rows)[0][0]
 
-    return jax.jit(run)
+    return run
+
+
+def optimised(function):
+    """Compiled as users have it."""
+    return jax.jit(function, compiler_options=FULL)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +133,8 @@ def plain_loop(s: Setup, guided: bool):
 )
 def test_neutral_sampler_is_bitwise_a_plain_loop(solver, guide, dtype):
     s = setup(solver, guide=guide, dtype=dtype)
-    got, trace = s.sampler()(s.params, *s.inputs(), s.rows, 2.5)  # fully optimised, as users run it
-    want = plain_loop(s, guide == "cfg")(s.params, *s.inputs(), s.rows, 2.5)
+    got, trace = optimised(s.sampler())(s.params, *s.inputs(), s.rows, 2.5)
+    want = optimised(plain_loop(s, guide == "cfg"))(s.params, *s.inputs(), s.rows, 2.5)
     np.testing.assert_array_equal(got, want)
     assert got.dtype == jnp.float32 and np.all(np.isfinite(got))
     assert np.all(trace.computed["blocks"] == 1)

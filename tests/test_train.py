@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,22 @@ def start(folder, data_dir, config=None, resume=False, extra=(), name="fmnist_sm
     return train(build_task(config, previewer), data, options, folder, config, resume, progress=False)
 
 
+SAMPLED = [("train.sample_every", 4)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+    """The folder of a run of eight steps, and its state."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, start(folder, data_dir, extra=SAMPLED)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of that folder, to go on with."""
+    return pathlib.Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
 def losses(folder: pathlib.Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines())}
 
@@ -56,9 +73,8 @@ def test_killed_run_resumes_with_the_same_losses(tmp_path, data_dir, user_env):
     assert sorted(losses(killed)) == list(range(1, 41))
 
 
-def test_run_leaves_its_files(tmp_path, data_dir):
-    state = start(tmp_path / "run", data_dir, extra=[("train.sample_every", 4)])
-    run = tmp_path / "run"
+def test_run_leaves_its_files(finished):
+    run, state = finished
     assert int(state.step) == 8
     assert sorted(losses(run)) == list(range(1, 9))
     assert [p.name for p in sorted((run / "samples").glob("*.png"))] == ["0000004.png", "0000008.png"]
@@ -73,11 +89,10 @@ def load_small():
     return override(load_config("fmnist_smoke"), SMALL)
 
 
-def test_wrong_shape_checkpoint_names_the_tensor(tmp_path, data_dir):
-    start(tmp_path / "run", data_dir)
+def test_wrong_shape_checkpoint_names_the_tensor(run):
     other = build_task(override(load_small(), [("model.width", 48), ("model.heads", 2)]))
     with pytest.raises(ValueError, match=r"tensor blocks/ada/bias is \(2, 192\), expected \(2, 288\)"):
-        restore_ema(tmp_path / "run", other.init)
+        restore_ema(run, other.init)
 
 
 @pytest.mark.slow
@@ -105,11 +120,10 @@ RESUMES = {
 
 
 @pytest.mark.parametrize("name", RESUMES)
-def test_resume_refusals(name, tmp_path, data_dir):
+def test_resume_refusals(name, run, data_dir):
     extra, message = RESUMES[name]
-    start(tmp_path / "run", data_dir)
     with pytest.raises(ValueError, match=message):
-        start(tmp_path / "run", data_dir, extra=extra, resume=True)
+        start(run, data_dir, extra=[*SAMPLED, *extra], resume=True)
 
 
 def test_steps_may_not_change_within_the_decay(tmp_path, data_dir):
@@ -132,9 +146,8 @@ def test_folder_refusals(tmp_path, data_dir):
         start(tmp_path / "file" / "run", data_dir)
 
 
-def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, data_dir):
-    start(tmp_path / "run", data_dir)
-    config = override(load_small(), [("train.steps", 12)])
+def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(run, data_dir):
+    config = override(load_small(), [*SAMPLED, ("train.steps", 12)])
     task = build_task(config)
 
     def loss(params, batch, key):
@@ -143,9 +156,9 @@ def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_p
 
     data = build_data(config, "train", str(data_dir))
     with pytest.raises(FloatingPointError, match="step 9"):
-        train(task._replace(loss=loss), data, build_options(config), tmp_path / "run", config, True, progress=False)
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "8"]
-    assert restore_ema(tmp_path / "run", task.init)[0] == 8
+        train(task._replace(loss=loss), data, build_options(config), run, config, True, progress=False)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["4", "8"]
+    assert restore_ema(run, task.init)[0] == 8
 
 
 @pytest.mark.slow

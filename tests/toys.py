@@ -16,8 +16,10 @@ from tests.oracles.mixture import Mixture
 
 MIXTURE = Mixture()
 
-# what a tiny program costs is its compilation
+# what a tiny program costs is its compilation, so that tests do without LLVM's optimisation (tests/conftest.py);
+# those of equal bits do not, since users' programs have it
 QUICK = {"xla_backend_optimization_level": 0}
+FULL = {"xla_backend_optimization_level": 3}
 # (model, params, x, model_time, cond) -> output
 network = jax.jit(forward, static_argnums=0, compiler_options=QUICK)
 
