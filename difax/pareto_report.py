@@ -330,7 +330,7 @@ def sheet(
             f"no images of {', '.join(methods)} beside the baseline's; allowed: methods that were measured"
         )
     base = _still(images[BASELINE])[0][:SHEET_IMAGES]
-    height = 0.62 * len(shown) + 0.6
+    height = 0.62 * len(shown) + 0.7
     with drawing(path, (9, height), font=8) as drawn:
         drawn.text(0.01, 1 - 0.22 / height, heading, fontsize=10.5, weight="bold", color=INK)
         at = 1 - 0.48 / height
