@@ -140,8 +140,8 @@ def pareto(options: argparse.Namespace) -> int:
     name = " ".join([options.config or "fmnist_dit", *gin, *(shlex.quote(f"--config.{s}") for s in options.set)])
     sweep = Sweep(name, config, asked, pathlib.Path(options.out), judge, tell, eyes)
     if options.search:
-        found = search(sweep, Goal(options.quality, options.speedup, options.floor), options.trials)
-        print(summary(found, Goal(options.quality, options.speedup, options.floor)))
+        goal = Goal(options.quality, options.speedup, options.floor)
+        print(summary(search(sweep, goal, options.trials), goal))
         rows = sweep.rows()
     else:
         rows = sweep.measure(methods)

@@ -237,15 +237,14 @@ def format_profile(found: Profile) -> str:
     """The table of a profile, with a bar for each part."""
     total, width = found.evaluation, max(len(p.name) for p in found.parts)
     lines = [f"{'':{width}}  {'ms':>9}  {'share':>6}  {'GFLOP':>8}  {'GFLOP/s':>8}  {'of ceiling':>10}"]
-    cached = [part for part in (found.cached, found.remembering) if part]
-    for part in [*found.parts, total._replace(name="evaluation"), *cached]:
+    whole = {"evaluation": total, "evaluation, cached": found.cached, "  of it the cache": found.remembering}
+    for name, part in [*((p.name, p) for p in found.parts), *whole.items()]:
+        if part is None:
+            continue
         share = part.seconds / total.seconds
         rate = part.gflops / part.seconds if part.gflops and part.seconds > 0 else 0.0
         speed = f"{rate:8.1f}  {100 * rate / found.ceiling:8.0f} %" if rate else f"{'':8}  {'':10}"
-        bar = "#" * round(40 * max(share, 0)) if part in found.parts else ""
-        name = {id(found.cached): "evaluation, cached", id(found.remembering): "  of it the cache"}.get(
-            id(part), part.name
-        )
+        bar = "#" * round(40 * max(share, 0)) if name not in whole else ""
         numbers = f"{1e3 * part.seconds:9.2f}  {100 * share:5.1f}%  {part.gflops:8.2f}"
         lines.append(f"{name:{width}}  {numbers}  {speed}  {bar}".rstrip())
     lines.append(
@@ -257,10 +256,8 @@ def format_profile(found: Profile) -> str:
 def as_json(found: Profile) -> dict[str, Any]:
     """A profile as plain numbers."""
     parts = [p._asdict() for p in found.parts]
-    plain = {
-        k: None if v is None else v._asdict() for k, v in found._asdict().items() if k in ("cached", "remembering")
-    }
-    return {**found._asdict(), "parts": parts, "evaluation": found.evaluation._asdict(), **plain}
+    whole = {"evaluation": found.evaluation, "cached": found.cached, "remembering": found.remembering}
+    return {**found._asdict(), "parts": parts, **{k: part and part._asdict() for k, part in whole.items()}}
 
 
 def perfetto(run: Run, params: Params, cond: Any, seed: int, folder: str) -> str:

@@ -12,10 +12,10 @@ if "jax" in sys.modules:
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICES = "--xla_force_host_platform_device_count"
-QUICK = "--xla_backend_optimization_level"  # what a tiny program costs is its compilation; see `tests.toys.FULL`
+OPTIMISATION = "--xla_backend_optimization_level"  # what a tiny program costs is its compilation; see `tests.toys.FULL`
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for flag, value in ((DEVICES, 8), (QUICK, 0)):
+for flag, value in ((DEVICES, 8), (OPTIMISATION, 0)):
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 
@@ -36,7 +36,7 @@ def user_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTEST_"))}
     return env | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{QUICK}=0",
+        "XLA_FLAGS": f"{OPTIMISATION}=0",
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "XDG_CACHE_HOME": str(cache),
         "PYTHONPATH": str(ROOT),
