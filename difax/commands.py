@@ -153,7 +153,9 @@ def pareto(options: argparse.Namespace) -> int:
     if options.sheet:
         sheet(rows, read_images(sweep.out, rows), options.sheet, options.quality, heading=heading)
     tell(f"the report is {report}")
-    return 0
+    for method, why in sweep.failed.items():
+        print(f"difax: error: {method} failed, and is tried again by the same command: {why}", file=sys.stderr)
+    return 1 if sweep.failed else 0
 
 
 def profile(options: argparse.Namespace) -> int:

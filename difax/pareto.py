@@ -119,6 +119,7 @@ class Sweep:
                 f"{model.name} draws {model.input_shape}; the judge knows {judge.classifier.input_shape} (--no-judge)"
             )
         self.compiled: dict[str, Any] = {}
+        self.failed: dict[str, str] = {}  # methods that raised what no refusal is, and what
         self.baseline: Program | None = None
         self.wanted: np.ndarray | None = None
         self.uncached = (0.0, 0.0)  # operations and bytes of the baseline, once its images are drawn
@@ -156,7 +157,11 @@ class Sweep:
         return read_rows(self.out / "rows.jsonl")
 
     def measure(self, methods: Mapping[str, Method]) -> list[dict[str, Any]]:
-        """Measures what the folder does not have yet: baseline, control and methods. Returns all rows."""
+        """Measures what the folder does not have yet: baseline, control and methods. Returns all rows.
+
+        A method that fails is named in `failed` and gets no row, so that the sweep goes on, and tries it again when it
+        is started again. Nothing is measured without the baseline, whose failure is raised.
+        """
         todo = {BASELINE: Method("baseline", {}), **methods}
         there = {row["method"]: row["settings"] for row in self.rows()}
         for name, settings in there.items():
@@ -173,7 +178,14 @@ class Sweep:
                     f"the budget of {self.options.budget:g} minutes is spent; {len(left) - done} methods are left"
                 )
                 break
-            row = _finite(self._row(name, method))
+            try:
+                row = _finite(self._row(name, method))
+            except Exception as error:
+                if name == BASELINE:
+                    raise
+                self.failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                self.tell(f"[{done + 1}/{len(left)}] {name} failed: {self.failed[name]}")
+                continue
             self._append(row)
             spent = (time.monotonic() - start) / 60
             minutes = spent / (done + 1) * (len(left) - done - 1)
@@ -224,16 +236,17 @@ class Sweep:
         plain, options = self._baseline(), self.options
         batches = -(-options.seeds // options.batch)
         wanted = self._wanted(plain, batches)
-        images, traces, turns = [], [], []
-        program.draw(0)  # the first run touches its memory
-        for index in range(max(batches, options.turns)):
-            beside = plain.draw(index % batches)[2] if index < options.turns and index % 2 else 0.0
-            samples, trace, seconds = program.draw(index % batches)
-            if index < options.turns:  # who is first changes from turn to turn
-                turns.append((seconds, beside or plain.draw(index % batches)[2]))
+        drawn = [program.draw(0)[:2]]  # not timed: the first run touches its memory
+        turns = []
+        for index in range(1, max(batches, options.turns + 1)):
+            at, timed = index % batches, index <= options.turns
+            beside = plain.draw(at)[2] if timed and index % 2 else 0.0  # who is first changes from turn to turn
+            samples, trace, seconds = program.draw(at)
+            if timed:
+                turns.append((seconds, beside or plain.draw(at)[2]))
             if index < batches:
-                images.append(samples)
-                traces.append(trace)
+                drawn.append((samples, trace))
+        images, traces = (list(part) for part in zip(*drawn, strict=True))
         together = np.concatenate(images)[: options.seeds]
         trace = averaged(traces)
         cost, moved = self._cost(program, traces)

@@ -89,7 +89,8 @@ def search(sweep: Sweep, goal: Goal, trials: int = 30, keep: int = 3) -> list[di
       trials: settings that are proposed. keep: of every `keep` settings one goes on; so many are measured last.
 
     Returns:
-      The rows of the last ones, the best first; those that miss the goal behind those that meet it.
+      The rows of the last ones, the best first; those that miss the goal behind those that meet it. What failed
+      misses every goal and has no row (`Sweep.measure`).
 
     Raises:
       ValueError: a goal without a bound or with two, or optuna is missing (the extra `search`).
@@ -121,7 +122,7 @@ def search(sweep: Sweep, goal: Goal, trials: int = 30, keep: int = 3) -> list[di
         wider = _rung(sweep, rung)
         found = {name_of(s): (s, score(_measured(wider, s), goal)) for s in left}
         left = _best(found, max(keep, -(-len(found) // keep)))
-    rows = [_measured(sweep, settings) for settings in left[:keep]]
+    rows = [row for settings in left[:keep] if "failed" not in (row := _measured(sweep, settings))]
     return sorted(rows, key=lambda row: _order(score(row, goal)))
 
 
@@ -133,7 +134,8 @@ def _rung(sweep: Sweep, seeds: int) -> Sweep:
 def _measured(sweep: Sweep, settings: dict[str, Any]) -> dict[str, Any]:
     name = name_of(settings)
     rows = sweep.measure({name: Method("together", settings)})
-    return next(row for row in rows if row["method"] == name)
+    found = next((row for row in rows if row["method"] == name), None)
+    return {"method": name, "failed": sweep.failed[name]} if found is None else found
 
 
 def _order(scored: Score) -> tuple[float, float]:

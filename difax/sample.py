@@ -164,8 +164,14 @@ def make_sampler(
                     new = {**new, "output": state}
                 return output, _write(memory, part, new, axes, at), _padded(report, guide.halves, at or 0), halves * ran
 
-            modes = [partial(evaluate, mode) for mode in row.plan.modes]
-            out = modes[0](memory) if len(modes) == 1 else jax.lax.switch(index, modes, memory)
+            def bordered(mode, memory):
+                # without a border XLA copies, at every evaluation, memory that some mode hands on without reading it
+                return jax.lax.optimization_barrier(evaluate(mode, memory))
+
+            if len(row.plan.modes) == 1:
+                out = evaluate(row.plan.modes[0], memory)
+            else:
+                out = jax.lax.switch(index, [partial(bordered, mode) for mode in row.plan.modes], memory)
             output, memory, report, ran = out
             return output, memory, Trace(report.computed, report.entered, jnp.asarray(ran, jnp.float32), report.metric)
 
@@ -218,10 +224,10 @@ def _memory(model, params, accelerator, attention, x, cond, guide, modes) -> tup
         grow = lambda a: jax.ShapeDtypeStruct((copies * a.shape[0], *a.shape[1:]), a.dtype)  # noqa: E731
         return trunk_spec(model, params, grow(x), jax.tree.map(grow, cond), copies, guide.together)
 
-    small = jax.eval_shape(lambda: memory_for(spec(1), accelerator, attention, modes))
-    large = jax.eval_shape(lambda: memory_for(spec(2), accelerator, attention, modes))
+    specs = {copies: spec(copies) for copies in (1, 2)}
+    small, large = (jax.eval_shape(lambda s=s: memory_for(s, accelerator, attention, modes)) for s in specs.values())
     axes = jax.tree.map(_batch_axis, small, large)
-    return axes, memory_for(spec(guide.halves), accelerator, attention, modes)
+    return axes, memory_for(specs[guide.halves], accelerator, attention, modes)
 
 
 def _batch_axis(small: Any, large: Any) -> int:

@@ -7,17 +7,15 @@ import sys
 
 import pytest
 
+from tests.quick import with_flags
+
 if "jax" in sys.modules:
     raise pytest.UsageError("jax was imported before tests/conftest.py could ask it for eight CPU devices")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DEVICES = "--xla_force_host_platform_device_count"
-OPTIMISATION = "--xla_backend_optimization_level"  # what a tiny program costs is its compilation; see `tests.toys.FULL`
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for flag, value in ((DEVICES, 8), (OPTIMISATION, 0)):
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
+os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), xla_force_host_platform_device_count=8)
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -36,7 +34,7 @@ def user_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTEST_"))}
     return env | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{OPTIMISATION}=0",
+        "XLA_FLAGS": with_flags(),
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "XDG_CACHE_HOME": str(cache),
         "PYTHONPATH": str(ROOT),

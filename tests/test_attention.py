@@ -21,7 +21,7 @@ from difax.guidance import unguided
 from difax.noise import sample_keys
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import forward, stateless
-from tests.toys import QUICK, tiny_dit
+from tests.toys import tiny_dit
 
 B, H, K = 2, 2, 4
 BACKENDS = {"xla": xla, "chunked": chunked, "cudnn": cudnn, "window": window}
@@ -104,7 +104,7 @@ def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> tuple[j
 
 
 def compiled(function: Any, *arguments: Any) -> Any:
-    return jax.jit(function).lower(*arguments).compile(compiler_options=QUICK)(*arguments)
+    return jax.jit(function).lower(*arguments).compile()(*arguments)
 
 
 def compare(what: str, got: Any, want: Any, tolerance: float) -> None:
@@ -541,7 +541,7 @@ def test_sampler(dtype):
         return make_sampler(counted, process, "eps", solver, attention=attention(names, settings))
 
     def sample(names, settings):
-        return sampler(names, settings).lower(*arguments()).compile(compiler_options=QUICK)(*arguments())[0]
+        return sampler(names, settings).lower(*arguments()).compile()(*arguments())[0]
 
     plain, narrow = sample("xla", {}), sample("window,xla", {"window": {"radius": 2, "block": 4}})
     blocks = sampler("cudnn,chunked", {"chunked": {"block_q": 6, "block_k": 5}})

@@ -21,7 +21,7 @@ from difax.noise import sample_keys
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.stack import stack, with_learned
 from difax.trunk import neutral, trunk_spec, unstack
-from tests.toys import QUICK, tiny_dit, tiny_skip_dit
+from tests.toys import tiny_dit, tiny_skip_dit
 
 STEPS = 8
 
@@ -40,7 +40,7 @@ class Problem:
 
     def sampler(self, accelerator: Accelerator):
         sampler = make_sampler(self.model, self.process, "eps", self.solver, self.guide, accelerator)
-        return jax.jit(sampler, compiler_options=QUICK)
+        return jax.jit(sampler)
 
     def inputs(self, labels=(3, 0), seed=0):
         keys = sample_keys(seed, len(labels))

@@ -22,7 +22,7 @@ from difax.sample import initial_noise, make_rows, make_sampler
 from difax.stack import with_learned
 from difax.trunk import neutral, trunk_spec
 from tests.oracles import caches as oracle
-from tests.toys import FULL, QUICK, network, tanh_stack, tiny_dit, tiny_skip_dit
+from tests.toys import FULL, network, tanh_stack, tiny_dit, tiny_skip_dit
 
 STEPS = 6
 LABELS = jnp.asarray([3, 0], jnp.int32)
@@ -165,7 +165,7 @@ class Problem(NamedTuple):
     def run(self, accelerator: Accelerator, **options: bool | int):
         arguments = (*self.inputs(), self.rows(accelerator), 2.0)
         program = self.sampler(accelerator).lower(*arguments)
-        return program.compile(compiler_options=options or QUICK)(*arguments)
+        return program.compile(compiler_options=options)(*arguments)
 
 
 def problem(guide="cfg", bounds=(), steps=STEPS, toy: Any = tiny_dit, **dit) -> Problem:
@@ -213,7 +213,7 @@ def test_switched_on_it_computes_what_it_says_changes_the_samples_and_compiles_o
         return p.model.embed(*a)
 
     counted = p._replace(model=p.model._replace(embed=embed)).taught(accelerator)
-    sampler, rows = jax.jit(counted.sampler(accelerator), compiler_options=QUICK), p.rows(accelerator)
+    sampler, rows = jax.jit(counted.sampler(accelerator)), p.rows(accelerator)
     got, trace = sampler(*counted.inputs(), rows, 2.0)
     want = plain(case.toy, dtype, False)
     assert got.dtype == jnp.float32 and np.all(np.isfinite(got))

@@ -29,7 +29,7 @@ from difax.stack import with_learned
 from difax.trunk import memory_for, reference_attention, run_trunk, trunk_spec, unstack
 from tests.oracles import online as oracle
 from tests.test_caches import LABELS, STEPS, Problem, problem
-from tests.toys import QUICK, randomise, tanh_stack
+from tests.toys import randomise, tanh_stack
 
 fastcache_module = importlib.import_module("difax.accel.caches.fastcache")  # whose name its factory has
 
@@ -66,7 +66,7 @@ def toy_run(
         arguments = (params, jnp.asarray(x0), sample_keys(0, 1), jnp.ones(1), rows, 2.0)
         programs = {} if programs is None else programs
         if jax.tree.structure(arguments) not in programs:
-            program = sampler.lower(*arguments).compile(compiler_options=QUICK)
+            program = sampler.lower(*arguments).compile()
             programs[jax.tree.structure(arguments)] = program
         got, trace = programs[jax.tree.structure(arguments)](*arguments)
     return np.asarray(got), jax.tree.map(np.asarray, trace)
@@ -106,7 +106,7 @@ def test_a_sweep_shares_a_program(name):
         samplers = [
             make_sampler(model, process, kind, solver, guide, a).lower(*inputs, rows[0], 2.0) for a in (one, other)
         ]
-        first, second = (sampler.compile(compiler_options=QUICK) for sampler in samplers)
+        first, second = (sampler.compile() for sampler in samplers)
         draw = lambda program, row: program(inputs[0], inputs[1].copy(), *inputs[2:], row, 2.0)[0]  # noqa: E731
         np.testing.assert_array_equal(draw(first, rows[1]), draw(second, rows[1]))
         assert np.abs(draw(first, rows[0]) - draw(first, rows[1])).max() > 1e-6  # the settings do differ
@@ -235,9 +235,9 @@ def test_adacache_refuses(settings, message):
 
 def pieces(p: Problem) -> oracle.Network:
     """A DiT as plain functions for the oracles."""
-    stage, quick = p.model.stages[0], functools.partial(jax.jit, compiler_options=QUICK)
+    stage = p.model.stages[0]
 
-    @quick
+    @jax.jit
     def branch(params, tokens, context, name):
         apply = functools.partial(stage.block.apply, {"params": params})
         mods = apply(context, method="mods")
@@ -248,7 +248,7 @@ def pieces(p: Problem) -> oracle.Network:
         shift, scale = jax.lax.switch(name, [lambda b=b: mods[b][:2] for b in stage.branches])
         return update, gate, shift, scale
 
-    @quick
+    @jax.jit
     def embed(x, k, labels):
         return p.model.embed(p.params, x, jnp.full(labels.shape, k, jnp.float32), labels)
 
@@ -256,7 +256,7 @@ def pieces(p: Problem) -> oracle.Network:
         params = jax.tree.map(lambda a: a[layer], p.params["blocks"])
         return jax.tree.map(np.asarray, branch(params, tokens, context, stage.branches.index(name)))
 
-    head = quick(lambda tokens, context: p.model.head(p.params, tokens, context))
+    head = jax.jit(lambda tokens, context: p.model.head(p.params, tokens, context))
     return oracle.Network(embed, by_name, lambda *a: np.asarray(head(*a)), stage.depth)
 
 
@@ -301,7 +301,7 @@ def test_a_batch_of_lazydit_is_its_samples_one_by_one():
     params, x, keys, labels = p.inputs()
     params = with_learned(params, accelerator)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def sample(x, keys, labels):
         return p.sampler(accelerator)(params, x, keys, labels, p.rows(accelerator), 2.0)
 
@@ -321,7 +321,7 @@ def test_soft_gates_of_lazydit_have_gradients():
     def total(learned: Any) -> jax.Array:
         return sampler({**params, "accelerator": learned}, x, keys, labels, rows, 2.0)[0].sum()
 
-    slope = jax.jit(jax.grad(total), compiler_options=QUICK)(params["accelerator"])
+    slope = jax.jit(jax.grad(total))(params["accelerator"])
     for name, g in slope["blocks"].items():
         assert np.all(np.isfinite(g)) and np.all(np.any(g[:, 1:], -1)), name
         assert not np.any(g[:, 0]), name  # nothing is held at the first evaluation
@@ -427,7 +427,7 @@ def test_motion_tokens_attend_among_themselves_where_they_are_rotated():
         seen[where.branch] = (update, whole, share)
         return gate(whole), state, inner, Done(1.0)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(params):
         accelerator, attention = Accelerator(branch=branch), reference_attention()
         memory = memory_for(trunk_spec(model, params, x, cond), accelerator, attention, ((),))

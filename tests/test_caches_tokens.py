@@ -11,9 +11,10 @@ import pytest
 
 from difax import ops
 from difax.accel.caches import CACHES
-from difax.accel.caches import tokens as axis
+from difax.accel.caches import token_axis as axis
 from difax.accel.caches.planned import planned
 from difax.accel.caches.toca import clock
+from difax.accel.caches.tokens import Schedule, attends_itself, token_cache
 from difax.accel.fit.icc import icc_factors, save_factors
 from difax.build import build_run
 from difax.conditions import random_conditions
@@ -26,7 +27,7 @@ from difax.stack import with_learned
 from difax.trunk import neutral, trunk_spec, unstack
 from tests.oracles import tokens as oracle
 from tests.test_caches import Problem, problem
-from tests.toys import QUICK, randomise
+from tests.toys import randomise
 
 SIDE, DEPTH, STEPS = 4, 3, 10  # of the test's DiT: side of the grid of tokens, blocks; and of its runs
 RNG = np.random.default_rng(0)
@@ -125,10 +126,10 @@ def test_branches_whose_tokens_attend_to_each_other(model):
     x = jnp.ones((2, *run.model.input_shape))
     cond = jax.tree.map(jnp.asarray, random_conditions(run.model, 2))
     spec = trunk_spec(run.model, params, x, cond)
-    found = {f"{s}/{b}" for s, of in spec.update.items() for b in of if axis.attends_itself(spec, s, b)}
+    found = {f"{s}/{b}" for s, of in spec.update.items() for b in of if attends_itself(spec, s, b)}
     assert found == ITSELF[model]
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both():
         tokens, context = run.model.embed(params, x, jnp.ones(2), cond)
         index = jax.tree.map(lambda a: jnp.asarray([[3, 0, 5], [1, 2, 7]]), tokens)
@@ -155,7 +156,7 @@ def test_streams_stand_in_the_order_of_a_joint_attention():
     cond = jax.tree.map(jnp.asarray, random_conditions(run.model, 1))
     text = run.model.cond["text"].shape[0]
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def keys(order):
         tokens, context = run.model.embed(params, jnp.ones((1, *run.model.input_shape)), jnp.ones(1), cond)
         tokens, found = {**tokens, "txt": tokens["txt"][:, order]}, {}
@@ -186,16 +187,14 @@ def pieces() -> oracle.Network:
     p = dit()
     block, stage = p.model.stages[0].block, p.model.stages[0]
 
-    jit = functools.partial(jax.jit, compiler_options=QUICK)
-
     def at(layer: Any):
         return {"params": jax.tree.map(lambda a: a[layer], p.params["blocks"])}
 
-    @jit
+    @jax.jit
     def embed(x, k, labels):
         return p.model.embed(p.params, x, jnp.full(labels.shape, k, jnp.float32), labels)
 
-    @jit
+    @jax.jit
     def run(layer, tokens, context):
         seen = []
 
@@ -212,7 +211,7 @@ def pieces() -> oracle.Network:
     def numpy(tree):
         return jax.tree.map(np.asarray, tree)
 
-    head = jit(lambda tokens, context: p.model.head(p.params, tokens, context))
+    head = jax.jit(lambda tokens, context: p.model.head(p.params, tokens, context))
     return oracle.Network(
         embed,
         lambda *a: numpy(run(*a)[0]),
@@ -348,9 +347,9 @@ def test_every_token_is_the_whole_branch():
 
     def schedule(rows, stages):
         flags = {"blocks": np.repeat(full[:, None], DEPTH, 1)}
-        return axis.Schedule(flags, {"blocks": {"mlp": np.ones((len(full), DEPTH))}}, np.zeros(len(full), bool))
+        return Schedule(flags, {"blocks": {"mlp": np.ones((len(full), DEPTH))}}, np.zeros(len(full), bool))
 
-    got, trace = p.run(axis.token_cache("all", schedule, score="random"))
+    got, trace = p.run(token_cache("all", schedule, score="random"))
     want, _ = p.run(planned("attn", lambda rows, stages: {"blocks": {"attn": full}}))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
     np.testing.assert_array_equal(trace.computed["blocks"].mean((1, 3)), [[1, 1], [0, 1], [0, 1]] * 2)
@@ -368,7 +367,7 @@ def test_random_tokens_are_a_samples_own_affair():
         return CACHES["toca"](score="random", **CONSTANT, seed=seed)
 
     counted = p._replace(model=p.model._replace(embed=embed))
-    sampler = jax.jit(counted.sampler(random()), compiler_options=QUICK)
+    sampler = jax.jit(counted.sampler(random()))
 
     def run(rows=slice(0, 2), seed=0):
         params, x, keys, labels = p.inputs()
@@ -425,7 +424,7 @@ def test_runs_on_every_model_and_counts_its_products(model, name):
     keys, cond = sample_keys(0, 2), jax.tree.map(jnp.asarray, random_conditions(run.model, 2))
     sampler = make_sampler(run.model, run.process, run.prediction, run.solver, run.guide, accelerator)
     x = initial_noise(run.process, keys, run.model.input_shape)
-    got, trace = jax.jit(sampler, compiler_options=QUICK)(params, x, keys, cond, rows, 1.5)
+    got, trace = jax.jit(sampler)(params, x, keys, cond, rows, 1.5)
     assert np.all(np.isfinite(got))
     _, rest = clock(len(rows.i), 2, 0.2)
     part = int(np.flatnonzero(rest % 2 == 1)[0])
@@ -505,8 +504,7 @@ def test_icc_of_full_rank_is_the_plain_run(model):
         rows = make_rows(run.solver, run.guide, run.process, run.times, accelerator, run.model.stages)
         sampler = make_sampler(run.model, run.process, run.prediction, run.solver, run.guide, accelerator)
         x = initial_noise(run.process, keys, run.model.input_shape)
-        quick = jax.jit(sampler, compiler_options=QUICK)
-        results.append(quick(with_learned(params, accelerator), x, keys, cond, rows, 1.5))
+        results.append(jax.jit(sampler)(with_learned(params, accelerator), x, keys, cond, rows, 1.5))
     (want, _), (got, trace) = results
     error = np.abs(got - want).max() / np.abs(want).max()
     print(f"{model}: error {error:.1e}")

@@ -13,7 +13,7 @@ from difax.cost import model_bytes, run_bytes
 from difax.guidance import cfg, interval, unguided
 from difax.noise import sample_keys
 from difax.sample import initial_noise, make_rows
-from tests.toys import QUICK, randomise
+from tests.toys import randomise
 
 SMALL = [("model.depth", 2), ("model.width", 32), ("model.heads", 2), ("model.size", 16)]
 GUIDES = {"none": unguided, "cfg": cfg, "apart": lambda: cfg(together=False), "interval": lambda: interval(0.3, 0.7)}
@@ -29,7 +29,7 @@ def drawn(config, ahead, guide=None):
     params = run.prepare(randomise(jax.eval_shape(run.model.init, jax.random.key(0))))
     keys, cond = sample_keys(0, 2), jax.tree.map(jnp.asarray, random_conditions(run.model, 2))
     x = initial_noise(run.process, keys, run.model.input_shape)
-    sampler = jax.jit(run.sampler(), compiler_options=QUICK)
+    sampler = jax.jit(run.sampler())
     samples, trace = sampler(params, x, keys, cond, run.rows, jnp.float32(2.0))
     return run, params, np.asarray(samples), jax.tree.map(np.asarray, trace)
 

@@ -24,7 +24,7 @@ from difax.guidance import GUIDES
 from difax.noise import sample_keys
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import neutral
-from tests.toys import QUICK, randomise, tiny_dit
+from tests.toys import randomise, tiny_dit
 
 STEPS = 6
 MODEL, PARAMS = tiny_dit(depth=3)
@@ -47,7 +47,7 @@ def inputs(seed=0):
 
 
 def run(accelerator):
-    program = jax.jit(sampler(accelerator), compiler_options=QUICK)
+    program = jax.jit(sampler(accelerator))
     samples, trace = program(*inputs(), rows(accelerator), 2.0)
     return np.asarray(samples), jax.tree.map(np.asarray, trace)
 

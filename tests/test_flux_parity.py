@@ -31,7 +31,7 @@ from difax.models.rope import apply_rotary, rotary_angles, rotary_table
 from difax.process import PROCESSES
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import forward, trunk_spec
-from tests.toys import QUICK, randomise
+from tests.toys import randomise
 
 GOLDEN = Path(__file__).parent / "golden"
 # What is measured, 1e-5, is the reference's own rounding: it makes the frequencies of time and guidance in float32,
@@ -59,7 +59,7 @@ def weights(layout: str) -> Path:
 
 def compiled(model: Any) -> Any:
     """(params, x, model_time, cond) -> output."""
-    return jax.jit(functools.partial(forward, model), compiler_options=QUICK)
+    return jax.jit(functools.partial(forward, model))
 
 
 @functools.cache
@@ -259,7 +259,7 @@ def conditions(model: Any, batch: int, seed: int = 0) -> dict[str, jax.Array]:
 
 def test_init_makes_the_parameters_and_starts_from_zero():
     model, _, network = tiny()
-    params = jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     x = jnp.ones((2, *model.input_shape))
     np.testing.assert_array_equal(network(params, x, jnp.ones(2), conditions(model, 2)), jnp.zeros_like(x))
     np.testing.assert_array_equal(params["double"]["txt"]["q_norm"], 1)
@@ -335,7 +335,7 @@ def test_sampler_integrates_the_velocity(guide):
         expected = expected + (then - now) * velocity
     sampler = make_sampler(model, process, "velocity", SOLVERS["euler"](), GUIDES[guide]())
     inputs = (params, x, keys, cond, rows, scale)
-    samples, trace = sampler.lower(*inputs).compile(compiler_options=QUICK)(*inputs)
+    samples, trace = sampler.lower(*inputs).compile()(*inputs)
     error = float(jnp.abs(samples - expected).max() / jnp.abs(expected).max())
     print(f"sampler, {guide}: error {error:.1e}")
     assert error < 1e-5

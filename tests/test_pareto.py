@@ -118,6 +118,35 @@ def test_a_budget_ends_a_sweep(measured, tmp_path):
     assert [r["method"] for r in rows] == [BASELINE] and "1 methods are left" in said[-1]
 
 
+def test_a_method_that_fails_costs_no_other_its_row(tmp_path, monkeypatch, capsys):
+    whole = Sweep._measured
+
+    def failing(self, name, program):
+        if name == "steps=2":
+            raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
+        return whole(self, name, program)
+
+    monkeypatch.setattr(Sweep, "_measured", failing)
+    command = ["pareto", "--methods", "steps=2", "cache.name=none", "--no-judge", "--set", "steps=3", "--quiet"]
+    command += ["--seeds", "2", "--batch", "2", "--turns", "1", "--out", str(tmp_path / "p")]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "steps=2 failed" in error and "RuntimeError: RESOURCE_EXHAUSTED: out of memory" in error
+    assert [r["method"] for r in read_rows(tmp_path / "p" / "rows.jsonl")] == [BASELINE, "cache.name=none"]
+    monkeypatch.setattr(Sweep, "_measured", whole)
+    assert main(command) == 0 and "failed" not in capsys.readouterr().err
+    assert [r["method"] for r in read_rows(tmp_path / "p" / "rows.jsonl")] == [BASELINE, "cache.name=none", "steps=2"]
+
+
+def test_a_failing_baseline_is_raised(tmp_path, monkeypatch):
+    def failing(self, name, program):
+        raise RuntimeError("no baseline")
+
+    monkeypatch.setattr(Sweep, "_measured", failing)
+    with pytest.raises(RuntimeError, match="no baseline"):
+        sweep(tmp_path).measure({})
+
+
 def fake(method, psnr, ratio, flops=None):
     return {
         "method": method,

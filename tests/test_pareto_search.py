@@ -33,11 +33,22 @@ class World:
         self.seen = {} if seen is None else seen
         self.config = {"steps": STEPS, "guide": {"name": "cfg"}}
         self.tell = lambda text: None
+        self.failed = {}
 
     def measure(self, methods):
         for name, method in methods.items():
             self.seen.setdefault(self.options.seeds, {}).setdefault(name, []).append(method.settings)
-        return [{"method": n, **measured(m.settings, self.options.seeds)} for n, m in methods.items()]
+            if self.fails(method.settings):
+                self.failed[name] = "RuntimeError: out of memory"
+        return [
+            {"method": n, **measured(m.settings, self.options.seeds)}
+            for n, m in methods.items()
+            if n not in self.failed
+        ]
+
+    @staticmethod
+    def fails(settings):
+        return False
 
 
 @pytest.fixture
@@ -66,6 +77,13 @@ def test_a_search_proposes_the_same_again(world):
     first = [r["method"] for r in search(world, Goal(speedup=4.0), trials=12)]
     names = set(world.seen[8])
     assert [r["method"] for r in search(world, Goal(speedup=4.0), trials=12)] == first and set(world.seen[8]) == names
+
+
+def test_settings_that_fail_miss_every_goal(world, monkeypatch):
+    monkeypatch.setattr(World, "fails", staticmethod(lambda settings: settings["solver.name"] != "euler"))
+    rows = search(world, Goal(speedup=4.0), trials=12)
+    assert any(not name.startswith("solver.name=euler,") for name in world.seen[8])
+    assert rows and all(row["method"].startswith("solver.name=euler,") for row in rows)
 
 
 def test_a_name_is_what_methods_take():

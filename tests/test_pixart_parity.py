@@ -27,7 +27,7 @@ from difax.noise import sample_keys
 from difax.process import vp_linear
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import forward, trunk_spec
-from tests.toys import QUICK, randomise
+from tests.toys import randomise
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4
@@ -42,7 +42,7 @@ CASES = [("alpha", (8, 8)), ("alpha", (6, 10)), ("sigma", (16, 16)), ("sigma", (
 def network(model, params, x, t, cond) -> np.ndarray:
     """The model's output in float32, or refused for what is not finite."""
     with jax.default_matmul_precision("highest"):
-        apply = jax.jit(lambda *args: forward(model, *args), compiler_options=QUICK)
+        apply = jax.jit(lambda *args: forward(model, *args))
         output = np.asarray(apply(params, x, t, cond), np.float32)
     assert np.isfinite(output).all()
     return output
@@ -185,7 +185,7 @@ def test_samples_with_and_without_guidance():
         # from t = 0.6 on: before, a random network's eps gives an x0 a hundred times as large
         rows = make_rows(solver, guide, process, np.linspace(0.6, 0.0, 4))
         sample = make_sampler(model, process, "eps", solver, guide)
-        sample = jax.jit(sample.__wrapped__, compiler_options=QUICK)
+        sample = jax.jit(sample.__wrapped__)
 
         def run(cond, scale):
             x = initial_noise(process, keys, model.input_shape)

@@ -25,7 +25,7 @@ from difax.qtensor import (
     size_in_bytes,
 )
 from tests.oracles import quant as oracle
-from tests.toys import QUICK, network, tiny_dit
+from tests.toys import network, tiny_dit
 
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(2, 32, 24)).astype(np.float32) * RNG.uniform(0.1, 3.0, (2, 1, 24)).astype(np.float32)
@@ -216,7 +216,7 @@ def test_scans_over_layers():
     want = x
     for i in range(3):
         want = quantized_dot(want, jax.tree.map(lambda a, i=i: a[i], q))
-    got = jax.jit(lambda x, q: jax.lax.scan(body, x, q)[0], compiler_options=QUICK)(x, q)
+    got = jax.jit(lambda x, q: jax.lax.scan(body, x, q)[0])(x, q)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

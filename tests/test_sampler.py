@@ -17,7 +17,7 @@ from difax.grids import GRIDS, make_times
 from difax.guidance import GUIDES
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import forward, neutral
-from tests.toys import FULL, QUICK, network, tiny_dit
+from tests.toys import FULL, network, tiny_dit
 
 LABELS = (3, 0, 4)
 cached_dit = functools.cache(tiny_dit)
@@ -57,7 +57,7 @@ class Setup(NamedTuple):
         """The sampler compiled ahead of time, with no effort, for inputs of one shape."""
         rows = self.planned(accelerator)
         lowered = self.sampler(accelerator).lower(self.params, *self.inputs(**inputs), rows, 1.0)
-        return lowered.compile(compiler_options=QUICK)
+        return lowered.compile()
 
     def run(self, scale=1.0, accelerator=None, **inputs):
         program, rows = self.quick(accelerator, **inputs), self.planned(accelerator)

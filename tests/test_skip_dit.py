@@ -18,7 +18,7 @@ from difax.cost import model_cost
 from difax.models import dit, skip_dit
 from difax.trunk import forward, neutral, unstack
 from tests.test_caches import Problem, problem
-from tests.toys import QUICK, tiny_skip_dit
+from tests.toys import tiny_skip_dit
 
 DEPTH = 6
 
@@ -59,7 +59,7 @@ def test_the_runner_is_the_plain_loop(dtype):
     """In both layouts of the parameters."""
     model, params = tiny_skip_dit(depth=DEPTH, dtype=dtype)
     # in bfloat16 XLA leaves out other roundings of the one than of the other, if it may
-    jit = partial(jax.jit, compiler_options=QUICK | {"xla_allow_excess_precision": False})
+    jit = partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
     arguments = inputs(model)
     want = np.asarray(jit(partial(plain, model))(params, *arguments), np.float32)
     for laid in (params, unstack(model, params)):
@@ -74,7 +74,7 @@ def test_the_long_skips_matter():
     model, params = tiny_skip_dit(depth=DEPTH)
     arguments = inputs(model)
 
-    @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    @partial(jax.jit, static_argnums=0)
     def crossed(order: tuple[int, ...]) -> jax.Array:
         tokens, context = model.embed(params, *arguments)
         outs = []
@@ -83,7 +83,7 @@ def test_the_long_skips_matter():
             outs.append(tokens)
         return model.head(params, tokens, context)
 
-    want = np.asarray(jax.jit(partial(forward, model), compiler_options=QUICK)(params, *arguments))
+    want = np.asarray(jax.jit(partial(forward, model))(params, *arguments))
     scale = np.abs(want).max()
     assert np.abs(crossed((2, 1, 0)) - want).max() < 1e-5 * scale
     assert np.abs(crossed((0, 1, 2)) - want).max() > 1e-2 * scale
@@ -146,7 +146,7 @@ def guided_ddim(p: Problem, settings: dict[str, Any], steps: int) -> tuple[np.nd
     """DDIM with guidance; at a step that is not full the outermost blocks, and the deep stream of the last full one."""
     n, interval, (low, high) = settings["blocks"], settings["interval"], settings["window"]
 
-    @partial(jax.jit, static_argnums=4, compiler_options=QUICK)
+    @partial(jax.jit, static_argnums=4)
     def network(x, k, labels, deep, full):
         tokens, context = p.model.embed(p.params, x, jnp.full(labels.shape, k, jnp.float32), labels)
         outs = []

@@ -29,7 +29,7 @@ from difax.noise import sample_keys
 from difax.process import flow
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.trunk import forward, trunk_spec
-from tests.toys import QUICK, randomise
+from tests.toys import randomise
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4
@@ -40,7 +40,7 @@ SIZES = [(3, 6, 10), (4, 8, 4)]
 def network(model, params, x, t, cond) -> np.ndarray:
     """The model's output in float32, or refused for what is not finite."""
     with jax.default_matmul_precision("highest"):
-        apply = jax.jit(lambda *args: forward(model, *args), compiler_options=QUICK)
+        apply = jax.jit(lambda *args: forward(model, *args))
         output = np.asarray(apply(params, x, t, cond), np.float32)
     assert np.isfinite(output).all()
     return output
@@ -214,7 +214,7 @@ def test_samples_with_and_without_guidance():
     def sampler(guide):
         rows = make_rows(solver, guide, process, make_times(shifted(), process, 3))
         sample = make_sampler(model, process, "velocity", solver, guide)
-        sample = jax.jit(sample.__wrapped__, compiler_options=QUICK)
+        sample = jax.jit(sample.__wrapped__)
 
         def run(cond, scale):
             x = initial_noise(process, keys, model.input_shape)

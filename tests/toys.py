@@ -13,15 +13,14 @@ from difax.models.layers import Dense
 from difax.process import Process
 from difax.trunk import forward
 from tests.oracles.mixture import Mixture
+from tests.quick import FLAGS
 
 MIXTURE = Mixture()
 
-# what a tiny program costs is its compilation, so that tests do without LLVM's optimisation (tests/conftest.py);
-# those of equal bits do not, since users' programs have it
-QUICK = {"xla_backend_optimization_level": 0}
-FULL = {"xla_backend_optimization_level": 3}
+# compiled as users' programs are, for the tests of equal bits; the others are compiled quickly (tests/quick.py)
+FULL = {flag: value for flag, (_, value) in FLAGS.items()}
 # (model, params, x, model_time, cond) -> output
-network = jax.jit(forward, static_argnums=0, compiler_options=QUICK)
+network = jax.jit(forward, static_argnums=0)
 
 
 def predict(x: Any, level: Level) -> Prediction:

@@ -17,7 +17,7 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.motion import moving
-from difax.accel.caches.tokens import scatter
+from difax.accel.caches.token_axis import scatter
 from difax.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, Where
 from difax.stack import indexed
 from difax.trunk import Block

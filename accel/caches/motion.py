@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difax.accel.caches.tokens import gather, top
+from difax.accel.caches.token_axis import gather, top
 from difax.contracts import Accelerator, Done, Row, State, Tokens, TrunkSpec, Where, no_memory
 from difax.cost import count
 from difax.trunk import Blocks, Compute

@@ -9,8 +9,6 @@ that do not attend, and cross-attention. Branches in which the tokens attend to 
 How many tokens are computed may differ by layer and evaluation, while a program needs fixed sizes. So a partial
 evaluation is one mode with a ladder of sizes, one small program a rung, of which each layer runs the smallest that is
 large enough; tokens beyond the layer's own number are computed there and dropped, and `computed` counts them.
-
-Shape letters: B batch, T queries, S keys, N tokens, D width, H heads, K head width, M chosen tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +25,18 @@ import numpy as np
 
 from difax import ops
 from difax.accel.caches.fill import check_dtype, stored
-from difax.contracts import Accelerator, Done, Plan, Row, Segments, Stage, State, Tokens, TrunkSpec, Where, no_memory
+from difax.accel.caches.token_axis import (
+    STREAMS,
+    attended_score,
+    by_stream,
+    gather,
+    normalised,
+    scatter,
+    stratified,
+    top,
+    with_bonus,
+)
+from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, Tokens, TrunkSpec, Where, no_memory
 from difax.cost import count
 from difax.stack import indexed
 from difax.trunk import Compute
@@ -35,10 +44,8 @@ from difax.trunk import Compute
 ATTENDED = ("attention", "key_norm", "value_norm")  # scores that a full evaluation takes from the stage's attention
 SCORES = (*ATTENDED, "similarity", "staleness", "random")
 SELECTIONS = ("top", "stratified")
-STREAMS = ("txt", "img")  # the order in which a joint attention takes the streams of a model with several
 IMAGE = "img"  # the stream whose tokens lie on a grid
 RUNGS = 16
-QUERIES = 128  # so many rows of an attention map exist at once while its columns are summed
 
 
 class Schedule(NamedTuple):
@@ -193,100 +200,6 @@ def attends_itself(spec: TrunkSpec, stage: str, branch: str) -> bool:
     # a caption of exactly that length passes for it: its cross-attention is then held whole, which is never wrong
     call = spec.attention[stage][branch]
     return call is not None and call.k.shape[1] == sum(a.shape[1] for a in jax.tree.leaves(spec.update[stage][branch]))
-
-
-# ---------------------------------------------------------------- the token axis
-
-
-def gather(tokens: Tokens, index: Any) -> Tokens:
-    """The tokens [B, N, D] at index [B, M], stream by stream: [B, M, D]."""
-    return jax.tree.map(lambda a, i: jnp.take_along_axis(a, i[..., None], axis=1), tokens, index)
-
-
-def scatter(held: jax.Array, index: jax.Array, fresh: Any, number: Any = None) -> jax.Array:
-    """held [B, N, ...] with `fresh` [B, M, ...] at index [B, M]; of the first `number` of them only, None for all."""
-    rows = jnp.arange(held.shape[0])[:, None]
-    if number is not None:  # the others point behind the end
-        index = jnp.where(jnp.arange(index.shape[1])[None] < number, index, held.shape[1])
-    return held.at[rows, index].set(fresh, mode="drop")
-
-
-def top(score: jax.Array, number: int) -> jax.Array:
-    """Index [B, number] of the tokens of the highest score [B, N], the best first; of equal ones the earlier."""
-    return jax.lax.top_k(score, number)[1]
-
-
-def stratified(score: jax.Array, number: Any) -> jax.Array:
-    """score [B, N] with all at -inf but the best of each of so many stretches of (nearly) equal length."""
-    b, n = score.shape
-    stretch = jnp.arange(n) * number // n
-    best = jax.vmap(lambda s: jax.ops.segment_max(s, stretch, n))(score)[:, stretch]
-    place = jnp.where(score == best, jnp.arange(n)[None], n)
-    first = jax.vmap(lambda at: jax.ops.segment_min(at, stretch, n))(place)[:, stretch]
-    return jnp.where(jnp.arange(n)[None] == first, score, -jnp.inf)
-
-
-def with_bonus(score: jax.Array, share: Any, grid: tuple[int, ...] | None, cell: int = 2) -> jax.Array:
-    """score [B, N] with the highest of each cell x cell of the grid raised by `share` of itself."""
-    if grid is None:
-        return score
-    b, (*frames, rows, columns) = score.shape[0], grid
-    cells = score.reshape(b, math.prod(frames), rows // cell, cell, columns // cell, cell).swapaxes(3, 4)
-    flat = cells.reshape(*cells.shape[:-2], cell * cell)
-    best = jax.nn.one_hot(jnp.argmax(flat, axis=-1), cell * cell, dtype=bool)
-    raised = jnp.where(best, flat * jnp.asarray(1 + share, flat.dtype), flat)
-    return raised.reshape(cells.shape).swapaxes(3, 4).reshape(score.shape)
-
-
-def attended_score(kind: str, q_BTHK: Any, k_BSHK: Any, v_BSHK: Any, segments: Segments | None = None) -> jax.Array:
-    """What an attention says about each of its keys, [B, S] in float32."""
-    if kind == "attention":
-        return column_sums(q_BTHK, k_BSHK, segments)
-    if kind == "key_norm":
-        return jnp.linalg.norm(k_BSHK.astype(jnp.float32), axis=-1).mean(-1)
-    return (1 - jnp.linalg.norm(v_BSHK.astype(jnp.float32), axis=-1)).sum(-1)
-
-
-def column_sums(q_BTHK: jax.Array, k_BSHK: jax.Array, segments: Segments | None = None) -> jax.Array:
-    """sum over queries of softmax(q k^T / sqrt(K)), mean over heads: [B, S], a few rows of the map at a time."""
-    b, t, h, width = q_BTHK.shape
-    rows = min(QUERIES, t)
-    blocks = -(-t // rows)
-    q = jnp.pad(q_BTHK, ((0, 0), (0, blocks * rows - t), (0, 0), (0, 0))) * width**-0.5
-    real = jnp.arange(blocks * rows) < t
-    ids = jnp.zeros((b, blocks * rows), jnp.int32)
-    if segments is not None:
-        ids = jnp.pad(segments.q, ((0, 0), (0, blocks * rows - t)))
-
-    def add(total: jax.Array, part: Any) -> Any:
-        q_BRHK, real_R, ids_BR = part
-        logits = jnp.einsum("brhk,bshk->bhrs", q_BRHK, k_BSHK, preferred_element_type=jnp.float32)
-        if segments is not None:
-            logits = jnp.where(ids_BR[:, None, :, None] == segments.k[:, None, None, :], logits, ops.MASKED)
-        return total + (jax.nn.softmax(logits, axis=-1) * real_R[None, None, :, None]).sum(2).mean(1), None
-
-    parts = (
-        jnp.moveaxis(q.reshape(b, blocks, rows, h, width), 1, 0),
-        real.reshape(blocks, rows),
-        jnp.moveaxis(ids.reshape(b, blocks, rows), 1, 0),
-    )
-    return jax.lax.scan(add, jnp.zeros((b, k_BSHK.shape[1]), jnp.float32), parts)[0]
-
-
-def by_stream(score_BS: jax.Array, like: Tokens) -> Any:
-    """The score of a joint attention's keys, cut into the streams of the tokens."""
-    if not isinstance(like, dict):
-        return score_BS
-    if not set(like) <= set(STREAMS):
-        raise ValueError(f"tokens of the streams {', '.join(like)}; allowed: {', '.join(STREAMS)}, in this order")
-    names = [s for s in STREAMS if s in like]
-    cuts = np.cumsum([like[s].shape[1] for s in names])[:-1]
-    return dict(zip(names, jnp.split(score_BS, cuts, axis=1), strict=True))
-
-
-def normalised(score: jax.Array) -> jax.Array:
-    """score [B, N] over its norm."""
-    return score / jnp.maximum(jnp.linalg.norm(score, axis=1, keepdims=True), 1e-12)
 
 
 # ---------------------------------------------------------------- one evaluation of one branch
