@@ -3,7 +3,7 @@
 import importlib.metadata
 
 # flag: (its value in the tests, what XLA has)
-FLAGS = {"xla_backend_optimization_level": (0, 3)}
+FLAGS = {"xla_backend_optimization_level": (0, 3), "xla_cpu_parallel_codegen_split_count": (1, 32)}
 if int(importlib.metadata.version("jaxlib").split(".")[1]) < 11:  # half of the compilation; gone from jax 0.12
     FLAGS["xla_cpu_use_fusion_emitters"] = (False, True)
 

@@ -291,7 +291,9 @@ def test_different_levels_stack_in_any_order():
     [
         (("teacache", dict(threshold=0.25)), ("taylorseer", dict(interval=3, order=2))),
         (("dbcache", dict(threshold=0.5, warmup=1, first=1)), ("taylorseer", dict(interval=2, order=1))),
-        (("delta_dit", dict(interval=2)), ("taylorseer", dict(interval=3, order=1))),
+        pytest.param(
+            ("delta_dit", dict(interval=2)), ("taylorseer", dict(interval=3, order=1)), marks=pytest.mark.slow
+        ),
         (("ab_cache", dict(where="output", interval=2)), ("delta_dit", dict(interval=2))),
         (("ab_cache", dict(where="output", interval=2)), ("fora", dict(interval=2))),
     ],

@@ -35,7 +35,7 @@ INSTEAD = {
 }
 # one of each family (attention's is slow); the others are slow
 FAST = (
-    "heun 8",
+    "dpmpp_2m 8",
     "guidance t 0.3 to 0.8",
     "fora 3",
     "teacache 0.1",
@@ -44,6 +44,7 @@ FAST = (
 )
 # (computed, held) evaluations of one half, by hand: 12 steps with guidance are 24, and 8 of Heun's 15 evaluations
 HAND = {
+    "dpmpp_2m 8": (16, 0),
     "heun 8": (30, 0),
     "fora 3": (8, 16),
     "fora 3 + int8_w8a8": (8, 16),

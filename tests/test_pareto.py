@@ -127,8 +127,8 @@ def test_a_method_that_fails_costs_no_other_its_row(tmp_path, monkeypatch, capsy
         return whole(self, name, program)
 
     monkeypatch.setattr(Sweep, "_measured", failing)
-    command = ["pareto", "--methods", "steps=2", "cache.name=none", "--no-judge", "--set", "steps=3", "--quiet"]
-    command += ["--seeds", "2", "--batch", "2", "--turns", "1", "--out", str(tmp_path / "p")]
+    command = ["pareto", "--methods", "steps=2", "cache.name=none", "--no-judge", "--set", "steps=1", "--quiet"]
+    command += ["--seeds", "1", "--batch", "1", "--turns", "1", "--out", str(tmp_path / "p")]
     assert main(command) == 1
     error = capsys.readouterr().err
     assert "steps=2 failed" in error and "RuntimeError: RESOURCE_EXHAUSTED: out of memory" in error
@@ -144,7 +144,7 @@ def test_a_failing_baseline_is_raised(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Sweep, "_measured", failing)
     with pytest.raises(RuntimeError, match="no baseline"):
-        sweep(tmp_path).measure({})
+        sweep(tmp_path, steps=1).measure({})
 
 
 def fake(method, psnr, ratio, flops=None):
