@@ -127,7 +127,7 @@ def pareto(options: argparse.Namespace) -> int:
     choose("quality", options.quality, QUALITIES)
     for flag in ("figure", "sheet"):
         if getattr(options, flag):
-            writable(getattr(options, flag), (".png",), f"--{flag}")
+            writable(getattr(options, flag), (".png",), f"--{flag}", made=options.out)
     methods = chosen(options.methods, parse_value)
     for name in methods.keys() - METHODS.keys():  # what a user wrote is refused before hours of measuring
         override(config, list(methods[name].settings.items()))
@@ -395,8 +395,11 @@ def _list_systems(options: argparse.Namespace) -> int:
     return 0
 
 
-def writable(path: str, suffixes: tuple[str, ...], flag: str = "--out") -> pathlib.Path:
+def writable(path: str, suffixes: tuple[str, ...], flag: str = "--out", made: str | None = None) -> pathlib.Path:
     """Checks before any work that a file can be written there; returns its path.
+
+    Args:
+      made: a folder that the command makes, with all above it.
 
     Raises:
       ValueError: another suffix, a folder, or a folder that is missing or not writable.
@@ -407,8 +410,10 @@ def writable(path: str, suffixes: tuple[str, ...], flag: str = "--out") -> pathl
     if target.is_dir():
         raise ValueError(f"{flag} {path}: that is a folder")
     if not target.parent.is_dir():
-        raise ValueError(f"{flag} {path}: the folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK):
+        folder = None if made is None else pathlib.Path(made).absolute()
+        if folder is None or target.parent.absolute() not in (folder, *folder.parents):
+            raise ValueError(f"{flag} {path}: the folder {target.parent} does not exist")
+    elif not os.access(target.parent, os.W_OK):
         raise ValueError(f"{flag} {path}: the folder {target.parent} is not writable")
     return target
 

@@ -10,6 +10,7 @@ import base64
 import html
 import importlib.resources
 import io
+import itertools
 import json
 import math
 import os
@@ -414,11 +415,16 @@ def _scatter(axes: Any, points: list[dict[str, Any]], control: list[float], qual
 
 
 def _name(axes: Any, names: list[str], at: np.ndarray, points: np.ndarray) -> None:
-    """Writes each name beside its point, where it covers no other name and the fewest points."""
+    """Writes each name beside its point, where it covers no other name, and the fewest points and bits of the line.
+
+    Args:
+      at: [n, 2], the points of the frontier from left to right, with a step between each two; points: all of them.
+    """
     axes.figure.draw_without_rendering()
-    pixels, points = axes.transData.transform(at), axes.transData.transform(points)
-    frame, taken = axes.get_window_extent(), []
+    pixels = axes.transData.transform(at)
     dots = axes.figure.dpi / 72
+    points = np.concatenate([axes.transData.transform(points), *_stairs(pixels, 14 * dots)])
+    frame, taken = axes.get_window_extent(), []
     r = 4 * dots
     for name, (px, py) in zip(names, pixels, strict=True):
         text = axes.annotate(name, (0, 0), xycoords="figure pixels", fontsize=8, color=INK, zorder=5)
@@ -442,6 +448,16 @@ def _name(axes: Any, names: list[str], at: np.ndarray, points: np.ndarray) -> No
         if math.dist(near, (px, py)) > 12 * dots:
             line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
             axes.annotate("", (px, py), near, "figure pixels", "figure pixels", arrowprops=line)
+
+
+def _stairs(corners: np.ndarray, apart: float) -> list[np.ndarray]:
+    """Points on the stairs between corners [n, 2], each first up or down and then across, so far apart at most."""
+    found = []
+    for (x, y), (x_next, y_next) in itertools.pairwise(corners):
+        for start, stop in (((x, y), (x, y_next)), ((x, y_next), (x_next, y_next))):
+            number = 2 + int(math.dist(start, stop) / apart)
+            found.append(np.linspace(start, stop, number))
+    return found
 
 
 def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from difax.cli import main
+from difax.commands import writable
 from difax.config import load_config, override, parse_value
 from difax.files import read_rows
 from difax.frontier import BASELINE, frontier, line, table
@@ -198,6 +199,7 @@ def test_methods_are_chosen_by_name_family_and_settings():
         (["--seeds", "0"], "--seeds=0; allowed: 1 or more"),
         (["--budget", "-1"], "--budget=-1.0; allowed: above 0"),
         (["--quality", "pnsr"], "did you mean psnr"),
+        (["--figure", "elsewhere/a.png"], "the folder elsewhere does not exist"),
         (["--config", "wan_tiny", "--no-judge"], "takes no labels"),
         (["--methods", "stepz=3", "--no-judge"], "config section"),
     ],
@@ -206,6 +208,14 @@ def test_mistakes_are_one_line(arguments, match, tmp_path, capsys):
     assert main(["pareto", *arguments, "--out", str(tmp_path / "p"), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert match in error and error.count("\n") == 1
+
+
+def test_pictures_may_lie_where_the_sweep_makes_folders(tmp_path):
+    out = tmp_path / "runs" / "pareto"
+    for picture in (tmp_path / "runs" / "a.png", out / "a.png", tmp_path / "a.png"):
+        assert writable(str(picture), (".png",), "--figure", made=str(out)) == picture
+    with pytest.raises(ValueError, match="does not exist"):
+        writable(str(out / "more" / "a.png"), (".png",), "--figure", made=str(out))
 
 
 @pytest.mark.slow

@@ -91,7 +91,9 @@ def gated(
       dtype: of the residuals that are kept; None: that of the model.
 
     Returns:
-      An `Accelerator` that remembers a probe and `fill.depth` residuals of the tokens, and reports the metric d.
+      An `Accelerator` that remembers a probe and `fill.depth` residuals of the tokens, and reports the metric d. While
+      the span is computed its input is kept besides, of which the residual is the difference: a program takes as much
+      memory more as probe, residuals and one copy of the tokens.
     """
     check_dtype(name, dtype)
     fill = fill or hold()

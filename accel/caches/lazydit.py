@@ -115,15 +115,15 @@ def lazydit(
 
         def computed(inner: State) -> Any:
             update, inner = compute(inner)
-            update = jax.tree.map(lambda new, old: _mixed(new, old, keep, soft), update, held)
-            return update, stored(update, dtype), inner
+            return jax.tree.map(lambda new, old: _mixed(new, old, keep, soft), update, held), inner
 
         def filled(inner: State) -> Any:
             like = jax.eval_shape(lambda: compute(inner)[0])
-            return jax.tree.map(lambda old, a: old.astype(a.dtype), held, like), held, inner
+            return jax.tree.map(lambda old, a: old.astype(a.dtype), held, like), inner
 
         lazy = jnp.zeros((), bool) if soft else jnp.all(keep == 1)
-        update, held, inner = jax.lax.cond(lazy, filled, computed, inner)
+        update, inner = jax.lax.cond(lazy, filled, computed, inner)
+        held = stored(update, dtype)  # a value that was held comes back as it was: narrow types round once
         halves = row.plan.halves
         shown = score.astype(jnp.float32).reshape(halves, -1).T  # [samples, halves]
         asked = jnp.full_like(shown, known)
