@@ -18,6 +18,7 @@ from difax.grids import GRIDS, make_times
 from difax.guidance import GUIDES
 from difax.mesh import batch_sharding, data_mesh, replicated
 from difax.noise import sample_keys
+from difax.report import peak_memory
 from difax.sample import initial_noise, make_rows, make_sampler
 from difax.stack import stack, with_learned
 from difax.trunk import neutral, trunk_spec, unstack
@@ -194,6 +195,27 @@ def test_memory_is_what_the_docstring_says(name, settings, branches, tokens):
     values, size, spec = memory_values(name, **settings)
     assert values == (branches + tokens) * spec.hidden.size
     assert size == 4 * values
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("fora", dict(interval=3)), ("taylorseer", dict(interval=3, order=2)), ("toca", {}), ("duca", {}), ("frdiff", {})],
+)
+def test_a_program_takes_no_more_memory_than_is_remembered(name, settings):
+    """XLA of jax before 0.12 copies what a conditional of three modes or more hands on."""
+    p, accelerator = Problem(), CACHES[name](**settings)
+    inputs = p.inputs(labels=(3, 0) * 32)
+
+    def peak(accelerator):
+        program = p.sampler(accelerator).lower(p.params, *inputs, p.rows(accelerator), 2.0)
+        return peak_memory(program.compile())
+
+    both = [jnp.concatenate([a, a]) for a in (inputs[0], inputs[2])]
+    spec = trunk_spec(p.model, p.params, *both, halves=2)
+    memory = jax.eval_shape(lambda: accelerator.init(spec, p.rows(accelerator).plan.modes))
+    remembered = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(memory))
+    more = peak(accelerator) - peak(neutral())
+    assert 0.9 * remembered < more < (1.05 if jax.__version_info__ >= (0, 12) else 2.1) * remembered
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("bfloat16", 2), ("float8_e4m3fn", 1)])
