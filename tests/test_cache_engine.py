@@ -316,7 +316,9 @@ def test_different_levels_stack_in_any_order():
         pytest.param(
             ("delta_dit", dict(interval=2)), ("taylorseer", dict(interval=3, order=1)), marks=pytest.mark.slow
         ),
-        (("ab_cache", dict(where="output", interval=2)), ("delta_dit", dict(interval=2))),
+        pytest.param(
+            ("ab_cache", dict(where="output", interval=2)), ("delta_dit", dict(interval=2)), marks=pytest.mark.slow
+        ),
         (("ab_cache", dict(where="output", interval=2)), ("fora", dict(interval=2))),
     ],
     ids=lambda pair: pair[0],

@@ -92,8 +92,8 @@ def gated(
 
     Returns:
       An `Accelerator` that remembers a probe and `fill.depth` residuals of the tokens, and reports the metric d. While
-      the span is computed its input is kept besides, of which the residual is the difference: a program takes as much
-      memory more as probe, residuals and one copy of the tokens.
+      the span is computed its input is kept besides, of which the residual is the difference: a program takes one copy
+      of the tokens more than what is remembered, and up to two where the fill mixes several residuals.
     """
     check_dtype(name, dtype)
     fill = fill or hold()
