@@ -18,14 +18,12 @@ from difax.contracts import Classifier, Params
 from difax.data import Images
 from difax.losses import scale_image
 from difax.metrics import (
+    FEATURE_FIGURES,
     FeatureScale,
     agreement,
-    bootstrap,
     feature_scale,
     frechet_distance,
-    kernel_distance,
     normalise_features,
-    precision_recall,
 )
 
 CLASSIFIER = "fmnist_cnn"
@@ -133,13 +131,7 @@ def compared(judge: Judge, images: np.ndarray | None, labels: np.ndarray) -> dic
     real = judge.features[reference]
     share = agreement(right, np.ones(len(right), bool))
     found: dict[str, Any] = {"agreement": [share.rate, share.low, share.high], "frechet": None}
-    figures = {
-        "frechet": lambda f: frechet_distance(f, real),
-        "kernel": lambda f: kernel_distance(f, real),
-        "precision": lambda f: precision_recall(f, real).precision,
-        "recall": lambda f: precision_recall(f, real).recall,
-    }
-    for name, figure in figures.items():
+    for name, figure in FEATURE_FIGURES.items():
         if name != "frechet" or len(features) >= 2 * judge.width:
-            found[name] = list(bootstrap(features, figure, RESAMPLES))
+            found[name] = list(figure.interval(features, real, RESAMPLES))
     return found

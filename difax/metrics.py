@@ -165,7 +165,12 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(values: np.ndarray, of: Callable[[np.ndarray], float] | None = None, resamples: int = 1000) -> Interval:
+def bootstrap(
+    values: np.ndarray,
+    of: Callable[[np.ndarray], float] | None = None,
+    resamples: int = 1000,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+) -> Interval:
     """A figure of a set of samples with its 95 % interval over samples: percentile bootstrap, centred.
 
     Rows are drawn again with replacement, and the 2.5 % and 97.5 % quantiles of the figure are moved by what its mean
@@ -174,6 +179,7 @@ def bootstrap(values: np.ndarray, of: Callable[[np.ndarray], float] | None = Non
     Args:
       values: [N, ...], a row for each sample. of: rows -> figure; None is the mean, over samples and the rest.
       resamples: draws; the same ones at every call (seed 0), so that methods are compared on equal draws.
+      bounds: of the figure, which the interval keeps to: (0, 1) of a share.
 
     Raises:
       ValueError: no rows.
@@ -188,8 +194,27 @@ def bootstrap(values: np.ndarray, of: Callable[[np.ndarray], float] | None = Non
     drawn = np.asarray([figure(values[rng.integers(len(values), size=len(values))]) for _ in range(resamples)])
     if not np.all(np.isfinite(drawn)):  # such as the PSNR of equal images
         return Interval(estimate, float(drawn.min()), float(drawn.max()))
-    low, high = np.quantile(drawn - drawn.mean(), (0.025, 0.975))
-    return Interval(estimate, estimate + float(low), estimate + float(high))
+    ends = np.clip(estimate + np.quantile(drawn - drawn.mean(), (0.025, 0.975)), *bounds)
+    return Interval(estimate, *map(float, ends))
+
+
+class FeatureFigure(NamedTuple):
+    """A figure of two sets of features: of(samples, real) -> the figure; bounds: what it cannot leave."""
+
+    of: Callable[[np.ndarray, np.ndarray], float]
+    bounds: tuple[float, float] = (-np.inf, np.inf)
+
+    def interval(self, samples_NF: np.ndarray, real_NF: np.ndarray, resamples: int) -> Interval:
+        """The figure with its bootstrap interval over samples."""
+        return bootstrap(samples_NF, lambda rows: self.of(rows, real_NF), resamples, self.bounds)
+
+
+FEATURE_FIGURES = {
+    "frechet": FeatureFigure(frechet_distance),
+    "kernel": FeatureFigure(kernel_distance),
+    "precision": FeatureFigure(lambda samples, real: precision_recall(samples, real).precision, (0.0, 1.0)),
+    "recall": FeatureFigure(lambda samples, real: precision_recall(samples, real).recall, (0.0, 1.0)),
+}
 
 
 class FeatureScale(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from difax.judge import Judge, halves
-from difax.metrics import bootstrap, frechet_distance, kernel_distance, precision_recall
+from difax.metrics import FEATURE_FIGURES, bootstrap
 
 BATCH = 50
 RESAMPLES, WIDE_RESAMPLES, WIDE = 200, 20, 512  # the Frechet distance of wide features takes seconds
@@ -278,18 +278,12 @@ def seen(
 
 
 def _feature_figures(names: Mapping[str, str], samples: np.ndarray, real: np.ndarray) -> dict[str, list[float]]:
-    measures = {
-        "frechet": lambda f: frechet_distance(f, real),
-        "kernel": lambda f: kernel_distance(f, real),
-        "precision": lambda f: precision_recall(f, real).precision,
-        "recall": lambda f: precision_recall(f, real).recall,
-    }
     found = {}
     for measure, name in names.items():
         if measure == "frechet" and min(len(samples), len(real)) < 2 * samples.shape[1]:
             continue  # no covariance of so few
         wide = measure == "frechet" and samples.shape[1] > WIDE
-        found[name] = list(bootstrap(samples, measures[measure], WIDE_RESAMPLES if wide else RESAMPLES))
+        found[name] = list(FEATURE_FIGURES[measure].interval(samples, real, WIDE_RESAMPLES if wide else RESAMPLES))
     return found
 
 

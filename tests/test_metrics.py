@@ -9,6 +9,7 @@ import pytest
 from difax.data import Images
 from difax.judge import halves
 from difax.metrics import (
+    FEATURE_FIGURES,
     MS_SSIM_WEIGHTS,
     agreement,
     bootstrap,
@@ -275,6 +276,16 @@ def test_bootstrap_interval_of_a_mean_is_the_normal_one_and_holds_the_truth():
     assert 0.88 <= np.mean(hits) <= 0.99
     assert bootstrap(values) == found  # the same draws each time
     assert bootstrap(np.array([np.inf, 1.0])).value == np.inf
+
+
+def test_the_interval_of_a_share_is_one_of_shares():
+    """A centred interval may reach over 1."""
+    few = A[: N // 4]
+    loose = bootstrap(few, lambda rows: precision_recall(rows, B[:N]).precision, 100)
+    found = FEATURE_FIGURES["precision"].interval(few, B[:N], 100)
+    assert found.value == loose.value and found.low == max(loose.low, 0.0) and found.high == min(loose.high, 1.0)
+    share = np.asarray([0.0] + [1.0] * 19)
+    assert bootstrap(share).high > 1.0 == bootstrap(share, bounds=(0.0, 1.0)).high
 
 
 def test_bootstrap_of_a_distance_lies_around_it():
