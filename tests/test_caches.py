@@ -189,7 +189,9 @@ STRICT = {"xla_allow_excess_precision": False, **FULL}
 @functools.cache
 def plain(toy: Any, dtype: str, strict: bool) -> np.ndarray:
     """The samples without a cache, fully optimised or quickly compiled."""
-    return np.asarray(problem(toy=toy, dtype=dtype).run(neutral(), **(STRICT if strict else {}))[0])
+    samples, trace = problem(toy=toy, dtype=dtype).run(neutral(), **(STRICT if strict else {}))
+    assert np.all(of_all_blocks(trace) == 1)
+    return np.asarray(samples)
 
 
 @functools.cache
@@ -217,10 +219,11 @@ def of_all_blocks(trace: Any) -> np.ndarray:
 def test_neutral_setting_is_bitwise_off(case, dtype):
     """Fully optimised; most static plans come down to the very program of no cache."""
     program, arguments = problem(toy=case.toy, dtype=dtype).lowered(case.make("off"))
+    want = plain(case.toy, dtype, True)  # whose trace is all ones
     if is_plain(program, arguments, case.toy, dtype):
         return
     got, trace = program.compile(compiler_options=STRICT)(*arguments)
-    np.testing.assert_array_equal(got, plain(case.toy, dtype, True))
+    np.testing.assert_array_equal(got, want)
     assert np.all(of_all_blocks(trace) == 1)
 
 
