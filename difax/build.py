@@ -1,103 +1,39 @@
-"""From a configuration to objects: the registries, and the one place that turns names and keys into factories."""
+"""From a configuration to objects: a run's setup, a training task, data, weights."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import pathlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from difax import grids, guidance, losses
-from difax.accel.attention import ATTENTIONS, attention, first_of
-from difax.accel.caches import CACHES
-from difax.accel.caches.measured import save_by_stage
-from difax.accel.caches.scheduled import scheduled
-from difax.accel.fit import CALIBRATIONS, FITS
-from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
-from difax.accel.quant import QUANTS
-from difax.accel.solvers import SOLVERS
-from difax.checkpoint import check_shapes, load_native, read_metadata, tensor_shapes
-from difax.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
-from difax.convert import is_converted, load_converted
-from difax.data import DATASETS, Images
-from difax.models import CHECKPOINTS, MODELS
-from difax.process import PREDICTIONS, PROCESSES, Process
-from difax.published import Foreign, load_foreign
-from difax.qtensor import Rules, quantize_params
-from difax.qtensor import cast as cast_params
-from difax.sample import make_rows, make_sampler
-from difax.stack import stack, with_learned
-from difax.train import Task, TrainOptions, restore_ema
-from difax.trunk import neutral, unstack
+from difax.accel.attention import attention, first_of
+from difax.core import grids
+from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
+from difax.core.noise import sample_keys
+from difax.core.process import PREDICTIONS, Process
+from difax.core.qtensor import Rules, quantize_params
+from difax.core.qtensor import cast as cast_params
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.stack import stack, with_learned
+from difax.core.trunk import unstack
+from difax.models import CHECKPOINTS
+from difax.registry import check_name, choose, make, shown
+from difax.training.data import Images
+from difax.training.train import Task, TrainOptions, restore_ema
+from difax.weights.checkpoint import check_shapes, load_native, read_metadata, tensor_shapes
+from difax.weights.convert import is_converted, load_converted
+from difax.weights.published import Foreign, load_foreign
 
-__all__ = [
-    "CALIBRATIONS",
-    "FITS",
-    "by_dynamic_programming",
-    "refine",
-    "save_by_stage",
-    "scheduled",
-    "soft_hold",
-    "uniform",
-]  # for the entry points
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
-ACCELERATORS: dict[str, Callable[..., Accelerator]] = {"none": neutral, **CACHES}
-
-REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
-    "model": MODELS,
-    "process": PROCESSES,
-    "solver": SOLVERS,
-    "grid": grids.GRIDS,
-    "guide": guidance.GUIDES,
-    "cache": ACCELERATORS,
-    "attend": ATTENTIONS,
-    "quant": QUANTS,
-    "loss": losses.LOSSES,
-    "data": DATASETS,
-}
 
 
-def choose(kind: str, value: str, allowed: Any) -> str:
-    """Returns `value` if it is allowed, else raises ValueError with the list and the nearest match."""
-    names = list(allowed)
-    if value in names:
-        return value
-    near = difflib.get_close_matches(str(value), names, 1, 0.5)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
-
-
-def make(kind: str, section: Mapping[str, Any], *args: Any, **more: Any) -> Any:
-    """Calls the factory that `section["name"]` names in the registry of `kind` with the section's other keys.
-
-    Args:
-      kind: a key of `REGISTRIES`.
-      section: {"name": ..., **hyperparameters}.
-      args, more: passed on before and besides the section's own keys.
-
-    Raises:
-      ValueError: unknown name or key (with the nearest match), or whatever the factory refuses.
-    """
-    keys = dict(section)
-    if "name" not in keys:
-        raise ValueError(f"{kind}: the name is missing; allowed: {', '.join(REGISTRIES[kind])}")
-    name = choose(kind, keys.pop("name"), REGISTRIES[kind])
-    factory = REGISTRIES[kind][name]
-    parameters = list(inspect.signature(factory).parameters)[len(args) :]
-    for key in keys:
-        choose(f"key of {kind} {name}", key, [p for p in parameters if p not in more])
-    try:
-        return factory(*args, **keys, **more)
-    except TypeError as error:
-        raise ValueError(f"{kind} {name}: {error}") from None
-
-
-class Run(NamedTuple):
-    """Everything that a sampling run is made of, built from one configuration."""
+class Setup(NamedTuple):
+    """Everything that a sampling run is made of but its weights, built from one configuration."""
 
     model: Model
     process: Process
@@ -115,7 +51,7 @@ class Run(NamedTuple):
     described: Mapping[str, str]  # the names that the configuration gave to its sections
 
     def sampler(self, accelerator: Accelerator | None = None, **options: Any) -> Any:
-        """The jitted sampler (`difax.sample.make_sampler`), with another accelerator if one is given."""
+        """The jitted sampler (`difax.core.sample.make_sampler`), with another accelerator if one is given."""
         return make_sampler(
             self.model,
             self.process,
@@ -127,6 +63,13 @@ class Run(NamedTuple):
             ahead=self.ahead,
             **options,
         )
+
+    def inputs(self, seed: int, n: int, cond: Any, start: int = 0) -> tuple[jax.Array, jax.Array, Any]:
+        """Noise, keys and conditions of samples start ... start + n - 1; conditions (leaves lead with [m]) repeat."""
+        keys = sample_keys(seed, n, start)
+        index = (start + np.arange(n)) % len(jax.tree.leaves(cond)[0])
+        some = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[index]), cond)
+        return initial_noise(self.process, keys, self.model.input_shape), keys, some
 
     def prepare(self, params: Params) -> Params:
         """Parameters as they are sampled with: quantised, cast to the model's dtype, with those that the cache has
@@ -146,7 +89,7 @@ CONDITIONINGS = ("each", "ahead")  # is the blocks' modulation computed at each 
 TOGETHER = {"attend": ",", "cache": "+"}  # what stands between several names in one section
 
 
-def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
+def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
     """Builds process, seams and (unless given) the model of a configuration; every refusal is a ValueError."""
     for key in config:
         choose("config section", key, SECTIONS)
@@ -168,12 +111,12 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
     rows = make_rows(solver, guide, process, times, accelerator, model.stages)
     if prediction in ("eps", "score") and not np.all(rows.level.alpha > 0):
         raise ValueError(
-            f"grid {config['grid']['name']} evaluates {process.name} where alpha = 0, and a prediction of "
+            f"grid {shown(config['grid']['name'])} evaluates {process.name} where alpha = 0, and a prediction of "
             f"{prediction} says nothing about the image there; allowed: a grid such as log_snr or karras"
         )
     if config["solver"].get("variance") == "learned" and not model.learn_sigma:
         raise ValueError("solver ddpm: variance='learned' needs a model with learn_sigma; allowed: small, large")
-    return Run(
+    return Setup(
         model=model,
         process=process,
         prediction=prediction,
@@ -187,25 +130,24 @@ def build_run(config: Mapping[str, Any], model: Model | None = None) -> Run:
         times=times,
         rows=rows,
         scale=float(config["scale"]),
-        described={k: str(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v},
+        described={k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v},
     )
 
 
 def _accelerator(section: Mapping[str, Any]) -> Accelerator:
     """One cache with its hyperparameters, or several names between plus signs, with keys "name.hyperparameter"."""
-    names = str(section.get("name", "")).split(TOGETHER["cache"])
+    names = split_names("cache", section.get("name", ""))
     if len(names) == 1:
         return make("cache", section)
     members: dict[str, dict[str, Any]] = {}
     for name in names:
-        choose("cache", name, ACCELERATORS)
         if name in members:
             raise ValueError(f"cache {section['name']}: {name} is named twice; allowed: once")
         members[name] = {"name": name}
     for path, value in section.items():
         if path != "name":
-            name, _, key = path.partition(".")
-            if not key:
+            name, _, key = path.rpartition(".")  # the name of a file has a dot of its own
+            if not name:
                 raise ValueError(f"key of cache {section['name']}: {path!r}; allowed: {names[0]}.{path}")
             members[choose("cache of the key " + path, name, names)][key] = value
     return stack(*(make("cache", member) for member in members.values()))
@@ -213,23 +155,30 @@ def _accelerator(section: Mapping[str, Any]) -> Accelerator:
 
 def _attention(section: Mapping[str, Any]) -> Attention:
     """One attention with its hyperparameters, or several names between commas, the first that can being taken."""
-    if "name" not in section:
-        raise ValueError(f"attend: the name is missing; allowed: {', '.join(ATTENTIONS)}")
-    name, settings = section["name"], {k: v for k, v in section.items() if k != "name"}
-    if "," in name:
-        if settings:
-            raise ValueError(f"attend {name}: several names take no hyperparameters")
-        return attention(name)
-    return first_of({name: make("attend", section)})  # which turns its refusal into one line
+    names = split_names("attend", section.get("name", ""))
+    if len(names) == 1:
+        return first_of({shown(names[0]): make("attend", section)})  # which turns its refusal into one line
+    if len(section) > 1:
+        raise ValueError(f"attend {section['name']}: several names take no hyperparameters")
+    for name in names:
+        check_name("attend", name)
+    return attention(names, factories={name: partial(make, "attend", {"name": name}) for name in names})
 
 
-def build_task(config: Mapping[str, Any], previewer: Callable[[Run], Any] | None = None) -> Task:
+def split_names(kind: str, name: Any) -> list[Any]:
+    """The names that a section's name holds: several where the kind has a sign between them (`TOGETHER`)."""
+    if kind not in TOGETHER or not isinstance(name, str):
+        return [name]
+    return [type(name)(part.strip()) for part in name.split(TOGETHER[kind])]
+
+
+def build_task(config: Mapping[str, Any], previewer: Callable[[Setup], Any] | None = None) -> Task:
     """The training task of a configuration: a diffusion model where it has a process, else a classifier.
 
     Args:
       config: with sections model, loss, train (its `dtype` is the model's in training), and for a diffusion model
-        those of `build_run`.
-      previewer: run -> (params -> uint8 picture), for the sample grids of a diffusion model.
+        those of `build_setup`.
+      previewer: setup -> (params -> uint8 picture), for the sample grids of a diffusion model.
     """
     for key in ("model", "loss", "data", "train"):
         if key not in config:
@@ -239,15 +188,16 @@ def build_task(config: Mapping[str, Any], previewer: Callable[[Run], Any] | None
         section["dtype"] = config["train"]["dtype"]
     model = make("model", section)
     if "process" not in config:
-        return Task(model.init, make("loss", config["loss"], model))
-    run = build_run(config, model)
-    loss = make("loss", config["loss"], model, run.process, run.prediction)
-    return Task(model.init, loss, None if previewer is None else previewer(run))
+        return Task(model.init, make("loss", config["loss"], model), None, model.input_shape, model.classes)
+    setup = build_setup(config, model)
+    loss = make("loss", config["loss"], model, setup.process, setup.prediction)
+    preview = None if previewer is None else previewer(setup)
+    return Task(model.init, loss, preview, model.input_shape, model.classes)
 
 
-def build_data(config: Mapping[str, Any], split: str, data_dir: str | None = None) -> Images:
-    """The data set of a configuration."""
-    return make("data", config["data"], split=split, data_dir=data_dir)
+def build_data(config: Mapping[str, Any], split: str) -> Images:
+    """The data set of a configuration: "train" or "test"."""
+    return make("data", config["data"], split=split)
 
 
 def build_options(config: Mapping[str, Any]) -> TrainOptions:
@@ -263,7 +213,7 @@ def embedded_weights() -> list[str]:
     return sorted(p.stem for p in ASSETS.glob("*.safetensors"))
 
 
-def load_weights(config: Mapping[str, Any], model: Model, path: str | None = None) -> tuple[Model, Params, str]:
+def load_weights(config: Mapping[str, Any], model: Any, path: str | None = None) -> tuple[Any, Params, str]:
     """Reads the weights of a model: difax's own files, the folder of a training run, or a published DiT checkpoint.
 
     Args:
@@ -314,19 +264,22 @@ def recognise(path: str, model: str | None = None, layout: str | None = None, **
     """The model that a published checkpoint holds.
 
     Args:
-      path: as `difax.checkpoint.load_safetensors`.
+      path: as `difax.weights.checkpoint.load_safetensors`.
       model: a name of `CHECKPOINTS`; None tries them all.
       layout, geometry: what the file does not tell, as arguments of the model's factory.
 
     Raises:
       ValueError: an unknown model, or a file of none of them.
     """
+    kind = recognised_kind(path) if model is None else choose("model", model, CHECKPOINTS)
+    return CHECKPOINTS[kind].find(path, layout=layout, **geometry)
+
+
+def recognised_kind(path: str) -> str:
+    """The name in `CHECKPOINTS` of what a published checkpoint holds; ValueError for one of none of them."""
     names = sorted(tensor_shapes(path))
-    if model is None:
-        model = max(CHECKPOINTS, key=lambda name: CHECKPOINTS[name].known(names))
-        if not CHECKPOINTS[model].known(names):
-            raise ValueError(
-                f"{path}: no checkpoint of {', '.join(CHECKPOINTS)}; its first tensors: "
-                f"{', '.join(names[:3]) or 'none'}"
-            )
-    return CHECKPOINTS[choose("model", model, CHECKPOINTS)].find(path, layout=layout, **geometry)
+    kind = max(CHECKPOINTS, key=lambda name: CHECKPOINTS[name].known(names))
+    if not CHECKPOINTS[kind].known(names):
+        first = ", ".join(names[:3]) or "none"
+        raise ValueError(f"{path}: no checkpoint of {', '.join(CHECKPOINTS)}; its first tensors: {first}")
+    return kind

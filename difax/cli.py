@@ -73,9 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--gin_param", action="append", default=[], metavar="BINDING", help="one gin binding")
     common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
     common.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    common.add_argument("--log", metavar="FILE.jsonl", help="append what happens as lines of JSON")
+    common.add_argument("--platform", metavar="NAME", help="cpu, gpu or tpu (default: what JAX finds)")
 
     sample = added.add_parser("sample", parents=[common], help="draw images and say what they cost")
-    for name in commands.SHORT:
+    for name in commands.NAMED:
         sample.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
     sample.add_argument("--steps", type=int, help="solver steps")
     sample.add_argument("--scale", type=float, help="guidance scale")
@@ -90,7 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
     sample.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
     sample.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
-    sample.add_argument("--out", default="samples.png", metavar="FILE.png", help="the picture (default: %(default)s)")
+    sample.add_argument("--latents", metavar="FILE.npz", help="to begin from, as --out FILE.npz writes them")
+    sample.add_argument(
+        "--out",
+        default="samples.png",
+        metavar="PATH",
+        help="a picture (.png), the numbers (.npz), or a folder of single pictures (default: %(default)s)",
+    )
     sample.add_argument(
         "--trace", metavar="FILE.npz", help="what was computed: step, layer, branch, half; the gate's metric"
     )
@@ -100,7 +108,11 @@ def _parser() -> argparse.ArgumentParser:
 
     train = added.add_parser("train", parents=[common], help="train a model")
     train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
-    train.add_argument("--data", metavar="DIR", help="folder of the data set's files")
+    train.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a folder of images (sub-folders are classes), an .npz, or the data set's files",
+    )
     train.add_argument("--minutes", type=float, help="stop with a checkpoint after so long")
     train.add_argument("--resume", action="store_true", help="continue the run in DIR")
     train.set_defaults(run=commands.train)
@@ -114,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = added.add_parser(
         "calibrate", parents=[common], help="measure what a cache plans from, fit what it has learned, or search a plan"
     )
-    for name in commands.SHORT:
+    for name in commands.NAMED:
         calibrate.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
     calibrate.add_argument("--steps", type=int, help="solver steps")
     calibrate.add_argument("--scale", type=float, help="guidance scale")
@@ -126,11 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--samples", type=int, default=16, help="samples to draw (default: %(default)s)")
     calibrate.add_argument("--batch", type=int, default=4, help="samples at a time (default: %(default)s)")
     calibrate.add_argument("--seed", type=int, default=0, help="seed of the samples")
-    calibrate.add_argument("--budget", type=float, default=0.4, help="of scheduled: share of the operations of a run")
-    calibrate.add_argument("--rounds", type=int, default=12, help="of scheduled: exchanges, at most")
-    calibrate.add_argument("--rank", type=int, default=32, help="of icc: of each factor (default: %(default)s)")
+    calibrate.add_argument("--budget", type=float, help="of scheduled: share of the operations of a run (default: 0.4)")
+    calibrate.add_argument("--rounds", type=int, help="of scheduled: exchanges, at most (default: 12)")
+    calibrate.add_argument("--rank", type=int, help="of icc: of each factor (default: 32)")
     calibrate.add_argument("--out", required=True, metavar="FILE", help="for the cache's file=...")
-    calibrate.set_defaults(run=commands.calibrate, repeat=1)
+    calibrate.set_defaults(run=commands.calibrate)
 
     pareto = added.add_parser("pareto", parents=[common], help="measure methods on the same work, side by side")
     pareto.add_argument(
@@ -147,7 +159,13 @@ def _parser() -> argparse.ArgumentParser:
     pareto.add_argument("--turns", type=int, default=3, help="batches that are timed (default: %(default)s)")
     pareto.add_argument("--seed", type=int, default=0, help="seed of the images")
     pareto.add_argument("--budget", type=float, metavar="MINUTES", help="begin no more methods after so long")
-    pareto.add_argument("--data", metavar="DIR", help="folder of the data set's files, for the judge")
+    pareto.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder, with its own settings")
+    pareto.add_argument("--data", metavar="PATH", help="real images: a folder of them, an .npz, or a data set's files")
+    pareto.add_argument(
+        "--judge",
+        metavar="NAME",
+        help="a classifier that difax trained (a run's folder, a file), or module:factory, path/to/file.py:factory",
+    )
     pareto.add_argument("--no-judge", action="store_true", help="compare with the baseline's images alone")
     pareto.add_argument(
         "--network",
@@ -172,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     pareto.set_defaults(run=commands.pareto)
 
     profile = added.add_parser("profile", parents=[common], help="where the seconds of a step go, part by part")
-    for name in commands.SHORT:
+    for name in commands.NAMED:
         profile.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
     profile.add_argument("--steps", type=int, help="solver steps")
     profile.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")

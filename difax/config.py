@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from difax.build import REGISTRIES, SECTIONS, TOGETHER, choose
+from difax.build import SECTIONS, recognise, recognised_kind, split_names
+from difax.registry import REGISTRIES, check_name, choose, shown
+from difax.training.train import read_run
+from difax.weights.checkpoint import read_metadata
+from difax.weights.convert import is_converted
+from difax.weights.published import Foreign
 
+# the configuration that a published checkpoint is sampled with where none is named
+PUBLISHED = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1"}
 FOLDER = pathlib.Path(__file__).resolve().parent / "configs"
 if not FOLDER.is_dir():  # a checkout without its links, see difax/__init__.py
     FOLDER = FOLDER.parent.parent / "configs"
@@ -59,6 +67,42 @@ def load_config(where: str) -> dict[str, Any]:
     return config.to_dict()
 
 
+def checkpoint_config(path: str) -> dict[str, Any]:
+    """The configuration that a checkpoint brings along, or that its kind is sampled with.
+
+    Raises:
+      ValueError: a checkpoint of no known kind, or one that says nothing of its model (what `difax convert` writes).
+    """
+    folder = pathlib.Path(path)
+    if (folder / "checkpoints").is_dir():
+        return read_run(folder)
+    if not folder.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    metadata = {} if is_converted(path) else read_metadata(path)
+    if is_converted(path) or (metadata and "config" not in metadata):
+        raise ValueError(f"{path}: says nothing of its model; give its configuration, and this as the weights")
+    if metadata:
+        return metadata["config"]
+    kind, found = published(path)
+    name = PUBLISHED[kind]
+    if kind == "flux" and not found.geometry["guidance_embedding"]:
+        name = "flux_schnell"
+    if kind == "pixart" and found.model.cond["text"].shape[0] == 120:
+        name = "pixart_alpha"
+    config = load_config(name)
+    return {**config, "model": {"name": kind, **found.geometry, "dtype": config["model"]["dtype"]}}
+
+
+def published(path: str) -> tuple[str, Foreign]:
+    """The kind of a published checkpoint and what is known of it; a size that it does not tell is that of the
+    configuration of its kind."""
+    kind = recognised_kind(path)
+    try:
+        return kind, recognise(path, kind)
+    except ValueError:
+        return kind, recognise(path, kind, size=load_config(PUBLISHED[kind])["model"]["size"])
+
+
 def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Applies dotted settings ("solver.eta", 0.5) to a copy of a configuration, names of sections first.
 
@@ -78,14 +122,61 @@ def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dic
             raise ValueError(f"config key {path!r}: {section} is a single value, set it by --config.{section}=")
         if key == "name":
             value = "none" if value is None else value  # as a command line's none is read
-            if config[section].get("name") != value:
-                for name in str(value).split(TOGETHER[section]) if section in TOGETHER else (value,):
-                    choose(section, name, REGISTRIES[section])
-                config[section] = {"name": value}
+            if section not in REGISTRIES:
+                raise ValueError(f"config key {path!r}: {section} has no name")
+            for name in split_names(section, value):
+                check_name(section, name)
+            before = config[section].get("name")
+            same = isinstance(value, str) and before == value
+            config[section] = {**(config[section] if same else {}), "name": value}
         else:
             # keys of a registry entry are checked against the factory's signature when it is called
             config[section][key] = _typed(path, value, config[section].get(key))
     return config
+
+
+# single words for keys of sections, on the command line and in Python
+SHORT = {
+    "solver": "solver.name",
+    "grid": "grid.name",
+    "guide": "guide.name",
+    "cache": "cache.name",
+    "attend": "attend.name",
+    "quant": "quant.name",
+    "layout": "layout",
+    "conditioning": "conditioning",
+    "steps": "steps",
+    "scale": "scale",
+    "dtype": "model.dtype",
+}
+
+
+def keyword_settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Settings as Python's keywords give them, for `override`.
+
+    Args:
+      settings: {section: its name, a factory, what a factory made, or a mapping of its keys; "dtype" or a value that
+        stands alone (steps, scale, ...): the value; "section.key": the value}.
+
+    Raises:
+      ValueError: no such section (with the nearest match).
+    """
+    found: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        section = key.partition(".")[0]
+        choose("setting", section, dict.fromkeys((*SECTIONS, "dtype")))
+        if isinstance(value, Mapping):
+            found += [(f"{key}.{k}", v) for k, v in value.items()]
+        elif "." in key or key in SCALARS:
+            found.append((key, value))
+        else:
+            found.append((SHORT.get(key, f"{key}.name"), value))
+    return found
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON gives it back; what is no text is named by its own name."""
+    return json.loads(json.dumps(config, default=shown))
 
 
 def parse_value(text: str) -> Any:

@@ -31,9 +31,9 @@ import jax.numpy as jnp
 from difax.accel.attention.chunked import chunked
 from difax.accel.attention.window import window
 from difax.accel.attention.xla import xla
-from difax.files import read_rows
-from difax.profile import ceiling
-from difax.report import peak_memory
+from difax.core.device import peak_memory
+from difax.core.files import read_rows
+from difax.study.profile import ceiling
 from experiments.bench_step import Torch, measure
 from experiments.provenance import RESULTS, append_row, provenance
 

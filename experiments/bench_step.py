@@ -5,7 +5,7 @@
 
 A step is one evaluation of the network on latents [batch, 32, 32, 4]. With the `parity` extra a second process runs
 diffusers' DiTTransformer2DModel; all run turn by turn, and the ratios are of the medians. CPU seconds (all threads)
-are the steadier column on a shared machine. `stacked` scans over the blocks, `unstacked` (`difax.trunk.unstack`)
+are the steadier column on a shared machine. `stacked` scans over the blocks, `unstacked` (`difax.core.trunk.unstack`)
 writes them out. Rows go to experiments/results/bench_step/LANE.jsonl; a row that is
 there already is not measured again.
 """
@@ -28,18 +28,18 @@ import jax
 import jax.numpy as jnp
 
 from difax.accel.solvers import SOLVERS
-from difax.cost import model_cost
-from difax.files import read_rows
-from difax.grids import GRIDS, make_times
-from difax.guidance import unguided
+from difax.core.cost import model_cost
+from difax.core.device import peak_memory
+from difax.core.files import read_rows
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import unguided
+from difax.core.noise import sample_keys
+from difax.core.process import vp_linear
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.trunk import forward, unstack
 from difax.models.dit import dit
 from difax.models.dit_checkpoint import load_dit
-from difax.noise import sample_keys
-from difax.process import vp_linear
-from difax.profile import ceiling
-from difax.report import peak_memory
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.trunk import forward, unstack
+from difax.study.profile import ceiling
 from experiments.provenance import RESULTS, append_row, provenance
 
 MODELS, BATCHES, DTYPES = ("S/2", "B/2", "XL/2"), (1, 4), ("float32", "bfloat16")

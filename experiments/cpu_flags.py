@@ -39,8 +39,8 @@ def worker(variant: str, batch: int, dtype: str) -> None:
     import jax
     import jax.numpy as jnp
 
+    from difax.core.trunk import forward
     from difax.models.dit import dit
-    from difax.trunk import forward
 
     model = dit(variant, dtype=dtype)
     params = jax.jit(model.init)(jax.random.key(0))

@@ -1,4 +1,4 @@
-"""What XLA's CPU backend makes of the products and activations of a DiT: why `difax.ops.Trainable` exists.
+"""What XLA's CPU backend makes of the products and activations of a DiT: why `difax.core.ops.Trainable` exists.
 
   python -m experiments.cpu_products [--lane NAME]
 
@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difax.ops import weight_gradients, weight_gradients_padded
-from difax.profile import ceiling
+from difax.core.ops import weight_gradients, weight_gradients_padded
+from difax.study.profile import ceiling
 from experiments.bench_step import measure
 from experiments.provenance import RESULTS, provenance
 

@@ -20,13 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from difax.build import build_run, load_weights
-from difax.config import load_config, override
-from difax.data import CLASS_NAMES
-from difax.images import to_uint8
-from difax.judge import CLASSIFIER, halves, judge_samples, make_judge
-from difax.report import draw
-from difax.train import read_run
+import difax
+from difax.config import load_config
+from difax.media.images import to_uint8
+from difax.study.judge import CLASSIFIER, halves, judge_samples, make_judge
+from difax.training.data import CLASS_NAMES, data_section
 from experiments.provenance import provenance
 
 
@@ -78,16 +76,14 @@ def main() -> None:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Samples and measures as the command line asks; prints the table and returns the row."""
-    config = read_run(options.workdir) if options.workdir else load_config(options.config or "fmnist_dit")
-    settings = [(f"{k}.name", getattr(options, k)) for k in ("solver", "grid", "guide", "cache")]
-    settings += [("steps", options.steps), ("scale", options.scale), ("model.dtype", options.dtype)]
-    config = override(config, [(k, v) for k, v in settings if v is not None])
     if options.out and not options.out.absolute().parent.is_dir():
         raise ValueError(f"--out {options.out}: its folder does not exist")
-    run = build_run(config)
-    model, params, source = load_weights(config, run.model, options.workdir or options.weights)
-    run = run._replace(model=model)
-    judge = make_judge(options.data)
+    given = {k: getattr(options, k) for k in ("solver", "grid", "guide", "cache", "steps", "scale", "dtype")}
+    settings = {k: v for k, v in given.items() if v is not None}
+    run = difax.load(options.workdir or options.config or "fmnist_dit", weights=options.weights, **settings)
+    config, model = run.config, run.setup.model
+    data = config.get("data", {})
+    judge = make_judge(None, data_section(options.data, data) if options.data else data)
     if judge.classifier.input_shape != model.input_shape or judge.classifier.classes != model.classes:
         raise ValueError(
             f"{model.name} draws {model.input_shape} in {model.classes} classes; the judge knows "
@@ -95,18 +91,18 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         )
     halves(judge.test, options.samples, model.classes)  # refuses a number before hours of sampling
     labels = np.arange(options.samples, dtype=np.int32) % model.classes
-    images, table, _ = draw(run, params, labels, options.seed, progress=sys.stderr.isatty())
-    measures = judge_samples(judge, to_uint8(images), labels)
+    drawn = run.sample(labels, options.seed, progress=sys.stderr.isatty())
+    measures = judge_samples(judge, to_uint8(drawn.images), labels)
     print(format_report(measures, CLASS_NAMES[load_config(CLASSIFIER)["data"]["name"]]), flush=True)
     sampler = {k: config[k] for k in ("solver", "grid", "guide", "cache", "steps", "scale") if k in config}
     return {
         "model": model.name,
-        "weights": source,
+        "weights": run.source,
         "dtype": config["model"].get("dtype", "float32"),
         **sampler,
         "seed": options.seed,
         **measures,
-        "cost": table,
+        "cost": drawn.cost,
         "provenance": provenance(),
     }
 

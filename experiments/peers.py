@@ -36,16 +36,16 @@ from safetensors.numpy import load_file
 
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
-from difax.files import read_rows
-from difax.grids import GRIDS, make_times
-from difax.guidance import cfg, unguided
+from difax.core.files import read_rows
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import cfg, unguided
+from difax.core.noise import sample_keys
+from difax.core.process import flow, vp_linear
+from difax.core.sample import make_rows, make_sampler
+from difax.core.trunk import neutral, unstack
 from difax.models.dit_checkpoint import load_dit
 from difax.models.flux_checkpoint import load_flux
 from difax.models.wan_checkpoint import load_wan
-from difax.noise import sample_keys
-from difax.process import flow, vp_linear
-from difax.sample import make_rows, make_sampler
-from difax.trunk import neutral, unstack
 from experiments.peer_settings import GEOMETRIES, QUICK, THREADS, UNCACHED, Method, methods
 from experiments.provenance import RESULTS, append_row, provenance
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from difax.report import device_name, processor, versions
+from difax.core.device import device_name, processor, versions
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 

@@ -21,15 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import difax
 from difax.accel.quant import QUANTS
-from difax.build import build_run, load_weights
-from difax.config import load_config, override
-from difax.metrics import psnr
+from difax.core.qtensor import QTensor, cast, dequantize, is_quantized, quantize_params, size_in_bytes
+from difax.core.trunk import forward
 from difax.models.dit import dit
-from difax.profile import ceiling
-from difax.qtensor import QTensor, cast, dequantize, is_quantized, quantize_params, size_in_bytes
-from difax.report import draw
-from difax.trunk import forward
+from difax.study.metrics import psnr
+from difax.study.profile import ceiling
 from experiments.bench_step import measure
 from experiments.provenance import RESULTS, provenance
 
@@ -105,18 +103,15 @@ def steps(variant: str, batch: int, repeats: int) -> list[dict[str, Any]]:
 
 def images(n: int) -> dict[str, Any]:
     """PSNR and relative error of the shipped model's images under every recipe."""
-    labels, found, reference = np.arange(n) % 10, {}, None
+    labels, found, reference, run = np.arange(n) % 10, {}, None, difax.load("fmnist_dit")
     for name in QUANTS:
-        config = override(load_config("fmnist_dit"), [("quant.name", name)])
-        run = build_run(config)
-        model, params, _ = load_weights(config, run.model)
-        samples, table, _ = draw(run._replace(model=model), params, labels, 0)
-        samples = samples.clip(-1, 1)
+        drawn = run.replace(quant=name).sample(labels)
+        samples = drawn.images.clip(-1, 1)
         reference = samples if reference is None else reference
         found[name] = {
             "psnr": None if name == "none" else float(psnr(samples, reference)),
             "relative_error": float(np.linalg.norm(samples - reference) / np.linalg.norm(reference)),
-            "weights_mib": table["weights_mib"],
+            "weights_mib": drawn.cost["weights_mib"],
         }
         print(f"{name:14} images {found[name]}", flush=True)
     return found

@@ -4,9 +4,9 @@
   python -m experiments.realised --models B/2 --batches 4 --methods fora
 
 Random weights (adaLN-zero re-randomised), latents [batch, 32, 32, 4], DDIM with guidance, the blocks written out
-(`difax.trunk.unstack`). All methods of a geometry are compiled first and then run turn by turn, so that a busy moment
-of the machine falls on all; figures are medians. `realised` is the ratio of seconds over the ratio of operations
-(`difax.cost`, from the trace). Thresholds of the online gates are set to a multiple of the median metric that this
+(`difax.core.trunk.unstack`). All methods of a geometry are compiled first and then run turn by turn, so that a busy
+moment of the machine falls on all; figures are medians. `realised` is the ratio of seconds over the ratio of operations
+(`difax.core.cost`, from the trace). Thresholds of the online gates are set to a multiple of the median metric that this
 network shows when everything is computed, because those of the papers belong to trained weights. `never` is the gate
 that always computes. Memory is what the cache remembers (`Accelerator.init`), beside what the compiled program takes
 more than the uncached one. Rows go to experiments/results/realised/LANE.jsonl; a geometry that is there already is
@@ -28,16 +28,17 @@ import numpy as np
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
 from difax.build import CONDITIONINGS
-from difax.cost import model_cost, run_cost
-from difax.files import read_rows
-from difax.grids import GRIDS, make_times
-from difax.guidance import cfg
+from difax.core.cost import model_cost, run_cost
+from difax.core.device import peak_memory
+from difax.core.files import read_rows
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import cfg
+from difax.core.noise import sample_keys
+from difax.core.process import vp_linear
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.shapes import trunk_spec
+from difax.core.trunk import neutral, unstack
 from difax.models.dit import dit
-from difax.noise import sample_keys
-from difax.process import vp_linear
-from difax.report import peak_memory
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.trunk import neutral, trunk_spec, unstack
 from experiments.provenance import RESULTS, append_row, provenance
 
 GEOMETRIES = (("B/2", 1), ("B/2", 4), ("XL/2", 1))

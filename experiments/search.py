@@ -7,7 +7,7 @@ For each policy of `difax.accel.caches.masks.steps_mask` the search (`difax cali
 many computed evaluations as the mask has, so that all plans of a group cost the same operations. Compared are the
 mask, uniform intervals, the dynamic programming that the search starts from, and what it found, all with the same
 place and forecast. PSNR to the uncached images of the same noise, on `--held-out` samples of another seed; intervals
-are bootstraps over samples (`difax.metrics.bootstrap`), and `gain` is the paired difference in decibels of the
+are bootstraps over samples (`difax.study.metrics.bootstrap`), and `gain` is the paired difference in decibels of the
 found plan over each. Rows go to experiments/results/search/LANE.jsonl; a group that is there already is not measured
 again.
 """
@@ -21,24 +21,24 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+import difax
 from difax.accel.caches.masks import POLICIES, steps_mask
 from difax.accel.caches.scheduled import PLACES, scheduled
-from difax.build import Run, build_run, by_dynamic_programming, load_weights, uniform
-from difax.calibrate import Loss, Sampler, calibrate, search
-from difax.config import load_config, override
-from difax.contracts import Accelerator
-from difax.cost import model_cost, run_cost
-from difax.files import read_rows
-from difax.metrics import bootstrap, psnr
+from difax.accel.fit.search import by_dynamic_programming, uniform
+from difax.build import Setup
+from difax.core.contracts import Accelerator
+from difax.core.cost import model_cost, run_cost
+from difax.core.files import read_rows
+from difax.study.calibrate import Loss, Sampler, calibrate, search
+from difax.study.metrics import bootstrap, psnr
 from experiments.provenance import RESULTS, append_row, provenance
 
 CONFIG, SEARCHED, HELD_OUT, BATCH = "fmnist_dit", 2_000, 3_000, 20
 
 
-def budget_of(run: Run, params: Any, full: int) -> float:
+def budget_of(run: Setup, params: Any, full: int) -> float:
     """The share of the operations at which `search` computes `full` evaluations."""
     cost, evaluations = model_cost(run.model, params, run.attention), len(run.rows.i)
     return (full * cost.evaluation + (evaluations - full) * cost.held) / (evaluations * cost.evaluation) + 1e-9
@@ -67,7 +67,7 @@ class HeldOut:
         return run_cost(model_cost(run.model, self.sampler.params, run.attention), jax.tree.map(np.asarray, trace))
 
 
-def compare(run: Run, params: Any, policy: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(run: Setup, params: Any, policy: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one policy: its mask, uniform, dynamic programming, and what was found."""
     labels, steps = np.arange(run.model.classes), len(run.rows.i)
     mask = np.asarray(steps_mask(policy=policy, total_steps=steps), bool)
@@ -128,10 +128,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="file of rows, instead of the lane's")
     options = parser.parse_args()
     path = options.out or RESULTS / "search" / f"{options.lane}.jsonl"
-    base = override(load_config(CONFIG), [("steps", options.steps)])
-    run = build_run(base)
-    _, params, _ = load_weights(base, run.model)
-    params = jax.tree.map(jnp.asarray, run.prepare(params))
+    opened = difax.load(CONFIG, steps=options.steps)
+    run, params = opened.setup, opened.prepared
     keys = ("policy", "where", "forecast", "steps")
     there = {tuple(r[k] for k in keys) for r in read_rows(path)}
     for policy in options.policies:

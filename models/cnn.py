@@ -11,7 +11,7 @@ the Frechet distance.
 Each conv is followed by a norm over the whole image and a relu. The positions of the last one are kept, not averaged:
 a sleeve is what it is by where it is, and learning is several times faster.
 
-A convolution is one two-dimensional product over unfolded patches, the form that `difax.ops.dot` is fast in.
+A convolution is one two-dimensional product over unfolded patches, the form that `difax.core.ops.dot` is fast in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from difax.contracts import Classifier, Params
+from difax.core.contracts import Classifier, Params
 from difax.models.layers import Dense
 
 LAST = 64  # channels of the last convolution

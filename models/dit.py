@@ -20,9 +20,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from difax.contracts import Context, Model, Params, Stage
+from difax.core.contracts import Context, Model, Params, Stage
+from difax.core.ops import attend
 from difax.models.layers import Dense, gelu, modulate, patchify, sincos_positions, timestep_embedding, unpatchify
-from difax.ops import attend
 
 # name -> depth, width, heads (table 1 of the paper)
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

@@ -17,11 +17,11 @@ import math
 import os
 from typing import Any
 
-from difax.checkpoint import Source, tensor_shapes
-from difax.contracts import Model, Params
+from difax.core.contracts import Model, Params
 from difax.models.dit import SIZES, DiTConfig, dit
 from difax.models.layers import sincos_positions
-from difax.published import (
+from difax.weights.checkpoint import Source, tensor_shapes
+from difax.weights.published import (
     Foreign,
     Published,
     check_arguments,
@@ -121,10 +121,10 @@ def find_dit(path: str | os.PathLike, *, layout: str | None = None, **overrides:
       **overrides: fields of `difax.models.dit.dit` (size, heads, dtype, ...), which win over what was found.
 
     Returns:
-      The model and the layout table, for `load_dit` and `difax.convert`.
+      The model and the layout table, for `load_dit` and `difax.weights.convert`.
 
     Raises:
-      ValueError: as `difax.checkpoint.load_safetensors`; an unknown layout or override; heads or size that
+      ValueError: as `difax.weights.checkpoint.load_safetensors`; an unknown layout or override; heads or size that
         neither the file nor the caller gives; stored positions that are not the fixed ones.
 
     References: Peebles & Xie 2022, arXiv:2212.09748; Ma et al. (SiT) 2024, arXiv:2401.08740.
@@ -146,10 +146,11 @@ def find_dit(path: str | os.PathLike, *, layout: str | None = None, **overrides:
     geometry = (fields["depth"], fields["width"], fields["heads"])
     letter = next((s for s, preset in SIZES.items() if preset == geometry), None)
     named = letter is not None and fields["patch"] in (2, 4, 8)
-    model = dit(f"{letter}/{fields['patch']}" if named else None, **fields)
+    fields = {"variant": f"{letter}/{fields['patch']}" if named else None, **fields}
+    model = dit(**fields)
     rows, columns = (n // fields["patch"] for n in model.input_shape[:2])
     positions = sincos_positions(fields["width"], rows, columns)[None]
-    return Foreign(model, rules.table, {"layer": model.stages[0].depth}, {rules.positions: positions})
+    return Foreign(model, rules.table, {"layer": model.stages[0].depth}, {rules.positions: positions}, fields)
 
 
 def _geometry(path: Any, rules: Layout, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Context, Model, Params, Stage, Tokens
+from difax.core.contracts import Context, Model, Params, Stage, Tokens
 from difax.models.layers import Dense, gelu, modulate, timestep_embedding
 from difax.models.rope import apply_rotary, rotary_table
 

@@ -13,10 +13,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from difax.checkpoint import Source, nearest, tensor_shapes
-from difax.contracts import Model, Params
+from difax.core.contracts import Model, Params
 from difax.models.flux import PATCH, flux
-from difax.published import (
+from difax.weights.checkpoint import Source, nearest, tensor_shapes
+from difax.weights.published import (
     Foreign,
     Published,
     check_arguments,
@@ -157,11 +157,11 @@ def find_flux(path: str | os.PathLike, *, layout: str | None = None, **overrides
       **overrides: arguments of `difax.models.flux.flux` (size, text_tokens, dtype, ...), which win over what was found.
 
     Returns:
-      The model and the layout table, for `load_flux` and `difax.convert`.
+      The model and the layout table, for `load_flux` and `difax.weights.convert`.
 
     Raises:
-      ValueError: as `difax.checkpoint.load_safetensors`; an unknown layout or override; a relative of FLUX.1 that takes
-        more channels than it emits; rotary sections that neither the file nor the caller gives.
+      ValueError: as `difax.weights.checkpoint.load_safetensors`; an unknown layout or override; a relative of FLUX.1
+        that takes more channels than it emits; rotary sections that neither the file nor the caller gives.
 
     References: Black Forest Labs 2024, https://github.com/black-forest-labs/flux.
     """
@@ -181,7 +181,7 @@ def find_flux(path: str | os.PathLike, *, layout: str | None = None, **overrides
         fields["variant"] = "dev" if fields["guidance_embedding"] else "schnell"
     model = flux(**fields)
     table = layout_table(layout, fields["guidance_embedding"], fields["mlp_ratio"])
-    return Foreign(model, table, {stage.name: stage.depth for stage in model.stages})
+    return Foreign(model, table, {stage.name: stage.depth for stage in model.stages}, geometry=fields)
 
 
 def _published(fields: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Pieces that several architectures share: a dense layer around `difax.ops.dot`, embeddings, patches."""
+"""Pieces that several architectures share: a dense layer around `difax.core.ops.dot`, embeddings, patches."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.ops import dot, layer_norm
+from difax.core.ops import dot, layer_norm
 
 
 class Dense(nn.Module):
-    """y = dot(x, kernel, bias); the kernel may be any type that `difax.ops.dot` knows."""
+    """y = dot(x, kernel, bias); the kernel may be any type that `difax.core.ops.dot` knows."""
 
     features: int
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Context, Model, Params, Segments, Stage
+from difax.core.contracts import Context, Model, Params, Segments, Stage
+from difax.core.ops import attend
 from difax.models.layers import Dense, gelu, modulate, patchify, timestep_embedding, unpatchify
-from difax.ops import attend
 
 VARIANTS = {"alpha": 120, "sigma": 300}  # name -> caption tokens; both are XL/2
 XL = {"depth": 28, "width": 1152, "heads": 16}

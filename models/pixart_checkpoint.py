@@ -12,10 +12,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from difax.checkpoint import Source, tensor_shapes
-from difax.contracts import Model, Params
+from difax.core.contracts import Model, Params
 from difax.models.pixart import XL, PixArtConfig, pixart, scaled_positions
-from difax.published import (
+from difax.weights.checkpoint import Source, tensor_shapes
+from difax.weights.published import (
     Foreign,
     Published,
     check_arguments,
@@ -91,11 +91,11 @@ def find_pixart(
       **overrides: arguments of `difax.models.pixart.pixart` (size, heads, dtype, ...), which win over what was found.
 
     Returns:
-      The model and the layout table, for `load_pixart` and `difax.convert`.
+      The model and the layout table, for `load_pixart` and `difax.weights.convert`.
 
     Raises:
-      ValueError: as `difax.checkpoint.load_safetensors` and `pixart`; an unknown layout or argument; a config.json of
-        another function; heads, size or caption tokens that neither the file nor the caller gives.
+      ValueError: as `difax.weights.checkpoint.load_safetensors` and `pixart`; an unknown layout or argument; a
+        config.json of another function; heads, size or caption tokens that neither the file nor the caller gives.
 
     References: Chen et al. 2023, arXiv:2310.00426; Chen et al. 2024, arXiv:2403.04692.
     """
@@ -108,11 +108,12 @@ def find_pixart(
     if variant is None:
         unknown["text_tokens"] = "the number of caption tokens"
     check_known(path, fields, unknown, {"text_tokens": " (or variant='alpha' or 'sigma')"})
-    model = pixart(variant, **fields)
+    fields = {"variant": variant, **fields}
+    model = pixart(**fields)
     c = model.stages[0].block.config
     table = LAYOUTS["diffusers"] if c.micro_conditioning else DIFFUSERS
     stored = scaled_positions(c.width, c.base_size, c.base_size, c.base_size, c.interpolation_scale)
-    return Foreign(model, table, {"layer": c.depth}, {POSITIONS: stored[None]})
+    return Foreign(model, table, {"layer": c.depth}, {POSITIONS: stored[None]}, fields)
 
 
 def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -20,10 +20,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from difax.contracts import Context, Model, Params, Stage
+from difax.core.contracts import Context, Model, Params, Stage
+from difax.core.ops import attend
 from difax.models.dit import DiTBlock, Ends, dit
 from difax.models.layers import Dense
-from difax.ops import attend
 
 EPS = 1e-6
 

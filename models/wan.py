@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Context, Model, Params, Stage
+from difax.core.contracts import Context, Model, Params, Stage
+from difax.core.ops import attend
 from difax.models.layers import Dense, gelu, modulate, timestep_embedding
 from difax.models.rope import apply_rotary, rotary_table
-from difax.ops import attend
 
 # name -> depth, width, heads, ffn (table 3 of the paper)
 VARIANTS = {"1.3B": (30, 1536, 12, 8960), "14B": (40, 5120, 40, 13824)}

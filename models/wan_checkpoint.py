@@ -12,10 +12,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from difax.checkpoint import Source, tensor_shapes
-from difax.contracts import Model, Params
+from difax.core.contracts import Model, Params
 from difax.models.wan import VARIANTS, WanConfig, wan
-from difax.published import (
+from difax.weights.checkpoint import Source, tensor_shapes
+from difax.weights.published import (
     Foreign,
     Published,
     check_arguments,
@@ -118,11 +118,11 @@ def find_wan(path: str | os.PathLike, *, layout: str | None = None, **overrides:
       **overrides: arguments of `difax.models.wan.wan` (size, heads, dtype, ...), which win over what was found.
 
     Returns:
-      The model and the layout table, for `load_wan` and `difax.convert`.
+      The model and the layout table, for `load_wan` and `difax.weights.convert`.
 
     Raises:
-      ValueError: as `difax.checkpoint.load_safetensors` and `wan`; an unknown layout or argument; a config.json of
-        another function (image-to-video); heads or size that neither the file nor the caller gives.
+      ValueError: as `difax.weights.checkpoint.load_safetensors` and `wan`; an unknown layout or argument; a config.json
+        of another function (image-to-video); heads or size that neither the file nor the caller gives.
 
     References: Wan Team 2025, arXiv:2503.20314.
     """
@@ -133,8 +133,8 @@ def find_wan(path: str | os.PathLike, *, layout: str | None = None, **overrides:
     unknown = {"heads": "the number of attention heads", "size": "the latents' (frames, height, width)"}
     check_known(path, fields, unknown)
     geometry = tuple(fields[name] for name in ("depth", "width", "heads", "ffn"))
-    model = wan(next((name for name, preset in VARIANTS.items() if preset == geometry), None), **fields)
-    return Foreign(model, LAYOUTS[layout], {"layer": fields["depth"]})
+    fields = {"variant": next((n for n, preset in VARIANTS.items() if preset == geometry), None), **fields}
+    return Foreign(wan(**fields), LAYOUTS[layout], {"layer": fields["depth"]}, geometry=fields)
 
 
 def _geometry(path: Any, table: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

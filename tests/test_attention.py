@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from difax import process as P
 from difax.accel.attention import ATTENTIONS, attention, first_of
 from difax.accel.attention.chunked import chunked
 from difax.accel.attention.cudnn import cudnn
 from difax.accel.attention.window import window
 from difax.accel.attention.xla import xla
 from difax.accel.solvers import SOLVERS
-from difax.contracts import Attention, AttentionSpec, BlockList, Scales, Segments, Where
-from difax.grids import GRIDS, make_times
-from difax.guidance import unguided
-from difax.noise import sample_keys
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.trunk import forward, stateless
+from difax.core import process as P
+from difax.core.contracts import Attention, AttentionSpec, BlockList, Scales, Segments, Where
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import unguided
+from difax.core.noise import sample_keys
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.trunk import forward, stateless
 from tests.toys import tiny_dit
 
 B, H, K = 2, 2, 4

@@ -8,20 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax import process as P
 from difax.accel.caches import CACHES
 from difax.accel.caches.fill import damped, foca, hold, newton, taylor
 from difax.accel.solvers import SOLVERS
-from difax.contracts import Accelerator
-from difax.decisions import averaged, inert, strip, summary
-from difax.grids import GRIDS, make_times
-from difax.guidance import GUIDES
-from difax.mesh import batch_sharding, data_mesh, replicated
-from difax.noise import sample_keys
-from difax.report import peak_memory
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.stack import stack, with_learned
-from difax.trunk import neutral, trunk_spec, unstack
+from difax.core import process as P
+from difax.core.contracts import Accelerator
+from difax.core.decisions import averaged, inert, strip, summary
+from difax.core.device import peak_memory
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import GUIDES
+from difax.core.mesh import batch_sharding, data_mesh, replicated
+from difax.core.noise import sample_keys
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.shapes import trunk_spec
+from difax.core.stack import stack, with_learned
+from difax.core.trunk import neutral, unstack
 from tests.toys import tiny_dit, tiny_skip_dit
 
 STEPS = 8
@@ -489,7 +490,7 @@ def test_the_mean_of_a_metric_is_over_the_runs_that_asked():
 
 def test_a_learned_accelerator_sees_its_own_layer():
     """Per-layer parameters arrive with the layer, in both layouts of the weights."""
-    from difax.contracts import Done
+    from difax.core.contracts import Done
 
     def branch(compute, gate, where, state, inner, row):
         update, inner = compute(inner)

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax import process as P
 from difax.accel.caches import CACHES
 from difax.accel.fit.icc import icc_factors
 from difax.accel.solvers import SOLVERS
-from difax.contracts import Accelerator, Row
-from difax.grids import GRIDS, make_times
-from difax.guidance import GUIDES
-from difax.noise import sample_keys
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.stack import with_learned
-from difax.trunk import neutral, trunk_spec
+from difax.core import process as P
+from difax.core.contracts import Accelerator, Row
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import GUIDES
+from difax.core.noise import sample_keys
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.shapes import trunk_spec
+from difax.core.stack import with_learned
+from difax.core.trunk import neutral
 from tests.oracles import caches as oracle
 from tests.toys import FULL, network, tanh_stack, tiny_dit, tiny_skip_dit
 
@@ -333,7 +334,7 @@ def pieces(p: Problem):
     @jax.jit
     def branches(tokens, context):
         """Every layer's updates and gates of these tokens; the oracle picks the ones that it wants."""
-        from difax.ops import attend
+        from difax.core.ops import attend
 
         out = []
         for i in range(p.model.stages[0].depth):

@@ -13,20 +13,21 @@ import numpy as np
 import pytest
 from scipy.stats import chi2, norm
 
-from difax import process as P
 from difax.accel.caches import CACHES
 from difax.accel.caches.cfg_cache import bands_of
 from difax.accel.caches.motion import among
 from difax.accel.fit import fastcache as fastcache_fit
 from difax.accel.solvers import SOLVERS
-from difax.contracts import Accelerator, Done, Segments
-from difax.guidance import GUIDES
+from difax.core import process as P
+from difax.core.contracts import Accelerator, Done, Segments
+from difax.core.guidance import GUIDES
+from difax.core.noise import sample_keys
+from difax.core.ops import attend
+from difax.core.sample import make_rows, make_sampler
+from difax.core.shapes import memory_for, trunk_spec
+from difax.core.stack import with_learned
+from difax.core.trunk import reference_attention, run_trunk, unstack
 from difax.models import wan
-from difax.noise import sample_keys
-from difax.ops import attend
-from difax.sample import make_rows, make_sampler
-from difax.stack import with_learned
-from difax.trunk import memory_for, reference_attention, run_trunk, trunk_spec, unstack
 from tests.oracles import online as oracle
 from tests.test_caches import LABELS, STEPS, Problem, problem
 from tests.toys import randomise, tanh_stack
@@ -353,7 +354,7 @@ def test_lazydit_refuses(settings, message):
 
 
 def test_lazydit_refuses_parameters_without_its_weights():
-    with pytest.raises(ValueError, match="hold no weights; see difax.stack.with_learned"):
+    with pytest.raises(ValueError, match="hold no weights; see difax.core.stack.with_learned"):
         problem().run(CACHES["lazydit"]({"blocks": gates(1.0)}))
 
 
@@ -482,7 +483,7 @@ def test_fitted_maps_of_fastcache_are_nearer_than_the_identity(tmp_path):
         ({"file": "maps.txt"}, "file='maps.txt'; allowed: an .npz file"),
         ({"weights": {"blocks": {"weight": np.zeros((5, 8, 8))}}}, r"\(5, 8, 8\); allowed: of the stages blocks \[6, "),
         ({"weights": {"single": {"weight": np.zeros((6, 8, 8))}}}, "single.weight is"),
-        ({"weights": {"blocks": maps(1.0)}}, "hold no linear maps; see difax.stack.with_learned"),
+        ({"weights": {"blocks": maps(1.0)}}, "hold no linear maps; see difax.core.stack.with_learned"),
     ],
 )
 def test_fastcache_refuses(settings, message):

@@ -13,13 +13,13 @@ from difax.accel.caches.magcache import RATIOS, magcache, nearest
 from difax.accel.caches.masks import steps_mask
 from difax.accel.caches.smoothcache import smoothcache
 from difax.accel.solvers import SOLVERS
-from difax.contracts import Accelerator, Stage
-from difax.cost import model_cost, run_cost
-from difax.grids import GRIDS, make_times
-from difax.guidance import GUIDES
-from difax.process import flow, vp_linear
-from difax.sample import make_rows
-from difax.stack import with_learned
+from difax.core.contracts import Accelerator, Stage
+from difax.core.cost import model_cost, run_cost
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import GUIDES
+from difax.core.process import flow, vp_linear
+from difax.core.sample import make_rows
+from difax.core.stack import with_learned
 from tests.oracles import plans as oracle
 from tests.test_caches import LABELS, pieces, problem
 from tests.toys import tiny_dit

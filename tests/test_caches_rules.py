@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from difax.accel.caches import CACHES
-from difax.build import REGISTRIES
-from difax.contracts import Accelerator
+from difax.core.contracts import Accelerator
+from difax.registry import REGISTRIES
 from tests.oracles.online import Network, modulated
 from tests.test_caches import Problem, problem
 from tests.test_caches_online import by_ddim, pieces

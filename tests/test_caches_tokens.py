@@ -9,22 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax import ops
 from difax.accel.caches import CACHES
 from difax.accel.caches import token_axis as axis
 from difax.accel.caches.planned import planned
 from difax.accel.caches.toca import clock
 from difax.accel.caches.tokens import Schedule, attends_itself, token_cache
 from difax.accel.fit.icc import icc_factors, save_factors
-from difax.build import build_run
-from difax.conditions import random_conditions
+from difax.build import build_setup
 from difax.config import load_config
-from difax.contracts import Segments
-from difax.guidance import GUIDES
-from difax.noise import sample_keys
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.stack import with_learned
-from difax.trunk import neutral, trunk_spec, unstack
+from difax.core import ops
+from difax.core.contracts import Segments
+from difax.core.guidance import GUIDES
+from difax.core.noise import sample_keys
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.shapes import trunk_spec
+from difax.core.stack import with_learned
+from difax.core.trunk import neutral, unstack
+from difax.weights.conditions import random_conditions
 from tests.oracles import tokens as oracle
 from tests.test_caches import Problem, problem
 from tests.toys import randomise
@@ -108,7 +109,7 @@ def test_a_permutation_of_the_tokens_permutes_what_is_held():
 
 def composed(model: str, **sections: Any):
     config = {k: v for k, v in load_config(f"{model}_tiny").items() if k not in ("attend", "quant", "cache")}
-    return build_run({**config, "steps": 4, "scale": 1.5, "guide": {"name": "cfg"}, **sections})
+    return build_setup({**config, "steps": 4, "scale": 1.5, "guide": {"name": "cfg"}, **sections})
 
 
 ITSELF = {
@@ -522,7 +523,7 @@ def test_icc_reads_the_factors_that_were_saved(tmp_path):
 def test_icc_refuses_factors_of_another_model():
     p = dit()
     factors = icc_factors(p.params, p.model.stages, 2)
-    with pytest.raises(ValueError, match="hold no factors; see difax.stack.with_learned"):
+    with pytest.raises(ValueError, match="hold no factors; see difax.core.stack.with_learned"):
         p.run(CACHES["icc"](2, factors))
     wider = icc_factors(dit(width=32).params, p.model.stages, 2)
     with pytest.raises(ValueError, match=re.escape("allowed: [3, 16, products, rank]")):

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from difax.build import REGISTRIES
-from difax.catalogue import CATEGORIES, HERE, NOT_SYSTEMS, STATUSES, System, check, count, select, systems
 from difax.cli import main
 from difax.commands import LISTS
+from difax.registry import REGISTRIES
+from difax.study.catalogue import CATEGORIES, HERE, NOT_SYSTEMS, STATUSES, System, check, count, select, systems
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CATALOGUE = systems()
@@ -182,10 +182,10 @@ def test_refusal(name, capsys):
 
 
 def test_a_broken_file_is_refused(tmp_path, monkeypatch):
-    import difax.catalogue
+    import difax.study.catalogue
 
     file = tmp_path / "catalogue.csv"
-    monkeypatch.setattr(difax.catalogue, "FILE", file)
+    monkeypatch.setattr(difax.study.catalogue, "FILE", file)
     header = ",".join(System._fields)
     for content, message in [
         ("name,title\n", "columns .*; allowed: name, title, authors"),

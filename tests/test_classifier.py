@@ -10,10 +10,10 @@ import pytest
 
 from difax.build import ASSETS, build_options, build_task, load_weights, make
 from difax.config import load_config
-from difax.data import Images, fashion_mnist
-from difax.losses import cross_entropy, scale_image
 from difax.models.cnn import cnn, unfold
-from difax.train import restore_ema, train
+from difax.training.data import Images, fashion_mnist
+from difax.training.losses import cross_entropy, scale_image
+from difax.training.train import restore_ema, train
 
 TINY = cnn(4, depth=1, features=16, size=8, channels=2, classes=3)
 RNG = np.random.default_rng(0)

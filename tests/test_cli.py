@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax.build import REGISTRIES, build_run
-from difax.checkpoint import save_safetensors
+import difax
+from difax.build import build_setup
 from difax.cli import main
-from difax.commands import parse_labels
 from difax.config import config_names, gin_settings, load_config, override
 from difax.models.dit import dit
+from difax.registry import REGISTRIES
+from difax.run import parse_labels
+from difax.weights.checkpoint import save_safetensors
 from tests.toys import randomise
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -171,7 +173,7 @@ def test_sample_table_and_cache(here, capsys):
 
 
 def test_sample_shows_the_metric_of_gates_of_single_blocks(here, capsys):
-    model = build_run(load_config("fmnist_smoke")).model
+    model = build_setup(load_config("fmnist_smoke")).model
     save_safetensors(here / "w.safetensors", randomise(jax.eval_shape(model.init, jax.random.key(0))), {"step": 0})
     settings = ["--weights", "w.safetensors", "--cache", "dbprune", "--config.cache.warmup=1"]
     settings += ["--config.cache.threshold=1e-9", "--trace", "a.npz"]
@@ -205,11 +207,11 @@ def test_list_names_everything(capsys):
 
 @pytest.mark.parametrize("name", config_names())
 def test_configs_build(name):
-    from difax.build import build_run, build_task
+    from difax.build import build_setup, build_task
 
     config = load_config(name)
     if "process" in config:
-        assert build_run(config).rows.i.shape[0] >= config["steps"]
+        assert build_setup(config).rows.i.shape[0] >= config["steps"]
     if "train" in config:
         build_task(config)
 
@@ -228,9 +230,10 @@ def test_another_name_drops_the_old_hyperparameters():
 
 
 def test_labels():
-    assert parse_labels(None, 10) == list(range(10))
-    assert parse_labels(None, 1000) == list(range(10))
-    assert parse_labels("2, bag", 10, ("hat", "bag")) == [2, 1]
+    assert parse_labels(["2", " bag"], 10, ("hat", "bag")) == [2, 1]
+    run = difax.load("fmnist_smoke")
+    assert run.conditions().tolist() == list(range(10))
+    assert run.conditions("2, bag").tolist() == run.conditions([2, "bag"]).tolist() == [2, 8]
 
 
 def test_scale_one_is_the_conditional_model(here, capsys):

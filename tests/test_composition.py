@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax.build import Run, build_run
-from difax.conditions import random_conditions
+from difax.build import Setup, build_setup
 from difax.config import load_config
-from difax.noise import sample_keys
-from difax.sample import initial_noise, make_sampler
-from difax.trunk import unstack
+from difax.core.noise import sample_keys
+from difax.core.sample import initial_noise, make_sampler
+from difax.core.trunk import unstack
+from difax.weights.conditions import random_conditions
 from tests.toys import randomise
 
 STEPS = 3
@@ -67,13 +67,13 @@ def weights(model: str) -> Any:
     return randomise(jax.eval_shape(composed(Cell(model)).model.init, jax.random.key(0)))
 
 
-def composed(cell: Cell) -> Run:
+def composed(cell: Cell) -> Setup:
     config = TINY_DIT if cell.model == "dit" else load_config(f"{cell.model}_tiny")
     config = {k: v for k, v in config.items() if k not in ("attend", "quant", "cache")}
     names = [(section, {"name": getattr(cell, section)}) for section in Cell._fields[1:]]
     blocks = {"block_q": 4, "block_k": 4} if cell.attend == "chunked" else {}
     settings = {"steps": STEPS, "scale": 1.5, **dict(names), "attend": {"name": cell.attend, **blocks}}
-    return build_run({**config, **settings})
+    return build_setup({**config, **settings})
 
 
 @functools.cache

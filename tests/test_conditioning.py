@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax.build import build_run
+from difax.build import build_setup
 from difax.cli import main
-from difax.conditions import random_conditions
 from difax.config import load_config, override
-from difax.cost import model_bytes, run_bytes
-from difax.guidance import cfg, interval, unguided
-from difax.noise import sample_keys
-from difax.sample import initial_noise, make_rows
+from difax.core.cost import model_bytes, run_bytes
+from difax.core.guidance import cfg, interval, unguided
+from difax.core.noise import sample_keys
+from difax.core.sample import initial_noise, make_rows
+from difax.weights.conditions import random_conditions
 from tests.toys import randomise
 
 SMALL = [("model.depth", 2), ("model.width", 32), ("model.heads", 2), ("model.size", 16)]
@@ -21,7 +21,7 @@ GUIDES = {"none": unguided, "cfg": cfg, "apart": lambda: cfg(together=False), "i
 
 def drawn(config, ahead, guide=None):
     """(run, params, samples, trace) of two samples."""
-    run = build_run(override(config, [("steps", 5), ("conditioning", "ahead" if ahead else "each")]))
+    run = build_setup(override(config, [("steps", 5), ("conditioning", "ahead" if ahead else "each")]))
     if guide is not None:
         run = run._replace(guide=GUIDES[guide]())
         rows = make_rows(run.solver, run.guide, run.process, run.times, run.accelerator, run.model.stages)
@@ -86,7 +86,7 @@ def products_in_the_loop(run, params):
 def test_no_modulation_weight_is_read_in_the_loop():
     config = override(load_config("fmnist_dit"), [*SMALL, ("steps", 5)])
     for conditioning in ("each", "ahead"):
-        run = build_run(override(config, [("conditioning", conditioning)]))
+        run = build_setup(override(config, [("conditioning", conditioning)]))
         params = run.prepare(randomise(jax.eval_shape(run.model.init, jax.random.key(0))))
         assert (6 * 32 in products_in_the_loop(run, params)) == (conditioning == "each")
 
@@ -103,6 +103,6 @@ def test_bytes_of_conditioning_ahead():
 def test_long_skips_are_refused(capsys):
     config = load_config("skip_dit_tiny")
     with pytest.raises(ValueError, match="long skips"):
-        build_run(override(config, [("conditioning", "ahead")])).sampler()
+        build_setup(override(config, [("conditioning", "ahead")])).sampler()
     assert main(["sample", "--config", "skip_dit_tiny", "--random-init", "--conditioning", "ahed"]) == 2
     assert "unknown conditioning 'ahed' (did you mean ahead?); allowed: each, ahead" in capsys.readouterr().err

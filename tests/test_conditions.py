@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from difax import report
-from difax.build import build_run
+from difax import program, run
+from difax.build import build_setup
 from difax.cli import main
-from difax.conditions import labelled, load_conditions, random_conditions
 from difax.config import load_config
+from difax.weights.conditions import labelled, load_conditions, random_conditions
 
 TINY = ["--steps", "2", "--no-compile-cache", "--json"]
-MODELS = {name: build_run(load_config(f"{name}_tiny")).model for name in ("flux", "pixart", "wan")}
-DIT = build_run(load_config("fmnist_smoke")).model
+MODELS = {name: build_setup(load_config(f"{name}_tiny")).model for name in ("flux", "pixart", "wan")}
+DIT = build_setup(load_config("fmnist_smoke")).model
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -103,18 +103,18 @@ def test_a_model_too_large_is_compiled_whole_and_drawn_reduced(tmp_path, capsys,
     command = ["sample", "--config", str(tmp_path / "big.py"), "--out", str(tmp_path / "a.png")]
     assert main([*command, *TINY]) == 0
     assert "full_size" not in json.loads(capsys.readouterr().out)
-    monkeypatch.setattr(report, "memory_available", lambda: 1000)
+    monkeypatch.setattr(run, "memory_available", lambda: 1000)
     assert main([*command, "--json", "--no-compile-cache"]) == 0
     table = json.loads(capsys.readouterr().out)
     whole = table["full_size"]
     assert table["steps"] == 1 and whole["evaluations"] == 8
-    assert whole["parameters"] == report.parameter_count(MODELS["flux"])
+    assert whole["parameters"] == program.parameter_count(MODELS["flux"])
     assert whole["gflops_per_evaluation"] > 2 * table["gflops_per_image"]
     assert whole["weights_mib"] > table["weights_mib"] and whole["peak_memory_mib"] > whole["weights_mib"]
 
 
 def test_a_model_too_large_without_a_reduced_size_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "memory_available", lambda: 1000)
+    monkeypatch.setattr(run, "memory_available", lambda: 1000)
     assert main(["sample", "--config", "flux_tiny", "--out", str(tmp_path / "a.png")]) == 2
     error = capsys.readouterr().err
     assert "no `reduced` size" in error and error.count("\n") == 1

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from difax.build import load_weights, recognise
 from difax.cli import main
-from difax.convert import is_converted, load_converted
-from difax.published import load_foreign, opened_parameters
+from difax.weights.convert import is_converted, load_converted
+from difax.weights.published import load_foreign, opened_parameters
 
 GOLDEN = Path(__file__).parent / "golden"
 # the file of each model and layout, and what it does not tell

@@ -8,16 +8,16 @@ import pytest
 from difax.accel.caches import CACHES
 from difax.accel.quant import QUANTS
 from difax.accel.solvers import SOLVERS
-from difax.contracts import Trace
-from difax.cost import count, model_bytes, model_cost, run_bytes, run_cost
-from difax.grids import GRIDS, make_times
-from difax.guidance import cfg, interval, unguided
+from difax.core.contracts import Trace
+from difax.core.cost import count, model_bytes, model_cost, run_bytes, run_cost
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import cfg, interval, unguided
+from difax.core.noise import sample_keys
+from difax.core.process import flow
+from difax.core.qtensor import quantize_params
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.trunk import forward
 from difax.models.dit import dit
-from difax.noise import sample_keys
-from difax.process import flow
-from difax.qtensor import quantize_params
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.trunk import forward
 
 
 def shapes(model):

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from difax.checkpoint import load_native, save_safetensors
+from difax.core.trunk import forward
 from difax.models.dit_checkpoint import LAYOUTS, load_dit
-from difax.trunk import forward
+from difax.weights.checkpoint import load_native, save_safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5
@@ -142,7 +142,7 @@ def test_imported_weights_survive_difaxs_own_file(tmp_path):
     back = load_native(tmp_path / "own.safetensors", jax.eval_shape(model.init, jax.random.key(0)))
     assert {str(x.dtype) for x in jax.tree.leaves(back)} == {"bfloat16"}
     jax.tree.map(np.testing.assert_array_equal, back, params)
-    with pytest.raises(ValueError, match="difax's own layout; read it with difax.checkpoint.load_native"):
+    with pytest.raises(ValueError, match="difax's own layout; read it with difax.weights.checkpoint.load_native"):
         load_dit(tmp_path / "own.safetensors", heads=4)
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.core import Tracer
 
-from difax.build import build_run
+from difax.build import build_setup
 from difax.config import load_config, override
-from difax.cost import model_cost, run_cost
-from difax.methods import METHODS
-from difax.noise import sample_keys
-from difax.sample import initial_noise
+from difax.core.cost import model_cost, run_cost
+from difax.core.noise import sample_keys
+from difax.core.sample import initial_noise
+from difax.study.methods import METHODS
 from tests.toys import randomise
 
 SMALL = [("model.depth", 4), ("model.width", 64), ("model.heads", 2), ("model.size", 16), ("steps", 12)]
@@ -89,7 +89,7 @@ def test_a_trace_counts_what_its_program_executes(name, monkeypatch):
         pytest.skip("needs a file")
     settings = {**method.settings, **INSTEAD.get(name, {})}
     config = load_config(ELSEWHERE.get(name, "fmnist_dit"))
-    run = build_run(override(config, [*([] if name in ELSEWHERE else SMALL), *settings.items()]))
+    run = build_setup(override(config, [*([] if name in ELSEWHERE else SMALL), *settings.items()]))
     params = run.prepare(randomise(run.model.init(jax.random.key(0))))
     keys = sample_keys(0, 2)
     x = initial_noise(run.process, keys, run.model.input_shape)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from difax.accel.caches.masks import steps_mask
-from difax.build import build_run, load_weights
+from difax.build import build_setup, load_weights
 from difax.config import load_config, override
-from difax.cost import model_cost
-from difax.files import read_rows
+from difax.core.cost import model_cost
+from difax.core.files import read_rows
 from difax.models.dit import dit
-from difax.profile import ceiling
+from difax.study.profile import ceiling
 from experiments import gpu_suite, realised, search
 from experiments.bench_step import bench
 from experiments.provenance import append_row, provenance
@@ -84,7 +84,7 @@ def test_realised_rows_count_what_was_left_out_and_what_is_remembered():
 def test_search_compares_plans_of_equal_operations():
     options = argparse.Namespace(where="branches", forecast="hold", samples=2, rounds=1, held_out=20)
     config = override(load_config("fmnist_dit"), [("steps", 8)])
-    run = build_run(config)
+    run = build_setup(config)
     params = run.prepare(load_weights(config, run.model)[1])
     rows = {r["plan"]: r for r in search.compare(run, params, "fast", options)}
     assert len({r["computed"] for r in rows.values()}) == 1 and len({r["gflops"] for r in rows.values()}) == 1

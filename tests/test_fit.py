@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 
 from difax import cli
-from difax import process as P
 from difax.accel.caches import CACHES
 from difax.accel.fit import CALIBRATIONS, FITS, fastcache
 from difax.accel.fit.record import record, record_inputs
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
 from difax.accel.solvers import SOLVERS
-from difax.build import build_run
-from difax.checkpoint import save_safetensors
+from difax.build import build_setup
 from difax.config import load_config, override
-from difax.contracts import Accelerator, Done
-from difax.grids import GRIDS, make_times
-from difax.guidance import GUIDES
-from difax.noise import sample_keys
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.trunk import neutral
+from difax.core import process as P
+from difax.core.contracts import Accelerator, Done
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import GUIDES
+from difax.core.noise import sample_keys
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.trunk import neutral
+from difax.weights.checkpoint import save_safetensors
 from tests.toys import randomise, tiny_dit
 
 STEPS = 6
@@ -288,7 +288,7 @@ def test_calibrate_writes_what_the_cache_reads(technique, tmp_path, capsys):
     assert found["solver"] == "euler" and "2 samples, seed 0" in found["data"]
     settings = [("cache.name", technique), ("cache.file", str(out)), ("steps", 5)]
     settings += [("cache.updates", 2)] if technique == "bacache" else []
-    laid = build_run(override(load_config("fmnist_dit"), settings)).rows
+    laid = build_setup(override(load_config("fmnist_dit"), settings)).rows
     assert laid.plan.owner == technique
 
 
@@ -298,7 +298,7 @@ def test_calibrate_writes_the_factors_of_icc(tmp_path, capsys):
     assert cli.main(command) == 0
     assert str(out) in capsys.readouterr().out
     settings = [("cache.name", "icc"), ("cache.file", str(out)), ("steps", 5)]
-    built = build_run(override(load_config("fmnist_dit"), settings)).accelerator
+    built = build_setup(override(load_config("fmnist_dit"), settings)).accelerator
     assert built.learned and built.learned["blocks"]["icc.fc1.a"].shape == (12, 192, 1, 8)
     other = tmp_path / "factors.json"
     assert cli.main([*command[:-1], str(other)]) == 2 and ".npz" in capsys.readouterr().err
@@ -307,7 +307,7 @@ def test_calibrate_writes_the_factors_of_icc(tmp_path, capsys):
 def test_calibrate_writes_the_maps_of_fastcache(tmp_path, capsys, monkeypatch):
     """Which sampling then reads, with random weights of a small model."""
     monkeypatch.chdir(tmp_path)
-    model = build_run(load_config("fmnist_smoke")).model
+    model = build_setup(load_config("fmnist_smoke")).model
     save_safetensors("w.safetensors", randomise(jax.eval_shape(model.init, jax.random.key(0))), {"step": 0})
     small = ["--config", "fmnist_smoke", "--weights", "w.safetensors", "--labels", "0,1", "--steps", "3", "--quiet"]
     command = ["calibrate", "--cache", "fastcache", *small, "--samples", "3", "--batch", "2", "--out", "maps.npz"]

@@ -19,18 +19,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from difax import noise
 from difax.accel.solvers import SOLVERS
-from difax.checkpoint import Source, load_safetensors
 from difax.configs import flux_dev, flux_schnell, flux_tiny
-from difax.grids import GRIDS, make_times
-from difax.guidance import GUIDES
+from difax.core import noise
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import GUIDES
+from difax.core.process import PROCESSES
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.shapes import trunk_spec
+from difax.core.trunk import forward
 from difax.models.flux import flux, pack, rms_norm, unpack
 from difax.models.flux_checkpoint import LAYOUTS, layout_table, load_flux
 from difax.models.rope import apply_rotary, rotary_angles, rotary_table
-from difax.process import PROCESSES
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.trunk import forward, trunk_spec
+from difax.weights.checkpoint import Source, load_safetensors
 from tests.toys import randomise
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from difax.grids import GRIDS, check_times, make_times
-from difax.process import PROCESSES, flow, log_snr, sit, ve, vp_linear, vp_sde
+from difax.core.grids import GRIDS, check_times, make_times
+from difax.core.process import PROCESSES, flow, log_snr, sit, ve, vp_linear, vp_sde
 from tests.oracles import timesteps as oracle
 
 DISCRETE_ONLY, FLOW_ONLY = ("leading",), ("shifted",)

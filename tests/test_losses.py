@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax import losses as L
-from difax import process as P
-from difax.contracts import Classifier, Model
+from difax.core import process as P
+from difax.core.contracts import Classifier, Model
+from difax.training import losses as L
 from tests.oracles import losses as oracle
 
 CLASSES, B = 4, 32

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from difax.data import Images
-from difax.judge import halves
-from difax.metrics import (
+from difax.study.judge import halves
+from difax.study.metrics import (
     FEATURE_FIGURES,
     MS_SSIM_WEIGHTS,
     agreement,
@@ -23,6 +22,7 @@ from difax.metrics import (
     relative_error,
     ssim,
 )
+from difax.training.data import Images
 from tests.golden.make_scikit_image import SHAPES, pair
 
 RNG = np.random.default_rng(0)

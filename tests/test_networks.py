@@ -9,10 +9,10 @@ import pytest
 
 from difax.cli import main
 from difax.config import load_config, override
-from difax.frontier import CONTROL, QUALITIES, table
-from difax.metrics import kernel_distance
-from difax.networks import NETWORKS, Eyes, Network, make_eyes, read_prompts, real_images, seen
-from difax.pareto import Options, Sweep
+from difax.study.frontier import CONTROL, QUALITIES, table
+from difax.study.metrics import kernel_distance
+from difax.study.networks import NETWORKS, Eyes, Network, make_eyes, read_prompts, real_images, seen
+from difax.study.pareto import Options, Sweep
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax.ops import (
+from difax.core.ops import (
     Trainable,
     attend,
     dot,

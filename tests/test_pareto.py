@@ -14,10 +14,10 @@ import pytest
 from difax.cli import main
 from difax.commands import writable
 from difax.config import load_config, override, parse_value
-from difax.files import read_rows
-from difax.frontier import BASELINE, frontier, line, table
-from difax.methods import FAMILIES, METHODS, chosen
-from difax.pareto import Options, Sweep, slug
+from difax.core.files import read_rows
+from difax.study.frontier import BASELINE, frontier, line, table
+from difax.study.methods import FAMILIES, METHODS, chosen
+from difax.study.pareto import Options, Sweep, slug
 
 LOW, HIGH = (f"cache.name=teacache,cache.threshold={t}" for t in (0.5, 9.0))
 SHORT = Options(seeds=3, batch=2, turns=1)

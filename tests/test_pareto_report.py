@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difax.files import read_rows
-from difax.frontier import BASELINE, CONTROL, frontier
-from difax.methods import FAMILIES, METHODS
-from difax.pareto import PSNR_LIMIT, slug
-from difax.pareto_report import (
+from difax.core.files import read_rows
+from difax.study.frontier import BASELINE, CONTROL, frontier
+from difax.study.methods import FAMILIES, METHODS
+from difax.study.pareto import PSNR_LIMIT, slug
+from difax.study.pareto_report import (
     COLUMNS,
     LOOKS,
     SHOWN_IMAGES,
@@ -37,7 +37,7 @@ EVALUATIONS, BLOCKS = 50, 12
 
 
 def fake_row(name: str, family: str, settings: dict, rng: np.random.Generator, good: float, fast: float) -> dict:
-    """A row of the schema of `difax.pareto`; its figures are made up."""
+    """A row of the schema of `difax.study.pareto`; its figures are made up."""
     spread = lambda value, by: [value, value - by, value + by]  # noqa: E731
     blocks = (100 * (rng.random((EVALUATIONS, BLOCKS)) < 1 / fast)).astype(int)
     blocks[:3] = 100
@@ -249,11 +249,11 @@ def test_sheets_of_colour_video_latents_and_large_images():
 
 
 def test_many_large_images_are_shown_in_part(monkeypatch):
-    monkeypatch.setattr("difax.pareto_report.ROOM", 2 * 7 * 32 * 32 * 3)
+    monkeypatch.setattr("difax.study.pareto_report.ROOM", 2 * 7 * 32 * 32 * 3)
     batch = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
     found = sprites({"a": batch, "b": batch})
     assert [v["count"] for v in found.values()] == [7, 7]
-    monkeypatch.setattr("difax.pareto_report.ROOM", 1)
+    monkeypatch.setattr("difax.study.pareto_report.ROOM", 1)
     assert sprites({"a": batch})["a"]["count"] == 5
 
 

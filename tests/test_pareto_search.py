@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from difax import pareto_search
 from difax.cli import main
-from difax.methods import chosen
-from difax.pareto import Options
-from difax.pareto_search import Goal, name_of, score, search
+from difax.study import pareto_search
+from difax.study.methods import chosen
+from difax.study.pareto import Options
+from difax.study.pareto_search import Goal, name_of, score, search
 
 pytest.importorskip("optuna")
 STEPS = 50

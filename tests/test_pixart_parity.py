@@ -18,15 +18,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from difax.accel.solvers import dpmpp_2m
-from difax.checkpoint import load_native, save_safetensors
-from difax.guidance import cfg, unguided
+from difax.core.guidance import cfg, unguided
+from difax.core.noise import sample_keys
+from difax.core.process import vp_linear
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.shapes import trunk_spec
+from difax.core.trunk import forward
 from difax.models.layers import sincos_positions
 from difax.models.pixart import pixart, scaled_positions
 from difax.models.pixart_checkpoint import load_pixart
-from difax.noise import sample_keys
-from difax.process import vp_linear
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.trunk import forward, trunk_spec
+from difax.weights.checkpoint import load_native, save_safetensors
 from tests.toys import randomise
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -210,7 +211,7 @@ def test_imported_weights_survive_difaxs_own_file(tmp_path):
     save_safetensors(tmp_path / "own.safetensors", params)
     back = load_native(tmp_path / "own.safetensors", jax.eval_shape(model.init, jax.random.key(0)))
     jax.tree.map(np.testing.assert_array_equal, back, params)
-    with pytest.raises(ValueError, match="difax's own layout; read it with difax.checkpoint.load_native"):
+    with pytest.raises(ValueError, match="difax's own layout; read it with difax.weights.checkpoint.load_native"):
         load_pixart(tmp_path / "own.safetensors")
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax import process as P
-from difax.contracts import Level
+from difax.core import process as P
+from difax.core.contracts import Level
 from tests.oracles import processes as oracle
 
 K = np.arange(1, 1001) / 1000

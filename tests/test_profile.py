@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from difax.cli import main
-from difax.profile import Part, Profile, draw_profile, format_profile
+from difax.study.profile import Part, Profile, draw_profile, format_profile
 
 TINY = ["--random-init", "--steps", "2", "--turns", "1"]
 

@@ -11,8 +11,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from difax.accel.quant import QUANTS
-from difax.ops import dot
-from difax.qtensor import (
+from difax.core.ops import dot
+from difax.core.qtensor import (
     FORMATS,
     QTensor,
     Quantisation,
@@ -108,7 +108,7 @@ def test_requantising_is_idempotent(format):
 
 def test_every_int4_pair_survives_packing():
     pairs = np.array(list(itertools.product(range(-8, 8), range(-8, 8))), np.int8).T  # [2, 256]
-    from difax.qtensor import _pack, _unpack
+    from difax.core.qtensor import _pack, _unpack
 
     packed = _pack(jnp.asarray(pairs))
     assert packed.shape == (1, 256) and packed.dtype == jnp.int8

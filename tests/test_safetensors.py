@@ -1,4 +1,4 @@
-"""difax/checkpoint.py: reading through a table, every refusal, and difax's own files."""
+"""difax/weights/checkpoint.py: reading through a table, every refusal, and difax's own files."""
 
 import json
 import struct
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from difax.checkpoint import (
+from difax.weights.checkpoint import (
     Source,
     load_native,
     load_safetensors,
@@ -318,7 +318,7 @@ def test_native_file_is_reproducible_and_replaces_the_old_one_whole(tmp_path):
 
 
 def test_failed_save_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
-    import difax.checkpoint as module
+    import difax.weights.checkpoint as module
 
     file = tmp_path / "own.safetensors"
     save_safetensors(file, tree("float32"))

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax import noise
-from difax import process as P
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
-from difax.contracts import Model
-from difax.grids import GRIDS, make_times
-from difax.guidance import GUIDES
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.trunk import forward, neutral
+from difax.core import noise
+from difax.core import process as P
+from difax.core.contracts import Model
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import GUIDES
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.trunk import forward, neutral
 from tests.toys import FULL, network, tiny_dit
 
 LABELS = (3, 0, 4)

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax import ops
 from difax.accel.caches import CACHES
 from difax.accel.caches.skipcache import power_law
-from difax.build import build_run
+from difax.build import build_setup
 from difax.config import load_config
-from difax.contracts import Model
-from difax.cost import model_cost
+from difax.core import ops
+from difax.core.contracts import Model
+from difax.core.cost import model_cost
+from difax.core.trunk import forward, neutral, unstack
 from difax.models import dit, skip_dit
-from difax.trunk import forward, neutral, unstack
 from tests.test_caches import Problem, problem
 from tests.toys import tiny_skip_dit
 
@@ -135,7 +135,7 @@ def test_the_published_size():
 
 
 def test_its_configuration_builds():
-    run = build_run(load_config("skip_dit_tiny"))
+    run = build_setup(load_config("skip_dit_tiny"))
     assert [s.name for s in run.model.stages] == ["down", "up"] and run.model.stages[1].takes == "down"
 
 

@@ -11,11 +11,11 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from difax.accel.solvers import SOLVERS
-from difax.contracts import Prediction, Solver
-from difax.grids import GRIDS, make_times
-from difax.guidance import unguided
-from difax.process import PROCESSES, flow, ve, vp_cosine, vp_linear, vp_sde
-from difax.sample import make_rows
+from difax.core.contracts import Prediction, Solver
+from difax.core.grids import GRIDS, make_times
+from difax.core.guidance import unguided
+from difax.core.process import PROCESSES, flow, ve, vp_cosine, vp_linear, vp_sde
+from difax.core.sample import make_rows
 from tests.oracles import solvers as oracle
 from tests.toys import MIXTURE, predict, solve
 

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from difax.build import build_data, build_options, build_task
+from difax.build import build_options, build_task
 from difax.cli import main
 from difax.config import load_config, override
-from difax.data import batches, fashion_mnist, read_idx
-from difax.report import previewer
-from difax.train import TrainOptions, restore_ema, schedule, train
+from difax.program import previewer
+from difax.training.data import batches, fashion_mnist, read_idx
+from difax.training.train import TrainOptions, restore_ema, schedule, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = [("model.depth", 2), ("model.width", 32), ("train.steps", 8), ("train.batch", 8), ("train.checkpoint_every", 4)]
@@ -28,7 +28,7 @@ SMALL = [("model.depth", 2), ("model.width", 32), ("train.steps", 8), ("train.ba
 def start(folder, data_dir, config=None, resume=False, extra=(), name="fmnist_smoke"):
     config = config or override(load_config(name), [*SMALL, *extra])
     options = build_options(config)
-    data = build_data(config, "train", str(data_dir))
+    data = fashion_mnist("train", data_dir)
     return train(build_task(config, previewer), data, options, folder, config, resume, progress=False)
 
 
@@ -154,7 +154,7 @@ def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(run, 
         value, metrics = task.loss(params, batch, key)
         return value * jax.numpy.inf, metrics
 
-    data = build_data(config, "train", str(data_dir))
+    data = fashion_mnist("train", data_dir)
     with pytest.raises(FloatingPointError, match="step 9"):
         train(task._replace(loss=loss), data, build_options(config), run, config, True, progress=False)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["4", "8"]
@@ -203,7 +203,7 @@ def test_slices_of_a_run_are_the_run(tmp_path, data_dir):
     """A run stopped by `minutes` leaves a checkpoint, and goes on from it on the same losses."""
     config = override(load_small(), [("train.steps", 3), ("train.warmup", 1)])
     start(tmp_path / "whole", data_dir, config)
-    options, data, task = build_options(config), build_data(config, "train", str(data_dir)), build_task(config)
+    options, data, task = build_options(config), fashion_mnist("train", data_dir), build_task(config)
     steps = []
     while not steps or steps[-1] < options.steps:
         state = train(task, data, options, tmp_path / "parts", config, bool(steps), progress=False, minutes=0.0001)

@@ -20,15 +20,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from difax.accel.solvers import dpmpp_2m
-from difax.checkpoint import load_native, save_safetensors
-from difax.grids import make_times, shifted
-from difax.guidance import cfg, unguided
+from difax.core.grids import make_times, shifted
+from difax.core.guidance import cfg, unguided
+from difax.core.noise import sample_keys
+from difax.core.process import flow
+from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.shapes import trunk_spec
+from difax.core.trunk import forward
 from difax.models.wan import VARIANTS, patchify_video, rotary_grid, unpatchify_video, wan
 from difax.models.wan_checkpoint import LAYOUTS, load_wan
-from difax.noise import sample_keys
-from difax.process import flow
-from difax.sample import initial_noise, make_rows, make_sampler
-from difax.trunk import forward, trunk_spec
+from difax.weights.checkpoint import load_native, save_safetensors
 from tests.toys import randomise
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -239,7 +240,7 @@ def test_imported_weights_survive_difaxs_own_file(tmp_path):
     save_safetensors(tmp_path / "own.safetensors", params)
     back = load_native(tmp_path / "own.safetensors", jax.eval_shape(model.init, jax.random.key(0)))
     jax.tree.map(np.testing.assert_array_equal, back, params)
-    with pytest.raises(ValueError, match="difax's own layout; read it with difax.checkpoint.load_native"):
+    with pytest.raises(ValueError, match="difax's own layout; read it with difax.weights.checkpoint.load_native"):
         load_wan(tmp_path / "own.safetensors")
 
 

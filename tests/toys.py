@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Level, Model, Prediction, Solver, Stage
+from difax.core.contracts import Level, Model, Prediction, Solver, Stage
+from difax.core.process import Process
+from difax.core.trunk import forward
 from difax.models import dit, skip_dit
 from difax.models.layers import Dense
-from difax.process import Process
-from difax.trunk import forward
 from tests.oracles.mixture import Mixture
 from tests.quick import FLAGS
 

@@ -15,8 +15,8 @@ from difax.accel.attention.chunked import chunked
 from difax.accel.attention.cudnn import cudnn
 from difax.accel.attention.window import window
 from difax.accel.attention.xla import xla
-from difax.contracts import Attention, AttentionSpec, Level, Row, State, Where
-from difax.trunk import stateless
+from difax.core.contracts import Attention, AttentionSpec, Level, Row, State, Where
+from difax.core.trunk import stateless
 
 
 def _lifted(factory: Callable[..., Callable[..., Any]]) -> Callable[..., Attention]:
@@ -37,12 +37,17 @@ ATTENTIONS: dict[str, Callable[..., Attention]] = {
 }
 
 
-def attention(names: str | Sequence[str], settings: Mapping[str, Mapping[str, Any]] | None = None) -> Attention:
+def attention(
+    names: str | Sequence[str],
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    factories: Mapping[str, Callable[..., Attention]] | None = None,
+) -> Attention:
     """Builds the first of the named attentions that takes a call, decided for each shape of call (`first_of`).
 
     Args:
       names: of `ATTENTIONS`, in order of preference: "chunked", ["cudnn", "chunked"] or "cudnn,chunked".
       settings: per name its factory's arguments, such as {"window": {"radius": 128}}.
+      factories: by name; None is `ATTENTIONS`.
 
     Returns:
       An `Attention`; where a call is declined by all of them it raises ValueError with every reason.
@@ -51,21 +56,19 @@ def attention(names: str | Sequence[str], settings: Mapping[str, Mapping[str, An
       ValueError: an unknown, missing or repeated name, or settings that a factory does not take.
     """
     given = [n.strip() for n in (names.split(",") if isinstance(names, str) else names)]
-    settings = settings or {}
+    settings, factories = settings or {}, factories or ATTENTIONS
     if not given or len(set(given)) < len(given):
-        raise ValueError(
-            f"attention names {', '.join(given) or 'none'}; allowed: each once, of {', '.join(ATTENTIONS)}"
-        )
+        raise ValueError(f"attention names {', '.join(given) or 'none'}; allowed: each once, of {', '.join(factories)}")
     for name in given:
-        _choose("attention", name, list(ATTENTIONS))
+        _choose("attention", name, list(factories))
     for name, section in settings.items():
         _choose("attention with settings", name, given)
         for key in section:
-            _choose(f"setting of attention {name}", key, list(inspect.signature(ATTENTIONS[name]).parameters))
+            _choose(f"setting of attention {name}", key, list(inspect.signature(factories[name]).parameters))
 
     def make(name: str) -> Attention:
         try:
-            return ATTENTIONS[name](**settings.get(name, {}))
+            return factories[name](**settings.get(name, {}))
         except TypeError as error:  # a value of another type
             raise ValueError(f"attention {name}: {error}") from None
 

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from difax import ops
-from difax.contracts import BlockList, Scales, Segments
-from difax.ops import MASKED
+from difax.core import ops
+from difax.core.contracts import BlockList, Scales, Segments
+from difax.core.ops import MASKED
 
 
 class Running(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difax.contracts import BlockList, Scales, Segments
+from difax.core.contracts import BlockList, Scales, Segments
 
 DTYPES = ("bfloat16", "float16")
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from difax.accel.attention.chunked import chunked, cut, dequantized, each_block, over_heads
-from difax.contracts import BlockList, Scales, Segments
-from difax.ops import MASKED
+from difax.core.contracts import BlockList, Scales, Segments
+from difax.core.ops import MASKED
 
 
 def window(radius: int = 128, prefix: int = 0, block: int = 256, heads: int | None = None) -> Callable[..., Any]:

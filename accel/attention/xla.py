@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from difax.ops import attend
+from difax.core.ops import attend
 
 
 def xla() -> Callable[..., Any]:
-    """The reference o = softmax(q k^T / sqrt(K)) v as XLA compiles `difax.ops.attend`.
+    """The reference o = softmax(q k^T / sqrt(K)) v as XLA compiles `difax.core.ops.attend`.
 
     The logits [T, S] are in memory, of one head at a time or of all, as the XLA version has it.
 

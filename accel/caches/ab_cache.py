@@ -7,7 +7,7 @@ import numpy as np
 from difax.accel.caches.fill import newton
 from difax.accel.caches.output import planned_output
 from difax.accel.caches.planned import everywhere, planned
-from difax.contracts import Accelerator, Row
+from difax.core.contracts import Accelerator, Row
 
 WHERE = ("branches", "output")
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.probe import Probe, place, probing, unread
-from difax.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, no_memory
-from difax.trunk import Blocks
+from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, no_memory
+from difax.core.trunk import Blocks
 
 # change below which the next so many evaluations make one interval; the last interval has no bound
 CODEBOOKS = {

@@ -12,8 +12,8 @@ import numpy as np
 
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.planned import Schedule, everywhere, planned
-from difax.contracts import Accelerator, Done, Row, Segments, Stage, State, TrunkSpec, Where, no_memory
-from difax.ops import MASKED
+from difax.core.contracts import Accelerator, Done, Row, Segments, Stage, State, TrunkSpec, Where, no_memory
+from difax.core.ops import MASKED
 
 
 def attention_map(
@@ -101,7 +101,7 @@ def attention_map(
 
 
 def _map(q_BTHK: jax.Array, k_BSHK: jax.Array, segments: Segments | None) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) [B, H, T, S] in float32, as `difax.ops.attend` defines it."""
+    """softmax(q k^T / sqrt(K)) [B, H, T, S] in float32, as `difax.core.ops.attend` defines it."""
     q = q_BTHK * q_BTHK.shape[-1] ** -0.5
     logits = jnp.einsum("bthk,bshk->bhts", q, k_BSHK, preferred_element_type=jnp.float32)
     if segments is not None:

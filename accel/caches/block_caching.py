@@ -20,7 +20,7 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.planned import Schedule, planned
-from difax.contracts import Accelerator, Plan, Row, Stage, Where
+from difax.core.contracts import Accelerator, Plan, Row, Stage, Where
 
 NAME = "block_caching"
 PARTS = ("scale", "shift")
@@ -44,7 +44,7 @@ def block_caching(
       file: in place of them, a calibration.
       threshold: of the accumulated change, 0 or more (0.5; 0 of a real model computes all).
       adjust: file of a scale-shift adjustment; its numbers become learned parameters, so that they are part of what a
-        gradient reaches, and of the parameters that `difax.stack.with_learned` returns. None is the identity.
+        gradient reaches, and of the parameters that `difax.core.stack.with_learned` returns. None is the identity.
       dtype: of what is held; None is the model's.
 
     Returns:
@@ -77,7 +77,7 @@ def block_caching(
         if learned is None or f"{where.branch}.scale" not in learned.get(where.stage, {}):
             return value
         if not where.learned:
-            raise ValueError("block_caching: the parameters hold no adjustment; see difax.stack.with_learned")
+            raise ValueError("block_caching: the parameters hold no adjustment; see difax.core.stack.with_learned")
         scale, shift = (where.learned[f"{where.branch}.{part}"][row.i] for part in PARTS)
         return jax.tree.map(lambda v: (v * scale[None, None] + shift[None, None]).astype(v.dtype), value)
 

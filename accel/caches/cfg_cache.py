@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Guide, Row, State
+from difax.core.contracts import Guide, Row, State
 
 RADIUS = 5  # the low band is a disc of this fraction of the smaller side
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from difax.accel.caches.fill import Fill, foca, hold, taylor
 from difax.accel.caches.gate import ASK, COMPUTE, REUSE, gated, rule
-from difax.contracts import Accelerator
+from difax.core.contracts import Accelerator
 
 POLICIES = ("dynamic", "static")
 FORECASTS = ("hold", "taylor", "foca")

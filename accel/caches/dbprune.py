@@ -13,9 +13,9 @@ from difax.accel.caches.dbcache import check, forced
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.gate import ASK, REUSE, Rule, relative_change, rule
 from difax.accel.caches.tally import Tally, after, at_block, caps_reached, empty, raised
-from difax.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, Where, no_memory
-from difax.stack import indexed
-from difax.trunk import Block
+from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, Where, no_memory
+from difax.core.fold import Block
+from difax.core.stack import indexed
 
 
 class Values(NamedTuple):

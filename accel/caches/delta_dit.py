@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difax.accel.caches.span import Span, planned_span
-from difax.contracts import Accelerator, Row
+from difax.core.contracts import Accelerator, Row
 
 
 def delta_dit(

@@ -10,8 +10,8 @@ import numpy as np
 from difax.accel.caches.span import planned_span
 from difax.accel.caches.toca import MODULES, PRESETS, check, clock, shares
 from difax.accel.caches.tokens import Schedule, token_cache
-from difax.contracts import Accelerator, Plan, Row, Stage
-from difax.stack import stack
+from difax.core.contracts import Accelerator, Plan, Row, Stage
+from difax.core.stack import stack
 
 
 def duca(

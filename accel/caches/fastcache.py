@@ -18,9 +18,9 @@ import numpy as np
 from difax.accel.caches import measured
 from difax.accel.caches.motion import moving
 from difax.accel.caches.token_axis import scatter
-from difax.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, Where
-from difax.stack import indexed
-from difax.trunk import Block
+from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, Where
+from difax.core.fold import Block
+from difax.core.stack import indexed
 
 PREFIX = "linear."
 
@@ -53,7 +53,7 @@ def fastcache(
       significance: of the test (0.05).
       motion: share of the tokens that run, in (0, 1] (1; the authors report 0.2 to 0.4).
       weights: {stage: {"weight": W [L, D, D], "bias": b [L, D]}}, or "stream.weight" where the tokens have streams.
-        They become learned parameters (`difax.stack.with_learned`). None, with no file: W = b = 0, the identity.
+        They become learned parameters (`difax.core.stack.with_learned`). None, with no file: W = b = 0, the identity.
       file: in place of them.
 
     Returns:
@@ -98,7 +98,7 @@ def fastcache(
     def block(run: Block, where: Where, tokens: Tokens, before: Any, inner: State, row: Row) -> Any:
         now, values = run.hidden(tokens), row.plan.values
         if learned is not None and not where.learned:
-            raise ValueError("fastcache: the parameters hold no linear maps; see difax.stack.with_learned")
+            raise ValueError("fastcache: the parameters hold no linear maps; see difax.core.stack.with_learned")
         if row.plan.mode == "whole":
             out, inner, done = run(tokens, inner)
             delta, reuse = jnp.full((), jnp.nan), jnp.zeros((), bool)

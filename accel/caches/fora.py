@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from difax.accel.caches.planned import Schedule, every, everywhere, planned
-from difax.contracts import Accelerator, Row, Stage
+from difax.core.contracts import Accelerator, Row, Stage
 
 
 def fora(interval: int = 3, dtype: str | None = None) -> Accelerator:

@@ -9,8 +9,8 @@ import numpy as np
 
 from difax.accel.caches.output import planned_output
 from difax.accel.caches.planned import Schedule, everywhere, planned
-from difax.contracts import Accelerator, Plan, Row, Stage
-from difax.stack import stack
+from difax.core.contracts import Accelerator, Plan, Row, Stage
+from difax.core.stack import stack
 
 
 def frdiff(

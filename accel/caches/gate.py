@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.caches.fill import Fill, check_dtype, hold, stored
-from difax.contracts import Accelerator, Plan, Report, Row, Stage, State, Tokens, TrunkSpec, no_memory
-from difax.trunk import Blocks
+from difax.core.contracts import Accelerator, Plan, Report, Row, Stage, State, Tokens, TrunkSpec, no_memory
+from difax.core.trunk import Blocks
 
 ASK, COMPUTE, REUSE = 0, 1, 2
 

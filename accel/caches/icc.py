@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax import ops
 from difax.accel.caches import measured
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.planned import every
-from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
-from difax.cost import count
-from difax.stack import indexed
-from difax.trunk import Compute
+from difax.core import ops
+from difax.core.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
+from difax.core.cost import count
+from difax.core.fold import Compute
+from difax.core.stack import indexed
 
 
 def icc(
@@ -36,7 +36,7 @@ def icc(
     Args:
       period: evaluations from one full one to the next, 1 or more (2; 1 is no cache).
       factors: Wa and Wb of every dense layer, as `difax.accel.fit.icc` makes them of the model's own weights. They
-        become learned parameters (`difax.stack.with_learned`).
+        become learned parameters (`difax.core.stack.with_learned`).
       file: in place of them, an .npz that `save_factors` wrote.
       dtype: of what is remembered; None is the model's.
 
@@ -93,7 +93,7 @@ def icc(
             update, inner = compute(inner)
             return gate(update), held, inner, Done(1.0)
         if not where.learned:
-            raise ValueError("icc: the parameters hold no factors; see difax.stack.with_learned")
+            raise ValueError("icc: the parameters hold no factors; see difax.core.stack.with_learned")
         if row.plan.mode == "store":
             update, inner = compute(inner, dense=remembered)
             return gate(update), seen, inner, Done(1.0)

@@ -15,8 +15,8 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.fill import check_dtype, stored
-from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
-from difax.trunk import modulated_input
+from difax.core.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
+from difax.core.hooks import modulated_input
 
 Weights = Mapping[str, Mapping[str, Any]]
 
@@ -43,7 +43,7 @@ def lazydit(
 
     Args:
       weights: {stage: {branch: w [L, E, D]}}; a branch that is not named is always computed. They become learned
-        parameters (`difax.stack.with_learned`). None, with no file: zeros for every branch, s = 1/2.
+        parameters (`difax.core.stack.with_learned`). None, with no file: zeros for every branch, s = 1/2.
       file: in place of them.
       threshold: of s (0.5, at which zeros compute everything).
       soft: as in training: everything is computed, and s F + (1 - s) F' stands for F, which gradients reach. The
@@ -100,7 +100,7 @@ def lazydit(
             rows = jax.tree.leaves(held)[0].shape[0]
             score = jnp.full((rows,), 0.5)
         elif not where.learned:
-            raise ValueError("lazydit: the parameters hold no weights; see difax.stack.with_learned")
+            raise ValueError("lazydit: the parameters hold no weights; see difax.core.stack.with_learned")
         else:
             z_BND = modulated_input(compute, inner).astype(jnp.float32)
             w_D = where.learned[f"{name}.lazy"][row.i]

@@ -15,7 +15,7 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.span import Span, planned_span
-from difax.contracts import Accelerator, Row
+from difax.core.contracts import Accelerator, Row
 
 # published by the authors
 RATIOS = {

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from difax.contracts import Stage
-from difax.files import replacing
+from difax.core.contracts import Stage
+from difax.core.files import from_data, replacing
 
 
 def load(technique: str, file: str) -> Any:
@@ -37,7 +37,7 @@ def load(technique: str, file: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{technique}: file={file!r}: no such file")
     try:
-        return json.loads(path.read_text())
+        return from_data(json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{technique}: file={file!r} is not JSON: {error}") from None
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from difax.accel.caches.token_axis import gather, top
-from difax.contracts import Accelerator, Done, Row, State, Tokens, TrunkSpec, Where, no_memory
-from difax.cost import count
-from difax.trunk import Blocks, Compute
+from difax.core.contracts import Accelerator, Done, Row, State, Tokens, TrunkSpec, Where, no_memory
+from difax.core.cost import count
+from difax.core.fold import Compute
+from difax.core.trunk import Blocks
 
 
 def moving(name: str, share: float) -> Accelerator:

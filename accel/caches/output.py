@@ -13,9 +13,9 @@ import numpy as np
 
 from difax.accel.caches.fill import Fill, check_dtype, hold, mix, stored
 from difax.accel.caches.planned import ring_plan
-from difax.contracts import Accelerator, Plan, Row, Stage, State, TrunkSpec, no_memory
-from difax.stack import indexed
-from difax.trunk import zeros_of
+from difax.core.contracts import Accelerator, Plan, Row, Stage, State, TrunkSpec, no_memory
+from difax.core.shapes import zeros_of
+from difax.core.stack import indexed
 
 
 def planned_output(

@@ -8,7 +8,7 @@ import numpy as np
 
 from difax.accel.caches.measured import by_stage
 from difax.accel.caches.planned import Schedule, planned
-from difax.contracts import Accelerator, Row, Stage
+from difax.core.contracts import Accelerator, Row, Stage
 
 RANGES = {"attn": 2, "temporal": 4, "cross": 6}  # the authors' spatial, temporal and cross attention
 

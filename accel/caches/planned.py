@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.caches.fill import Fill, check_dtype, hold, mix, stored
-from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
-from difax.stack import indexed
+from difax.core.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
+from difax.core.stack import indexed
 
 # {stage: {branch: bool [E] or [E, L]}}, True: computed; a branch that is missing is always computed
 Schedule = dict[str, dict[str, np.ndarray]]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from difax.contracts import Done, Row, Stage, State, Tokens, TrunkSpec, Where
+from difax.core.contracts import Done, Row, Stage, State, Tokens, TrunkSpec, Where
 
 
 class Probe(NamedTuple):

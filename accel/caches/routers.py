@@ -19,7 +19,7 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.planned import Schedule, planned
-from difax.contracts import Accelerator, Row, Stage
+from difax.core.contracts import Accelerator, Row, Stage
 
 
 def learning_to_cache(

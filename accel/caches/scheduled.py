@@ -10,7 +10,7 @@ from difax.accel.caches import measured
 from difax.accel.caches.fill import Fill, hold, newton, taylor
 from difax.accel.caches.planned import everywhere, planned
 from difax.accel.caches.span import planned_span
-from difax.contracts import Accelerator
+from difax.core.contracts import Accelerator
 
 FORECASTS = ("hold", "taylor", "newton")
 PLACES = ("branches", "stack")

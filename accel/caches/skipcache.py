@@ -10,7 +10,7 @@ import numpy as np
 
 from difax.accel.caches.planned import every
 from difax.accel.caches.span import planned_span
-from difax.contracts import Accelerator, Plan, Row, Stage
+from difax.core.contracts import Accelerator, Plan, Row, Stage
 
 KEYS = ("uniform", "power")
 

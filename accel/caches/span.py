@@ -15,9 +15,9 @@ import numpy as np
 
 from difax.accel.caches.fill import Fill, check_dtype, hold, mix, stored
 from difax.accel.caches.gate import added
-from difax.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, no_memory
-from difax.stack import indexed
-from difax.trunk import Blocks
+from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, no_memory
+from difax.core.stack import indexed
+from difax.core.trunk import Blocks
 
 Span = tuple[int, int]  # blocks from the first up to, not with, the second, counted over all stages
 KINDS = ("residual", "output")

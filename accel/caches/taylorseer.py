@@ -6,7 +6,7 @@ import numpy as np
 
 from difax.accel.caches.fill import taylor
 from difax.accel.caches.planned import everywhere, planned
-from difax.contracts import Accelerator
+from difax.core.contracts import Accelerator
 
 
 def taylorseer(interval: int = 4, order: int = 4, first: int = 2, dtype: str | None = None) -> Accelerator:

@@ -7,7 +7,7 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.gate import ASK, COMPUTE, gated, rule
-from difax.contracts import Accelerator
+from difax.core.contracts import Accelerator
 
 # published by the authors, highest power first; those of Wan are in their documentation only
 COEFFICIENTS = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.caches.planned import Schedule, everywhere, planned
-from difax.contracts import Accelerator, Guide, Row, Stage, State
+from difax.core.contracts import Accelerator, Guide, Row, Stage, State
 
 
 def tgate(

@@ -8,7 +8,7 @@ import numpy as np
 
 from difax.accel.caches.planned import everywhere
 from difax.accel.caches.tokens import Schedule, token_cache
-from difax.contracts import Accelerator, Row, Stage
+from difax.core.contracts import Accelerator, Row, Stage
 
 # name -> interval, step_weight, layer_weight of the authors' recommended runs of DiT-XL/2
 PRESETS = {"ddim50": (3, 2.0, -0.2), "ddpm250": (4, 0.4, 0.8)}

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax import ops
-from difax.contracts import Segments, Tokens
+from difax.core import ops
+from difax.core.contracts import Segments, Tokens
 
 STREAMS = ("txt", "img")  # the order in which a joint attention takes the streams of a model with several
 QUERIES = 128  # so many rows of an attention map exist at once while its columns are summed

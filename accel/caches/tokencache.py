@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from difax.accel.caches.tokens import SCORES, Schedule, token_cache
-from difax.contracts import Accelerator, Row, Stage
+from difax.core.contracts import Accelerator, Row, Stage
 
 
 def tokencache(

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax import ops
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.token_axis import (
     STREAMS,
@@ -36,10 +35,11 @@ from difax.accel.caches.token_axis import (
     top,
     with_bonus,
 )
-from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, Tokens, TrunkSpec, Where, no_memory
-from difax.cost import count
-from difax.stack import indexed
-from difax.trunk import Compute
+from difax.core import ops
+from difax.core.contracts import Accelerator, Done, Plan, Row, Stage, State, Tokens, TrunkSpec, Where, no_memory
+from difax.core.cost import count
+from difax.core.fold import Compute
+from difax.core.stack import indexed
 
 ATTENDED = ("attention", "key_norm", "value_norm")  # scores that a full evaluation takes from the stage's attention
 SCORES = (*ATTENDED, "similarity", "staleness", "random")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from difax.accel.fit import fastcache, icc, tables
 from difax.accel.fit.record import record, record_inputs
-from difax.contracts import Accelerator
+from difax.core.contracts import Accelerator
 
 
 class Calibration(NamedTuple):

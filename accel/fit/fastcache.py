@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Accelerator, Model, Params, Row, State, Tokens, Trace, TrunkSpec, Where, no_memory
-from difax.trunk import Block, memory_for, reference_attention, run_trunk, trunk_spec
+from difax.core.contracts import Accelerator, Model, Params, Row, State, Tokens, Trace, TrunkSpec, Where, no_memory
+from difax.core.fold import Block
+from difax.core.shapes import memory_for, trunk_spec
+from difax.core.trunk import reference_attention, run_trunk
 
 
 def fit(model: Model, params: Params, batches: Iterable[Any], ridge: float = 1e-6) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from difax.accel.caches import measured
-from difax.contracts import Params, Stage
+from difax.core.contracts import Params, Stage
 
 Factors = dict[str, dict[str, np.ndarray]]  # {stage: {"icc.LAYER.a": [L, K, P, R], "icc.LAYER.b": [L, P, R, N/P]}}
 PARTS = {"qkv": 3, "kv": 2}  # products that one kernel holds side by side, by how the layer's name ends

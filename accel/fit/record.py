@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difax.contracts import Accelerator, Done, Guide, Row, State, TrunkSpec, Where, no_memory
-from difax.trunk import Blocks
+from difax.core.contracts import Accelerator, Done, Guide, Row, State, TrunkSpec, Where, no_memory
+from difax.core.trunk import Blocks
 
 
 def record(kmax: int = 1, *, branches: bool = True, dense: bool = False) -> Accelerator:

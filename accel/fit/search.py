@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
+from difax.core.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
 
 Loss = Callable[[np.ndarray], float]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from difax.contracts import Trace
+from difax.core.contracts import Trace
 
 
 def smoothcache(traces: Sequence[Trace]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Quantisation of weights: named recipes, each a factory of rules for `difax.qtensor.quantize_params`."""
+"""Quantisation of weights: named recipes, each a factory of rules for `difax.core.qtensor.quantize_params`."""
 
 from difax.accel.quant.uniform import (
     fp8,

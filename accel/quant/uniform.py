@@ -6,8 +6,8 @@ the model's stages.
 
 from __future__ import annotations
 
-from difax.contracts import Model
-from difax.qtensor import Quantisation, Rules
+from difax.core.contracts import Model
+from difax.core.qtensor import Quantisation, Rules
 
 
 def _rules(model: Model, how: Quantisation, layers: str | None) -> Rules:

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from difax.contracts import Array, Solver
-from difax.grids import check_times, lay_rows
-from difax.noise import normal_like
-from difax.process import Process
+from difax.core.contracts import Array, Solver
+from difax.core.grids import check_times, lay_rows
+from difax.core.noise import normal_like
+from difax.core.process import Process
 
 
 class DDIMTable(NamedTuple):

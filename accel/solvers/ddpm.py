@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Array, Solver
-from difax.grids import check_times, lay_rows
-from difax.noise import normal_like
-from difax.process import Process, learned_log_variance
+from difax.core.contracts import Array, Solver
+from difax.core.grids import check_times, lay_rows
+from difax.core.noise import normal_like
+from difax.core.process import Process, learned_log_variance
 
 VARIANCES = ("learned", "small", "large")
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.contracts import Array, Solver
-from difax.grids import check_times, lay_rows
-from difax.process import Process
+from difax.core.contracts import Array, Solver
+from difax.core.grids import check_times, lay_rows
+from difax.core.process import Process
 
 
 class DPMpp2MTable(NamedTuple):

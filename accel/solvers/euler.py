@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from difax.contracts import Array, Solver
-from difax.grids import check_times, lay_rows
-from difax.process import Process
+from difax.core.contracts import Array, Solver
+from difax.core.grids import check_times, lay_rows
+from difax.core.process import Process
 
 
 class EulerTable(NamedTuple):

@@ -1,0 +1,134 @@
+"""What a cache decided in a run, read off its trace: for people, for files, and as a warning where it did nothing.
+
+A gate of any level hands out {"metric": the number that it decides by, "asked": 1 where it was asked, ...} as its
+metric, leaves [E, ..., halves]: where nothing was asked, or a half did not run, the number means nothing.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from difax.core.contracts import Row, Trace
+from difax.core.files import replacing
+
+LEVELS = ("trunk", "block", "branch")  # on which gates are
+
+
+def strip(trace: Trace, half: int = 0) -> str:
+    """One character per evaluation: F everything computed, . nothing, 1 to 9 tenths in between, a blank where the half
+    did not run."""
+    parts = [np.asarray(c, np.float64)[..., half].sum((1, 2)) for c in trace.computed.values()]
+    computed = np.sum(parts, axis=0)
+    total = sum(c.shape[1] * c.shape[2] for c in trace.computed.values())
+    ran = np.asarray(trace.halves) > half
+    # a half may run its ends alone, or the whole network be left out: then nothing was computed, which is a decision
+    ran = ran | (np.asarray(trace.halves) == 0)
+    return "".join(_character(float(f)) if r else " " for f, r in zip(computed / total, ran, strict=True))
+
+
+def _character(fraction: float) -> str:
+    if fraction <= 0:
+        return "."
+    return "F" if fraction >= 1 else str(min(max(round(10 * fraction), 1), 9))
+
+
+def summary(trace: Trace) -> dict[str, Any]:
+    """Decisions of each half, the share of evaluations that filled something, and percentiles of the gates' metric.
+
+    Returns:
+      {"decisions": [strip of each half], "hit_rate": ..., "metric": {"5 %": ..., "50 %": ..., "95 %": ...} or None};
+      of gates on several levels "trunk 5 %" and so on.
+    """
+    halves = next(iter(trace.computed.values())).shape[-1]
+    strips = [strip(trace, half) for half in range(halves)]
+    hits = np.mean([c not in "F " for s in strips for c in s])
+    measured = {level: values for level in LEVELS if len(values := _measured(trace, level))}
+    percentiles = {
+        f"{level} {p} %" if len(measured) > 1 else f"{p} %": float(np.percentile(values, p))
+        for level, values in measured.items()
+        for p in (5, 50, 95)
+    }
+    return {"decisions": strips, "hit_rate": round(float(hits), 4), "metric": percentiles or None}
+
+
+def _measured(trace: Trace, level: str) -> np.ndarray:
+    """Every number that a gate of a level was asked about, in a half that ran."""
+    found = [np.zeros(0)]
+    for gate in _gates(trace.metric[level]):
+        values = np.asarray(gate["metric"], np.float64)
+        ran = np.arange(values.shape[-1]) < np.asarray(trace.halves)[:, None]
+        ran = ran.reshape(len(values), *(1,) * (values.ndim - 2), -1)
+        asked = np.asarray(gate.get("asked", np.ones_like(values)))
+        found.append(values[np.isfinite(values) & (asked > 0) & ran])
+    return np.concatenate(found)
+
+
+def _gates(metric: Any) -> Iterator[dict[str, Any]]:
+    """What gates handed out, of all stages and branches."""
+    if isinstance(metric, dict):
+        if "metric" in metric:
+            yield metric
+        else:
+            for part in metric.values():
+                yield from _gates(part)
+
+
+def inert(rows: Row, trace: Trace) -> str | None:
+    """Why a cache did nothing, or nothing behind its warm-up; None where it did something.
+
+    Args:
+      rows: that the run was made with; trace: of the run.
+    """
+    if rows.plan == () or rows.plan.owner == "none":
+        return None
+    found = summary(trace)
+    filled = [i for s in found["decisions"] for i, c in enumerate(s) if c not in "F "]
+    values = getattr(rows.plan.values, "rule", rows.plan.values)
+    told = ""
+    if found["metric"]:
+        told = "; its metric where it was asked: " + ", ".join(f"{k}: {v:.3g}" for k, v in found["metric"].items())
+        threshold = getattr(values, "threshold", None)
+        if threshold is not None:
+            told += f" (threshold {float(np.max(threshold)):g})"
+    if not filled:
+        return f"the cache {rows.plan.owner} filled nothing in this run{told}"
+    force = getattr(values, "force", None)
+    if force is not None and len(force) > 1:
+        forced = np.flatnonzero(np.asarray(force)[:-1] == 1)
+        asked = np.asarray(force) == 0
+        if len(forced) and asked[forced[-1] :].any() and max(filled) < forced[-1]:
+            return f"the cache {rows.plan.owner} filled nothing behind its warm-up{told}"
+    return None
+
+
+def save_trace(path: str | pathlib.Path, rows: Row, trace: Trace) -> None:
+    """Writes a trace as .npz: computed/STAGE [E, L, branches, halves], entered/STAGE, halves, t, and the metrics."""
+    arrays = {"t": rows.t, "halves": trace.halves}
+    arrays |= {f"computed/{s}": a for s, a in trace.computed.items()}
+    arrays |= {f"entered/{s}": a for s, a in trace.entered.items()}
+    for where, leaf in jax.tree_util.tree_flatten_with_path(trace.metric)[0]:
+        arrays["metric/" + jax.tree_util.keystr(where, simple=True, separator="/")] = leaf
+    with replacing(path) as aside, open(aside, "wb") as file:
+        found: dict[str, Any] = {k: np.asarray(a) for k, a in arrays.items()}
+        np.savez(file, **found)
+
+
+def averaged(traces: list[Trace]) -> Trace:
+    """The mean of several runs' traces; of a gate's metric, over the runs in which it was asked."""
+    mean = jax.tree.map(lambda *a: np.mean([np.asarray(x, np.float64) for x in a], axis=0), *traces)
+    return mean._replace(metric=_where_asked([t.metric for t in traces], mean.metric))
+
+
+def _where_asked(metrics: list[Any], mean: Any) -> Any:
+    if not isinstance(mean, dict):
+        return mean
+    if not {"metric", "asked"} <= mean.keys():
+        return {k: _where_asked([m[k] for m in metrics], part) for k, part in mean.items()}
+    values, asked = (np.asarray([m[k] for m in metrics], np.float64) for k in ("metric", "asked"))
+    total = np.where(asked > 0, values * asked, 0.0).sum(0)
+    return {**mean, "metric": np.where(mean["asked"] > 0, total / np.maximum(asked.sum(0), 1e-9), mean["metric"])}

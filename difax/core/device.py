@@ -1,0 +1,84 @@
+"""The machine that a program runs on: its name, its memory, and the versions that figures depend on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+from typing import Any
+
+import jax
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+
+def choose_platform(name: str) -> None:
+    """Makes "cpu", "gpu" or "tpu" the platform of this process; before JAX has looked for devices.
+
+    Raises:
+      ValueError: another name, or a platform that is not there (says which are, and what brings it).
+    """
+    if name not in PLATFORMS:
+        raise ValueError(f"--platform {name}; allowed: {', '.join(PLATFORMS)}")
+    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
+    try:
+        there = jax.devices()[0].platform
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"--platform {name}: no such device here ({why[:160]}); {_HOW[name]}") from None
+    if there != name:
+        raise ValueError(f"--platform {name}: JAX was started on {there} before; allowed: a new process")
+
+
+_HOW = {
+    "cpu": "allowed: an installation of jaxlib for this machine",
+    "gpu": "allowed: a machine with an NVIDIA GPU, and pip install 'difax[cuda]'",
+    "tpu": "allowed: a machine with a TPU, and pip install 'difax[tpu]'",
+}
+
+
+def device_name() -> str:
+    """Platform and, where the runtime knows it, kind and number of the devices."""
+    devices = jax.devices()
+    return f"{devices[0].platform}:{devices[0].device_kind} x{len(devices)}"
+
+
+def processor() -> str:
+    """The processor's model and its matrix instructions, as Linux names them."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    lines = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    found = {k.strip(): v.strip() for k, v in lines.items()}
+    flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in found.get("flags", "").split()]
+    return f"{found.get('model name', platform.machine())} ({', '.join(flags)})"
+
+
+def versions() -> dict[str, str]:
+    """Of python, difax and what its figures depend on."""
+    of = {name: importlib.metadata.version(name) for name in ("difax", "jax", "jaxlib", "flax", "numpy")}
+    return {"python": platform.python_version(), **of}
+
+
+def memory_available() -> int:
+    """Bytes that the first device has left, or the host where the device's memory is the host's."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(program: Any) -> int:
+    """Bytes that a compiled program holds at once: arguments, results and temporaries, shared buffers once."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )

@@ -1,0 +1,329 @@
+"""Noising processes x_t = alpha(t) x0 + sigma(t) eps, and every conversion between what networks predict.
+
+One convention throughout: t in [0, 1], t = 0 is data and t = 1 is noise. A discrete process of T steps (DDPM,
+DiT) has its step k = 0 ... T-1 at t = (k + 1)/T, so that t = 0 is exactly the clean image; between the steps
+log(alpha) is linear in t, as in the discrete schedule of DPM-Solver (Lu et al. 2022, arXiv:2206.00927).
+
+Everything that enters a solver is computed from here in float64 numpy on the host: float32 tables lose
+high-order multistep methods their order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.core.contracts import Array, Level, Prediction
+
+PREDICTIONS = {
+    "eps": "the noise",
+    "x0": "the clean sample",
+    "v": "alpha eps - sigma x0 (Salimans & Ho 2022)",
+    "velocity": "dx/dt along the model's own time (rectified flow: eps - x0)",
+    "score": "grad log p(x_t) = -eps/sigma",
+}
+
+
+class Process(NamedTuple):
+    """A noising process.
+
+    level(t, xp) -> Level: alpha, sigma and their slopes along the model's time, in numpy (default) or jax.numpy.
+    inverse(half_log_snr) -> t: where log(alpha/sigma) takes that value (float64 numpy).
+    model_time(t) -> what the network is told.
+    steps: T of a discrete process, None for a continuous one.
+    t_min, t_max: the range in which log(alpha/sigma) is finite and grids in that variable are laid.
+    prior_std: standard deviation of x at t = 1, in which sampling starts.
+    shift: time shift of a flow (Esser et al. 2024), used by the `shifted` grid and by training.
+    """
+
+    name: str
+    level: Callable[..., Level]
+    inverse: Callable[[Array], Array]
+    model_time: Callable[[Array], Array]
+    steps: int | None
+    t_min: float
+    t_max: float
+    prior_std: float
+    shift: float = 1.0
+
+
+def log_snr(process: Process, t: Array) -> np.ndarray:
+    """log(alpha^2 / sigma^2) at times t (float64); +inf at t = 0, -inf where alpha = 0."""
+    level = process.level(np.asarray(t, np.float64))
+    with np.errstate(divide="ignore"):
+        return 2.0 * (np.log(level.alpha) - np.log(level.sigma))
+
+
+def _from_betas(name: str, betas: np.ndarray) -> Process:
+    steps = len(betas)
+    log_alpha = np.concatenate([[0.0], 0.5 * np.cumsum(np.log1p(-betas))])
+    slope = np.diff(log_alpha) * steps
+    knots = np.arange(steps + 1) / steps
+
+    def level(t, xp=np):
+        la = xp.interp(t, knots, log_alpha)
+        piece = xp.clip(xp.ceil(t * steps).astype(int) - 1, 0, steps - 1)
+        # slopes along the model's time k = T t - 1
+        alpha, variance = xp.exp(la), -xp.expm1(2 * la)
+        alpha_dot = alpha * xp.asarray(slope)[piece] / steps
+        sigma = xp.sqrt(variance)
+        sigma_dot = -alpha * alpha_dot / xp.maximum(sigma, 1e-12)
+        return Level(alpha, sigma, alpha_dot, sigma_dot)
+
+    def inverse(value):
+        value = np.asarray(value, np.float64)
+        # invert log(alpha) = -softplus(-2 lambda)/2 exactly; np.interp wants increasing knots
+        la = -0.5 * np.logaddexp(0.0, -2.0 * value)
+        return np.interp(-la, -log_alpha, knots)
+
+    return Process(
+        name=name,
+        level=level,
+        inverse=inverse,
+        model_time=lambda t: t * steps - 1.0,
+        steps=steps,
+        t_min=1.0 / steps,
+        t_max=1.0,
+        prior_std=1.0,
+    )
+
+
+def vp_linear(beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000) -> Process:
+    """Variance-preserving process with linear betas, the one of DDPM and DiT.
+
+    alpha_k^2 = prod_{j<=k} (1 - beta_j), sigma^2 = 1 - alpha^2.
+
+    Args:
+      beta_start, beta_end: first and last beta, in (0, 1) (1e-4 and 0.02 for 1000 steps).
+      steps: T, how many discrete steps (1000).
+
+    References: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv:2006.11239.
+    """
+    _check_positive("steps", steps)
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(
+            f"vp_linear: beta_start={beta_start}, beta_end={beta_end}; need 0 < beta_start <= beta_end < 1"
+        )
+    return _from_betas("vp_linear", np.linspace(beta_start, beta_end, steps, dtype=np.float64))
+
+
+def vp_cosine(s: float = 0.008, max_beta: float = 0.999, steps: int = 1000) -> Process:
+    """Variance-preserving process with the cosine schedule of Improved DDPM.
+
+    alpha^2(u) = cos^2((u + s)/(1 + s) pi/2), beta_k = min(1 - alpha^2((k+1)/T)/alpha^2(k/T), max_beta).
+
+    Args:
+      s: offset that keeps the first betas away from 0 (0.008).
+      max_beta: cap of the last betas (0.999).
+      steps: T (1000).
+
+    References: Nichol & Dhariwal, Improved DDPM, 2021, arXiv:2102.09672.
+    """
+    _check_positive("steps", steps)
+    if s < 0 or not 0 < max_beta < 1:
+        raise ValueError(f"vp_cosine: s={s}, max_beta={max_beta}; need s >= 0 and 0 < max_beta < 1")
+
+    def alpha_bar(u: np.ndarray) -> np.ndarray:
+        return np.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+
+    k = np.arange(steps, dtype=np.float64)
+    betas = np.minimum(1 - alpha_bar((k + 1) / steps) / alpha_bar(k / steps), max_beta)
+    return _from_betas("vp_cosine", betas)
+
+
+def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:
+    """Continuous variance-preserving SDE with linear beta(t).
+
+    log alpha(t) = -t^2 (beta_max - beta_min)/4 - t beta_min/2.
+
+    Args:
+      beta_min, beta_max: beta(0) and beta(1) (0.1 and 20); the network is told 999 t.
+      t_min: smallest time of grids in log-SNR (1e-3).
+
+    References: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv:2011.13456.
+    """
+    if not 0 < beta_min <= beta_max:
+        raise ValueError(f"vp_sde: beta_min={beta_min}, beta_max={beta_max}; need 0 < beta_min <= beta_max")
+    if not 0 < t_min < 1:
+        raise ValueError(f"vp_sde: t_min={t_min}; need 0 < t_min < 1")
+    spread = beta_max - beta_min
+
+    def level(t, xp=np):
+        la = -0.25 * t**2 * spread - 0.5 * t * beta_min
+        alpha, sigma = xp.exp(la), xp.sqrt(-xp.expm1(2 * la))
+        # slopes along the model's time 999 t
+        alpha_dot = alpha * (-0.5 * t * spread - 0.5 * beta_min) / 999.0
+        return Level(alpha, sigma, alpha_dot, -alpha * alpha_dot / xp.maximum(sigma, 1e-12))
+
+    def inverse(value):
+        la = -0.5 * np.logaddexp(0.0, -2.0 * np.asarray(value, np.float64))
+        # smaller root of spread t^2/4 + beta_min t/2 + la = 0, in the form that does not cancel
+        return -4 * la / (beta_min + np.sqrt(beta_min**2 - 4 * spread * la))
+
+    return Process("vp_sde", level, inverse, lambda t: t * 999.0, None, t_min, 1.0, 1.0)
+
+
+def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
+    """Variance-exploding process: alpha = 1, sigma(t) = sigma_min (sigma_max/sigma_min)^t, and sigma(0) = 0.
+
+    The network is told c_noise = log(sigma)/4, as in EDM. t_min = 1e-9 stands for the limit t -> 0+, where
+    sigma = sigma_min, as opposed to the clean sample at t = 0.
+
+    Args:
+      sigma_min, sigma_max: noise levels at t_min and at t = 1 (0.002 and 80).
+
+    References: Song et al. 2021, arXiv:2011.13456; Karras et al. (EDM), 2022, arXiv:2206.00364.
+    """
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"ve: sigma_min={sigma_min}, sigma_max={sigma_max}; need 0 < sigma_min < sigma_max")
+    ratio = math.log(sigma_max / sigma_min)
+
+    def level(t, xp=np):
+        sigma = xp.where(t > 0, sigma_min * xp.exp(ratio * t), 0.0)
+        # along the model's time c = log(sigma)/4: d sigma/dc = 4 sigma
+        return Level(xp.ones_like(sigma), sigma, xp.zeros_like(sigma), 4.0 * sigma)
+
+    return Process(
+        name="ve",
+        level=level,
+        inverse=lambda value: (-np.asarray(value, np.float64) - math.log(sigma_min)) / ratio,
+        model_time=lambda t: 0.25 * (math.log(sigma_min) + ratio * t),
+        steps=None,
+        t_min=1e-9,
+        t_max=1.0,
+        prior_std=sigma_max,
+    )
+
+
+def flow(shift: float = 1.0, time_scale: float = 1000.0) -> Process:
+    """Rectified flow: x_t = (1 - t) x0 + t eps, whose velocity dx/dt is eps - x0.
+
+    Args:
+      shift: time shift s > 0, t' = s t/(1 + (s - 1) t), applied by the `shifted` grid and to training times
+        (1 = none; 3 in SD3).
+      time_scale: the network is told time_scale * t (1000, as SD3 and FLUX); slopes and velocity stay along t.
+
+    References: Liu et al., Rectified Flow, 2022, arXiv:2209.03003; Esser et al. (SD3), 2024, arXiv:2403.03206.
+    """
+    _check_positive("shift", shift)
+    _check_positive("time_scale", time_scale)
+
+    def level(t, xp=np):
+        one = xp.ones_like(t)
+        return Level(1.0 - t, t, -one, one)
+
+    return Process(
+        name="flow",
+        level=level,
+        inverse=lambda value: 1.0 / (1.0 + np.exp(np.asarray(value, np.float64))),
+        model_time=lambda t: time_scale * t,
+        steps=None,
+        t_min=1e-3,
+        t_max=1.0 - 1e-3,
+        prior_std=1.0,
+        shift=shift,
+    )
+
+
+def sit() -> Process:
+    """The linear path of SiT: `flow` whose network's time runs the other way, u = 1 - t, with velocity x0 - eps.
+
+    References: Ma et al., SiT, 2024, arXiv:2401.08740.
+    """
+
+    def level(t, xp=np):
+        one = xp.ones_like(t)
+        return Level(1.0 - t, t, one, -one)
+
+    return flow()._replace(name="sit", level=level, model_time=lambda t: 1.0 - t)
+
+
+PROCESSES = {
+    "vp_linear": vp_linear,
+    "vp_cosine": vp_cosine,
+    "vp_sde": vp_sde,
+    "ve": ve,
+    "flow": flow,
+    "sit": sit,
+}
+
+
+def convert(output: jax.Array, kind: str, x: jax.Array, level: Level) -> tuple[jax.Array, jax.Array]:
+    """Turns a network output of any kind into (x0, eps), given x = alpha x0 + sigma eps.
+
+    velocity u = alpha_dot x0 + sigma_dot eps gives, with d = alpha sigma_dot - alpha_dot sigma,
+    x0 = (sigma_dot x - sigma u)/d and eps = (alpha u - alpha_dot x)/d.
+
+    Args:
+      output: [B, ...] what the network returned (without variance channels).
+      kind: a key of `PREDICTIONS`.
+      x: [B, ...] the network's input.
+      level: alpha, sigma and slopes, broadcastable against x. `eps` and `score` need alpha > 0, `x0` and
+        `velocity` work at alpha = 0 too; sigma > 0 always.
+    """
+    alpha, sigma, alpha_dot, sigma_dot = level
+    if kind == "eps":
+        return (x - sigma * output) / alpha, output
+    if kind == "x0":
+        return output, (x - alpha * output) / sigma
+    if kind == "score":
+        eps = -sigma * output
+        return (x - sigma * eps) / alpha, eps
+    if kind == "v":
+        norm = alpha**2 + sigma**2  # 1 for a VP process
+        return (alpha * x - sigma * output) / norm, (sigma * x + alpha * output) / norm
+    if kind == "velocity":
+        d = alpha * sigma_dot - alpha_dot * sigma
+        return (sigma_dot * x - sigma * output) / d, (alpha * output - alpha_dot * x) / d
+    raise ValueError(f"unknown prediction {kind!r}; allowed: {', '.join(PREDICTIONS)}")
+
+
+def target(kind: str, x0: jax.Array, eps: jax.Array, level: Level) -> jax.Array:
+    """What a network of that prediction kind should return for (x0, eps): the inverse of `convert`."""
+    alpha, sigma, alpha_dot, sigma_dot = level
+    if kind == "eps":
+        return eps
+    if kind == "x0":
+        return x0
+    if kind == "score":
+        return -eps / sigma
+    if kind == "v":
+        return alpha * eps - sigma * x0
+    if kind == "velocity":
+        return alpha_dot * x0 + sigma_dot * eps
+    raise ValueError(f"unknown prediction {kind!r}; allowed: {', '.join(PREDICTIONS)}")
+
+
+def split_variance(output: jax.Array, learn_sigma: bool) -> tuple[jax.Array, jax.Array | None]:
+    """Separates DiT's 2C output channels into the prediction and the variance channels (None without them)."""
+    if not learn_sigma:
+        return output, None
+    channels = output.shape[-1] // 2
+    return output[..., :channels], output[..., channels:]
+
+
+def learned_log_variance(variance: jax.Array, log_beta: Array, log_beta_tilde: Array) -> jax.Array:
+    """Improved DDPM's log-variance: w log(beta) + (1 - w) log(beta~), w = (variance + 1)/2.
+
+    References: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15.
+    """
+    w = (variance + 1) / 2
+    return w * log_beta + (1 - w) * log_beta_tilde
+
+
+def predict(output: jax.Array, kind: str, learn_sigma: bool, x: jax.Array, level: Level) -> Prediction:
+    """Splits off the variance channels and converts the rest: network output -> `Prediction`, in float32 or wider."""
+    output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+    main, variance = split_variance(output, learn_sigma)
+    x0, eps = convert(main, kind, x, level)
+    return Prediction(x0, eps, variance)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}={value}; allowed: > 0")

@@ -1,0 +1,327 @@
+"""Quantised weights: `QTensor`, how one is made from an array, and the product of activations with one.
+
+  w ~ (values - zero) scale + down up
+
+A `QTensor` stands where an array stood in a tree of parameters, and `difax.core.ops.dot` dispatches on it; models, the
+sampler and every other technique stay as they are. It is a pytree: it is scanned over layers, sharded, donated and
+saved leaf by leaf, and what is static (format, activations) is not a leaf.
+
+Shape letters: M rows of activations, K inputs, N outputs, G groups of inputs, R rank; leading axes are layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from difax.core.contracts import Params
+
+
+class Format(NamedTuple):
+    """A way to store numbers: dtype of the leaf, values per byte, largest and (with a zero point) smallest value."""
+
+    dtype: Any
+    packed: int
+    top: float
+    bottom: float
+
+
+FORMATS = {
+    "int8": Format(jnp.int8, 1, 127.0, -128.0),
+    "int4": Format(jnp.int8, 2, 7.0, -8.0),  # two per byte: no backend multiplies int4, and devices differ in packing
+    "float8_e4m3fn": Format(jnp.float8_e4m3fn, 1, 448.0, -448.0),
+    "float8_e5m2": Format(jnp.float8_e5m2, 1, 57344.0, -57344.0),
+}
+ACTIVATIONS = ("int8", "float8_e4m3fn", "float8_e5m2")
+
+
+@flax.struct.dataclass
+class QTensor:
+    """A quantised weight [..., K, N] and what turns it back.
+
+    values: [..., K, N] in the format's dtype; int4: int8 [..., K/2, N], row k in the low and row k + K/2 in the
+        high half of a byte.
+    scale: float32 [..., G, N], G groups of K/G inputs (1: per channel), or [..., 1, 1] (per tensor).
+    zero: as scale, the value that stands for 0; None: symmetric.
+    down, up: float32 or bfloat16 [..., K, R] and [..., R, N], added at full precision; or None.
+    format: of the values, a key of `FORMATS`. activation: None (weight only), or the format to which the activations
+        of each row are rounded for a product in that format.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None = None
+    down: jax.Array | None = None
+    up: jax.Array | None = None
+    format: str = flax.struct.field(pytree_node=False, default="int8")
+    activation: str | None = flax.struct.field(pytree_node=False, default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that this stands for."""
+        *lead, k, n = self.values.shape
+        return (*lead, k * FORMATS[self.format].packed, n)
+
+
+class Quantisation(NamedTuple):
+    """How one weight is quantised: the arguments of `quantize`."""
+
+    format: str = "int8"
+    activation: str | None = None
+    group: int | str = "channel"
+    zero_point: bool = False
+    rank: int = 0
+
+
+def quantize(w: jax.Array, how: Quantisation) -> QTensor:
+    """Rounds a weight to the nearest value of a format.
+
+    symmetric: scale = max |w| / top, values = round(w / scale); with a zero point: scale = (max - min) / (top -
+    bottom), zero = bottom - round(min / scale), values = round(w / scale) + zero. With a rank R, w loses its best
+    approximation of rank R first, which stays at full precision (the low-rank branch of SVDQuant).
+
+    Args:
+      w: [..., K, N].
+      how: `format`: a key of `FORMATS`; `activation`: None, or one of `ACTIVATIONS` (dynamic, symmetric, one scale
+        per row); `group`: "tensor", "channel" (one scale per output) or the number of inputs that share one;
+        `zero_point`: asymmetric, for integers; `rank`: 0 for none (32 in SVDQuant).
+
+    Raises:
+      ValueError: an unknown format, a group that does not divide K, a product that the formats do not have.
+
+    References: Jacob et al. 2018, arXiv:1712.05877; Li et al. (SVDQuant) 2024, arXiv:2411.05007, without its
+    smoothing and its iteration.
+    """
+    check(how, w.shape)
+    f = FORMATS[how.format]
+    w = jnp.asarray(w, jnp.float32)
+    down = up = None
+    if how.rank:
+        u, s, vh = jnp.linalg.svd(w, full_matrices=False)
+        down = u[..., : how.rank] * s[..., None, : how.rank]
+        up = vh[..., : how.rank, :]
+        w = w - down @ up
+    *lead, k, n = w.shape
+    groups = k // how.group if isinstance(how.group, int) else 1
+    w_GgN = w.reshape(*lead, groups, k // groups, n)
+    axes = (-2, -1) if how.group == "tensor" else (-2,)
+    if how.zero_point:
+        low = jnp.minimum(w_GgN.min(axes, keepdims=True), 0.0)
+        high = jnp.maximum(w_GgN.max(axes, keepdims=True), 0.0)
+        scale = _nonzero((high - low) / (f.top - f.bottom))
+        zero = f.bottom - jnp.round(low / scale)
+        q = jnp.clip(jnp.round(w_GgN / scale) + zero, f.bottom, f.top)
+    else:
+        scale, zero = _nonzero(jnp.abs(w_GgN).max(axes, keepdims=True) / f.top), None
+        q = _round(w_GgN / scale, f)
+    q = q.reshape(*lead, k, n)
+    return QTensor(
+        values=_pack(q.astype(jnp.int8)) if how.format == "int4" else q.astype(f.dtype),
+        scale=scale[..., 0, :],
+        zero=None if zero is None else zero[..., 0, :],
+        down=down,
+        up=up,
+        format=how.format,
+        activation=how.activation,
+    )
+
+
+def check(how: Quantisation, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where a weight of this shape cannot be quantised so."""
+    if how.format not in FORMATS:
+        raise ValueError(f"format={how.format!r}; allowed: {', '.join(FORMATS)}")
+    if how.activation is not None and how.activation not in ACTIVATIONS:
+        raise ValueError(f"activation={how.activation!r}; allowed: {', '.join(ACTIVATIONS)}, or None (weight only)")
+    integer = how.format.startswith("int")
+    if how.activation is not None and integer != how.activation.startswith("int"):
+        raise ValueError(f"format={how.format!r} with activation={how.activation!r}; allowed: both integer or both fp8")
+    if how.zero_point and not integer:
+        raise ValueError(f"zero_point=True with format={how.format!r}; allowed: int8, int4")
+    if len(shape) < 2:
+        raise ValueError(f"shape {shape}; allowed: [..., K, N]")
+    k, n = shape[-2:]
+    if not (how.group in ("tensor", "channel") or (isinstance(how.group, int) and how.group > 0)):
+        raise ValueError(f"group={how.group!r}; allowed: 'tensor', 'channel', or a number of inputs")
+    if isinstance(how.group, int) and k % how.group:
+        raise ValueError(f"group={how.group} does not divide {k} inputs")
+    if k % FORMATS[how.format].packed:
+        raise ValueError(f"format={how.format!r} packs two inputs in a byte; {k} inputs are odd")
+    if not 0 <= how.rank <= min(k, n):
+        raise ValueError(f"rank={how.rank}; allowed: 0 ... {min(k, n)}")
+
+
+def dequantize(w: QTensor, dtype: Any = jnp.float32) -> jax.Array:
+    """The weight [..., K, N] that a `QTensor` stands for."""
+    full = _scaled(w, jnp.float32)
+    if w.down is not None and w.up is not None:
+        full = full + w.down.astype(jnp.float32) @ w.up.astype(jnp.float32)
+    return full.astype(dtype)
+
+
+def quantized_dot(x_MK: jax.Array, w: QTensor) -> jax.Array:
+    """x @ w for a quantised w [K, N].
+
+    Weight only: the values are widened to the dtype of x. With an activation format: each row of x is rounded to it,
+    x ~ s xq, and y = s (xq . (values - zero)) scale, the inner product in int8 with int32 sums, or in fp8 with float32
+    sums; int4 values are unpacked to int8 first.
+
+    Returns:
+      [M, N] in the dtype of x.
+    """
+    if w.activation is None:
+        y_MN = _weight_only(x_MK, w)
+    else:
+        f = FORMATS[w.activation]
+        top_M1 = jnp.abs(x_MK.astype(jnp.float32)).max(-1, keepdims=True)
+        s_M1 = _nonzero(top_M1 / f.top)
+        xq_MK = _round(x_MK.astype(jnp.float32) / s_M1, f).astype(f.dtype)
+        y_MN = s_M1 * _grouped(xq_MK, w)
+    if w.down is not None and w.up is not None:
+        y_MN = y_MN + (x_MK @ w.down.astype(x_MK.dtype)) @ w.up.astype(x_MK.dtype)
+    return y_MN.astype(x_MK.dtype)
+
+
+def _weight_only(x_MK: jax.Array, w: QTensor) -> jax.Array:
+    if w.scale.shape[-2] > 1 or w.zero is not None:
+        return x_MK @ _scaled(w, x_MK.dtype)
+    # one scale per output leaves the product: the weight is only widened
+    y_MN = jnp.matmul(x_MK, _values(w).astype(x_MK.dtype), preferred_element_type=jnp.float32)
+    return y_MN * w.scale
+
+
+def _grouped(xq_MK: jax.Array, w: QTensor) -> jax.Array:
+    """sum over groups of (xq . (values - zero)) scale, one product after the other."""
+    sums = jnp.int32 if w.activation == "int8" else jnp.float32
+    groups, (k, n) = w.scale.shape[-2], w.shape
+
+    def product(xq_Mk: jax.Array, q_kN: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        y_MN = jnp.matmul(xq_Mk, q_kN, preferred_element_type=sums).astype(jnp.float32)
+        if zero is not None:
+            y_MN = y_MN - xq_Mk.astype(jnp.float32).sum(-1, keepdims=True) * zero
+        return y_MN * scale
+
+    if groups == 1:
+        return product(xq_MK, _values(w), w.scale, w.zero)
+    xq_GMk = jnp.swapaxes(xq_MK.reshape(-1, groups, k // groups), 0, 1)
+    leaves = (xq_GMk, _values(w).reshape(groups, k // groups, n), w.scale[:, None], w.zero)
+    leaves = leaves if w.zero is None else (*leaves[:3], w.zero[:, None])
+
+    def add(total_MN: jax.Array, group: Any) -> tuple[jax.Array, None]:
+        return total_MN + product(*group), None
+
+    return jax.lax.scan(add, jnp.zeros((xq_MK.shape[0], n), jnp.float32), leaves)[0]
+
+
+def _scaled(w: QTensor, dtype: Any) -> jax.Array:
+    """(values - zero) scale, group by group, without the low-rank part."""
+    *lead, k, n = w.shape
+    groups = w.scale.shape[-2]
+    q = _values(w).astype(jnp.float32).reshape(*lead, groups, k // groups, n)
+    if w.zero is not None:
+        q = q - w.zero[..., None, :]
+    return (q * w.scale[..., None, :]).reshape(*lead, k, n).astype(dtype)
+
+
+def _values(w: QTensor) -> jax.Array:
+    return _unpack(w.values) if w.format == "int4" else w.values
+
+
+def _pack(q: jax.Array) -> jax.Array:
+    low, high = jnp.split(q, 2, axis=-2)
+    return (high << 4) | (low & 15)
+
+
+def _unpack(packed: jax.Array) -> jax.Array:
+    low = jax.lax.shift_right_arithmetic(packed << 4, jnp.int8(4))
+    return jnp.concatenate([low, jax.lax.shift_right_arithmetic(packed, jnp.int8(4))], axis=-2)
+
+
+def _round(x: jax.Array, f: Format) -> jax.Array:
+    """To the format's grid, symmetric and clipped: a cast to fp8 would overflow to NaN, one to int8 truncate."""
+    x = jnp.clip(x, -f.top, f.top)
+    return jnp.round(x) if f.dtype == jnp.int8 else x
+
+
+def _nonzero(scale: jax.Array) -> jax.Array:
+    return jnp.where(scale == 0, 1.0, scale)
+
+
+Rules = Sequence[tuple[str, Quantisation | None]]
+
+
+def quantize_params(params: Params, rules: Rules) -> Params:
+    """Quantises the weights whose path a rule matches; the first rule that matches decides.
+
+    Args:
+      params: nested dict of arrays; only leaves named "kernel" are weights, named by their path as "blocks/qkv/kernel".
+      rules: (regular expression, `Quantisation` or None to leave as it is); matched anywhere in the path
+        (`re.search`), so anchor where it matters.
+
+    Returns:
+      The tree with `QTensor` leaves. A weight that no rule matches stays as it is.
+
+    Raises:
+      ValueError: a rule that matches no weight, names every other matter of `quantize` with the weight's path.
+    """
+    paths = [_path(path) for path, _ in _kernels(params)]
+    for pattern, _ in rules:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(f"quantisation rule {pattern!r} matches no weight; the weights: {', '.join(paths)}")
+
+    def leaf(path: tuple[Any, ...], w: Any) -> Any:
+        name = _path(path)
+        how = next((h for pattern, h in rules if re.search(pattern, name)), None)
+        if not name.endswith("/kernel") or how is None:
+            return w
+        try:
+            check(how, w.shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return jax.jit(partial(quantize, how=how))(w)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def _kernels(params: Params) -> Iterable[tuple[Any, Any]]:
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return [(path, leaf) for path, leaf in leaves if _path(path).endswith("/kernel")]
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(part, "key", getattr(part, "idx", part))) for part in path)
+
+
+def is_quantized(leaf: Any) -> bool:
+    """For `is_leaf`: a `QTensor` is one weight."""
+    return isinstance(leaf, QTensor)
+
+
+CAST = ("kernel", "bias", "label")
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Casts what takes part in products: kernels, biases and label embeddings; of a `QTensor` the low-rank part.
+
+    Norms' scales and modulation tables are small, are used in float32, and stay as they are.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, QTensor):
+            return jnp.asarray(leaf).astype(dtype) if _path(path).rpartition("/")[2] in CAST else jnp.asarray(leaf)
+        if leaf.down is None or leaf.up is None:
+            return leaf
+        return dataclasses.replace(leaf, down=leaf.down.astype(dtype), up=leaf.up.astype(dtype))
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_quantized)
+
+
+def size_in_bytes(params: Params) -> int:
+    """Bytes of all leaves as they are stored."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))

@@ -1,0 +1,272 @@
+"""The sampling loop: one `lax.scan` over model evaluations, the only one in difax.
+
+  rows  = solver.grid(process, times)            on the host, float64, rounded once
+  carry = (x, solver state, guide state, accelerator state, keys)
+  body  : x -> guide(denoise) -> prediction -> solver.step -> x
+
+A technique enters through its seam (solver, guide, accelerator, attention) and never needs a loop of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.core import noise
+from difax.core import process as process_
+from difax.core.contracts import (
+    Accelerator,
+    Attention,
+    Chosen,
+    Guide,
+    Model,
+    Report,
+    Row,
+    Solver,
+    Stage,
+    State,
+    Trace,
+    no_plan,
+)
+from difax.core.guidance import unguided
+from difax.core.process import Process
+from difax.core.shapes import memory_for, trunk_spec
+from difax.core.trunk import neutral, reference_attention, run_trunk
+
+
+def make_rows(
+    solver: Solver,
+    guide: Guide,
+    process: Process,
+    times: np.ndarray,
+    accelerator: Accelerator | None = None,
+    stages: tuple[Stage, ...] = (),
+) -> Row:
+    """Lays out the evaluations of a run: the solver's table with the guide's and the accelerator's plans, rounded to
+    float32 once (not at all where jax has 64 bits).
+
+    Args:
+      times: decreasing times [n + 1] in [0, 1], from `difax.core.grids.make_times`.
+      accelerator: the one that the sampler has; None is the neutral one.
+      stages: `model.stages`, for which the accelerator plans.
+
+    Returns:
+      Rows [E] as numpy arrays (E = n for one-evaluation solvers, 2n - 1 for Heun).
+    """
+    accelerator = accelerator or neutral()
+    rows = _guided(guide, accelerator).plan(solver.grid(process, np.asarray(times, np.float64)))
+    rows = rows._replace(plan=accelerator.plan(rows, stages))
+    return rounded(rows)
+
+
+def rounded(tables: Any) -> Any:
+    """Host tables in float64 as the device takes them: float32, or as they are where jax has 64 bits."""
+    return jax.tree.map(lambda a: a.astype(jnp.result_type(float)) if a.dtype == np.float64 else a, tables)
+
+
+def _guided(guide: Guide, accelerator: Accelerator) -> Guide:
+    return guide if accelerator.guide is None else accelerator.guide(guide)
+
+
+def initial_noise(process: Process, keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """x at t = 1: prior_std times standard normal noise [len(keys), *shape], one key per sample."""
+    return process.prior_std * noise.normal(noise.fold(keys, 0), shape)
+
+
+def make_sampler(
+    model: Model,
+    process: Process,
+    prediction: str,
+    solver: Solver,
+    guide: Guide | None = None,
+    accelerator: Accelerator | None = None,
+    *,
+    attention: Attention | None = None,
+    on_step: Callable[[Any], None] | None = None,
+    remat: bool = False,
+    ahead: bool = False,
+) -> Any:
+    """Builds the jitted sampler `sample(params, x, keys, cond, rows, scale) -> (samples, trace)`.
+
+    Everything in `rows`, the keys and the guidance scale are traced, so that seeds, scales, grids, eta, intervals
+    and thresholds of one shape share one compilation. `x` is donated: its buffer becomes the result's.
+
+    Args of the factory:
+      model, process, prediction: the network, its noising process, and what it predicts (`PREDICTIONS`).
+      solver, guide, accelerator, attention: the seams; they default to no guidance, the neutral accelerator and the
+        reference attention. The rows of a run are laid out for the same accelerator (`make_rows`).
+      on_step: called on the host with the index of each finished evaluation (a progress bar); costs a callback.
+      remat: for gradients through the sampler: keep each evaluation's inputs only, and compute it again.
+      ahead: compute what the blocks' modulation takes of the condition for all evaluations before the first one. Each
+        block's modulation weights are then read once a run, not once an evaluation: worth it in small batches, where a
+        cached evaluation does little else, for a memory of E L halves B (6 D in a DiT) values. The samples differ by
+        rounding.
+
+    Args of the sampler:
+      params: the model's parameters.
+      x: [B, ...] initial noise, float32 (`initial_noise`).
+      keys: [B] one key per sample (`difax.core.noise.sample_keys`).
+      cond: the model's condition, leaves lead with [B] (labels, int32).
+      rows: `make_rows`.
+      scale: guidance scale, a scalar (1 is unguided).
+
+    Returns:
+      The jitted function; it returns samples [B, ...] float32 and the `Trace` of what was computed.
+    """
+    if prediction not in process_.PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}; allowed: {', '.join(process_.PREDICTIONS)}")
+    if ahead and any(stage.takes for stage in model.stages):
+        raise ValueError(f"{model.name} has long skips, which are not conditioning; allowed: ahead=False")
+    accelerator = accelerator or neutral()
+    guide = _guided(guide or unguided(), accelerator)
+    attention = attention or reference_attention()
+
+    def sample(params, x, keys, cond, rows, scale):
+        planner = "none" if accelerator.plan is no_plan else accelerator.name
+        if rows.plan.owner != planner:
+            raise ValueError(f"the rows were laid out for {rows.plan.owner}, the sampler runs {planner}: see make_rows")
+        null = model.null(cond)
+        axes, memory = _memory(model, params, accelerator, attention, x, cond, guide, rows.plan.modes)
+        known = _conditioning(model, params, x, cond, null, rows.model_time, guide.halves) if ahead else None
+
+        def denoise(x_in, cond_in, row, memory, half):
+            halves = 2 if half == "both" else 1
+            at = None if halves == guide.halves else int(half == "uncond")  # which half of the memory
+
+            index, values = row.plan.index, row.plan.values
+            if accelerator.lookup is not None:
+                index, values = accelerator.lookup(rows.plan, row, _slice(memory["along"], axes["along"], at))
+
+            mods = known and jax.tree.map(lambda a: _part(a[row.i], len(x), at), known)
+
+            def evaluate(mode, memory):
+                chosen = row._replace(plan=Chosen(mode, values, halves))
+
+                def run(part):
+                    time = jnp.full(x_in.shape[:1], row.model_time)
+                    tokens, context = model.embed(params, x_in, time, cond_in)
+                    tokens, part, report = run_trunk(
+                        model, params, tokens, context, accelerator, attention, part, chosen, mods=mods
+                    )
+                    output = model.head(params, tokens, context)
+                    return output.astype(jnp.promote_types(output.dtype, jnp.float32)), part, report
+
+                part = _slice(memory, axes, at)
+                if accelerator.output is None:
+                    output, new, report = run(part)
+                    ran = 1.0
+                else:
+                    output, state, new, report, ran = accelerator.output(run, part["output"], part, chosen)
+                    new = {**new, "output": state}
+                return output, _write(memory, part, new, axes, at), _padded(report, guide.halves, at or 0), halves * ran
+
+            def bordered(mode, memory):
+                # without a border XLA copies, at every evaluation, memory that some mode hands on without reading it
+                return jax.lax.optimization_barrier(evaluate(mode, memory))
+
+            if len(row.plan.modes) == 1:
+                out = evaluate(row.plan.modes[0], memory)
+            else:
+                out = jax.lax.switch(index, [partial(bordered, mode) for mode in row.plan.modes], memory)
+            output, memory, report, ran = out
+            return output, memory, Trace(report.computed, report.entered, jnp.asarray(ran, jnp.float32), report.metric)
+
+        def body(carry, row):
+            x, solver_state, guide_state, memory, keys = carry
+            output, guide_state, memory, trace = guide.apply(denoise, x, cond, null, scale, row, guide_state, memory)
+            predicted = process_.predict(output, prediction, model.learn_sigma, x, row.level)
+            # evaluation i draws from index i + 1; index 0 made the initial noise
+            x, solver_state = solver.step(predicted, x, solver_state, row, noise.fold(keys, row.i + 1))
+            if on_step is not None:
+                jax.debug.callback(on_step, row.i)
+            return (x, solver_state, guide_state, memory, keys), trace
+
+        carry = (x, solver.init(x), guide.init(x), memory, keys)
+        (x, *_), trace = jax.lax.scan(jax.checkpoint(body) if remat else body, carry, rows)
+        if ahead:  # all of it was computed, whatever was made of it
+            trace = trace._replace(entered=jax.tree.map(jnp.ones_like, trace.entered))
+        return x, trace
+
+    return jax.jit(sample, donate_argnames="x")
+
+
+def _conditioning(model, params, x, cond, null, model_time, halves) -> dict[str, Any]:
+    """{stage: what the `mods` of its blocks give at every evaluation, leaves [E, L, halves * B, ...]}."""
+    if halves == 2:
+        x, cond = jnp.concatenate([x, x]), jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
+    context = jax.vmap(lambda time: model.embed(params, x, jnp.full(x.shape[:1], time), cond)[1])(model_time)
+
+    def of(stage):
+        def every(p):
+            return jax.vmap(lambda c: stage.block.apply({"params": p}, c, method="mods"))(context)
+
+        layers = params[stage.name]
+        if isinstance(layers, tuple):
+            return jax.tree.map(lambda *a: jnp.stack(a, 1), *map(every, layers))
+        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(every, layers))
+
+    return {stage.name: of(stage) for stage in model.stages}
+
+
+def _part(a: Any, batch: int, at: int | None) -> Any:
+    """Of [L, halves * B, ...] what belongs to the first or second half; all of it for None."""
+    return a if at is None else a[:, at * batch : (at + 1) * batch]
+
+
+def _memory(model, params, accelerator, attention, x, cond, guide, modes) -> tuple[Any, State]:
+    """The runner's memory for all copies of the batch that the guide runs, and the batch axis of each of its leaves."""
+
+    def spec(copies: int):
+        grow = lambda a: jax.ShapeDtypeStruct((copies * a.shape[0], *a.shape[1:]), a.dtype)  # noqa: E731
+        return trunk_spec(model, params, grow(x), jax.tree.map(grow, cond), copies, guide.together)
+
+    specs = {copies: spec(copies) for copies in (1, 2)}
+    small, large = (jax.eval_shape(lambda s=s: memory_for(s, accelerator, attention, modes)) for s in specs.values())
+    axes = jax.tree.map(_batch_axis, small, large)
+    return axes, memory_for(specs[guide.halves], accelerator, attention, modes)
+
+
+def _batch_axis(small: Any, large: Any) -> int:
+    """Where a leaf grows with the batch; -1 for a leaf that all samples share."""
+    grown = [i for i, (a, b) in enumerate(zip(small.shape, large.shape, strict=True)) if a != b]
+    return grown[0] if grown else -1
+
+
+def _slice(state: State, axes: Any, at: int | None) -> State:
+    """The part of the memory that belongs to the first or second half; all of it for None."""
+    if at is None:
+        return state
+
+    def cut(a, axis):
+        size = a.shape[axis] // 2
+        return a if axis < 0 else jax.lax.slice_in_dim(a, at * size, (at + 1) * size, axis=axis)
+
+    return jax.tree.map(cut, state, axes)
+
+
+def _write(state: State, part: State, new: State, axes: Any, at: int | None) -> State:
+    """The memory with one half's part replaced, where that was written at all."""
+    if at is None:
+        return new
+
+    def put(a, old, n, axis):
+        if n is old:
+            return a
+        return n if axis < 0 else jax.lax.dynamic_update_slice_in_dim(a, n, at * n.shape[axis], axis)
+
+    return jax.tree.map(put, state, part, new, axes)
+
+
+def _padded(report: Report, halves: int, at: int) -> Report:
+    """A report with zeros for the halves that did not run: the last axis of every leaf is the halves."""
+
+    def pad(a):
+        width = halves - a.shape[-1]
+        return a if width == 0 else jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(at, width - at)])
+
+    return jax.tree.map(pad, report)

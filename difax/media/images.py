@@ -1,0 +1,76 @@
+"""Pictures: sample grids and PNG files, written aside and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from difax.core.files import replacing
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> uint8 [0, 255], clipped and rounded."""
+    return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def picture(samples: np.ndarray, columns: int) -> np.ndarray:
+    """Samples [N, H, W, C] or videos [N, F, H, W, C] in [-1, 1] as one grid; the frames of a video follow one another.
+
+    Args:
+      columns: samples a row; a video has a row of its own, of at most 8 of its frames.
+    """
+    if samples.ndim == 5:
+        frames = np.unique(np.linspace(0, samples.shape[1] - 1, 8).round().astype(int))
+        samples, columns = samples[:, frames].reshape(-1, *samples.shape[2:]), len(frames)
+    return image_grid(to_uint8(samples), min(columns, 10), scale=max(1, 96 // samples.shape[1]))
+
+
+def image_grid(images: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -> np.ndarray:
+    """Lays uint8 images [N, H, W, C] out in rows of `columns`, on white; [H', W'] for one channel.
+
+    Args:
+      images: C = 1 (grey) or 3 (RGB); other channel counts show their first channel.
+      columns: images a row. gap: pixels between them. scale: whole-number magnification.
+    """
+    images = images if images.shape[-1] in (1, 3) else images[..., :1]
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    grid = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        grid[top : top + h, left : left + w] = image
+    grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
+    return grid[..., 0] if c == 1 else grid
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes a uint8 picture [H, W] or [H, W, 3]; the file appears whole or not at all."""
+    from PIL import Image
+
+    with replacing(path) as aside:
+        Image.fromarray(image).save(aside, format="PNG")
+
+
+@contextlib.contextmanager
+def drawing(path: str | os.PathLike, size: tuple[float, float], font: float = 9, **options: Any) -> Iterator[Any]:
+    """A matplotlib figure, written as PNG when the block ends; the file appears whole or not at all.
+
+    Args:
+      size: (width, height) in inches, of 200 pixels. font: size in points. options: of `matplotlib.figure.Figure`.
+
+    Raises:
+      ValueError: matplotlib is missing (the extra `plot`).
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a figure needs matplotlib, of the extra plot: pip install 'difax[plot]'") from None
+    with rc_context({"font.size": font, "text.parse_math": False}), replacing(path) as aside:
+        drawn = Figure(figsize=size, dpi=200, facecolor="white", **options)
+        yield drawn
+        drawn.savefig(aside, format="png", metadata={"Software": None})

@@ -1,0 +1,197 @@
+"""A setup compiled: samplers that share a compilation where their programs are the same text, and measured draws."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.build import Setup
+from difax.core.contracts import Params, Trace
+from difax.core.cost import model_cost, run_cost
+from difax.core.decisions import averaged, inert, summary
+from difax.core.device import device_name, peak_memory
+from difax.core.noise import sample_keys
+from difax.core.qtensor import size_in_bytes
+from difax.media.images import image_grid, to_uint8
+
+CHUNK = 64
+
+
+class Program:
+    """One sampler compiled ahead of time.
+
+    A call takes x, keys and conditions of the shapes that it was compiled for, and returns (samples, trace); x is
+    donated. `shared`: was it compiled before, for another setup; `compile_seconds`: of tracing and compiling.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        params: Params,
+        inputs: tuple[Any, Any, Any],
+        compiled: dict[str, Any] | None = None,
+        on_step: Callable[[Any], None] | None = None,
+    ):
+        """params: as `Setup.prepare` returns them. inputs: x, keys, cond, or their shapes. compiled: by text, of
+        those that may be shared, to which this one is added. on_step: as `make_sampler` takes it."""
+        self.setup, self.params = setup, params
+        self.rows, self.scale = jax.tree.map(jnp.asarray, setup.rows), jnp.float32(setup.scale)
+        compiled = {} if compiled is None else compiled
+        start = time.perf_counter()
+        lowered = setup.sampler(on_step=on_step).lower(params, *inputs, self.rows, self.scale)
+        # equal texts may differ in what their arguments are called, which a compiled program insists on
+        text = hashlib.sha256(f"{lowered.in_tree}{lowered.as_text()}".encode()).hexdigest()
+        self.shared = text in compiled
+        if not self.shared:
+            compiled[text] = lowered.compile()
+        self.compiled = compiled[text]
+        self.compile_seconds = time.perf_counter() - start
+
+    def __call__(self, x: jax.Array, keys: jax.Array, cond: Any) -> tuple[jax.Array, Trace]:
+        return self.compiled(self.params, x, keys, cond, self.rows, self.scale)
+
+
+class Drawn(NamedTuple):
+    """samples and the latents that they began from [n, ...] float32; trace: the mean over the chunks; cost: a table
+    (`draw`)."""
+
+    samples: np.ndarray
+    latents: np.ndarray
+    trace: Trace
+    cost: dict[str, Any]
+
+
+def draw(
+    setup: Setup,
+    params: Params,
+    cond: Any,
+    seed: int = 0,
+    *,
+    latents: np.ndarray | None = None,
+    progress: bool = False,
+    program: Callable[..., Program] = Program,
+) -> Drawn:
+    """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
+
+    Samples go through in equal chunks of at most 64; sample i depends on (seed, i), its condition and its latents.
+
+    Args:
+      setup, params: what to sample with; params as `Setup.prepare` returns them.
+      cond: labels [n] int, or a tree of arrays that lead with [n]. seed: of the run.
+      latents: [n, ...] to begin from, at t = 1; None is noise of the seed.
+      progress: a bar on stderr, at the price of a callback per step.
+      program: (setup, params, inputs, on_step=...) -> `Program`, for those that keep their programs.
+
+    Returns:
+      `Drawn`; its table has steps, evaluations (rows of the scan), network evaluations of one sample (both halves of
+      guidance counted), what a cache decided (`difax.core.decisions`), GFLOPs of one sample, compile and run seconds,
+      peak memory. A cache that did nothing is warned of on stderr.
+    """
+    from tqdm import tqdm
+
+    n = len(jax.tree.leaves(cond)[0])
+    chunks = -(-n // CHUNK)
+    size = -(-n // chunks)
+    bar = tqdm(total=chunks * len(setup.rows.i), unit="evaluation", disable=not progress, file=sys.stderr)
+
+    def inputs(chunk: int) -> tuple[jax.Array, jax.Array, Any]:
+        x, keys, some = setup.inputs(seed, size, cond, chunk * size)
+        if latents is not None:
+            x = jnp.asarray(latents[np.arange(chunk * size, (chunk + 1) * size) % n])
+        return x, keys, some
+
+    compiled = program(setup, params, inputs(0), on_step=(lambda _: bar.update()) if progress else None)
+    images, begun, seconds, traces = [], [], 0.0, []
+    for chunk in range(chunks):
+        x, keys, some = jax.block_until_ready(inputs(chunk))
+        begun.append(np.asarray(x).copy())  # x is donated
+        start = time.perf_counter()
+        image, trace = jax.block_until_ready(compiled(x, keys, some))
+        seconds += time.perf_counter() - start
+        images.append(np.asarray(image))
+        traces.append(trace)
+    bar.close()
+    trace = averaged(traces)
+    samples = np.concatenate(images)[:n]
+    if not np.all(np.isfinite(samples)):
+        print("difax: warning: some images are not finite", file=sys.stderr)
+    silent = inert(setup.rows, trace)
+    if silent:
+        print(f"difax: warning: {silent}", file=sys.stderr)
+    gflops = run_cost(model_cost(setup.model, params, setup.attention), trace) / 1e9
+    cost = {
+        "images": n,
+        "steps": len(setup.times) - 1,
+        "evaluations": len(setup.rows.i),
+        "network_evaluations": int(np.sum(np.asarray(trace.halves))),
+        "computed_fraction": round(float(np.mean([np.mean(c) for c in trace.computed.values()])), 4),
+        **({} if setup.rows.plan.owner == "none" else summary(trace)),
+        "gflops_per_image": round(gflops, 3),
+        "weights_mib": round(size_in_bytes(params) / 2**20, 1),
+        "compile_seconds": round(compiled.compile_seconds, 2),
+        "seconds_per_image": round(seconds / (chunks * size), 4),
+        "peak_memory_mib": round(peak_memory(compiled.compiled) / 2**20, 1),
+        "device": device_name(),
+        "jax": jax.__version__,
+    }
+    return Drawn(samples, np.concatenate(begun)[:n], trace, cost)
+
+
+def ahead_of_time(setup: Setup, n: int = 1) -> dict[str, Any]:
+    """Compiles the sampler of a setup from shapes alone, without weights in memory: what the whole model would cost.
+
+    Returns:
+      The part of `draw`'s table that needs no run; the GFLOPs are of the neutral accelerator.
+    """
+    params = jax.eval_shape(setup.prepare, model_shapes(setup.model))
+    shape = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), tree)  # noqa: E731
+    keys = jax.eval_shape(lambda: sample_keys(0, n))
+    x = jax.ShapeDtypeStruct((n, *setup.model.input_shape), jnp.float32)
+    program = Program(setup, params, (x, keys, shape(setup.model.cond)))
+    cost = model_cost(setup.model, params, setup.attention)
+    return {
+        "parameters": parameter_count(setup.model),
+        "evaluations": len(setup.rows.i),
+        "gflops_per_evaluation": round(cost.evaluation / 1e9, 3),
+        "weights_mib": round(size_in_bytes(params) / 2**20, 1),
+        "compile_seconds": round(program.compile_seconds, 2),
+        "peak_memory_mib": round(peak_memory(program.compiled) / 2**20, 1),
+    }
+
+
+def model_shapes(model: Any) -> Params:
+    """Shapes and dtypes of a model's parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def parameter_count(model: Any) -> int:
+    """Number of parameters of a model."""
+    return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(model_shapes(model)))
+
+
+def weight_bytes(setup: Setup) -> int:
+    """Bytes of a setup's random weights while they are made and prepared: once in float32, once as sampled with."""
+    spec = model_shapes(setup.model)
+    return size_in_bytes(spec) + size_in_bytes(jax.eval_shape(setup.prepare, spec))
+
+
+def previewer(setup: Setup) -> Callable[[Params], np.ndarray]:
+    """params -> picture of two images of each of the first ten classes, for a training run; compiled once."""
+    sampler = setup.sampler()
+    classes = min(setup.model.classes, 10)
+    labels = np.arange(2 * classes, dtype=np.int32) % classes
+    rows = jax.tree.map(jnp.asarray, setup.rows)
+
+    def preview(params: Params) -> np.ndarray:
+        x, keys, cond = setup.inputs(0, len(labels), labels)
+        images, _ = sampler(params, x, keys, cond, rows, setup.scale)
+        return image_grid(to_uint8(np.asarray(images)), classes, scale=2)
+
+    return preview

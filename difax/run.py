@@ -1,0 +1,444 @@
+"""The front door: a configuration or a checkpoint opened as a `Run`, which samples, calibrates and profiles."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from difax.build import (
+    Setup,
+    build_data,
+    build_options,
+    build_setup,
+    build_task,
+    embedded_weights,
+    load_weights,
+)
+from difax.config import checkpoint_config, config_names, keyword_settings, load_config, override, plain
+from difax.core.contracts import Params, Trace
+from difax.core.decisions import save_trace
+from difax.core.device import memory_available
+from difax.media.images import picture
+from difax.media.samples import check_latents, check_output, save_samples
+from difax.program import Program, ahead_of_time, draw, previewer, weight_bytes
+from difax.registry import choose
+from difax.report import format_table
+from difax.study import calibrate as calibrate_
+from difax.study import profile as profile_
+from difax.training.data import CLASS_NAMES, check_images, data_section
+from difax.training.train import TrainState
+from difax.training.train import train as train_
+from difax.weights.conditions import check_conditions, labelled, load_conditions, random_conditions
+
+RANDOM = "random"
+
+
+class Result:
+    """Samples of a run, what was computed for them and what it cost; shows itself in a notebook.
+
+    images: float32 [N, H, W, C], or videos [N, F, H, W, C], in [-1, 1] (latents, for models of latents).
+    trace: what was computed (`difax.Trace`), the mean over the batches.
+    cost: a table {name: value}: evaluations, GFLOPs, seconds, memory, what a cache decided (`difax.program.draw`).
+    latents: [N, ...] that the samples began from. cond: their conditions. seed: of the run.
+    """
+
+    def __init__(self, run: Run, cond: Any, columns: int, seed: int, drawn: Any):
+        self.run, self.cond, self.columns, self.seed = run, cond, columns, seed
+        self.images: np.ndarray = drawn.samples
+        self.latents: np.ndarray = drawn.latents
+        self.trace: Trace = drawn.trace
+        self.cost: dict[str, Any] = drawn.cost
+
+    def __iter__(self) -> Any:
+        """images, trace, cost."""
+        return iter((self.images, self.trace, self.cost))
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """What was run, and its cost."""
+        names = {"cache": "none", "attend": "xla", "quant": "none", **self.run.setup.described}
+        return {
+            "model": self.run.setup.model.name,
+            "weights": self.run.source,
+            **{key: names[key] for key in ("solver", "guide", "cache", "attend", "quant")},
+            "dtype": str(np.dtype(self.run.setup.model.dtype)),
+            **self.cost,
+            **self.run.full_size,
+        }
+
+    def save(self, path: str | os.PathLike) -> pathlib.Path:
+        """Writes the samples by the ending of a path; what is written appears whole or not at all.
+
+        .png: one grid of pictures. .npz: `samples` float32, `latents`, `seeds` int64 [N, 2] (of the run, index of the
+        sample), the conditions (`labels`, or `cond/NAME`) and `config` (JSON). No suffix: a folder of single pictures,
+        a video being a folder of its frames.
+
+        Returns:
+          The path.
+
+        Raises:
+          ValueError: another suffix, or a place that cannot be written.
+        """
+        target = check_output(os.fspath(path))
+        leaves = jax.tree_util.tree_flatten_with_path(self.cond)[0]
+        name = lambda p: f"cond/{jax.tree_util.keystr(p, simple=True, separator='/')}" if p else "labels"  # noqa: E731
+        arrays = {
+            "latents": self.latents,
+            "seeds": np.stack([np.full(len(self.images), self.seed), np.arange(len(self.images))], 1),
+            **{name(p): np.asarray(leaf) for p, leaf in leaves},
+            "config": np.asarray(json.dumps(plain(self.run.config))),
+        }
+        save_samples(target, self.images, self.columns, arrays)
+        return target
+
+    def save_trace(self, path: str | os.PathLike) -> None:
+        """Writes what was computed as .npz (`difax.core.decisions.save_trace`)."""
+        save_trace(pathlib.Path(path), self.run.setup.rows, self.trace)
+
+    def picture(self) -> np.ndarray:
+        """One grid of the samples, uint8 [H, W] or [H, W, 3]."""
+        return picture(self.images, self.columns)
+
+    def _repr_png_(self) -> bytes:
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(self.picture()).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def _repr_html_(self) -> str:
+        picture = base64.b64encode(self._repr_png_()).decode()
+        return f'<img src="data:image/png;base64,{picture}"/><pre>{format_table(self.table)}</pre>'
+
+    def __repr__(self) -> str:
+        return format_table(self.table)
+
+
+class Run:
+    """A configuration with its weights and its compiled programs, as `difax.load` opens it.
+
+    config: the whole configuration. setup: what it is made of (`difax.build.Setup`). params: the weights as they were
+    loaded; source: where from. full_size: what compiling the full size told, where only a reduced one fits into memory.
+
+    A Run is never changed: `replace` makes another one. Programs are compiled when they are first drawn with and kept,
+    for this run and for those that `replace` made of it.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        setup: Setup,
+        params: Params,
+        source: str,
+        path: str | None = None,
+        seed: int = 0,
+        full_size: Mapping[str, Any] | None = None,
+        kept: Run | None = None,
+        as_configured: bool = True,
+    ):
+        """path: of the weights, or None. seed: of random weights. kept: whose programs and weights may be used on.
+        as_configured: is the model what the configuration alone would give (a checkpoint may know better)."""
+        self.config, self.setup, self.params, self.source = dict(config), setup, params, source
+        self.full_size = dict(full_size or {})
+        self._path, self._seed, self._as_configured = path, seed, as_configured
+        self._compiled: dict[str, Any] = {} if kept is None else kept._compiled
+        self._programs: dict[Any, Program] = {}
+        self._prepared: Params | None = None
+        if kept is not None and kept.params is params and self._preparation() == kept._preparation():
+            self._prepared = kept._prepared
+
+    def _preparation(self) -> Any:
+        """What `Setup.prepare` goes by; None where parameters that a cache has learned go in."""
+        if self.setup.accelerator.learned is not None:
+            return object()
+        return plain({"quant": self.config.get("quant", {})}), str(self.setup.model.dtype), self.setup.stacked
+
+    @property
+    def prepared(self) -> Params:
+        """The weights as they are sampled with: quantised, cast, in the layout of the configuration."""
+        if self._prepared is None:
+            self._prepared = jax.block_until_ready(self.setup.prepare(self.params))
+        return self._prepared
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, or () where they are not known."""
+        data = self.config.get("data", {})
+        return tuple(map(str, data.get("names") or CLASS_NAMES.get(data.get("name"), ())))
+
+    def conditions(self, cond: Any = None) -> Any:
+        """Conditions [n] as the model takes them.
+
+        Args:
+          cond: labels, as numbers or names, in a list or as "bag,3"; a path of embeddings (.safetensors), or their
+            tree; None is one of each class (at most ten), or random embeddings for random weights.
+
+        Raises:
+          ValueError: labels out of range, embeddings that do not fit, or none where the weights are real.
+        """
+        model = self.setup.model
+        if labelled(model):
+            if cond is None:
+                return np.arange(min(model.classes, 10), dtype=np.int32)
+            if isinstance(cond, Mapping) or isinstance(cond, str) and cond.endswith(".safetensors"):
+                raise ValueError(f"cond {cond if isinstance(cond, str) else ''}: {model.name} takes labels")
+            words = cond.split(",") if isinstance(cond, str) else np.ravel(np.asarray(cond)).tolist()
+            return np.asarray(parse_labels(words, model.classes, self.labels), np.int32)
+        if isinstance(cond, (str, os.PathLike)):
+            return load_conditions(model, os.fspath(cond))
+        if cond is not None:
+            return check_conditions(model, cond)
+        if self.source == RANDOM:
+            return random_conditions(model, 1, self._seed)
+        leaves = jax.tree_util.tree_flatten_with_path(model.cond)[0]
+        names = ", ".join(
+            f"{jax.tree_util.keystr(p, simple=True, separator='/')} [n, {str(a.shape)[1:-1]}]" for p, a in leaves
+        )
+        raise ValueError(f"{model.name} takes embeddings; give --cond FILE.safetensors with the tensors {names}")
+
+    def sample(
+        self,
+        cond: Any = None,
+        seed: int = 0,
+        *,
+        repeat: int = 1,
+        latents: Any = None,
+        progress: bool = False,
+    ) -> Result:
+        """Draws one sample per condition; the first call of a shape compiles, later ones do not.
+
+        Args:
+          cond: as `conditions` takes it.
+          seed: 0 ... 2^32 - 1; sample i depends on (seed, i), its condition and its latents, never on the batch.
+          repeat: how often the conditions are gone through, each time with other noise.
+          latents: [n, ...] to begin from, in place of noise of the seed.
+          progress: a bar on stderr, at the price of a callback per step.
+
+        Returns:
+          `Result`: images, trace and cost.
+
+        Raises:
+          ValueError: a condition, seed or latents that the model cannot take.
+        """
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"--seed={seed}; allowed: 0 ... {2**32 - 1}")
+        if repeat < 1:
+            raise ValueError(f"--repeat={repeat}; allowed: 1 or more")
+        row = self.conditions(cond)
+        columns = len(jax.tree.leaves(row)[0])
+        all_of = jax.tree.map(lambda a: np.concatenate([np.asarray(a)] * repeat), row)
+        if latents is not None:
+            latents = check_latents(latents, columns * repeat, self.setup.model.input_shape)
+        options: dict[str, Any] = {"latents": latents, "progress": progress, "program": self._program}
+        drawn = draw(self.setup, self.prepared, all_of, seed, **options)
+        return Result(self, all_of, columns, seed, drawn)
+
+    def _program(self, setup: Setup, params: Params, inputs: Any, on_step: Any = None) -> Program:
+        shapes = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(inputs))
+        if on_step is not None:  # a program of its own: it calls back to this draw's bar
+            return Program(setup, params, inputs, on_step=on_step)
+        if shapes in self._programs:
+            program = self._programs[shapes]
+            program.compile_seconds = 0.0
+            return program
+        self._programs[shapes] = Program(setup, params, inputs, self._compiled)
+        return self._programs[shapes]
+
+    def replace(self, *, weights: Any = None, **settings: Any) -> Run:
+        """Another run: only what the settings change is made and compiled anew.
+
+        The weights are read again where the settings name others, or another model.
+
+        Args:
+          weights, settings: as `load` takes them.
+        """
+        config = override(self.config, keyword_settings(settings))
+        new, old = config["model"], self.config["model"]
+        whole = lambda section: {k: v for k, v in section.items() if k != "dtype"}  # noqa: E731
+        if weights is not None or whole(new) != whole(old) or (new != old and not self._as_configured):
+            return _opened(config, self._path if weights is None else weights, self._seed, kept=self)
+        setup = build_setup(config, self.setup.model if new == old else None)
+        return Run(config, setup, self.params, self.source, self._path, self._seed, self.full_size, self)
+
+    def calibrate(
+        self,
+        technique: str,
+        out: str | os.PathLike | None = None,
+        cond: Any = None,
+        *,
+        samples: int = 16,
+        batch: int = 4,
+        seed: int = 0,
+        tell: Callable[[str], None] = lambda text: None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """Measures what a cache plans from, fits what it has learned, or searches a plan (`difax.study.calibrate`).
+
+        Args:
+          technique: of `difax.study.calibrate.TECHNIQUES`.
+          out: file to write, .npz for what is fitted and .json else, for the cache's `file`; None writes none.
+          cond: as `conditions` takes it. samples: to draw, in batches of `batch`. seed: of them.
+          tell: is called with a line of progress.
+          settings: of "scheduled": budget, rounds, where, forecast, order; of what is fitted: rank.
+
+        Returns:
+          What the file holds.
+        """
+        sampler = calibrate_.Sampler(self._uncached(), self.prepared, self.conditions(cond), seed)
+        return calibrate_.calibrate_to(technique, sampler, out, samples, batch, tell, **settings)
+
+    def _uncached(self) -> Setup:
+        config = {k: v for k, v in self.config.items() if k != "cache"}
+        return build_setup(config, self.setup.model)
+
+    def profile(self, cond: Any = None, seed: int = 0, *, repeat: int = 1, turns: int = 5) -> profile_.Profile:
+        """Where the seconds of an evaluation go, part by part (`difax.study.profile`).
+
+        Args:
+          cond, seed, repeat: as `sample` takes them. turns: of which the median is taken.
+        """
+        row = self.conditions(cond)
+        all_of = jax.tree.map(lambda a: np.concatenate([np.asarray(a)] * repeat), row)
+        return profile_.profile(self.setup, self.prepared, all_of, seed, turns)
+
+
+def load(
+    what: str | os.PathLike | Mapping[str, Any] = "fmnist_dit", *, weights: Any = None, seed: int = 0, **settings: Any
+) -> Run:
+    """Opens a configuration or a checkpoint.
+
+    Args:
+      what: a name of `difax list configs` ("fmnist_dit", "dit_imagenet:XL/2"), a .py file with get_config, a
+        configuration as a mapping; or a checkpoint, which brings its own: the folder of a training run, a .safetensors
+        file that difax wrote, or a published checkpoint that difax knows.
+      weights: of a configuration: the path of a checkpoint, a name of `difax list weights`, or "random"; None is what
+        the configuration or the checkpoint names.
+      seed: of random weights.
+      settings: of sections, by keyword: a name (`solver="dpmpp_2m"`, `quant="int8_w8a8"`), a value (`steps=12`), a
+        mapping of keys (`cache={"name": "fora", "interval": 3}`), code of one's own (`cache="my/file.py:mine"`), a
+        factory, or what a factory made (`cache=difax.Accelerator(...)`); `dtype` is that of the model.
+
+    Returns:
+      A `Run`.
+
+    Raises:
+      ValueError: what is not there or does not fit: the key, the value, what is allowed and the nearest match.
+    """
+    path: Any = weights
+    if isinstance(what, Mapping):
+        config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in what.items()}
+    elif _is_checkpoint(os.fspath(what)):
+        what = os.fspath(what)
+        config, path = checkpoint_config(what), what if weights is None else weights
+    else:
+        config = load_config(os.fspath(what))
+    return _opened(override(config, keyword_settings(settings)), path, seed)
+
+
+def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = None) -> Run:
+    """A configuration with the weights of a path, a name of embedded ones, "random", or (None) its own."""
+    path = None if path is None else os.fspath(path)
+    if path == RANDOM or path in embedded_weights():
+        config, path = {**config, "weights": path}, None
+    setup, full = build_setup(config), {}
+    if path is None and config.get("weights") == RANDOM:
+        config, setup, full = _fitting(config, setup)
+        params = jax.jit(setup.model.init)(jax.random.key(seed))
+        return Run(config, setup, params, RANDOM, None, seed, full, kept)
+    model, params, source = load_weights(config, setup.model, path)
+    as_configured = model is setup.model
+    return Run(config, setup._replace(model=model), params, source, path, seed, full, kept, as_configured)
+
+
+def _fitting(config: dict[str, Any], setup: Setup) -> tuple[dict[str, Any], Setup, dict[str, Any]]:
+    """The setup itself, or where its random weights do not fit into memory, its `reduced` size to draw with and what
+    compiling the full size told."""
+    needed, free = weight_bytes(setup), memory_available()
+    if needed <= free:
+        return config, setup, {}
+    if "reduced" not in config:
+        raise ValueError(
+            f"the weights of {setup.model.name} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free, and "
+            "this configuration has no `reduced` size to draw with"
+        )
+    full = ahead_of_time(setup)
+    smaller = {**config, **config["reduced"], "model": {**config["model"], **config["reduced"].get("model", {})}}
+    return smaller, build_setup(smaller), {"full_size": full}
+
+
+def _is_checkpoint(what: str) -> bool:
+    """Whether a text names a checkpoint, and no configuration."""
+    path = pathlib.Path(what)
+    if what.partition(":")[0] in config_names() or ".py" in (path.suffix.partition(":")[0], path.suffix):
+        return False
+    return path.is_dir() or path.suffix in (".safetensors", ".json")
+
+
+def parse_labels(words: Sequence[Any], classes: int, names: Sequence[str] = ()) -> list[int]:
+    """Labels, as numbers or names, as indices.
+
+    Raises:
+      ValueError: a name that is no class, or an index outside 0 ... classes - 1.
+    """
+    labels = []
+    for word in words:
+        word = str(word).strip()
+        if word.lstrip("-").isdigit():
+            if not 0 <= int(word) < classes:
+                raise ValueError(f"label {word}; allowed: 0 ... {classes - 1}")
+            labels.append(int(word))
+        elif names:
+            labels.append(list(names).index(choose("label", word, names)))
+        else:
+            raise ValueError(f"label {word!r}; allowed: 0 ... {classes - 1}")
+    return labels
+
+
+def train(
+    config: str | os.PathLike | Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    data: str | os.PathLike | None = None,
+    resume: bool = False,
+    minutes: float | None = None,
+    progress: bool = False,
+    log: Callable[[dict[str, Any]], None] | None = None,
+    **settings: Any,
+) -> TrainState:
+    """Trains a model and writes checkpoints, samples and logs into a folder, which `load` opens.
+
+    Args:
+      config, settings: as `load` takes them; sections model, loss, data and train say what is trained.
+      workdir: the run's folder; new or empty unless `resume`.
+      data: where the data set lies: the folder of its files, a folder of images, or an .npz
+        (`difax.training.data.data_section`); None is what the configuration says.
+      resume: continue from the last checkpoint. minutes: stop with a checkpoint after so long.
+      progress: a bar on stderr. log: is called with every line of log.jsonl.
+
+    Returns:
+      The last state.
+
+    Raises:
+      ValueError: a configuration, folder or data that do not fit, before anything is written.
+      FloatingPointError: a non-finite loss, with its step; the last good checkpoint stays.
+    """
+    given = dict(config) if isinstance(config, Mapping) else load_config(os.fspath(config))
+    whole = override(given, keyword_settings(settings))
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"--minutes={minutes}; allowed: > 0")
+    if data is not None:
+        whole["data"] = data_section(os.fspath(data), whole.get("data", {}))
+    task, options = build_task(whole, previewer), build_options(whole)
+    images = build_data(whole, "train")
+    check_images(images, task.input_shape, task.classes)
+    if images.names:
+        whole["data"] = {**whole["data"], "names": list(images.names)}
+    return train_(task, images, options, workdir, plain(whole), resume, progress, minutes, log)

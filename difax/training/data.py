@@ -1,0 +1,288 @@
+"""Image data sets from files of one's own or published ones, and a loader whose batch is a function of (seed, step)."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
+LABELS = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+SPLITS = {"train": "train", "test": "t10k"}
+
+
+class Images(NamedTuple):
+    """uint8 images [N, H, W, C], int32 labels [N], and the names of the classes, or () where they have none."""
+
+    image: np.ndarray
+    label: np.ndarray
+    names: tuple[str, ...] = ()
+
+
+def fashion_mnist(split: str = "train", data_dir: str | os.PathLike | None = None) -> Images:
+    """Fashion-MNIST: 60,000 training or 10,000 test images of 28 x 28 grey pixels in ten balanced classes.
+
+    Args:
+      split: "train" or "test".
+      data_dir: folder of the four idx files (plain or .gz); None looks where the Debian package puts them.
+
+    Raises:
+      ValueError: unknown split, or a file that is no idx file of images or labels.
+      FileNotFoundError: the files are not there; the message says the three ways to get them.
+
+    References: Xiao, Rasul & Vollgraf, Fashion-MNIST, 2017, arXiv:1708.07747.
+    """
+    _check_split("fashion_mnist", split)
+    where = pathlib.Path(data_dir) if data_dir else DEBIAN
+    image = read_idx(_find(where, f"{SPLITS[split]}-images-idx3-ubyte"), 3)
+    label = read_idx(_find(where, f"{SPLITS[split]}-labels-idx1-ubyte"), 1)
+    if len(image) != len(label):
+        raise ValueError(f"{where}: {len(image)} {split} images but {len(label)} labels")
+    return Images(image[..., None], label.astype(np.int32))
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+TEST_SHARE = 10  # every tenth image is a test image where a data set says nothing itself
+
+
+def folder(
+    path: str | os.PathLike,
+    split: str = "train",
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    names: Sequence[str] | None = None,
+) -> Images:
+    """A folder of .png, .jpg and .webp images; its sub-folders, in alphabetical order, are the classes.
+
+    Where the folder has the sub-folders train and test, they are the splits; else every tenth image of each class, by
+    name, is a test image.
+
+    Args:
+      path: of the folder. Images beside no sub-folder are one class.
+      split: "train" or "test".
+      size: cut images to their middle square and resize them to this side; None takes images of one size as they are.
+      channels: 1 (grey) or 3; None is 1 where all images are grey, else 3.
+      names: of the classes, in the order of their labels; None is that of the sub-folders.
+
+    Raises:
+      ValueError: no images, images of several sizes, a file that is no image, or sub-folders that are no classes.
+      FileNotFoundError: no such folder.
+    """
+    _check_split("folder", split)
+    root = pathlib.Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data folder {path}: no such folder")
+    if channels not in (None, 1, 3) or (size is not None and size < 1):
+        raise ValueError(f"data folder: channels={channels}, size={size}; allowed: channels 1 or 3, size 1 or more")
+    own_splits = all((root / name).is_dir() for name in ("train", "test"))
+    root = root / split if own_splits else root
+    classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = tuple(p.name for p in classes) if names is None else tuple(map(str, names))
+    unknown = [p.name for p in classes if p.name not in found]
+    if unknown:
+        raise ValueError(f"data folder {root}: {unknown[0]} is no class; allowed: {', '.join(found)}")
+    files = [(f, found.index(c.name)) for c in classes for f in _pictures(c)] or [(f, 0) for f in _pictures(root)]
+    if not own_splits:
+        by_class = [[f for f in files if f[1] == label] for label in range(max(len(found), 1))]
+        held = {f for of in by_class for f in of[TEST_SHARE - 1 :: TEST_SHARE]}
+        files = [f for f in files if (f in held) == (split == "test")]
+    if not files:
+        raise ValueError(f"data folder {root}: no {split} images in it; allowed: {', '.join(SUFFIXES)}")
+    read = [_read_picture(f, size) for f, _ in files]
+    wanted = channels or max(image.shape[-1] for image in read)
+    same = [_with_channels(image, wanted) for image in read]
+    for (file, _), image in zip(files, same, strict=True):
+        if image.shape != same[0].shape:
+            raise ValueError(
+                f"{file}: {_shape(image)}, but {files[0][0]} is {_shape(same[0])}; allowed: images of one size, or "
+                "data.size=SIDE, which resizes them"
+            )
+    return Images(np.stack(same), np.asarray([label for _, label in files], np.int32), found)
+
+
+def npz(path: str | os.PathLike, split: str = "train", *, names: Sequence[str] | None = None) -> Images:
+    """An .npz file: `images` uint8 [N, H, W, C] or [N, H, W], `labels` int [N] (all 0 without them).
+
+    Every tenth image is a test image, or those under `test_images` and `test_labels`, if there; `names` are the
+    classes', if there.
+
+    Args:
+      path: of the file. split: "train" or "test". names: of the classes, in the order of their labels.
+
+    Raises:
+      ValueError: a file that is no .npz, or arrays that are missing, of another type or shape.
+      FileNotFoundError: no such file.
+    """
+    _check_split("npz", split)
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"data file {path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in found.files}
+    except Exception as error:
+        why = " ".join(str(error).split())[:160]
+        raise ValueError(f"data file {path}: {why}; allowed: an .npz file with an array named images") from None
+    given = "test_images" in arrays and split == "test"
+    image = arrays.get("test_images" if given else "images")
+    if image is None or image.dtype != np.uint8 or image.ndim not in (3, 4) or not len(image):
+        has = ", ".join(f"{k} {a.dtype} {list(a.shape)}" for k, a in arrays.items())
+        raise ValueError(f"data file {path} has {has or 'nothing'}; allowed: images, uint8 [N, H, W, C]")
+    image = image if image.ndim == 4 else image[..., None]
+    label = arrays.get("test_labels" if given else "labels", np.zeros(len(image), np.int32))
+    if label.shape != (len(image),) or label.dtype.kind not in "iu" or label.min() < 0:
+        raise ValueError(
+            f"data file {path}: labels {label.dtype} {list(label.shape)}; allowed: int [{len(image)}], >= 0"
+        )
+    if "test_images" not in arrays:
+        held = np.arange(len(image)) % TEST_SHARE == TEST_SHARE - 1
+        image, label = image[held == (split == "test")], label[held == (split == "test")]
+    own = tuple(map(str, arrays["names"])) if "names" in arrays else ()
+    return Images(image, label.astype(np.int32), own if names is None else tuple(map(str, names)))
+
+
+CLASS_NAMES = {"fashion_mnist": LABELS}
+DATASETS: dict[str, Callable[..., Images]] = {"fashion_mnist": fashion_mnist, "folder": folder, "npz": npz}
+
+
+def data_section(where: str, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration's section of the data set that lies somewhere.
+
+    Args:
+      where: a folder of Fashion-MNIST's four files, a folder of images, or an .npz.
+      before: the section so far, whose other keys are kept where the data set is of the same kind.
+
+    Raises:
+      FileNotFoundError: nothing there. ValueError: something else.
+    """
+    path = pathlib.Path(where)
+    if not path.exists():
+        raise FileNotFoundError(f"--data {where}: no such file or folder; allowed: {_DATA}")
+    if path.is_file() and path.suffix == ".npz":
+        found = {"name": "npz", "path": where}
+    elif path.is_dir() and (any("-ubyte" in p.name for p in path.iterdir()) or not any(path.iterdir())):
+        found = {"name": "fashion_mnist", "data_dir": where}  # which says how to fill an empty folder
+    elif path.is_dir():
+        found = {"name": "folder", "path": where}
+    else:
+        raise ValueError(f"--data {where}: allowed: {_DATA}")
+    return {**(before if before.get("name") == found["name"] else {}), **found}
+
+
+_DATA = "a folder of images (sub-folders are classes), an .npz, or the folder of Fashion-MNIST's files"
+
+
+def check_images(images: Images, shape: tuple[int, ...], classes: int) -> None:
+    """Refuses images of another size or channels than a model takes, and labels that it does not have.
+
+    Args:
+      shape: (H, W, C) of the model's input. classes: number of its labels.
+
+    Raises:
+      ValueError: with the settings that fit the model to the data.
+    """
+    there = images.image.shape[1:]
+    if there != tuple(shape):
+        side = there[0] if there[0] == there[1] else there[:2]
+        raise ValueError(
+            f"the data are {_shape(images.image[0])}, the model takes {' x '.join(map(str, shape))}; allowed: "
+            f"--config.model.size={str(side).replace(' ', '')} --config.model.channels={there[2]}, or data.size and "
+            "data.channels of a folder"
+        )
+    count = max(len(images.names), int(images.label.max()) + 1)
+    if count > classes:
+        raise ValueError(f"the data have {count} classes, the model {classes}; allowed: --config.model.classes={count}")
+
+
+def _check_split(name: str, split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"{name}: split={split!r}; allowed: {', '.join(SPLITS)}")
+
+
+def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def _read_picture(file: pathlib.Path, size: int | None) -> np.ndarray:
+    """uint8 [H, W, 1 or 3]; of what is seen through, over white."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("L" if image.mode in ("1", "L", "I", "I;16") else "RGB")
+            if size is not None:
+                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+            array = np.asarray(image, np.uint8)
+    except Exception as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())[:160]}; allowed: an image") from None
+    return array if array.ndim == 3 else array[..., None]
+
+
+def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    if image.shape[-1] == channels:
+        return image
+    if channels == 3:
+        return np.repeat(image, 3, axis=-1)
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).convert("L"), np.uint8)[..., None]
+
+
+def _shape(image: np.ndarray) -> str:
+    return " x ".join(map(str, image.shape))
+
+
+def read_idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
+    """Reads a uint8 idx file, plain or .gz, of the given number of dimensions."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            raw = file.read()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
+    if len(raw) < 4 + 4 * dimensions or raw[:4] != bytes([0, 0, 8, dimensions]):
+        raise ValueError(f"{path}: not an idx file of bytes in {dimensions} dimensions")
+    shape = np.frombuffer(raw, ">u4", dimensions, 4)
+    body = raw[4 + 4 * dimensions :]
+    if len(body) != int(np.prod(shape)):
+        raise ValueError(f"{path}: {len(body)} bytes of data, but its header says {tuple(map(int, shape))}")
+    return np.frombuffer(body, np.uint8).reshape(shape)
+
+
+def batches(size: int, batch: int, seed: int) -> Callable[[int], np.ndarray]:
+    """Indices of batch number `step` of an endless, per-epoch reshuffled pass over `size` examples.
+
+    The result depends on (seed, step) alone, so a resumed run sees what the uninterrupted one would have.
+
+    Args:
+      size: examples in the data set; batch: examples a batch, at most size; seed: of the shuffles.
+    """
+    if not 1 <= batch <= size:
+        raise ValueError(f"batch={batch}; allowed: 1 ... {size}, the size of the data set")
+    order = grain.MapDataset.range(size).seed(seed).shuffle().repeat().batch(batch)
+
+    def at(step: int) -> np.ndarray:
+        return np.asarray(order[step])
+
+    return at
+
+
+def _find(folder: pathlib.Path, name: str) -> pathlib.Path:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"Fashion-MNIST file {name}[.gz] not found in {folder}. Three ways to get it: "
+        "(1) apt-get install dataset-fashion-mnist; "
+        "(2) git clone https://github.com/zalandoresearch/fashion-mnist, then --data fashion-mnist/data/fashion; "
+        "(3) torchvision.datasets.FashionMNIST(ROOT, download=True), then --data ROOT/FashionMNIST/raw"
+    )

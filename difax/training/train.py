@@ -1,0 +1,395 @@
+"""The training loop: AdamW with warm-up, clipping and EMA, exact resume, and a record of everything it did.
+
+Batch `step` and the random keys of `step` are functions of (seed, step) alone and the whole state is in the
+checkpoint, so a run that is killed and resumed has the losses of the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+from difax.core import mesh as mesh_
+from difax.core.files import from_data
+from difax.training.data import Images, batches
+from difax.training.losses import Loss
+from difax.weights.checkpoint import check_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """What `train` needs besides the task and the data.
+
+    steps, batch: updates in all, and images in each.
+    learning_rate, warmup, decay: linear warm-up from 0 over `warmup` steps, constant, linear to 0 in the last
+        `decay` steps (0: constant to the end, as in DiT).
+    weight_decay, b1, b2: of AdamW. clip: global gradient norm. ema: decay of the averaged weights, reached
+        gradually as min(ema, (1 + step)/(10 + step)).
+    seed: of weights, shuffles and noise.
+    log_every, sample_every, checkpoint_every: in steps; keep: checkpoints kept.
+    devices: in the data-parallel mesh (None: all).
+    dtype: compute dtype of the model in training (None: the model's own); weights and averages stay float32.
+    """
+
+    steps: int
+    batch: int = 128
+    learning_rate: float = 1e-4
+    warmup: int = 0
+    decay: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    clip: float = 1.0
+    ema: float = 0.999
+    seed: int = 0
+    log_every: int = 50
+    sample_every: int = 1000
+    checkpoint_every: int = 500
+    keep: int = 2
+    devices: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "log_every", "sample_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)}; allowed: 1 or more")
+        for name in ("warmup", "decay", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)}; allowed: 0 or more")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name}={getattr(self, name)}; allowed: > 0")
+        for name in ("ema", "b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)}; allowed: 0 <= {name} < 1")
+        if self.warmup + self.decay > self.steps:
+            raise ValueError(
+                f"train.warmup + train.decay = {self.warmup + self.decay} exceeds train.steps={self.steps}"
+            )
+
+
+class Task(NamedTuple):
+    """What is trained: init(key) -> params; loss(params, batch, key) -> (loss, metrics);
+    preview(ema_params) -> uint8 picture [H, W(, 3)] or None; input_shape, classes: of the images and labels."""
+
+    init: Callable[[jax.Array], Any]
+    loss: Loss
+    preview: Callable[[Any], np.ndarray] | None = None
+    input_shape: tuple[int, ...] = ()
+    classes: int = 0
+
+
+class TrainState(NamedTuple):
+    step: jax.Array
+    params: Any
+    ema: Any
+    optimizer: Any
+
+
+# settings that a resumed run may change: they do not touch the trajectory up to the checkpoint
+FREE = ("steps", "log_every", "sample_every", "checkpoint_every", "keep", "devices")
+
+
+def schedule(options: TrainOptions) -> optax.Schedule:
+    """Linear warm-up, constant, linear decay at the end."""
+
+    def rate(step):
+        up = jnp.minimum(1.0, (step + 1) / max(options.warmup, 1))
+        down = jnp.minimum(1.0, (options.steps - step) / max(options.decay, 1)) if options.decay else 1.0
+        return options.learning_rate * up * down
+
+    return rate
+
+
+def optimizer(options: TrainOptions) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global gradient norm."""
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip),
+        optax.adamw(schedule(options), options.b1, options.b2, weight_decay=options.weight_decay),
+    )
+
+
+def make_step(loss: Loss, options: TrainOptions) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted update (state, batch) -> (state, metrics); the state is donated."""
+    transform = optimizer(options)
+    root = jax.random.key(options.seed)
+
+    def update(state: TrainState, batch: Any):
+        key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        updates, inner = transform.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(options.ema, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+        metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradient)}
+        return TrainState(state.step + 1, params, ema, inner), metrics
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def train(
+    task: Task,
+    data: Images,
+    options: TrainOptions,
+    workdir: str | os.PathLike,
+    config: dict[str, Any],
+    resume: bool = False,
+    progress: bool = True,
+    minutes: float | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainState:
+    """Trains a task and writes checkpoints, samples and logs into a folder.
+
+    The folder gets config.json, log.jsonl (one line every `log_every` steps), TensorBoard events, samples/*.png and
+    checkpoints/ (asynchronous, the last `keep`, and always the final one).
+
+    Args:
+      task, data, options: what, on what, and how.
+      workdir: the run's folder; must be new or empty unless `resume`.
+      config: the run's whole configuration as plain JSON, compared on resume and stored beside the checkpoints.
+      resume: continue from the last checkpoint of `workdir`.
+      progress: show a progress bar on stderr.
+      minutes: stop with a checkpoint after so long, to be resumed; None trains to the end.
+      log: is called with every line of log.jsonl.
+
+    Returns:
+      The last state.
+
+    Raises:
+      ValueError: a folder that is not empty, holds no run, or another configuration; bad mesh or batch.
+      FloatingPointError: a non-finite loss, with its step; the last good checkpoint stays.
+    """
+    folder = pathlib.Path(workdir).absolute()
+    mesh = mesh_.data_mesh(options.devices)
+    split = mesh_.batch_sharding(mesh, options.batch)
+    whole = mesh_.replicated(mesh)
+    indices = batches(len(data.image), options.batch, options.seed)
+    _prepare(folder, config, options, resume)
+
+    transform = optimizer(options)
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def init() -> TrainState:
+        params = task.init(jax.random.fold_in(jax.random.key(options.seed), 0))
+        # the averages start as a copy: donated buffers may not be shared
+        ema = jax.tree.map(lambda a: a + 0, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, transform.init(params))
+
+    checkpoints = ocp.CheckpointManager(
+        folder / "checkpoints",
+        options=ocp.CheckpointManagerOptions(max_to_keep=options.keep, enable_async_checkpointing=True),
+    )
+    with checkpoints:
+        latest = checkpoints.latest_step()
+        if latest is None:
+            state = jax.jit(init, out_shardings=whole)()
+        else:
+            _check_schedule(folder, latest, options)
+            shapes = jax.eval_shape(init)
+            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
+            state = cast(TrainState, checkpoints.restore(latest, args=ocp.args.StandardRestore(like)))
+        _write_json(folder / "config.json", {**config, "train": {**config["train"], "steps": options.steps}})
+        recorder = _Recorder(folder, int(state.step), options, progress, log)
+        update = make_step(task.loss, options)
+        with recorder:
+            for step in range(int(state.step), options.steps):
+                rows = indices(step)
+                batch = {"image": data.image[rows], "label": data.label[rows]}
+                state, metrics = update(state, jax.device_put(batch, split))
+                done = step + 1
+                recorder.add(done, metrics)
+                last = done == options.steps or (deadline is not None and time.monotonic() > deadline)
+                save = last or done % options.checkpoint_every == 0
+                if save or done % options.log_every == 0:
+                    recorder.flush()  # raises at a non-finite loss, so that only good states are saved
+                if save:
+                    checkpoints.save(done, args=ocp.args.StandardSave(state))
+                if task.preview and (last or done % options.sample_every == 0):
+                    recorder.picture(done, task.preview(state.ema))
+                if last:
+                    break
+        checkpoints.wait_until_finished()
+    return state
+
+
+def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The configuration of the run in a folder, whose names load no code; ValueError where there is none."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{workdir}: no training run there (no config.json)")
+    return from_data(json.loads(path.read_text()))
+
+
+def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) -> tuple[int, Any]:
+    """Reads the averaged weights of the last checkpoint of a training folder.
+
+    Args:
+      workdir: the folder given to `train`.
+      init: the model's init, for the expected shapes.
+
+    Returns:
+      (step, params).
+
+    Raises:
+      ValueError: no checkpoint there, or one of another shape (names the tensor).
+    """
+    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{workdir}: no training run there (no checkpoints/)")
+    with ocp.CheckpointManager(folder) as checkpoints:
+        latest = checkpoints.latest_step()
+        if latest is None:
+            raise ValueError(f"{workdir}: the run has no checkpoint yet")
+        stored = checkpoints.restore(latest, args=ocp.args.StandardRestore())
+    ema = stored["ema"] if isinstance(stored, dict) else stored.ema
+    check_shapes(str(workdir), ema, jax.eval_shape(init, jax.random.key(0)))
+    return latest, ema
+
+
+class _Recorder:
+    """Progress bar, JSONL, TensorBoard events and pictures; metrics stay on the device until flushed."""
+
+    def __init__(self, folder: pathlib.Path, start: int, options: TrainOptions, progress: bool, tell: Any = None):
+        from tensorboardX import SummaryWriter
+        from tqdm import tqdm
+
+        self.folder, self.options, self.start, self.tell = folder, options, start, tell
+        self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+        _truncate_log(folder / "log.jsonl", start)
+        self.log = open(folder / "log.jsonl", "a")
+        self.events = SummaryWriter(str(folder / "events"), purge_step=start or None)
+        self.bar = tqdm(
+            total=options.steps,
+            initial=start,
+            unit="step",
+            disable=not progress,
+            file=sys.stderr,
+            mininterval=1,
+        )
+        self.clock, self.last = time.perf_counter(), start
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        self.events.close()
+        self.log.close()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self.pending.append((step, metrics))
+        self.bar.update()
+
+    def flush(self) -> None:
+        """Reads the pending metrics, refuses a non-finite loss, and logs the steps that are due."""
+        if not self.pending:
+            return
+        fetched = [(step, {k: float(v) for k, v in m.items()}) for step, m in jax.device_get(self.pending)]
+        self.pending = []
+        for step, metrics in fetched:
+            if not np.isfinite(metrics["loss"]):
+                raise FloatingPointError(
+                    f"loss is {metrics['loss']} at step {step}; checkpoints up to the last good one are kept in "
+                    f"{self.folder / 'checkpoints'}"
+                )
+        now = time.perf_counter()
+        step = fetched[-1][0]
+        rate = (step - self.last) * self.options.batch / (now - self.clock)
+        self.clock, self.last = now, step
+        self.bar.set_postfix(loss=f"{fetched[-1][1]['loss']:.4f}", images_per_second=f"{rate:.0f}")
+        for step, metrics in fetched:
+            if step % self.options.log_every == 0 or step == self.options.steps:
+                metrics = {**metrics, "learning_rate": float(np.asarray(schedule(self.options)(step - 1)))}
+                row = {"step": step, **metrics, "images_per_second": rate}
+                self.log.write(json.dumps(row) + "\n")
+                if self.tell is not None:
+                    self.tell(row)
+                for name, value in metrics.items():
+                    self.events.add_scalar(name, value, step)
+        self.log.flush()
+
+    def picture(self, step: int, image: np.ndarray) -> None:
+        from difax.media.images import save_png
+
+        save_png(self.folder / "samples" / f"{step:07d}.png", image)
+        self.events.add_image("samples", image, step, dataformats="HW" if image.ndim == 2 else "HWC")
+
+
+def _prepare(folder: pathlib.Path, config: dict[str, Any], options: TrainOptions, resume: bool) -> None:
+    if resume:
+        difference = _first_difference(_fixed(read_run(folder)), _fixed(config))
+        if difference:
+            raise ValueError(f"{folder} holds a run of another configuration: {difference}")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; give a new folder, or resume it")
+    try:
+        (folder / "samples").mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+    _write_json(folder / "config.json", config)
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in config["train"].items() if k not in FREE}
+    data = {k: v for k, v in config.get("data", {}).items() if k not in ("path", "data_dir")}  # data may be moved
+    return {**config, "train": kept, "data": data}
+
+
+def _first_difference(a: Any, b: Any, path: str = "") -> str | None:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            found = _first_difference(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    return None if a == b else f"{path} is {a!r} there, {b!r} now"
+
+
+def _check_schedule(folder: pathlib.Path, latest: int, options: TrainOptions) -> None:
+    """Another number of steps moves the start of the final decay: refuse it once either decay has begun."""
+    before = read_run(folder)["train"]["steps"]
+    if latest >= options.steps:
+        raise ValueError(f"{folder} is at step {latest} already; train.steps={options.steps} asks for no more")
+    begun = min(before, options.steps) - options.decay
+    if before != options.steps and options.decay and latest > begun:
+        raise ValueError(
+            f"{folder} is at step {latest}, within the final decay of a run of {min(before, options.steps)} "
+            f"steps; train.steps may no longer change from {before} to {options.steps}"
+        )
+
+
+def _truncate_log(path: pathlib.Path, start: int) -> None:
+    """Drops the lines of steps that a killed run logged after its last checkpoint: they will come again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break  # the line that was being written when the run was killed
+    _write_text(path, "".join(kept))
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    _write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    os.replace(aside, path)

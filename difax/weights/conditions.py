@@ -1,0 +1,75 @@
+"""What a model is conditioned on, as a tree of arrays: labels, or embeddings of prompts made elsewhere.
+
+difax holds no text encoders: prompts arrive as the embeddings that the model's own encoder made, in one safetensors
+file with a tensor for every leaf of `Model.cond`, each leading with [n].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from difax.core.contracts import Model
+from difax.weights.checkpoint import load_native, tensor_shapes
+
+
+def labelled(model: Model) -> bool:
+    """Whether the model is conditioned on a label alone."""
+    return isinstance(model.cond, jax.ShapeDtypeStruct)
+
+
+def random_conditions(model: Model, n: int, seed: int = 0) -> Any:
+    """Conditions [n] for models with random weights: standard normal embeddings, nothing masked, labels in turn."""
+    if labelled(model):
+        return np.arange(n, dtype=np.int32) % model.classes
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf: Any) -> np.ndarray:
+        shape = (n, *leaf.shape)
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return rng.normal(size=shape).astype(leaf.dtype) if floating else np.ones(shape, leaf.dtype)
+
+    return jax.tree.map(draw, model.cond)
+
+
+def load_conditions(model: Model, path: str) -> Any:
+    """Reads the conditions [n] of a model that takes embeddings.
+
+    Args:
+      path: a .safetensors file with one tensor [n, ...] for every leaf of `model.cond`.
+
+    Raises:
+      ValueError: as `difax.weights.checkpoint.load_safetensors`; tensors of unequal n; a model that takes labels.
+    """
+    if labelled(model):
+        raise ValueError(f"--cond {path}: {model.name} takes labels")
+    shapes = tensor_shapes(path)
+    lengths = {shapes[name][0] for name in flatten_dict(model.cond, sep="/") if shapes.get(name)}
+    n = lengths.pop() if lengths else 1
+    if lengths:
+        raise ValueError(f"{path}: the tensors lead with {sorted({n, *lengths})}; allowed: one number of conditions")
+    spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), model.cond)
+    found = load_native(path, spec)
+    return jax.tree.map(lambda a, s: np.asarray(a).astype(s.dtype), found, spec)
+
+
+def check_conditions(model: Model, cond: Any) -> Any:
+    """Conditions [n] that are given as a tree, as arrays of the model's types.
+
+    Raises:
+      ValueError: leaves that are missing, unknown, of another shape or of unequal n.
+    """
+    given: dict[str, Any] = flatten_dict(dict(cond), sep="/")
+    spec: dict[str, Any] = flatten_dict(model.cond, sep="/")
+    if given.keys() != spec.keys():
+        raise ValueError(f"cond has {', '.join(sorted(given))}; allowed: {', '.join(sorted(spec))}")
+    arrays = {name: np.asarray(given[name]).astype(spec[name].dtype) for name in spec}
+    lengths = {len(a) if a.ndim else 0 for a in arrays.values()}
+    for name, array in arrays.items():
+        if array.shape[1:] != spec[name].shape or len(lengths) > 1:
+            raise ValueError(f"cond {name} is {list(array.shape)}; allowed: [n, {str(spec[name].shape)[1:-1]}], one n")
+    return unflatten_dict(arrays, sep="/")
