@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -24,7 +24,7 @@ from difax.core.trunk import unstack
 from difax.models import CHECKPOINTS
 from difax.registry import check_name, choose, make, shown
 from difax.training.data import Images
-from difax.training.train import Task, TrainOptions, restore_ema
+from difax.training.train import Task, TrainOptions, last_step, restore_ema
 from difax.weights.checkpoint import check_shapes, load_native, read_metadata, tensor_shapes
 from difax.weights.convert import is_converted, load_converted
 from difax.weights.published import Foreign, load_foreign
@@ -162,7 +162,7 @@ def _attention(section: Mapping[str, Any]) -> Attention:
         raise ValueError(f"attend {section['name']}: several names take no hyperparameters")
     for name in names:
         check_name("attend", name)
-    return attention(names, factories={name: partial(make, "attend", {"name": name}) for name in names})
+    return attention(names, factories={name: functools.partial(make, "attend", {"name": name}) for name in names})
 
 
 def split_names(kind: str, name: Any) -> list[Any]:
@@ -213,8 +213,22 @@ def embedded_weights() -> list[str]:
     return sorted(p.stem for p in ASSETS.glob("*.safetensors"))
 
 
-def load_weights(config: Mapping[str, Any], model: Any, path: str | None = None) -> tuple[Any, Params, str]:
-    """Reads the weights of a model: difax's own files, the folder of a training run, or a published DiT checkpoint.
+class Weights:
+    """Weights that are found, and read when they are first asked for.
+
+    model: that they are of; source: where they came from, in words.
+    """
+
+    def __init__(self, model: Any, source: str, read: Callable[[], Params]):
+        self.model, self.source, self._read = model, source, read
+
+    @functools.cached_property
+    def params(self) -> Params:
+        return self._read()
+
+
+def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None) -> Weights:
+    """The weights of a model: difax's own files, the folder of a training run, or a published checkpoint.
 
     Args:
       config: its `weights` names an embedded file, where no path is given.
@@ -222,11 +236,12 @@ def load_weights(config: Mapping[str, Any], model: Any, path: str | None = None)
       path: a .safetensors file (difax, facebookresearch/DiT, SiT or diffusers layout), or a run's folder.
 
     Returns:
-      (model, params, where they came from); a DiT of the diffusers layout differs in two constants from the
-      original's, so that the model may be another than the one given.
+      `Weights`; a DiT of the diffusers layout differs in two constants from the original's, so that the model may be
+      another than the one given.
 
     Raises:
-      ValueError: no weights named, or a file that does not fit (names the tensor).
+      ValueError: no weights named, or a file that does not fit (names the tensor); what only the reading of it shows
+        is raised then.
     """
     if path is None:
         name = config.get("weights")
@@ -241,17 +256,23 @@ def load_weights(config: Mapping[str, Any], model: Any, path: str | None = None)
         source = str(path)
     spec = jax.eval_shape(model.init, jax.random.key(0))
     if pathlib.Path(path).is_dir() and (pathlib.Path(path) / "checkpoints").is_dir():
-        step, params = restore_ema(path, model.init)
-        return model, params, f"{path} (step {step}, EMA)"
+        return Weights(model, f"{path} (step {last_step(path)}, EMA)", lambda: restore_ema(path, model.init)[1])
     if is_converted(path):
-        return model, load_converted(path, spec), source
+        return Weights(model, source, lambda: load_converted(path, spec))
     name = config["model"]["name"]
     if name in CHECKPOINTS and not read_metadata(path):
         given = {k: v for k, v in config["model"].items() if k in UNSTORED and (name != "dit" or k != "variant")}
         found = CHECKPOINTS[name].find(path, **given)
         check_shapes(path, found.spec, spec)
-        return found.model, load_foreign(path, found), source
-    return model, load_native(path, spec), source
+        return Weights(found.model, source, lambda: load_foreign(path, found))
+    tensor_shapes(path)  # is it there, and whole
+    return Weights(model, source, lambda: load_native(path, spec))
+
+
+def load_weights(config: Mapping[str, Any], model: Any, path: str | None = None) -> tuple[Any, Params, str]:
+    """(model, params, where they came from), as `find_weights` finds them."""
+    found = find_weights(config, model, path)
+    return found.model, found.params, found.source
 
 
 # what a published checkpoint may not tell about its model

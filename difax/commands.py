@@ -152,11 +152,11 @@ def pareto(options: argparse.Namespace) -> int:
         raise ValueError("--no-judge and --judge exclude each other")
     from difax.build import build_data
     from difax.config import override, parse_value
-    from difax.registry import choose
+    from difax.registry import check_name, choose
     from difax.study.frontier import QUALITIES, table
     from difax.study.judge import make_judge
     from difax.study.methods import METHODS, chosen
-    from difax.study.networks import make_eyes, read_prompts, real_images
+    from difax.study.networks import NETWORKS, make_eyes, read_prompts, real_images
     from difax.study.pareto import Options, Sweep
     from difax.study.pareto_report import figure, read_images, sheet, sweep_of, title, write_report
     from difax.study.pareto_search import Goal, search, summary
@@ -169,6 +169,8 @@ def pareto(options: argparse.Namespace) -> int:
     methods = chosen(options.methods, parse_value)
     for name in methods.keys() - METHODS.keys():  # what a user wrote is refused before hours of measuring
         override(config, list(methods[name].settings.items()))
+    for network in options.network:
+        check_name("network", network.partition("=")[0], NETWORKS)
     tell = _tell(options, log)
     data = data_section(options.data, config.get("data", {})) if options.data else config.get("data", {})
     judge = test = None
@@ -259,7 +261,7 @@ def calibrate(options: argparse.Namespace) -> int:
         kept = "".join("F" if c else "." for c in content["schedule"])
         shown = {"schedule": kept, **{f"loss, {k}": f"{v:.4g}" for k, v in content["losses"].items()}}
     else:
-        shown = {"technique": technique, **{k: v for k, v in content.items() if isinstance(v, (str, int, float))}}
+        shown = {k: v for k, v in content.items() if isinstance(v, (str, int, float))}
         if technique == "teacache":
             shown["coefficients"] = ", ".join(f"{c:.6g}" for c in content["coefficients"])
     log("calibrate", **shown, out=str(out))

@@ -15,12 +15,13 @@ import numpy as np
 
 from difax.build import (
     Setup,
+    Weights,
     build_data,
     build_options,
     build_setup,
     build_task,
     embedded_weights,
-    load_weights,
+    find_weights,
 )
 from difax.config import checkpoint_config, config_names, keyword_settings, load_config, override, plain
 from difax.core.contracts import Params, Trace
@@ -125,8 +126,8 @@ class Result:
 class Run:
     """A configuration with its weights and its compiled programs, as `difax.load` opens it.
 
-    config: the whole configuration. setup: what it is made of (`difax.build.Setup`). params: the weights as they were
-    loaded; source: where from. full_size: what compiling the full size told, where only a reduced one fits into memory.
+    config: the whole configuration. setup: what it is made of (`difax.build.Setup`). weights: of the model
+    (`difax.build.Weights`). full_size: what compiling the full size told, where only a reduced one fits into memory.
 
     A Run is never changed: `replace` makes another one. Programs are compiled when they are first drawn with and kept,
     for this run and for those that `replace` made of it.
@@ -136,8 +137,7 @@ class Run:
         self,
         config: Mapping[str, Any],
         setup: Setup,
-        params: Params,
-        source: str,
+        weights: Weights,
         path: str | None = None,
         seed: int = 0,
         full_size: Mapping[str, Any] | None = None,
@@ -146,14 +146,24 @@ class Run:
     ):
         """path: of the weights, or None. seed: of random weights. kept: whose programs and weights may be used on.
         as_configured: is the model what the configuration alone would give (a checkpoint may know better)."""
-        self.config, self.setup, self.params, self.source = dict(config), setup, params, source
+        self.config, self.setup, self.weights = dict(config), setup, weights
         self.full_size = dict(full_size or {})
         self._path, self._seed, self._as_configured = path, seed, as_configured
         self._compiled: dict[str, Any] = {} if kept is None else kept._compiled
         self._programs: dict[Any, Program] = {}
         self._prepared: Params | None = None
-        if kept is not None and kept.params is params and self._preparation() == kept._preparation():
+        if kept is not None and kept.weights is weights and self._preparation() == kept._preparation():
             self._prepared = kept._prepared
+
+    @property
+    def params(self) -> Params:
+        """The weights as they are stored; read when they are first asked for."""
+        return self.weights.params
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from."""
+        return self.weights.source
 
     def _preparation(self) -> Any:
         """What `Setup.prepare` goes by; None where parameters that a cache has learned go in."""
@@ -266,7 +276,7 @@ class Run:
         if weights is not None or whole(new) != whole(old) or (new != old and not self._as_configured):
             return _opened(config, self._path if weights is None else weights, self._seed, kept=self)
         setup = build_setup(config, self.setup.model if new == old else None)
-        return Run(config, setup, self.params, self.source, self._path, self._seed, self.full_size, self)
+        return Run(config, setup, self.weights, self._path, self._seed, self.full_size, self, self._as_configured)
 
     def calibrate(
         self,
@@ -351,11 +361,12 @@ def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = Non
     setup, full = build_setup(config), {}
     if path is None and config.get("weights") == RANDOM:
         config, setup, full = _fitting(config, setup)
-        params = jax.jit(setup.model.init)(jax.random.key(seed))
-        return Run(config, setup, params, RANDOM, None, seed, full, kept)
-    model, params, source = load_weights(config, setup.model, path)
-    as_configured = model is setup.model
-    return Run(config, setup._replace(model=model), params, source, path, seed, full, kept, as_configured)
+        init = jax.jit(setup.model.init)
+        weights = Weights(setup.model, RANDOM, lambda: init(jax.random.key(seed)))
+        return Run(config, setup, weights, None, seed, full, kept)
+    weights = find_weights(config, setup.model, path)
+    as_configured = weights.model is setup.model
+    return Run(config, setup._replace(model=weights.model), weights, path, seed, full, kept, as_configured)
 
 
 def _fitting(config: dict[str, Any], setup: Setup) -> tuple[dict[str, Any], Setup, dict[str, Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import difax
+import difax.build
 from difax.build import build_setup
 from difax.cli import main
 from difax.config import config_names, gin_settings, load_config, override
@@ -50,7 +51,6 @@ REFUSALS = {
     "layout": (["sample", "--layout", "unstaked"], ["'unstaked'", "did you mean unstacked?"]),
     "embeddings for labels": (["sample", "--cond", "x.safetensors"], ["--cond x.safetensors", "takes labels"]),
     "labels for embeddings": (["sample", "--config", "flux_tiny", "--labels", "1"], ["takes no labels", "--cond"]),
-    "no embeddings": (["sample", "--config", "pixart_tiny", "--weights", "x"], ["takes embeddings", "text [n, "]),
     "config": (["sample", "--config", "fmnist_dti"], ["'fmnist_dti'", "did you mean fmnist_dit?"]),
     "config file": (["sample", "--config", "nowhere/x.py"], ["nowhere/x.py", "no such file"]),
     "config argument": (["sample", "--config", "fmnist_smoke:sde"], ["fmnist_smoke:sde", "flow, ddpm"]),
@@ -229,9 +229,17 @@ def test_another_name_drops_the_old_hyperparameters():
     assert config["solver"] == {"name": "ddim", "eta": 0.3}
 
 
+def test_embeddings_are_asked_for_before_weights_are_read(here, capsys, monkeypatch):
+    model = build_setup(load_config("flux_tiny")).model
+    save_safetensors("w.safetensors", jax.jit(model.init)(jax.random.key(0)), {"made": "here"})
+    monkeypatch.setattr(difax.build, "load_native", lambda *a: pytest.fail("read"))
+    code, out, err = run(capsys, "sample", "--config", "flux_tiny", "--weights", "w.safetensors")
+    assert code == 2 and "takes embeddings; give --cond FILE.safetensors" in err and "pooled [n, 16]" in err
+
+
 def test_labels():
     assert parse_labels(["2", " bag"], 10, ("hat", "bag")) == [2, 1]
-    run = difax.load("fmnist_smoke")
+    run = difax.load("fmnist_smoke", weights="random")
     assert run.conditions().tolist() == list(range(10))
     assert run.conditions("2, bag").tolist() == run.conditions([2, "bag"]).tolist() == [2, 8]
 

@@ -25,7 +25,7 @@ SHORT = Options(seeds=3, batch=2, turns=1)
 
 def sweep(folder, steps=4, options=SHORT, **keys):
     config = override(load_config("fmnist_dit"), [("steps", steps)])
-    return Sweep("fmnist_dit", config, options, folder, **keys)
+    return Sweep("--config fmnist_dit", config, options, folder, **keys)
 
 
 @pytest.fixture(scope="module")

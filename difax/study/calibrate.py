@@ -75,7 +75,7 @@ def calibrate_to(
       settings: of `search` (budget, rounds, where, forecast, order) for "scheduled", rank for what is fitted.
 
     Returns:
-      What the JSON file holds, or the arrays of the .npz.
+      What the JSON file holds; of what is fitted what was run, and under "arrays" what the .npz holds.
 
     Raises:
       ValueError: an unknown technique or setting, or a file of another ending.
@@ -88,7 +88,7 @@ def calibrate_to(
         arrays = fit(technique, sampler, samples, batch, progress, **settings)
         if out is not None:
             save_by_stage(pathlib.Path(out), arrays)
-        return arrays
+        return {"technique": technique, **about(sampler, samples), "arrays": arrays}
     if technique == "scheduled":
         content = search(sampler, settings.pop("budget", 0.4), samples, progress, **settings)
     else:

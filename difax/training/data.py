@@ -163,12 +163,13 @@ def data_section(where: str, before: Mapping[str, Any]) -> dict[str, Any]:
       FileNotFoundError: nothing there. ValueError: something else.
     """
     path = pathlib.Path(where)
-    if not path.exists():
+    published = before.get("name", "fashion_mnist") == "fashion_mnist"
+    if not path.exists() and not published:
         raise FileNotFoundError(f"--data {where}: no such file or folder; allowed: {_DATA}")
     if path.is_file() and path.suffix == ".npz":
         found = {"name": "npz", "path": where}
-    elif path.is_dir() and (any("-ubyte" in p.name for p in path.iterdir()) or not any(path.iterdir())):
-        found = {"name": "fashion_mnist", "data_dir": where}  # which says how to fill an empty folder
+    elif not path.exists() or path.is_dir() and any("-ubyte" in p.name for p in path.iterdir()):
+        found = {"name": "fashion_mnist", "data_dir": where}  # which says how to get it
     elif path.is_dir():
         found = {"name": "folder", "path": where}
     else:

@@ -232,6 +232,12 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     return from_data(json.loads(path.read_text()))
 
 
+def last_step(workdir: str | os.PathLike) -> int:
+    """The step of the last checkpoint of a training folder; ValueError where there is none."""
+    with _checkpoints(workdir) as checkpoints:
+        return _latest(workdir, checkpoints)
+
+
 def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) -> tuple[int, Any]:
     """Reads the averaged weights of the last checkpoint of a training folder.
 
@@ -245,17 +251,26 @@ def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) ->
     Raises:
       ValueError: no checkpoint there, or one of another shape (names the tensor).
     """
-    folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    if not folder.is_dir():
-        raise ValueError(f"{workdir}: no training run there (no checkpoints/)")
-    with ocp.CheckpointManager(folder) as checkpoints:
-        latest = checkpoints.latest_step()
-        if latest is None:
-            raise ValueError(f"{workdir}: the run has no checkpoint yet")
+    with _checkpoints(workdir) as checkpoints:
+        latest = _latest(workdir, checkpoints)
         stored = checkpoints.restore(latest, args=ocp.args.StandardRestore())
     ema = stored["ema"] if isinstance(stored, dict) else stored.ema
     check_shapes(str(workdir), ema, jax.eval_shape(init, jax.random.key(0)))
     return latest, ema
+
+
+def _checkpoints(workdir: str | os.PathLike) -> ocp.CheckpointManager:
+    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{workdir}: no training run there (no checkpoints/)")
+    return ocp.CheckpointManager(folder)
+
+
+def _latest(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager) -> int:
+    latest = checkpoints.latest_step()
+    if latest is None:
+        raise ValueError(f"{workdir}: the run has no checkpoint yet")
+    return latest
 
 
 class _Recorder:
