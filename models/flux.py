@@ -221,14 +221,22 @@ class Ends(nn.Module):
         self.ada = Dense(2 * c.width, kernel_init=nn.initializers.zeros)
         self.out = Dense(PATCH * PATCH * c.channels, kernel_init=nn.initializers.zeros)
 
-    def embed(self, x: jax.Array, model_time: jax.Array, cond: dict[str, jax.Array]) -> tuple[Tokens, Context]:
-        config, dtype = self.config, self.config.dtype
-        c = self.time2(nn.silu(self.time1(timestep_embedding(model_time, FREQUENCIES).astype(dtype))))
-        if config.guidance_embedding:
+    def once(self, cond: dict[str, Any]) -> dict[str, Any]:
+        """The condition as the text's tokens [B, L, D] and the vectors [B, D] of guidance and pooled text."""
+        dtype, vectors = self.config.dtype, []
+        if self.config.guidance_embedding:
             guidance = timestep_embedding(1000.0 * cond["guidance"].astype(jnp.float32), FREQUENCIES).astype(dtype)
-            c = c + self.guidance2(nn.silu(self.guidance1(guidance)))
-        c = c + self.pooled2(nn.silu(self.pooled1(cond["pooled"].astype(dtype))))
-        tokens = {"txt": self.txt(cond["text"].astype(dtype)), "img": self.img(pack(x).astype(dtype))}
+            vectors.append(self.guidance2(nn.silu(self.guidance1(guidance))))
+        vectors.append(self.pooled2(nn.silu(self.pooled1(cond["pooled"].astype(dtype)))))
+        return {"projected": self.txt(cond["text"].astype(dtype)), "vectors": vectors}
+
+    def embed(self, x: jax.Array, model_time: jax.Array, cond: dict[str, Any]) -> tuple[Tokens, Context]:
+        config, dtype = self.config, self.config.dtype
+        cond = cond if "projected" in cond else self.once(cond)
+        c = self.time2(nn.silu(self.time1(timestep_embedding(model_time, FREQUENCIES).astype(dtype))))
+        for vector in cond["vectors"]:
+            c = c + vector
+        tokens = {"txt": cond["projected"], "img": self.img(pack(x).astype(dtype))}
         positions = token_positions(tokens["txt"].shape[1], *config.grid)
         cos, sin = rotary_table(positions, config.axes_dim, config.theta)
         return tokens, {"silu_c": nn.silu(c), "cos": jnp.asarray(cos), "sin": jnp.asarray(sin)}
@@ -332,6 +340,9 @@ def flux(
     def embed(params: Params, x: jax.Array, model_time: jax.Array, cond: dict[str, jax.Array]) -> Any:
         return ends.apply({"params": params["ends"]}, x, model_time, cond, method="embed")
 
+    def once(params: Params, cond: Any) -> Any:
+        return ends.apply({"params": params["ends"]}, cond, method="once")
+
     def head(params: Params, tokens: Tokens, context: Context) -> Any:
         return ends.apply({"params": params["ends"]}, tokens, context, method="head")
 
@@ -350,6 +361,7 @@ def flux(
         classes=0,
         dtype=c.dtype,
         cond=spec,
+        once=once,
         hidden=lambda tokens: tokens["img"],
     )
 

@@ -116,11 +116,16 @@ class PixArtBlock(nn.Module):
         q, k, v = jnp.split(self.qkv(x).reshape(b, n, 3 * self.config.heads, -1), 3, axis=2)
         return self.out(attend(q, k, v).reshape(b, n, d))
 
+    def once(self, context: Context) -> dict[str, Any]:
+        """Keys and values of the caption, [B, L, H, K] each."""
+        kv_BLD = self.cross_kv(context["text"])
+        kv_BLHK = kv_BLD.reshape(*kv_BLD.shape[:2], 2 * self.config.heads, -1)
+        return {"keys_values": tuple(jnp.split(kv_BLHK, 2, axis=2))}
+
     def cross(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
         b, n, d = h_BND.shape
         q_BNHK = self.cross_q(h_BND).reshape(b, n, self.config.heads, -1)
-        kv_BLHK = self.cross_kv(context["text"]).reshape(b, -1, 2 * self.config.heads, d // self.config.heads)
-        k, v = jnp.split(kv_BLHK, 2, axis=2)
+        k, v = context["keys_values"] if "keys_values" in context else self.once(context)["keys_values"]
         segments = Segments(q=jnp.ones((b, n), jnp.int32), k=context["mask"])
         return self.cross_out(attend(q_BNHK, k, v, segments).reshape(b, n, d))
 
@@ -159,23 +164,27 @@ class Ends(nn.Module):
         self.table = self.param("table", _normal(c.width**-0.5), (2, c.width))
         self.out = Dense(c.patch * c.patch * c.out_channels, kernel_init=nn.initializers.zeros)
 
+    def once(self, cond: Any) -> Any:
+        """The condition with the caption projected, and with one vector [B, D] of the micro-conditions."""
+        c = self.config
+        known = {"projected": self.text2(gelu(self.text1(cond["text"].astype(c.dtype)))), "mask": cond["mask"]}
+        if c.micro_conditioning:
+            sizes = self._numbers(cond["resolution"], self.resolution1, self.resolution2)
+            aspect = self._numbers(cond["aspect_ratio"], self.aspect1, self.aspect2)
+            known["micro"] = jnp.concatenate([sizes, aspect], axis=-1)
+        return known
+
     def embed(self, x: jax.Array, model_time: jax.Array, cond: Any) -> tuple[jax.Array, Context]:
         c = self.config
+        cond = cond if "projected" in cond else self.once(cond)
         positions = jnp.asarray(scaled_positions(c.width, *c.grid, c.base_size, c.interpolation_scale))[None]
         tokens = self.patch(patchify(x, c.patch).astype(c.dtype)) + positions.astype(c.dtype)
         # a few rows in float32, as every modulation that comes of them
         time_BD = self.time2(nn.silu(self.time1(timestep_embedding(model_time, FREQUENCIES))))
         if c.micro_conditioning:
-            time_BD = time_BD + jnp.concatenate(
-                [
-                    self._numbers(cond["resolution"], self.resolution1, self.resolution2),
-                    self._numbers(cond["aspect_ratio"], self.aspect1, self.aspect2),
-                ],
-                axis=-1,
-            )
+            time_BD = time_BD + cond["micro"]
         six = self.six(nn.silu(time_BD)).reshape(-1, 6, c.width)
-        text = self.text2(gelu(self.text1(cond["text"].astype(c.dtype))))
-        return tokens, {"time": time_BD, "six": six, "text": text, "mask": cond["mask"]}
+        return tokens, {"time": time_BD, "six": six, "text": cond["projected"], "mask": cond["mask"]}
 
     def _numbers(self, values_BJ: jax.Array, first: Dense, second: Dense) -> jax.Array:
         """Embeds J numbers a sample one by one, side by side: [B, J D/3]."""
@@ -289,6 +298,9 @@ def pixart(
     def embed(params: Params, x: jax.Array, model_time: jax.Array, cond: Any) -> Any:
         return ends.apply({"params": params["ends"]}, x, model_time, cond, method="embed")
 
+    def once(params: Params, cond: Any) -> Any:
+        return ends.apply({"params": params["ends"]}, cond, method="once")
+
     def head(params: Params, tokens: jax.Array, context: Context) -> Any:
         return ends.apply({"params": params["ends"]}, tokens, context, method="head")
 
@@ -296,7 +308,7 @@ def pixart(
         name=f"pixart-{variant or f'{c.depth}x{c.width}/{c.patch}'}",
         init=init,
         embed=embed,
-        stages=(Stage("blocks", c.depth, block, ("attn", "cross", "mlp")),),
+        stages=(Stage("blocks", c.depth, block, ("attn", "cross", "mlp"), once=True),),
         head=head,
         null=lambda cond: {**cond, "text": cond["null_text"], "mask": cond["null_mask"]},
         input_shape=(*c.size, c.channels),
@@ -304,6 +316,7 @@ def pixart(
         classes=0,
         dtype=c.dtype,
         cond=cond_spec,
+        once=once,
     )
 
 

@@ -132,11 +132,16 @@ class WanBlock(nn.Module):
         k = apply_rotary(self._heads(self.norm_k(k)), *rotary).astype(v.dtype)
         return self.out(attend(q, k, self._heads(v)).reshape(h_BND.shape))
 
+    def once(self, context: Context) -> dict[str, Any]:
+        """Normed keys, and values, of the caption, [B, L, H, K] each."""
+        k, v = jnp.split(self.cross_kv(context["text"]), 2, axis=-1)
+        return {"keys_values": (self._heads(self.cross_norm_k(k).astype(v.dtype)), self._heads(v))}
+
     def cross(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
         q = self.cross_q(self.cross_norm(h_BND).astype(h_BND.dtype))
-        k, v = jnp.split(self.cross_kv(context["text"]), 2, axis=-1)
-        q, k = self.cross_norm_q(q).astype(v.dtype), self.cross_norm_k(k).astype(v.dtype)
-        return self.cross_out(attend(self._heads(q), self._heads(k), self._heads(v)).reshape(h_BND.shape))
+        k, v = context["keys_values"] if "keys_values" in context else self.once(context)["keys_values"]
+        q = self._heads(self.cross_norm_q(q).astype(v.dtype))
+        return self.cross_out(attend(q, k, v).reshape(h_BND.shape))
 
     def mlp(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
         return self.fc2(gelu(self.fc1(modulate(h_BND, *mods["mlp"][:2], eps=self.config.eps))))
@@ -168,15 +173,19 @@ class Ends(nn.Module):
         self.table = self.param("table", _normal(c.width**-0.5), (2, c.width))
         self.out = Dense(math.prod(c.patch) * c.channels, kernel_init=nn.initializers.zeros)
 
+    def once(self, cond: Any) -> Any:
+        """The condition as the projected caption [B, L, D]."""
+        return {"projected": self.text2(gelu(self.text1(cond["text"].astype(self.config.dtype))))}
+
     def embed(self, x: jax.Array, model_time: jax.Array, cond: Any) -> tuple[jax.Array, Context]:
         c = self.config
+        cond = cond if "projected" in cond else self.once(cond)
         tokens = self.patch(patchify_video(x, c.patch).astype(c.dtype))
         # float32, as the original keeps the time and every modulation whatever the rest computes in
         time_BD = self.time2(nn.silu(self.time1(timestep_embedding(model_time, FREQUENCIES))))
         six = self.six(nn.silu(time_BD)).reshape(-1, 6, c.width)
-        text = self.text2(gelu(self.text1(cond["text"].astype(c.dtype))))
         cos, sin = rotary_grid(c.grid, c.rotary_axes)
-        return tokens, {"time": time_BD, "six": six, "text": text, "cos": cos, "sin": sin}
+        return tokens, {"time": time_BD, "six": six, "text": cond["projected"], "cos": cos, "sin": sin}
 
     def head(self, tokens: jax.Array, context: Context) -> jax.Array:
         shift, scale = jnp.moveaxis(self.table.astype(jnp.float32)[None] + context["time"][:, None], 1, 0)
@@ -265,6 +274,9 @@ def wan(
     def embed(params: Params, x: jax.Array, model_time: jax.Array, cond: Any) -> Any:
         return ends.apply({"params": params["ends"]}, x, model_time, cond, method="embed")
 
+    def once(params: Params, cond: Any) -> Any:
+        return ends.apply({"params": params["ends"]}, cond, method="once")
+
     def head(params: Params, tokens: jax.Array, context: Context) -> Any:
         return ends.apply({"params": params["ends"]}, tokens, context, method="head")
 
@@ -272,7 +284,7 @@ def wan(
         name=f"wan-{variant or f'{c.depth}x{c.width}'}",
         init=init,
         embed=embed,
-        stages=(Stage("blocks", c.depth, block, ("attn", "cross", "mlp")),),
+        stages=(Stage("blocks", c.depth, block, ("attn", "cross", "mlp"), once=True),),
         head=head,
         null=lambda cond: {**cond, "text": cond["null_text"]},
         input_shape=(*c.size, c.channels),
@@ -280,6 +292,7 @@ def wan(
         classes=0,
         dtype=c.dtype,
         cond=cond_spec,
+        once=once,
     )
 
 

@@ -128,6 +128,8 @@ class Stage(NamedTuple):
         the tokens. `attend(q, k, v, segments=None) -> o` is called at most once in a branch. The first dense layer
         that a branch calls is given the modulated hidden stream (`Model.hidden`).
     enter: (tokens, context) -> tokens, run once before the first block of the stage.
+    once: does the block also have the method `once(context)` -> dict: what its branches compute of the condition alone,
+        and of no time (keys and values of cross-attention). Where the context has it already, they take it from there.
     takes: for long skips, the name of an earlier stage of the same depth: block j is first given the tokens behind
         that stage's block depth - 1 - j, by the block's method `skip(tokens, taken)` -> tokens.
     """
@@ -138,6 +140,15 @@ class Stage(NamedTuple):
     branches: tuple[str, ...]
     enter: Callable[[Tokens, Context], Tokens] = lambda tokens, context: tokens
     takes: str | None = None
+    once: bool = False
+
+
+class Known(NamedTuple):
+    """What is known of the blocks of a stage before an evaluation, leaves lead with [L]: what their `mods` give, or
+    None, and what their `once` gives."""
+
+    mods: Any
+    once: dict[str, Any]
 
 
 class Model(NamedTuple):
@@ -145,7 +156,9 @@ class Model(NamedTuple):
 
     init(key) -> params; embed(params, x, model_time, cond) -> (tokens, context);
     head(params, tokens, context) -> output [B, ..., C] (or 2C with `learn_sigma`);
-    null(cond) -> the condition of the unconditional half, of the same structure.
+    null(cond) -> the condition of the unconditional half, of the same structure;
+    once(params, cond) -> a condition in which what the network makes of it alone, and of no time, is made already (text
+    projections): `embed` takes either.
     """
 
     name: str
@@ -160,6 +173,7 @@ class Model(NamedTuple):
     dtype: Any = "float32"  # of activations and dots; parameters are cast to it before sampling
     cond: Any = jax.ShapeDtypeStruct((), "int32")  # of one sample's condition, without the batch: here a label
     hidden: Callable[[Tokens], jax.Array] = lambda tokens: tokens  # the stream [B, N, D] that the head reads
+    once: Callable[[Params, Any], Any] = lambda params, cond: cond
 
 
 class Classifier(NamedTuple):
@@ -350,9 +364,12 @@ class Trace(NamedTuple):
     entered: {stage: float32 [E, L, halves]}, blocks whose conditioning was computed.
     halves: float32 [E], copies of the batch that were embedded and went through the head (1 unguided, 2 with guidance).
     metric: of the accelerator, as in `Report`, leaves lead with [E].
+    ahead: float32, copies of the batch for which what depends on the condition alone was computed before the first
+    evaluation, and in none; 0 where every evaluation computes it.
     """
 
     computed: dict[str, jax.Array]
     entered: dict[str, jax.Array]
     halves: jax.Array
     metric: dict[str, Any]
+    ahead: Any = 0.0

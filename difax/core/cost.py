@@ -24,12 +24,15 @@ from difax.core.trunk import reference_attention
 
 class ModelCost(NamedTuple):
     """Operations per sample of one evaluation: `ends` (embeddings and head), and per stage the conditioning of one
-    block (with its long skip, if it has one) and each branch of one block; `depth` says how many blocks."""
+    block (with its long skip, if it has one) and each branch of one block; `depth` says how many blocks. Of them
+    `ends_once` and, of each branch, `once` are what depends on the condition alone (`Model.once`, `Stage.once`)."""
 
     ends: float
     mods: dict[str, float]
     branches: dict[str, tuple[float, ...]]
     depth: dict[str, int]
+    ends_once: float
+    once: dict[str, tuple[float, ...]]
 
     @property
     def held(self) -> float:
@@ -109,7 +112,9 @@ def _each_part(
     calls = trunk_spec(model, params, x, cond).attention
     tokens, context = jax.eval_shape(model.embed, params, x, time, cond)
     ends = figure(_traced(model.embed, params, x, time, cond))
-    mods, branches = {}, {}
+    known = jax.eval_shape(model.once, params, cond)
+    ends_once = ends - figure(_traced(model.embed, params, x, time, known))
+    mods, branches, once = {}, {}, {}
     for stage in model.stages:
         tokens = jax.eval_shape(stage.enter, tokens, context)
         p = jax.eval_shape(first_layer, params[stage.name])
@@ -136,27 +141,41 @@ def _each_part(
 
             return stage.block.apply({"params": p}, h, m, c, attend, method=branch)
 
-        each = (_traced(partial(one, branch=b), p, tokens, m, context) for b in stage.branches)
-        branches[stage.name] = tuple([figure(part) for part in each])
+        def each(context: Any, p: Any = p, tokens: Any = tokens, m: Any = m, one: Any = one, stage: Any = stage) -> Any:
+            return tuple([figure(_traced(partial(one, branch=b), p, tokens, m, context)) for b in stage.branches])
+
+        branches[stage.name] = each(context)
+        once[stage.name] = (0.0,) * len(stage.branches)
+        if stage.once:
+
+            def keep(p: Any, c: Any, stage: Any = stage) -> Any:
+                return stage.block.apply({"params": p}, c, method="once")
+
+            spared = each({**context, **jax.eval_shape(keep, p, context)})
+            once[stage.name] = tuple(a - b for a, b in zip(branches[stage.name], spared, strict=True))
     ends += figure(_traced(model.head, params, tokens, context))
-    return ModelCost(ends, mods, branches, {s.name: s.depth for s in model.stages})
+    return ModelCost(ends, mods, branches, {s.name: s.depth for s in model.stages}, ends_once, once)
 
 
 def run_cost(cost: ModelCost, trace: Trace) -> float:
     """Operations per sample of a whole run: what its trace says was computed.
 
     sum over evaluations of halves ends + sum over stages and halves of (entered blocks mods + sum over layers and
-    branches of the computed fraction of their cost).
+    branches of the computed fraction of their cost). What depends on the condition alone counts once for each of
+    `trace.ahead` copies, and in no evaluation, where it was computed before the first one.
     """
-    total = cost.ends * float(np.sum(np.asarray(trace.halves, np.float64)))
-    for stage in cost.depth:
+    ahead, halves = float(trace.ahead), float(np.sum(np.asarray(trace.halves, np.float64)))
+    total = cost.ends * halves + (cost.ends_once * (ahead - halves) if ahead else 0.0)
+    for stage, depth in cost.depth.items():
         computed = np.asarray(trace.computed[stage], np.float64)  # [E, L, branches, halves]
+        once = np.asarray(cost.once[stage] if ahead else np.zeros(computed.shape[2]))
         total += cost.mods[stage] * float(np.sum(np.asarray(trace.entered[stage], np.float64)))
-        total += float(computed.sum((0, 1, 3)) @ np.asarray(cost.branches[stage]))
+        total += float(computed.sum((0, 1, 3)) @ (np.asarray(cost.branches[stage]) - once))
+        total += ahead * depth * float(np.sum(once))
     return total
 
 
-def run_bytes(cost: ModelBytes, trace: Trace, batch: int, together: bool = True, ahead: bool = False) -> float:
+def run_bytes(cost: ModelBytes, trace: Trace, batch: int, together: bool = True) -> float:
     """Bytes that a whole run of a batch moves: activations as operations are counted, weights once where they are read.
 
     A part's weights are read at an evaluation if any of its samples computes it.
@@ -165,19 +184,20 @@ def run_bytes(cost: ModelBytes, trace: Trace, batch: int, together: bool = True,
       cost: `model_bytes`.
       trace: of the batch.
       together: do both halves of guidance run in one batch (`Guide.together`), and read the weights once.
-      ahead: was the conditioning computed before the run (`make_sampler`), its weights read once.
     """
 
     def reads(computed: Any) -> np.ndarray:  # [E, ..., halves] -> how often a part was read
         ran = np.asarray(computed, np.float64) > 0
         return np.asarray(ran.any(-1) if together else ran.sum(-1), np.float64)
 
-    halves, weights = np.asarray(trace.halves, np.float64), cost.weights
-    total = weights.ends * float(np.sum(np.minimum(halves, 1) if together else halves))
-    for stage in weights.depth:
-        times = weights.depth[stage] if ahead else float(reads(trace.entered[stage]).sum())
-        total += weights.mods[stage] * times
-        total += float(reads(trace.computed[stage]).sum((0, 1)) @ np.asarray(weights.branches[stage]))
+    halves, weights, ahead = np.asarray(trace.halves, np.float64), cost.weights, float(trace.ahead) > 0
+    times = float(np.sum(np.minimum(halves, 1) if together else halves))
+    total = weights.ends * times + (weights.ends_once * (1 - times) if ahead else 0.0)
+    for stage, depth in weights.depth.items():
+        once = np.asarray(weights.once[stage] if ahead else np.zeros(len(weights.once[stage])))
+        total += weights.mods[stage] * (depth if ahead else float(reads(trace.entered[stage]).sum()))
+        total += float(reads(trace.computed[stage]).sum((0, 1)) @ (np.asarray(weights.branches[stage]) - once))
+        total += depth * float(np.sum(once))
     return total + batch * run_cost(cost.activations, trace)
 
 

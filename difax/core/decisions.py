@@ -107,8 +107,9 @@ def inert(rows: Row, trace: Trace) -> str | None:
 
 
 def save_trace(path: str | pathlib.Path, rows: Row, trace: Trace) -> None:
-    """Writes a trace as .npz: computed/STAGE [E, L, branches, halves], entered/STAGE, halves, t, and the metrics."""
-    arrays = {"t": rows.t, "halves": trace.halves}
+    """Writes a trace as .npz: computed/STAGE [E, L, branches, halves], entered/STAGE, halves, t, ahead, and the
+    metrics."""
+    arrays = {"t": rows.t, "halves": trace.halves, "ahead": trace.ahead}
     arrays |= {f"computed/{s}": a for s, a in trace.computed.items()}
     arrays |= {f"entered/{s}": a for s, a in trace.entered.items()}
     for where, leaf in jax.tree_util.tree_flatten_with_path(trace.metric)[0]:

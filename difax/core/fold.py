@@ -141,11 +141,11 @@ class Fold:
         return carry, tree.unflatten(leaves), out if self.emits else None, done
 
     def _block(self, carry: Any, params: Any, index: Any, skip: Any, state: State) -> Any:
-        (tokens, along), (p, learned, mods) = carry, params
+        (tokens, along), (p, learned, known) = carry, params
         where = Where(self.stage.name, None, index, self.stage.depth, learned)
 
         def run(tokens: Tokens, inner: Any) -> tuple[Tokens, Any, Report]:
-            return self._branches(tokens, p, mods, where, skip, inner)
+            return self._branches(tokens, p, known, where, skip, inner)
 
         inner, own = {"branch": state["branch"], "attention": state["attention"], "along": along}, state["block"]
         if self.accelerator.block is None:
@@ -159,16 +159,20 @@ class Fold:
             done,
         )
 
-    def _branches(self, tokens: Tokens, p: Params, mods: Any, where: Where, skip: Any, state: State) -> Any:
+    def _branches(self, tokens: Tokens, p: Params, known: Any, where: Where, skip: Any, state: State) -> Any:
         apply = partial(self.stage.block.apply, {"params": p})
         if self.stage.takes:
             tokens = apply(tokens, skip, method="skip")
-        mods = apply(self.context, method="mods") if mods is None else mods
+        mods, context = known and known.mods, self.context
+        if mods is None:
+            mods = apply(context, method="mods")
+        if known is not None and known.once:
+            context = {**context, **known.once}
         branch_state, attention_state, along = state["branch"], state["attention"], state["along"]
         computed, metrics = [], {}
         for branch in self.stage.branches:
             at = where._replace(branch=branch)
-            compute = Compute(partial(self._compute, apply, mods, branch, at), tokens)
+            compute = Compute(partial(self._compute, apply, mods, context, branch, at), tokens)
 
             def gate(update: Any, branch: str = branch, tokens: Tokens = tokens) -> Any:
                 factor = apply(mods, branch, method="gate")
@@ -195,6 +199,7 @@ class Fold:
         self,
         apply: Any,
         mods: Any,
+        context: Context,
         branch: str,
         where: Where,
         tokens: Tokens,
@@ -215,7 +220,7 @@ class Fold:
             apply,
             tokens,
             mods,
-            self.context,
+            context,
             plain if attend is None else offered,
             method=branch,
         )

@@ -24,6 +24,7 @@ from difax.core.contracts import (
     Attention,
     Chosen,
     Guide,
+    Known,
     Model,
     Report,
     Row,
@@ -35,7 +36,7 @@ from difax.core.contracts import (
 )
 from difax.core.guidance import unguided
 from difax.core.process import Process
-from difax.core.shapes import memory_for, trunk_spec
+from difax.core.shapes import first_layer, has_products, memory_for, trunk_spec
 from difax.core.trunk import neutral, reference_attention, run_trunk
 
 
@@ -102,10 +103,12 @@ def make_sampler(
         reference attention. The rows of a run are laid out for the same accelerator (`make_rows`).
       on_step: called on the host with the index of each finished evaluation (a progress bar); costs a callback.
       remat: for gradients through the sampler: keep each evaluation's inputs only, and compute it again.
-      ahead: compute what the blocks' modulation takes of the condition for all evaluations before the first one. Each
-        block's modulation weights are then read once a run, not once an evaluation: worth it in small batches, where a
-        cached evaluation does little else, for a memory of E L halves B (6 D in a DiT) values. The samples differ by
-        rounding.
+      ahead: compute before the first evaluation what no sample's x goes into. Of the condition alone: projections of
+        the text (`Model.once`) and, layer by layer, the keys and values of cross-attention (`Stage.once`), once a run
+        and not once an evaluation, for a memory of L halves B (2 S D) values. Of the condition and the time: what the
+        blocks' modulation gives at all evaluations, which reads its weights once a run: worth it in small batches,
+        where a cached evaluation does little else, for a memory of E L halves B (6 D in a DiT) values; left in the loop
+        where it has no products. The samples differ by rounding.
 
     Args of the sampler:
       params: the model's parameters.
@@ -131,8 +134,10 @@ def make_sampler(
         if rows.plan.owner != planner:
             raise ValueError(f"the rows were laid out for {rows.plan.owner}, the sampler runs {planner}: see make_rows")
         null = model.null(cond)
-        axes, memory = _memory(model, params, accelerator, attention, x, cond, guide, rows.plan.modes)
-        known = _conditioning(model, params, x, cond, null, rows.model_time, guide.halves) if ahead else None
+        known = None
+        if ahead:
+            cond, null, known = _known(model, params, x, cond, null, rows.model_time, guide.halves)
+        axes, memory = _memory(model, params, accelerator, attention, x, cond, guide, rows.plan.modes, ahead)
 
         def denoise(x_in, cond_in, row, memory, half):
             halves = 2 if half == "both" else 1
@@ -142,7 +147,13 @@ def make_sampler(
             if accelerator.lookup is not None:
                 index, values = accelerator.lookup(rows.plan, row, _slice(memory["along"], axes["along"], at))
 
-            mods = known and jax.tree.map(lambda a: _part(a[row.i], len(x), at), known)
+            here = known and {
+                name: Known(
+                    jax.tree.map(lambda a: _part(a[row.i], len(x), at), of.mods),
+                    jax.tree.map(lambda a: _part(a, len(x), at), of.once),
+                )
+                for name, of in known.items()
+            }
 
             def evaluate(mode, memory):
                 chosen = row._replace(plan=Chosen(mode, values, halves))
@@ -151,7 +162,7 @@ def make_sampler(
                     time = jnp.full(x_in.shape[:1], row.model_time)
                     tokens, context = model.embed(params, x_in, time, cond_in)
                     tokens, part, report = run_trunk(
-                        model, params, tokens, context, accelerator, attention, part, chosen, mods=mods
+                        model, params, tokens, context, accelerator, attention, part, chosen, known=here
                     )
                     output = model.head(params, tokens, context)
                     return output.astype(jnp.promote_types(output.dtype, jnp.float32)), part, report
@@ -174,7 +185,8 @@ def make_sampler(
             else:
                 out = jax.lax.switch(index, [partial(bordered, mode) for mode in row.plan.modes], memory)
             output, memory, report, ran = out
-            return output, memory, Trace(report.computed, report.entered, jnp.asarray(ran, jnp.float32), report.metric)
+            ran = jnp.asarray(ran, jnp.float32)
+            return output, memory, Trace(report.computed, report.entered, ran, report.metric, ())
 
         def body(carry, row):
             x, solver_state, guide_state, memory, keys = carry
@@ -188,29 +200,51 @@ def make_sampler(
 
         carry = (x, solver.init(x), guide.init(x), memory, keys)
         (x, *_), trace = jax.lax.scan(jax.checkpoint(body) if remat else body, carry, rows)
-        if ahead:  # all of it was computed, whatever was made of it
-            trace = trace._replace(entered=jax.tree.map(jnp.ones_like, trace.entered))
-        return x, trace
+        if known is not None:  # all of it was computed, whatever was made of it
+            entered = {n: a if known[n].mods is None else jnp.ones_like(a) for n, a in trace.entered.items()}
+            trace = trace._replace(entered=entered)
+        return x, trace._replace(ahead=jnp.float32(guide.halves if ahead else 0))
 
     return jax.jit(sample, donate_argnames="x")
 
 
-def _conditioning(model, params, x, cond, null, model_time, halves) -> dict[str, Any]:
-    """{stage: what the `mods` of its blocks give at every evaluation, leaves [E, L, halves * B, ...]}."""
+def _known(model, params, x, cond, null, model_time, halves) -> tuple[Any, Any, dict[str, Known]]:
+    """The conditions with what the network makes of them alone, and of each stage what is known before the first
+    evaluation: mods [E, L, halves * B, ...], once [L, halves * B, ...]."""
+    batch = len(x)
     if halves == 2:
         x, cond = jnp.concatenate([x, x]), jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
-    context = jax.vmap(lambda time: model.embed(params, x, jnp.full(x.shape[:1], time), cond)[1])(model_time)
+    cond = model.once(params, cond)
+
+    def context_at(time):
+        return model.embed(params, x, jnp.full(x.shape[:1], time), cond)[1]
+
+    contexts, first = jax.vmap(context_at)(model_time), context_at(model_time[0])
 
     def of(stage):
+        def mods(p, context):
+            return stage.block.apply({"params": p}, context, method="mods")
+
         def every(p):
-            return jax.vmap(lambda c: stage.block.apply({"params": p}, c, method="mods"))(context)
+            return jax.vmap(lambda context: mods(p, context))(contexts)
+
+        def once(p):
+            return stage.block.apply({"params": p}, first, method="once") if stage.once else {}
 
         layers = params[stage.name]
+        p = jax.eval_shape(first_layer, layers)
+        products = has_products(jax.make_jaxpr(mods)(p, jax.eval_shape(context_at, model_time[0])).jaxpr)
         if isinstance(layers, tuple):
-            return jax.tree.map(lambda *a: jnp.stack(a, 1), *map(every, layers))
-        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(every, layers))
+            given = jax.tree.map(lambda *a: jnp.stack(a, 1), *map(every, layers)) if products else None
+            return Known(given, jax.tree.map(lambda *a: jnp.stack(a), *map(once, layers)))
+        given = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(every, layers)) if products else None
+        return Known(given, jax.lax.map(once, layers) if stage.once else {})
 
-    return {stage.name: of(stage) for stage in model.stages}
+    known = {stage.name: of(stage) for stage in model.stages}
+    if halves == 1:
+        return cond, null, known
+    halved = [jax.tree.map(lambda a, part=part: a[part], cond) for part in (slice(0, batch), slice(batch, None))]
+    return *halved, known
 
 
 def _part(a: Any, batch: int, at: int | None) -> Any:
@@ -218,12 +252,12 @@ def _part(a: Any, batch: int, at: int | None) -> Any:
     return a if at is None else a[:, at * batch : (at + 1) * batch]
 
 
-def _memory(model, params, accelerator, attention, x, cond, guide, modes) -> tuple[Any, State]:
+def _memory(model, params, accelerator, attention, x, cond, guide, modes, ahead) -> tuple[Any, State]:
     """The runner's memory for all copies of the batch that the guide runs, and the batch axis of each of its leaves."""
 
     def spec(copies: int):
         grow = lambda a: jax.ShapeDtypeStruct((copies * a.shape[0], *a.shape[1:]), a.dtype)  # noqa: E731
-        return trunk_spec(model, params, grow(x), jax.tree.map(grow, cond), copies, guide.together)
+        return trunk_spec(model, params, grow(x), jax.tree.map(grow, cond), copies, guide.together, ahead)
 
     specs = {copies: spec(copies) for copies in (1, 2)}
     small, large = (jax.eval_shape(lambda s=s: memory_for(s, accelerator, attention, modes)) for s in specs.values())

@@ -19,12 +19,15 @@ def first_layer(stage_params: Params) -> Params:
     return stage_params[0] if isinstance(stage_params, tuple) else jax.tree.map(lambda a: a[0], stage_params)
 
 
-def trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int = 1, together: bool = True) -> TrunkSpec:
+def trunk_spec(
+    model: Model, params: Params, x: Any, cond: Any, halves: int = 1, together: bool = True, ahead: bool = False
+) -> TrunkSpec:
     """Shapes of every branch's update, attention call and dense layers for inputs x [B, ...] and cond, by abstract
     evaluation.
 
     Args:
       halves: how many copies of the batch x holds; together: do they run in one batch.
+      ahead: is what depends on the condition alone known before (`make_sampler`), and no part of the branches.
     """
     shape = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
     calls: dict[str, dict[str, AttentionSpec | None]] = {s.name: dict.fromkeys(s.branches) for s in model.stages}
@@ -38,6 +41,9 @@ def trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int = 1,
             p = first_layer(params[stage.name])
             mods = stage.block.apply({"params": p}, context, method="mods")
             updates[stage.name] = {}
+            given = context
+            if ahead and stage.once:
+                given = {**context, **stage.block.apply({"params": p}, context, method="once")}
             for branch in stage.branches:
 
                 def record(q: Any, k: Any, v: Any, segments: Any = None, s: str = stage.name, b: str = branch) -> Any:
@@ -52,7 +58,7 @@ def trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int = 1,
                     return y
 
                 with hooked(dense):
-                    update = stage.block.apply({"params": p}, tokens, mods, context, record, method=branch)
+                    update = stage.block.apply({"params": p}, tokens, mods, given, record, method=branch)
                 updates[stage.name][branch] = update
         return first, updates, model.head(params, tokens, context)
 
@@ -88,3 +94,16 @@ def memory_for(spec: TrunkSpec, accelerator: Accelerator, attention: Attention, 
 def zeros_of(function: Callable[..., Any], *arguments: Any) -> Any:
     """Zeros in the place of every array that function(*arguments) would return; nothing of it is run."""
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *arguments))
+
+
+def has_products(jaxpr: Any) -> bool:
+    """Whether a jaxpr, or what it calls, multiplies matrices or convolves."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            return True
+        for value in equation.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns") and has_products(inner):
+                    return True
+    return False

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from difax.core import ops
-from difax.core.contracts import Accelerator, Attention, Context, Model, Params, Report, Row, State, Tokens
+from difax.core.contracts import Accelerator, Attention, Context, Known, Model, Params, Report, Row, State, Tokens
 from difax.core.fold import Fold
 from difax.core.hooks import hooked, modulated_input
 from difax.core.shapes import first_layer, memory_for, trunk_spec, zeros_of
@@ -55,7 +55,7 @@ def run_trunk(
     memory: State,
     row: Row | None,
     unroll: int | bool = 1,
-    mods: dict[str, Any] | None = None,
+    known: dict[str, Known] | None = None,
 ) -> tuple[Tokens, State, Report]:
     """Runs all stages of a model on embedded tokens through an accelerator and an attention.
 
@@ -67,7 +67,7 @@ def run_trunk(
       memory: of both, as `memory_for` made it.
       row: the evaluation under way with its chosen plan (None outside of sampling, for the neutral accelerator).
       unroll: of the `lax.scan` over depth; True writes the blocks out (faster gradients on CPU, slower compile).
-      mods: what the blocks' `mods` give here, {stage: leaves [L, ...]}, if that is known; None computes it.
+      known: what is known of the blocks of each stage before this evaluation; None computes all of it here.
 
     Returns:
       (tokens, memory, report).
@@ -90,7 +90,7 @@ def run_trunk(
             skips = _taken(emitted[stage.takes], stage.depth, low, high) if stage.takes and low < high else None
             (tokens, memory["along"]), state, out, reports[n] = fold(
                 (tokens, memory["along"]),
-                (params[n], learned.get(n, ()), mods and mods[n]),
+                (params[n], learned.get(n, ()), known and known[n]),
                 state,
                 skips,
                 low,
@@ -121,11 +121,12 @@ def run_trunk(
     def first_input(tokens: Tokens) -> Any:
         stage = model.stages[0]
         p, tokens = {"params": first_layer(params[stage.name])}, stage.enter(tokens, context)
+        mods = known and known[stage.name].mods
         if mods is None:
             looked.append(stage.name)
             own = stage.block.apply(p, context, method="mods")
         else:
-            own = jax.tree.map(lambda a: a[0], mods[stage.name])
+            own = jax.tree.map(lambda a: a[0], mods)
 
         def branch(dense: Any) -> Any:
             with hooked(dense):

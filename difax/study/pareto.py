@@ -282,7 +282,7 @@ class Sweep:
         run, batch = program.run, self.options.batch
         parts = (run.model, program.params, run.attention)
         cost = model_bytes(*parts)
-        moved = [run_bytes(cost, trace, batch, run.guide.together, run.ahead) for trace in traces]
+        moved = [run_bytes(cost, trace, batch, run.guide.together) for trace in traces]
         return run_cost(model_cost(*parts), averaged(traces)), statistics.mean(moved) / batch
 
     def _labels(self) -> np.ndarray:
