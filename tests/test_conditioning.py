@@ -47,7 +47,7 @@ CELLS = [
     ("flux_tiny", [("cache.name", "fora")], None),
     ("pixart_tiny", [("cache.name", "pab")], None),
     pytest.param("pixart_tiny", [("cache.name", "tgate")], None, marks=slow),
-    pytest.param("pixart_tiny", [("cache.name", "attention_map"), ("layout", "unstacked")], None, marks=slow),
+    pytest.param("pixart_tiny", [("cache.name", "fora"), ("layout", "unstacked")], None, marks=slow),
     pytest.param("wan_tiny", [("quant.name", "int8_w8a8")], None, marks=slow),
     pytest.param("wan_tiny", [("cache.name", "teacache"), ("cache.threshold", 0.5)], "apart", marks=slow),
 ]
