@@ -9,11 +9,12 @@ unexport PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: help demo test test-lanes format lint types arrows unit clean
+.PHONY: help demo test test-slow test-lanes format lint types arrows unit clean
 
 help:
 	@echo "make demo        sample images with the checkpoint that ships, into out/demo.png"
-	@echo "make test        format, lint, types, import arrows, tests (8 CPU devices), docstring examples, wheel"
+	@echo "make test        format, lint, types, imports of the rooms, tests (8 CPU devices), docstring examples, wheel"
+	@echo "make test-slow   the long tests"
 	@echo "make test-lanes  the tests on every Python 3.11-3.13 of this machine"
 	@echo "make clean       remove everything that these made"
 
@@ -37,6 +38,9 @@ arrows: $(VENV)/.ready-dev
 
 unit: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 10 --durations-min 2
+
+test-slow: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 10 --durations-min 2 -m slow
 
 test-lanes:
 	@.ci/lanes

@@ -261,7 +261,7 @@ def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None)
         return Weights(model, source, lambda: load_converted(path, spec))
     name = config["model"]["name"]
     if name in CHECKPOINTS and not read_metadata(path):
-        given = {k: v for k, v in config["model"].items() if k in UNSTORED and (name != "dit" or k != "variant")}
+        given = {k: v for k, v in config["model"].items() if k in UNSTORED and (k != "variant" or name in VARIANTS)}
         found = CHECKPOINTS[name].find(path, **given)
         check_shapes(path, found.spec, spec)
         return Weights(found.model, source, lambda: load_foreign(path, found))
@@ -279,6 +279,9 @@ def load_weights(config: Mapping[str, Any], model: Any, path: str | None = None)
 UNSTORED = (
     "size", "heads", "dtype", "variant", "text_tokens", "axes_dim", "base_size", "interpolation_scale", "eps",
 )  # fmt: skip
+
+
+VARIANTS = ("flux", "pixart")  # whose checkpoints may need one; the others' tell the geometry that it stands for
 
 
 def recognise(path: str, model: str | None = None, layout: str | None = None, **geometry: Any) -> Foreign:

@@ -48,7 +48,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
             settings.append((key, getattr(options, flag)))
     weights = getattr(options, "weights", None)
     if base is None and weights:
-        return override(checkpoint_config(weights), settings)
+        return override(checkpoint_config(weights, settings), settings)
     base = base or default
     if base is None:
         raise ValueError("which configuration? Give --config NAME (see difax list configs)")

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from difax.build import SECTIONS, recognise, recognised_kind, split_names
+from difax.build import SECTIONS, UNSTORED, recognise, recognised_kind, split_names
 from difax.registry import REGISTRIES, check_name, choose, shown
 from difax.training.train import read_run
 from difax.weights.checkpoint import read_metadata
@@ -67,8 +67,11 @@ def load_config(where: str) -> dict[str, Any]:
     return config.to_dict()
 
 
-def checkpoint_config(path: str) -> dict[str, Any]:
+def checkpoint_config(path: str, settings: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
     """The configuration that a checkpoint brings along, or that its kind is sampled with.
+
+    Args:
+      settings: that are made afterwards; of a published checkpoint those of the model tell what the file does not.
 
     Raises:
       ValueError: a checkpoint of no known kind, or one that says nothing of its model (what `difax convert` writes).
@@ -83,7 +86,8 @@ def checkpoint_config(path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: says nothing of its model; give its configuration, and this as the weights")
     if metadata:
         return metadata["config"]
-    kind, found = published(path)
+    told = {key.removeprefix("model."): value for key, value in settings if key.startswith("model.")}
+    kind, found = published(path, {key: value for key, value in told.items() if key in UNSTORED})
     name = PUBLISHED[kind]
     if kind == "flux" and not found.geometry["guidance_embedding"]:
         name = "flux_schnell"
@@ -93,14 +97,16 @@ def checkpoint_config(path: str) -> dict[str, Any]:
     return {**config, "model": {"name": kind, **found.geometry, "dtype": config["model"]["dtype"]}}
 
 
-def published(path: str) -> tuple[str, Foreign]:
-    """The kind of a published checkpoint and what is known of it; a size that it does not tell is that of the
-    configuration of its kind."""
+def published(path: str, told: Mapping[str, Any]) -> tuple[str, Foreign]:
+    """The kind of a published checkpoint and what is known of it; a size that neither it nor the caller tells is that
+    of the configuration of its kind."""
     kind = recognised_kind(path)
     try:
-        return kind, recognise(path, kind)
+        return kind, recognise(path, kind, **told)
     except ValueError:
-        return kind, recognise(path, kind, size=load_config(PUBLISHED[kind])["model"]["size"])
+        if "size" in told:
+            raise
+        return kind, recognise(path, kind, **{"size": load_config(PUBLISHED[kind])["model"]["size"], **told})
 
 
 def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dict[str, Any]:

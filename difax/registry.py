@@ -26,6 +26,7 @@ from difax.core.files import FromData
 from difax.core.grids import GRIDS
 from difax.core.guidance import GUIDES
 from difax.core.process import PROCESSES, Process
+from difax.core.qtensor import Quantisation
 from difax.core.trunk import neutral
 from difax.models import MODELS
 from difax.training.data import DATASETS, Images
@@ -174,6 +175,8 @@ def make(kind: str, section: Mapping[str, Any], *args: Any, **more: Any) -> Any:
     if isinstance(name, RESULTS.get(kind, ())) and not isinstance(name, str):
         if keys:
             raise ValueError(f"{kind} {shown(name)} is made already; allowed: no keys, not {', '.join(keys)}")
+        if kind == "quant":
+            _check_rules("given", name)
         return name
     function, name = factory(kind, name), shown(name)
     parameters = inspect.signature(function).parameters
@@ -184,10 +187,19 @@ def make(kind: str, section: Mapping[str, Any], *args: Any, **more: Any) -> Any:
         made = function(*args, **keys, **more)
     except TypeError as error:
         raise ValueError(f"{kind} {name}: {error}") from None
+    if kind == "quant":
+        _check_rules(name, made)
     if kind in RESULTS and not isinstance(made, RESULTS[kind]):
         allowed = " or ".join(f"a {t.__name__}" for t in RESULTS[kind])
         raise ValueError(f"{kind} {name} made {_article(type(made).__name__)}; allowed: {allowed}")
     return made
+
+
+def _check_rules(name: str, rules: Any) -> None:
+    for rule in rules if isinstance(rules, (list, tuple)) else (rules,):
+        pair = isinstance(rule, (list, tuple)) and len(rule) == 2 and isinstance(rule[0], str)
+        if not pair or not isinstance(rule[1], (Quantisation, type(None))):
+            raise ValueError(f"quant {name} made {rule!r}; allowed: pairs of a pattern and a Quantisation or None")
 
 
 def shown(name: Any) -> str:

@@ -210,7 +210,8 @@ class Run:
             return random_conditions(model, 1, self._seed)
         leaves = jax.tree_util.tree_flatten_with_path(model.cond)[0]
         names = ", ".join(
-            f"{jax.tree_util.keystr(p, simple=True, separator='/')} [n, {str(a.shape)[1:-1]}]" for p, a in leaves
+            f"{jax.tree_util.keystr(p, simple=True, separator='/')} [{', '.join(map(str, ('n', *a.shape)))}]"
+            for p, a in leaves
         )
         raise ValueError(f"{model.name} takes embeddings; give --cond FILE.safetensors with the tensors {names}")
 
@@ -342,15 +343,15 @@ def load(
     Raises:
       ValueError: what is not there or does not fit: the key, the value, what is allowed and the nearest match.
     """
-    path: Any = weights
+    path, given = weights, keyword_settings(settings)
     if isinstance(what, Mapping):
         config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in what.items()}
     elif _is_checkpoint(os.fspath(what)):
         what = os.fspath(what)
-        config, path = checkpoint_config(what), what if weights is None else weights
+        config, path = checkpoint_config(what, given), what if weights is None else weights
     else:
         config = load_config(os.fspath(what))
-    return _opened(override(config, keyword_settings(settings)), path, seed)
+    return _opened(override(config, given), path, seed)
 
 
 def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = None) -> Run:

@@ -2,6 +2,7 @@
 
   python -m experiments.realised                                       B/2 at batch 1 and 4, XL/2 at batch 1
   python -m experiments.realised --models B/2 --batches 4 --methods fora
+  python -m experiments.realised --once                                PixArt and Wan, conditioned ahead against each
 
 Random weights (adaLN-zero re-randomised), latents [batch, 32, 32, 4], DDIM with guidance, the blocks written out
 (`difax.core.trunk.unstack`). All methods of a geometry are compiled first and then run turn by turn, so that a busy
@@ -34,11 +35,14 @@ from difax.core.files import read_rows
 from difax.core.grids import GRIDS, make_times
 from difax.core.guidance import cfg
 from difax.core.noise import sample_keys
-from difax.core.process import vp_linear
+from difax.core.process import flow, vp_linear
 from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.shapes import trunk_spec
 from difax.core.trunk import neutral, unstack
 from difax.models.dit import dit
+from difax.models.pixart import pixart
+from difax.models.wan import wan
+from difax.weights.conditions import random_conditions
 from experiments.provenance import RESULTS, append_row, provenance
 
 GEOMETRIES = (("B/2", 1), ("B/2", 4), ("XL/2", 1))
@@ -77,11 +81,33 @@ METHODS = {
 }
 
 
+# models with a caption: name -> (model, process, prediction, solver, grid)
+CAPTIONED: dict[str, Any] = {
+    "PixArt-XL/2, 256 tokens, 120 of text": (
+        lambda dtype: pixart("alpha", size=32, micro_conditioning=False, dtype=dtype),
+        vp_linear(),
+        "eps",
+        "ddim",
+        "leading",
+    ),
+    "Wan-1.3B, 256 tokens, 512 of text": (
+        lambda dtype: wan("1.3B", size=(1, 32, 32), text_tokens=512, dtype=dtype),
+        flow(3.0),
+        "velocity",
+        "euler",
+        "uniform",
+    ),
+}
+
+
 class Work:
     """One geometry: weights, inputs, and a compiled sampler per method."""
 
     def __init__(self, variant: str, batch: int, dtype: str, steps: int, conditioning: str):
-        self.model, self.batch, self.ahead = dit(variant, dtype=dtype), batch, conditioning == "ahead"
+        self.batch, self.ahead = batch, conditioning == "ahead"
+        of_dit = (lambda dtype: dit(variant, dtype=dtype), vp_linear(), "eps", "ddim", "leading")
+        make, self.process, self.prediction, solver, grid = CAPTIONED.get(variant, of_dit)
+        self.model = make(dtype)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0))
         self.cost = model_cost(self.model, shapes)
         leaves, tree = jax.tree.flatten(shapes)
@@ -89,19 +115,21 @@ class Work:
         draw = lambda k, a: (0.03 * jax.random.normal(k, a.shape)).astype(dtype)  # noqa: E731
         stacked = tree.unflatten([draw(k, a) for k, a in zip(keys, leaves, strict=True)])
         self.params = jax.block_until_ready(unstack(self.model, stacked))
-        self.process, self.solver, self.guide = vp_linear(), SOLVERS["ddim"](), cfg()
-        self.times = make_times(GRIDS["leading"](), self.process, steps)
-        self.keys, self.cond = sample_keys(0, batch), jnp.arange(batch, dtype=jnp.int32)
+        self.solver, self.guide = SOLVERS[solver](), cfg()
+        self.times = make_times(GRIDS[grid](), self.process, steps)
+        self.keys, self.cond = sample_keys(0, batch), jax.tree.map(jnp.asarray, random_conditions(self.model, batch))
 
-    def program(self, cache: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    def program(self, cache: str | None, settings: dict[str, Any], ahead: bool | None = None) -> dict[str, Any]:
+        ahead = self.ahead if ahead is None else ahead
         accelerator = neutral() if cache is None else CACHES[cache](**settings)
         host = make_rows(self.solver, self.guide, self.process, self.times, accelerator, self.model.stages)
         rows, scale = jax.tree.map(jnp.asarray, host), jnp.float32(2.0)
-        parts = (self.model, self.process, "eps", self.solver, self.guide, accelerator)
-        sampler = make_sampler(*parts, ahead=self.ahead)
+        seams: dict[str, Any] = {"solver": self.solver, "guide": self.guide, "accelerator": accelerator}
+        sampler = make_sampler(self.model, self.process, self.prediction, ahead=ahead, **seams)
         start = time.perf_counter()
         compiled = sampler.lower(self.params, self.noise(), self.keys, self.cond, rows, scale).compile()
-        spec = trunk_spec(self.model, self.params, jnp.concatenate([self.noise()] * 2), jnp.tile(self.cond, 2), 2)
+        both = jax.tree.map(lambda a: jnp.concatenate([a, a]), (self.noise(), self.cond))
+        spec = trunk_spec(self.model, self.params, *both, 2)
         memory = jax.eval_shape(lambda: accelerator.init(spec, host.plan.modes))
 
         def run() -> tuple[float, Any]:
@@ -179,6 +207,47 @@ def measure(
     return rows
 
 
+def once(variant: str, batch: int, dtype: str, steps: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows of what is known ahead computed once a run against at every evaluation, with and without a cache."""
+    work, rows = Work(variant, batch, dtype, steps, "each"), []
+    methods: dict[str, tuple[str | None, dict[str, Any]]] = {"none": (None, {}), "fora 3": ("fora", {"interval": 3})}
+    programs = {(n, ahead): work.program(*m, ahead) for n, m in methods.items() for ahead in (False, True)}
+    seconds: dict[Any, list[float]] = {key: [] for key in programs}
+    flops: dict[Any, float] = {}
+    for turn in range(repeats + 1):
+        for key, program in programs.items():
+            taken, trace = program["run"]()
+            if turn == 0:
+                flops[key] = run_cost(work.cost, trace)
+            else:
+                seconds[key].append(taken)
+    for name in methods:
+        each, ahead = (name, False), (name, True)
+        flops_ratio = flops[each] / flops[ahead]
+        ratios = [a / b for a, b in zip(seconds[each], seconds[ahead], strict=True)]
+        rows.append(
+            {
+                "model": variant,
+                "batch": batch,
+                "dtype": dtype,
+                "steps": steps,
+                "conditioning": "ahead",
+                "method": f"ahead over each, {name}",
+                "kind": "once",
+                "settings": methods[name][1],
+                "flops_ratio": flops_ratio,
+                "seconds": statistics.median(seconds[ahead]),
+                "seconds_ratio": statistics.median(seconds[each]) / statistics.median(seconds[ahead]),
+                "realised": statistics.median(ratios) / flops_ratio,
+                "realised_turns": [round(r / flops_ratio, 4) for r in ratios],
+                "compile_seconds": programs[ahead]["compile_seconds"],
+                "remembered_mib": (programs[ahead]["peak"] - programs[each]["peak"]) / 2**20,
+                "peak_over_uncached_mib": (programs[ahead]["peak"] - programs[each]["peak"]) / 2**20,
+            }
+        )
+    return rows
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
@@ -209,6 +278,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--conditioning", default="each", choices=CONDITIONINGS, help="of cached and uncached sampler")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--once", action="store_true", help="of models with a caption: conditioned ahead against each")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
@@ -218,6 +288,12 @@ def main() -> None:
     path = options.out or RESULTS / "realised" / f"{options.lane}.jsonl"
     if options.table:
         print(table(read_rows(path)))
+        return
+    if options.once:
+        for variant in options.models or CAPTIONED:
+            for row in once(variant, (options.batches or [1])[0], options.dtype, options.steps, options.repeats):
+                append_row(path, {**row, "provenance": provenance()})
+                print(f"{row['model']} {row['method']}: FLOPs x{row['flops_ratio']:.3f}, x{row['seconds_ratio']:.3f}")
         return
     for method in options.methods:
         if method not in METHODS:

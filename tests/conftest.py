@@ -4,9 +4,11 @@ import gzip
 import os
 import pathlib
 import sys
+from collections import Counter
 
 import pytest
 
+from tests.families import family, table
 from tests.quick import with_flags
 
 if "jax" in sys.modules:
@@ -22,6 +24,23 @@ import numpy as np  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+SECONDS: Counter[str] = Counter()
+TESTS: Counter[str] = Counter()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    SECONDS[family(report.nodeid)] += report.duration
+    TESTS[family(report.nodeid)] += report.when == "call"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The seconds of each family, in the process that all reports come to."""
+    if sum(TESTS.values()) > 200:
+        terminalreporter.section("seconds by family")
+        for line in table(SECONDS, TESTS):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -141,9 +141,7 @@ def _each_part(
 
             return stage.block.apply({"params": p}, h, m, c, attend, method=branch)
 
-        def each(context: Any, p: Any = p, tokens: Any = tokens, m: Any = m, one: Any = one, stage: Any = stage) -> Any:
-            return tuple([figure(_traced(partial(one, branch=b), p, tokens, m, context)) for b in stage.branches])
-
+        each = partial(_each_branch, figure, one, stage.branches, p, tokens, m)
         branches[stage.name] = each(context)
         once[stage.name] = (0.0,) * len(stage.branches)
         if stage.once:
@@ -155,6 +153,12 @@ def _each_part(
             once[stage.name] = tuple(a - b for a, b in zip(branches[stage.name], spared, strict=True))
     ends += figure(_traced(model.head, params, tokens, context))
     return ModelCost(ends, mods, branches, {s.name: s.depth for s in model.stages}, ends_once, once)
+
+
+def _each_branch(
+    figure: Callable[[_Part], float], one: Any, names: tuple[str, ...], p: Any, tokens: Any, mods: Any, context: Any
+) -> tuple[float, ...]:
+    return tuple([figure(_traced(partial(one, branch=name), p, tokens, mods, context)) for name in names])
 
 
 def run_cost(cost: ModelCost, trace: Trace) -> float:

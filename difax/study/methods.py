@@ -6,8 +6,11 @@ refused by its factory and reported with the reason. `calibrated` names the file
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from difax.registry import REGISTRIES
 
 FAMILIES = ("steps", "solver", "guidance", "cache", "attention", "quantisation", "together")
 
@@ -143,8 +146,12 @@ METHODS: dict[str, Method] = {
 }
 
 
+_KEYS = {"solver": "solver", "cache": "cache", "attention": "attend", "quantisation": "quant"}  # family: section
+
+
 def chosen(wanted: Sequence[str], parse: Any) -> dict[str, Method]:
-    """The methods that a command line names: "all", families, names, and settings such as "steps=12,cache.name=fora".
+    """The methods that a command line names: "all", families, names, entries of the registries of solvers, caches,
+    attention and quantisation at their defaults ("fora"), and settings such as "steps=12,cache.name=fora".
 
     Args:
       parse: text of a value -> value (`difax.config.parse_value`).
@@ -152,9 +159,8 @@ def chosen(wanted: Sequence[str], parse: Any) -> dict[str, Method]:
     Raises:
       ValueError: a name that is none of them (with the nearest match).
     """
-    import difflib
-
     found: dict[str, Method] = {}
+    known = {name: family for family, key in _KEYS.items() for name in REGISTRIES[key] if name != "none"}
     for name in wanted:
         if name == "all":
             found.update(METHODS)
@@ -162,14 +168,17 @@ def chosen(wanted: Sequence[str], parse: Any) -> dict[str, Method]:
             found.update({n: m for n, m in METHODS.items() if m.family == name})
         elif name in METHODS:
             found[name] = METHODS[name]
+        elif name in known:
+            found[name] = Method(known[name], {f"{_KEYS[known[name]]}.name": name})
         elif "=" in name:
             pairs = (setting.partition("=") for setting in name.split(","))
             found[name] = Method("together", {k.strip(): parse(v.strip()) for k, _, v in pairs})
         else:
-            near = difflib.get_close_matches(name, [*METHODS, *FAMILIES, "all"], 1, 0.4)
+            near = difflib.get_close_matches(name, [*METHODS, *FAMILIES, *known, "all"], 1, 0.4)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(
-                f"unknown method {name!r}{hint}; allowed: all, {', '.join(FAMILIES)}, settings such as "
+                f"unknown method {name!r}{hint}; allowed: all, {', '.join(FAMILIES)}, names of "
+                "difax list, settings such as "
                 f"steps=12,cache.name=fora, and {', '.join(map(repr, METHODS))}"
             )
     return found

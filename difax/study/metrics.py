@@ -283,6 +283,9 @@ def ssim(a: np.ndarray, b: np.ndarray, peak: float = 2.0, sigma: float = 1.5) ->
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
+WINDOW = 11  # pixels of the window of structural similarity
+
+
 def ms_ssim(a: np.ndarray, b: np.ndarray, peak: float = 2.0, scales: int | None = None) -> np.ndarray:
     """Multi-scale structural similarity of each pair of images.
 
@@ -304,11 +307,11 @@ def ms_ssim(a: np.ndarray, b: np.ndarray, peak: float = 2.0, scales: int | None 
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     side = min(a.shape[1:3]) if a.ndim == 4 else 0
-    fit = next((n for n in range(len(MS_SSIM_WEIGHTS), 0, -1) if side >> (n - 1) >= 11), 0)
+    fit = next((n for n in range(len(MS_SSIM_WEIGHTS), 0, -1) if side >> (n - 1) >= WINDOW), 0)
     scales = fit if scales is None else scales
     if not 1 <= scales <= fit:
         raise ValueError(
-            f"ms_ssim: scales={scales} of images of {a.shape}; allowed: 1 to {fit}, 11 pixels at the coarsest"
+            f"ms_ssim: scales={scales} of images of {a.shape}; allowed: 1 to {fit}, {WINDOW} pixels at the coarsest"
         )
     weights = np.asarray(MS_SSIM_WEIGHTS[:scales]) / sum(MS_SSIM_WEIGHTS[:scales])
     total = np.ones((len(a), a.shape[-1]))

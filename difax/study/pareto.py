@@ -34,7 +34,7 @@ from difax.study.calibrate import Sampler, calibrate_to, ending
 from difax.study.frontier import BASELINE, CONTROL, line
 from difax.study.judge import Judge, compared
 from difax.study.methods import Method
-from difax.study.metrics import bootstrap, ms_ssim, psnr, relative_error, ssim
+from difax.study.metrics import WINDOW, bootstrap, ms_ssim, psnr, relative_error, ssim
 from difax.study.networks import Eyes, seen
 from difax.training.data import Images, check_images
 
@@ -289,10 +289,11 @@ class Sweep:
         return np.arange(self.options.seeds) % self.run.model.classes
 
     def _quality(self, images: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
+        large = min(images.shape[-3:-1]) >= WINDOW
         each = {
             "psnr": np.asarray([min(psnr(a, b), PSNR_LIMIT) for a, b in zip(images, wanted, strict=True)]),
             "ssim": ssim(images, wanted),
-            "ms_ssim": ms_ssim(images, wanted),
+            **({"ms_ssim": ms_ssim(images, wanted)} if large else {}),
             "relative_l1": relative_error(images, wanted, 1),
             "relative_l2": relative_error(images, wanted, 2),
         }

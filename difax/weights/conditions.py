@@ -71,5 +71,6 @@ def check_conditions(model: Model, cond: Any) -> Any:
     lengths = {len(a) if a.ndim else 0 for a in arrays.values()}
     for name, array in arrays.items():
         if array.shape[1:] != spec[name].shape or len(lengths) > 1:
-            raise ValueError(f"cond {name} is {list(array.shape)}; allowed: [n, {str(spec[name].shape)[1:-1]}], one n")
+            wanted = ", ".join(map(str, ("n", *spec[name].shape)))
+            raise ValueError(f"cond {name} is {list(array.shape)}; allowed: [{wanted}], one n for all")
     return unflatten_dict(arrays, sep="/")

@@ -1,0 +1,46 @@
+"""What belongs together in the tests, and the seconds that a run took for it: each family has a budget in the default
+run, so that a family that joins does not make every run longer than a person waits."""
+
+from collections import Counter
+
+BUDGET = 45.0  # seconds of the default run, of one core, on two cores without AVX-512
+
+# file of tests, or the folder of docstring examples -> family
+FAMILIES = {
+    "core": ("process", "grids", "ops", "sampler", "cost", "conditioning"),
+    "solvers": ("solvers",),
+    "execution": ("executed", "composition"),
+    "caches: contract": ("caches", "caches_rules"),
+    "caches: engine": ("cache_engine",),
+    "caches: plans": ("caches_plans", "skip_dit"),
+    "caches: gates": ("caches_online",),
+    "caches: tokens": ("caches_tokens",),
+    "attention": ("attention",),
+    "quantisation": ("qtensor",),
+    "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions"),
+    "weights": ("safetensors", "convert"),
+    "training": ("train", "losses", "data", "classifier"),
+    "calibration": ("fit",),
+    "study": ("metrics", "networks", "pareto", "pareto_report", "pareto_search", "profile", "experiments", "peers"),
+    "front door": ("run", "outside", "readme", "colab"),
+    "commands": ("cli", "catalogue"),
+    "packaging": ("packaging",),
+}
+
+
+def family(nodeid: str) -> str:
+    """The family of a test; a file that is in none is one of its own."""
+    path = nodeid.split("::")[0]
+    stem = path.rpartition("/")[2].removesuffix(".py").removeprefix("test_")
+    if "test_" not in path:
+        return "docstrings"
+    return next((name for name, stems in FAMILIES.items() if stem in stems), stem)
+
+
+def table(seconds: Counter[str], tests: Counter[str]) -> list[str]:
+    """Lines of the seconds and tests of each family, the longest first, those over the budget named."""
+    lines = [f"{'family':<20} {'tests':>6} {'seconds':>8}   (budget of a family: {BUDGET:.0f} s of the default run)"]
+    for name, spent in seconds.most_common():
+        over = "   over its budget" if spent > BUDGET else ""
+        lines.append(f"{name:<20} {tests[name]:>6} {spent:>8.1f}{over}")
+    return [*lines, f"{'all':<20} {sum(tests.values()):>6} {sum(seconds.values()):>8.1f}"]
