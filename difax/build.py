@@ -227,13 +227,17 @@ class Weights:
         return self._read()
 
 
-def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None) -> Weights:
-    """The weights of a model: difax's own files, the folder of a training run, or a published checkpoint.
+RANDOM = "random"
+
+
+def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None, seed: int = 0) -> Weights:
+    """The weights of a model: difax's own files, the folder of a training run, a published checkpoint, or random ones.
 
     Args:
-      config: its `weights` names an embedded file, where no path is given.
+      config: its `weights` names an embedded file, or "random", where no path is given.
       model: as the configuration describes it.
       path: a .safetensors file (difax, facebookresearch/DiT, SiT or diffusers layout), or a run's folder.
+      seed: of random weights.
 
     Returns:
       `Weights`; a DiT of the diffusers layout differs in two constants from the original's, so that the model may be
@@ -245,6 +249,8 @@ def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None)
     """
     if path is None:
         name = config.get("weights")
+        if name == RANDOM:
+            return Weights(model, RANDOM, lambda: jax.jit(model.init)(jax.random.key(seed)))
         if name is None:
             raise ValueError(
                 "this configuration has no weights of its own; give --weights FILE.safetensors, --weights RUN_FOLDER, "

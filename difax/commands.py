@@ -72,7 +72,7 @@ def _cond(options: argparse.Namespace, run: Any) -> Any:
         raise ValueError(f"--cond {options.cond}: {model.name} takes labels")
     if not labelled(model) and options.labels:
         raise ValueError(f"--labels {options.labels}: {model.name} takes no labels; give --cond FILE.safetensors")
-    return run.conditions(options.cond or options.labels)
+    return run.conditions(options.labels if options.cond is None else options.cond)
 
 
 def _start(options: argparse.Namespace) -> Callable[..., None]:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from difax.build import (
+    RANDOM,
     Setup,
     Weights,
     build_data,
@@ -29,7 +30,7 @@ from difax.core.decisions import save_trace
 from difax.core.device import memory_available
 from difax.media.images import picture
 from difax.media.samples import check_latents, check_output, save_samples
-from difax.program import Program, ahead_of_time, draw, previewer, weight_bytes
+from difax.program import Drawn, Program, ahead_of_time, draw, previewer, weight_bytes
 from difax.registry import choose
 from difax.report import format_table
 from difax.study import calibrate as calibrate_
@@ -38,8 +39,6 @@ from difax.training.data import CLASS_NAMES, check_images, data_section
 from difax.training.train import TrainState
 from difax.training.train import train as train_
 from difax.weights.conditions import check_conditions, labelled, load_conditions, random_conditions
-
-RANDOM = "random"
 
 
 class Result:
@@ -51,7 +50,7 @@ class Result:
     latents: [N, ...] that the samples began from. cond: their conditions. seed: of the run.
     """
 
-    def __init__(self, run: Run, cond: Any, columns: int, seed: int, drawn: Any):
+    def __init__(self, run: Run, cond: Any, columns: int, seed: int, drawn: Drawn):
         self.run, self.cond, self.columns, self.seed = run, cond, columns, seed
         self.images: np.ndarray = drawn.samples
         self.latents: np.ndarray = drawn.latents
@@ -166,10 +165,10 @@ class Run:
         return self.weights.source
 
     def _preparation(self) -> Any:
-        """What `Setup.prepare` goes by; None where parameters that a cache has learned go in."""
+        """What `Setup.prepare` goes by; equal to nothing where parameters that a cache has learned go in."""
         if self.setup.accelerator.learned is not None:
             return object()
-        return plain({"quant": self.config.get("quant", {})}), str(self.setup.model.dtype), self.setup.stacked
+        return list(self.setup.rules), str(self.setup.model.dtype), self.setup.stacked
 
     @property
     def prepared(self) -> Params:
@@ -179,7 +178,7 @@ class Run:
         return self._prepared
 
     @property
-    def labels(self) -> tuple[str, ...]:
+    def class_names(self) -> tuple[str, ...]:
         """Names of the classes, or () where they are not known."""
         data = self.config.get("data", {})
         return tuple(map(str, data.get("names") or CLASS_NAMES.get(data.get("name"), ())))
@@ -201,7 +200,7 @@ class Run:
             if isinstance(cond, Mapping) or isinstance(cond, str) and cond.endswith(".safetensors"):
                 raise ValueError(f"cond {cond if isinstance(cond, str) else ''}: {model.name} takes labels")
             words = cond.split(",") if isinstance(cond, str) else np.ravel(np.asarray(cond)).tolist()
-            return np.asarray(parse_labels(words, model.classes, self.labels), np.int32)
+            return np.asarray(parse_labels(words, model.classes, self.class_names), np.int32)
         if isinstance(cond, (str, os.PathLike)):
             return load_conditions(model, os.fspath(cond))
         if cond is not None:
@@ -240,9 +239,9 @@ class Run:
           ValueError: a condition, seed or latents that the model cannot take.
         """
         if not 0 <= seed < 2**32:
-            raise ValueError(f"--seed={seed}; allowed: 0 ... {2**32 - 1}")
+            raise ValueError(f"seed={seed}; allowed: 0 ... {2**32 - 1}")
         if repeat < 1:
-            raise ValueError(f"--repeat={repeat}; allowed: 1 or more")
+            raise ValueError(f"repeat={repeat}; allowed: 1 or more")
         row = self.conditions(cond)
         columns = len(jax.tree.leaves(row)[0])
         all_of = jax.tree.map(lambda a: np.concatenate([np.asarray(a)] * repeat), row)
@@ -303,12 +302,9 @@ class Run:
         Returns:
           What the file holds.
         """
-        sampler = calibrate_.Sampler(self._uncached(), self.prepared, self.conditions(cond), seed)
+        plain_run = self.replace(cache="none")
+        sampler = calibrate_.Sampler(plain_run.setup, plain_run.prepared, self.conditions(cond), seed)
         return calibrate_.calibrate_to(technique, sampler, out, samples, batch, tell, **settings)
-
-    def _uncached(self) -> Setup:
-        config = {k: v for k, v in self.config.items() if k != "cache"}
-        return build_setup(config, self.setup.model)
 
     def profile(self, cond: Any = None, seed: int = 0, *, repeat: int = 1, turns: int = 5) -> profile_.Profile:
         """Where the seconds of an evaluation go, part by part (`difax.study.profile`).
@@ -362,10 +358,7 @@ def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = Non
     setup, full = build_setup(config), {}
     if path is None and config.get("weights") == RANDOM:
         config, setup, full = _fitting(config, setup)
-        init = jax.jit(setup.model.init)
-        weights = Weights(setup.model, RANDOM, lambda: init(jax.random.key(seed)))
-        return Run(config, setup, weights, None, seed, full, kept)
-    weights = find_weights(config, setup.model, path)
+    weights = find_weights(config, setup.model, path, seed)
     as_configured = weights.model is setup.model
     return Run(config, setup._replace(model=weights.model), weights, path, seed, full, kept, as_configured)
 
@@ -398,9 +391,11 @@ def parse_labels(words: Sequence[Any], classes: int, names: Sequence[str] = ()) 
     """Labels, as numbers or names, as indices.
 
     Raises:
-      ValueError: a name that is no class, or an index outside 0 ... classes - 1.
+      ValueError: no words, a name that is no class, or an index outside 0 ... classes - 1.
     """
     labels = []
+    if not words:
+        raise ValueError("no labels; allowed: one or more")
     for word in words:
         word = str(word).strip()
         if word.lstrip("-").isdigit():

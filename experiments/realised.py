@@ -17,6 +17,7 @@ not measured again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import pathlib
 import statistics
 import time
@@ -28,7 +29,7 @@ import numpy as np
 
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
-from difax.build import CONDITIONINGS
+from difax.build import CONDITIONINGS, LAYOUTS
 from difax.core.cost import model_cost, run_cost
 from difax.core.device import peak_memory
 from difax.core.files import read_rows
@@ -103,7 +104,7 @@ CAPTIONED: dict[str, Any] = {
 class Work:
     """One geometry: weights, inputs, and a compiled sampler per method."""
 
-    def __init__(self, variant: str, batch: int, dtype: str, steps: int, conditioning: str):
+    def __init__(self, variant: str, batch: int, dtype: str, steps: int, conditioning: str, layout: str = "unstacked"):
         self.batch, self.ahead = batch, conditioning == "ahead"
         of_dit = (lambda dtype: dit(variant, dtype=dtype), vp_linear(), "eps", "ddim", "leading")
         make, self.process, self.prediction, solver, grid = CAPTIONED.get(variant, of_dit)
@@ -114,7 +115,7 @@ class Work:
         keys = jax.random.split(jax.random.key(0), len(leaves))
         draw = lambda k, a: (0.03 * jax.random.normal(k, a.shape)).astype(dtype)  # noqa: E731
         stacked = tree.unflatten([draw(k, a) for k, a in zip(keys, leaves, strict=True)])
-        self.params = jax.block_until_ready(unstack(self.model, stacked))
+        self.params = jax.block_until_ready(unstack(self.model, stacked) if layout == "unstacked" else stacked)
         self.solver, self.guide = SOLVERS[solver](), cfg()
         self.times = make_times(GRIDS[grid](), self.process, steps)
         self.keys, self.cond = sample_keys(0, batch), jax.tree.map(jnp.asarray, random_conditions(self.model, batch))
@@ -129,7 +130,7 @@ class Work:
         start = time.perf_counter()
         compiled = sampler.lower(self.params, self.noise(), self.keys, self.cond, rows, scale).compile()
         both = jax.tree.map(lambda a: jnp.concatenate([a, a]), (self.noise(), self.cond))
-        spec = trunk_spec(self.model, self.params, *both, 2)
+        spec = trunk_spec(self.model, self.params, *both, halves=2)
         memory = jax.eval_shape(lambda: accelerator.init(spec, host.plan.modes))
 
         def run() -> tuple[float, Any]:
@@ -207,9 +208,9 @@ def measure(
     return rows
 
 
-def once(variant: str, batch: int, dtype: str, steps: int, repeats: int) -> list[dict[str, Any]]:
+def once(variant: str, layout: str, batch: int, dtype: str, steps: int, repeats: int) -> list[dict[str, Any]]:
     """Rows of what is known ahead computed once a run against at every evaluation, with and without a cache."""
-    work, rows = Work(variant, batch, dtype, steps, "each"), []
+    work, rows = Work(variant, batch, dtype, steps, "each", layout), []
     methods: dict[str, tuple[str | None, dict[str, Any]]] = {"none": (None, {}), "fora 3": ("fora", {"interval": 3})}
     programs = {(n, ahead): work.program(*m, ahead) for n, m in methods.items() for ahead in (False, True)}
     seconds: dict[Any, list[float]] = {key: [] for key in programs}
@@ -232,7 +233,8 @@ def once(variant: str, batch: int, dtype: str, steps: int, repeats: int) -> list
                 "dtype": dtype,
                 "steps": steps,
                 "conditioning": "ahead",
-                "method": f"ahead over each, {name}",
+                "layout": layout,
+                "method": f"ahead over each, {layout}, {name}",
                 "kind": "once",
                 "settings": methods[name][1],
                 "flops_ratio": flops_ratio,
@@ -290,10 +292,16 @@ def main() -> None:
         print(table(read_rows(path)))
         return
     if options.once:
-        for variant in options.models or CAPTIONED:
-            for row in once(variant, (options.batches or [1])[0], options.dtype, options.steps, options.repeats):
+        there = {(r["model"], r["dtype"], r["layout"]) for r in read_rows(path) if "layout" in r}
+        for variant, layout in itertools.product(options.models or CAPTIONED, LAYOUTS):
+            if (variant, options.dtype, layout) in there:
+                continue
+            for row in once(
+                variant, layout, (options.batches or [1])[0], options.dtype, options.steps, options.repeats
+            ):
                 append_row(path, {**row, "provenance": provenance()})
-                print(f"{row['model']} {row['method']}: FLOPs x{row['flops_ratio']:.3f}, x{row['seconds_ratio']:.3f}")
+                ratios = f"FLOPs x{row['flops_ratio']:.3f}, seconds x{row['seconds_ratio']:.3f}"
+                print(f"{row['model']} {row['method']}: {ratios} {row['realised_turns']}", flush=True)
         return
     for method in options.methods:
         if method not in METHODS:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax.build import ASSETS, build_options, build_task, load_weights, make
+from difax.build import ASSETS, build_options, build_task, load_weights
 from difax.config import load_config
 from difax.models.cnn import cnn, unfold
+from difax.registry import make
 from difax.training.data import Images, fashion_mnist
 from difax.training.losses import cross_entropy, scale_image
 from difax.training.train import restore_ema, train
@@ -25,7 +26,7 @@ BATCH = {
 
 @pytest.fixture(scope="module")
 def params():
-    return TINY.init(jax.random.key(0))
+    return jax.jit(TINY.init)(jax.random.key(0))
 
 
 @pytest.mark.parametrize("kernel,stride,size", [(3, 1, 8), (4, 2, 8), (4, 2, 7)])
@@ -44,8 +45,8 @@ def test_a_product_over_unfolded_patches_is_a_convolution(kernel, stride, size):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_features_and_logits_are_float32_of_the_promised_shape(params, dtype):
     model = cnn(4, depth=1, features=16, size=8, channels=2, classes=3, dtype=dtype)
-    features = model.features(params, scale_image(jnp.asarray(BATCH["image"])))
-    logits = model.logits(params, features)
+    features = jax.jit(model.features)(params, scale_image(jnp.asarray(BATCH["image"])))
+    logits = jax.jit(model.logits)(params, features)
     assert (features.shape, logits.shape) == ((6, model.width), (6, model.classes))
     assert features.dtype == logits.dtype == jnp.float32
     assert np.all(np.isfinite(features)) and np.all(np.isfinite(logits))

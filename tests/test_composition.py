@@ -47,11 +47,11 @@ CELLS = [Cell(*names) for names in itertools.product(MODELS, SOLVERS, CACHES, QU
 
 
 def _row(cell: Cell) -> Any:
-    """Every run of the tests has all members together and none, guided, and in one model each alone; the slow ones
-    have the rest."""
+    """Every run of the tests has every model with nothing on, guided; in one of images and one of videos all members
+    together, and in the first each alone; the slow ones have the rest."""
     on = sum(getattr(cell, section) != "none" for section in ("cache", "quant")) + (cell.attend != "xla")
-    alone = on == 1 and cell.model == "dit"
-    few = (on in (0, 3) or alone) and cell.guide == "cfg" and cell.solver == "ddim"
+    some = {0: MODELS, 1: ("dit",), 3: ("dit", "wan")}.get(on, ())
+    few = cell.model in some and cell.guide == "cfg" and cell.solver == "ddim"
     return pytest.param(cell, marks=() if few else pytest.mark.slow, id="-".join(cell))
 
 
@@ -124,7 +124,7 @@ def test_cell(cell):
             assert difference(cell, cell._replace(**{section: "none"})) > 1e-4, section
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["dit", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS if m != "dit")])
 def test_quantising_and_writing_the_blocks_out_commute(model):
     run = composed(Cell(model, quant="int8_w8a8"))
     one = unstack(run.model, run.prepare(weights(model)))

@@ -57,7 +57,7 @@ def test_trace_counts_what_an_unrolled_run_computes(name):
     """The trace's cost equals the sum, evaluation by evaluation, over whole networks or their ends alone."""
     guide, cache = RUNS[name]
     model = dit(**TINY)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     process, solver = flow(), SOLVERS["ddim"]()
     rows = make_rows(solver, guide, process, make_times(GRIDS["uniform"](), process, 7), cache, model.stages)
     keys = sample_keys(0, 2)
@@ -102,7 +102,7 @@ def test_bytes_by_hand():
 
 def test_quantised_weights_count_as_they_are_stored():
     model = dit(**TINY | {"width": 64})
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     plain = model_bytes(model, params).weights
     for kind, share in (("int8_weight", 1 / 4), ("int4_weight", 1 / 8)):
         quantised = model_bytes(model, quantize_params(params, QUANTS[kind](model))).weights

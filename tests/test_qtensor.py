@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,8 +178,15 @@ def test_a_rule_that_matches_nothing_is_refused():
 # ---------------------------------------------------------------- in a model
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [n for n in QUANTS if n != "none"])
+def _in_a_model(name: str, dtype: str) -> Any:
+    """Every recipe in one precision, and one in both; the rest are slow."""
+    few = dtype == ("bfloat16" if name in ("int8_weight", "fp8_weight") else "float32") or name == "int8_w8a8"
+    return pytest.param(name, dtype, marks=() if few else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [_in_a_model(n, d) for n in QUANTS if n != "none" for d in ("float32", "bfloat16")]
+)
 def test_a_model_runs_unchanged(name, dtype):
     model, params = tiny_dit(width=32, dtype=dtype)
     settings = {"rank": 4} if "svd" in name else {"group": 8} if name == "int4_weight" else {}

@@ -125,10 +125,11 @@ def optimised(function):
 @pytest.mark.parametrize(
     ("solver", "guide", "dtype"),
     [
-        ("ddpm", "none", "float32"),
+        pytest.param("ddpm", "none", "float32", marks=pytest.mark.slow),
         ("ddpm", "cfg", "bfloat16"),
-        ("dpmpp_2m", "cfg", "float32"),
-        ("dpmpp_2m", "none", "bfloat16"),
+        pytest.param("dpmpp_2m", "cfg", "float32", marks=pytest.mark.slow),
+        ("dpmpp_2m", "none", "float32"),
+        pytest.param("dpmpp_2m", "none", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_neutral_sampler_is_bitwise_a_plain_loop(solver, guide, dtype):
