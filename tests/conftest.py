@@ -60,6 +60,21 @@ def user_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of random weights without zeros, of a DiT of two blocks on 28 x 28 grey images, with its settings."""
+    from difax.build import build_setup
+    from difax.config import load_config, override
+    from difax.weights.checkpoint import save_safetensors
+    from tests.toys import randomise
+
+    config = override(load_config("fmnist_smoke"), [("model.depth", 2), ("model.width", 32)])
+    path = tmp_path_factory.mktemp("small") / "w.safetensors"
+    params = randomise(jax.eval_shape(build_setup(config).model.init, jax.random.key(0)))
+    save_safetensors(path, params, {"config": config})
+    return str(path)
+
+
 def write_idx(path: pathlib.Path, array: np.ndarray) -> None:
     header = bytes([0, 0, 8, array.ndim]) + np.asarray(array.shape, ">u4").tobytes()
     with gzip.open(path, "wb") as file:

@@ -34,7 +34,7 @@ INSTEAD = {
     "fbcache 0.12 + bfloat16": {"cache.threshold": 0.8},
 }
 # a static plan and a gate, guided and quantised; the others are slow
-FAST = ("guidance t 0.3 to 0.8", "fora 3 + int8_w8a8", "teacache 0.1")
+FAST = ("fora 3 + int8_w8a8", "teacache 0.1")
 # (computed, held) evaluations of one half, by hand: 12 steps with guidance are 24, and 8 of Heun's 15 evaluations
 HAND = {
     "dpmpp_2m 8": (16, 0),

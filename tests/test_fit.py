@@ -15,7 +15,7 @@ from difax.accel.fit.record import record, record_inputs
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
 from difax.accel.solvers import SOLVERS
 from difax.build import build_setup
-from difax.config import load_config, override
+from difax.config import checkpoint_config, load_config, override
 from difax.core import process as P
 from difax.core.contracts import Accelerator, Done
 from difax.core.grids import GRIDS, make_times
@@ -275,31 +275,49 @@ def test_refinement_reaches_the_optimum_of_a_known_loss(with_gradient):
 
 # ---------------------------------------------------------------- the command
 
-TINY = ("--config", "fmnist_dit", "--labels", "0,1", "--steps", "5", "--quiet")
+TINY = ("--labels", "0,1", "--steps", "5", "--quiet")
 
 
 @pytest.mark.parametrize("technique", ["smoothcache", "teacache", "magcache", "block_caching", "bacache"])
-def test_calibrate_writes_what_the_cache_reads(technique, tmp_path, capsys):
+def test_calibrate_writes_what_the_cache_reads(technique, small_weights, tmp_path, capsys):
     out = tmp_path / "table.json"
-    assert cli.main(["calibrate", "--cache", technique, *TINY, "--samples", "2", "--out", str(out)]) == 0
+    assert (
+        cli.main(
+            ["calibrate", "--cache", technique, "--weights", small_weights, *TINY, "--samples", "2", "--out", str(out)]
+        )
+        == 0
+    )
     assert str(out) in capsys.readouterr().out
     found = json.loads(out.read_text())
-    assert found["technique"] == technique and found["steps"] == 5 and found["model"] == "dit-12x192/4"
+    assert found["technique"] == technique and found["steps"] == 5 and found["model"] == "dit-2x32/4"
     assert found["solver"] == "euler" and "2 samples, seed 0" in found["data"]
     settings = [("cache.name", technique), ("cache.file", str(out)), ("steps", 5)]
     settings += [("cache.updates", 2)] if technique == "bacache" else []
-    laid = build_setup(override(load_config("fmnist_dit"), settings)).rows
+    laid = build_setup(override(checkpoint_config(small_weights), settings)).rows
     assert laid.plan.owner == technique
 
 
-def test_calibrate_writes_the_factors_of_icc(tmp_path, capsys):
+def test_calibrate_writes_the_factors_of_icc(small_weights, tmp_path, capsys):
     out = tmp_path / "factors.npz"
-    command = ["calibrate", "--cache", "icc", *TINY, "--samples", "2", "--rank", "8", "--out", str(out)]
+    command = [
+        "calibrate",
+        "--cache",
+        "icc",
+        "--weights",
+        small_weights,
+        *TINY,
+        "--samples",
+        "2",
+        "--rank",
+        "8",
+        "--out",
+        str(out),
+    ]
     assert cli.main(command) == 0
     assert str(out) in capsys.readouterr().out
     settings = [("cache.name", "icc"), ("cache.file", str(out)), ("steps", 5)]
-    built = build_setup(override(load_config("fmnist_dit"), settings)).accelerator
-    assert built.learned and built.learned["blocks"]["icc.fc1.a"].shape == (12, 192, 1, 8)
+    built = build_setup(override(checkpoint_config(small_weights), settings)).accelerator
+    assert built.learned and built.learned["blocks"]["icc.fc1.a"].shape == (2, 32, 1, 8)
     other = tmp_path / "factors.json"
     assert cli.main([*command[:-1], str(other)]) == 2 and ".npz" in capsys.readouterr().err
 
@@ -328,9 +346,20 @@ def test_calibrate_writes_the_maps_of_fastcache(tmp_path, capsys, monkeypatch):
     assert cli.main([*command[:-1], "maps.json"]) == 2 and ".npz" in capsys.readouterr().err
 
 
-def test_search_writes_a_plan_that_beats_its_starts(tmp_path, capsys):
+def test_search_writes_a_plan_that_beats_its_starts(small_weights, tmp_path, capsys):
     out = tmp_path / "plan.json"
-    command = ["calibrate", "--cache", "scheduled", *TINY, "--samples", "2", "--budget", "0.6"]
+    command = [
+        "calibrate",
+        "--cache",
+        "scheduled",
+        "--weights",
+        small_weights,
+        *TINY,
+        "--samples",
+        "2",
+        "--budget",
+        "0.6",
+    ]
     assert cli.main([*command, "--rounds", "2", "--out", str(out)]) == 0
     assert "loss, found" in capsys.readouterr().out
     found = json.loads(out.read_text())
@@ -350,10 +379,10 @@ def test_search_writes_a_plan_that_beats_its_starts(tmp_path, capsys):
         (["--cache", "teacache", "--config.cache.threshold=1"], ["takes no keys", "threshold"]),
     ],
 )
-def test_calibrate_refuses(arguments, said, tmp_path, capsys):
+def test_calibrate_refuses(arguments, said, small_weights, tmp_path, capsys):
     out = tmp_path / "x.json"
     with pytest.raises(SystemExit) as stopped:
-        raise SystemExit(cli.main(["calibrate", *arguments, *TINY, "--out", str(out)]))
+        raise SystemExit(cli.main(["calibrate", *arguments, "--weights", small_weights, *TINY, "--out", str(out)]))
     told = capsys.readouterr().err
     assert stopped.value.code == 2 and told.count("\n") == 1
     for word in said:

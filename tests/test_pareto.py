@@ -13,7 +13,7 @@ import pytest
 
 from difax.cli import main
 from difax.commands import writable
-from difax.config import load_config, override, parse_value
+from difax.config import checkpoint_config, load_config, override, parse_value
 from difax.core.files import read_rows
 from difax.study.frontier import BASELINE, frontier, line, table
 from difax.study.methods import FAMILIES, METHODS, chosen
@@ -23,13 +23,19 @@ LOW, HIGH = (f"cache.name=teacache,cache.threshold={t}" for t in (0.5, 9.0))
 SHORT = Options(seeds=3, batch=2, turns=1)
 
 
-def sweep(folder, steps=4, options=SHORT, **keys):
-    config = override(load_config("fmnist_dit"), [("steps", steps)])
-    return Sweep("--config fmnist_dit", config, options, folder, **keys)
+@pytest.fixture(scope="module")
+def sweep(small_weights):
+    """(folder, steps=4, options=SHORT, ...) -> a sweep of the small model."""
+
+    def made(folder, steps=4, options=SHORT, **keys):
+        config = override(checkpoint_config(small_weights), [("steps", steps)])
+        return Sweep(f"--weights {small_weights}", config, options, folder, weights=small_weights, **keys)
+
+    return made
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, sweep):
     """One sweep of five methods, in two goes."""
     folder = tmp_path_factory.mktemp("pareto")
     names = ["cache.name=none", LOW, HIGH]
@@ -63,7 +69,7 @@ def test_costs_are_those_of_the_trace(measured):
     np.testing.assert_allclose(rows["steps=2"]["speed"]["realised"], rows["steps=2"]["speed"]["ratio"] / 2.0, rtol=1e-9)
     strip = rows[HIGH]["decisions"]["strips"][0]
     assert strip == "F..F"
-    assert rows[HIGH]["decisions"]["blocks"] == [[100 * (c == "F")] * 12 for c in strip]
+    assert rows[HIGH]["decisions"]["blocks"] == [[100 * (c == "F")] * 2 for c in strip]
 
 
 def test_equal_programs_are_compiled_once(measured):
@@ -92,7 +98,7 @@ def test_the_command_of_a_row_is_one_that_difax_takes(measured, tmp_path, capsys
     assert json.loads(capsys.readouterr().out)["cache"] == "teacache"
 
 
-def test_another_sweep_is_refused(measured):
+def test_another_sweep_is_refused(measured, sweep):
     folder, _, _ = measured
     with pytest.raises(ValueError, match="seeds: 3 there, 4 here"):
         sweep(folder, options=SHORT._replace(seeds=4))
@@ -111,7 +117,7 @@ def test_a_line_that_was_cut_off_is_measured_again(measured, tmp_path):
     assert path.read_text() == "".join(x + "\n" for x in whole.splitlines()[:-1])
 
 
-def test_a_budget_ends_a_sweep(measured, tmp_path):
+def test_a_budget_ends_a_sweep(sweep, tmp_path):
     said = []
     rows = sweep(tmp_path, options=SHORT._replace(budget=1e-9), tell=said.append).measure(
         chosen(["steps=2"], parse_value)
@@ -119,7 +125,7 @@ def test_a_budget_ends_a_sweep(measured, tmp_path):
     assert [r["method"] for r in rows] == [BASELINE] and "1 methods are left" in said[-1]
 
 
-def test_a_method_that_fails_costs_no_other_its_row(tmp_path, monkeypatch, capsys):
+def test_a_method_that_fails_costs_no_other_its_row(small_weights, tmp_path, monkeypatch, capsys):
     whole = Sweep._measured
 
     def failing(self, name, program):
@@ -129,6 +135,7 @@ def test_a_method_that_fails_costs_no_other_its_row(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(Sweep, "_measured", failing)
     command = ["pareto", "--methods", "steps=2", "cache.name=none", "--no-judge", "--set", "steps=1", "--quiet"]
+    command += ["--weights", small_weights]
     command += ["--seeds", "1", "--batch", "1", "--turns", "1", "--out", str(tmp_path / "p")]
     assert main(command) == 1
     error = capsys.readouterr().err
@@ -139,7 +146,7 @@ def test_a_method_that_fails_costs_no_other_its_row(tmp_path, monkeypatch, capsy
     assert [r["method"] for r in read_rows(tmp_path / "p" / "rows.jsonl")] == [BASELINE, "cache.name=none", "steps=2"]
 
 
-def test_a_failing_baseline_is_raised(tmp_path, monkeypatch):
+def test_a_failing_baseline_is_raised(sweep, tmp_path, monkeypatch):
     def failing(self, name, program):
         raise RuntimeError("no baseline")
 
@@ -248,7 +255,7 @@ def test_a_killed_sweep_continues(tmp_path):
     assert "steps=2" not in done.stderr and "fora 2" in done.stdout
 
 
-def test_equal_texts_of_other_plans_are_compiled_apart(tmp_path):
+def test_equal_texts_of_other_plans_are_compiled_apart(sweep, tmp_path):
     """These two are the same program with other numbers, under other names."""
     names = ["cache.name=taylorseer,cache.interval=3,cache.order=1", "cache.name=ab_cache"]
     rows = sweep(tmp_path, steps=8, options=Options(1, 1, 1)).measure(chosen(names, parse_value))

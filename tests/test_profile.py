@@ -7,9 +7,21 @@ import pytest
 from PIL import Image
 
 from difax.cli import main
+from difax.study import profile
 from difax.study.profile import Part, Profile, draw_profile, format_profile
 
+CEILING = profile.ceiling
 TINY = ["--random-init", "--steps", "2", "--turns", "1"]
+
+
+@pytest.fixture(autouse=True)
+def known_ceiling(monkeypatch):
+    """Timing large products tells nothing here."""
+    monkeypatch.setattr(profile, "ceiling", lambda dtype: 100.0)
+
+
+def test_the_ceiling_is_that_of_a_product():
+    assert CEILING("float32", sizes=(64,), repeats=2) > 0.01
 
 
 def profiled(capsys, *arguments):

@@ -28,7 +28,28 @@ def trunk_spec(
     Args:
       halves: how many copies of the batch x holds; together: do they run in one batch.
       ahead: is what depends on the condition alone known before (`make_sampler`), and no part of the branches.
+
+    What was found for the same model and shapes is kept: a sampler is traced with several of them, and a sweep with
+    the same ones again and again.
     """
+    leaves, tree = jax.tree.flatten((params, x, cond))
+    shapes = tuple((a.shape, str(a.dtype)) for a in leaves)
+    blocks = tuple((s.name, s.depth, id(s.block), s.branches, s.enter, s.once) for s in model.stages)
+    key = (model.embed, model.head, model.hidden, blocks, tree, shapes, halves, together, ahead)
+    key = (*key, jax.config.jax_enable_x64)
+    if key not in _KEPT:
+        if len(_KEPT) >= MOST_KEPT:
+            _KEPT.pop(next(iter(_KEPT)))
+        # the model is kept too, or another block could have the same id
+        _KEPT[key] = model, _trunk_spec(model, params, x, cond, halves, together, ahead)
+    return _KEPT[key][1]
+
+
+MOST_KEPT = 64
+_KEPT: dict[Any, tuple[Model, TrunkSpec]] = {}
+
+
+def _trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int, together: bool, ahead: bool) -> TrunkSpec:
     shape = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
     calls: dict[str, dict[str, AttentionSpec | None]] = {s.name: dict.fromkeys(s.branches) for s in model.stages}
     layers: dict[str, dict[str, dict[str, Any]]] = {s.name: {b: {} for b in s.branches} for s in model.stages}

@@ -12,7 +12,7 @@ from difax.core import ops
 from difax.core.contracts import Accelerator, Attention, Context, Known, Model, Params, Report, Row, State, Tokens
 from difax.core.fold import Fold
 from difax.core.hooks import hooked, modulated_input
-from difax.core.shapes import first_layer, memory_for, trunk_spec, zeros_of
+from difax.core.shapes import first_layer, memory_for, trunk_spec
 
 
 def neutral() -> Accelerator:
@@ -110,11 +110,7 @@ def run_trunk(
         return tokens, memory, report
 
     def skip(tokens: Tokens, memory: State) -> tuple[Tokens, State, Report]:
-        before = dict(emitted)
-        emitted.update({name: [] for name in emitted})
-        report = zeros_of(lambda: run(tokens, memory)[2])
-        emitted.update(before)  # what an abstract run emits is nobody's
-        return tokens, memory, report
+        return tokens, memory, run(tokens, memory, 0, 0)[2]
 
     looked: list[str] = []
 
@@ -191,12 +187,19 @@ def forward(
     Returns:
       [B, ..., C] (2C with learned variance), in the model's compute dtype.
     """
+    accelerator, spec = neutral(), None if attention is None else trunk_spec(model, params, x, cond)
     attention = attention or reference_attention()
-    accelerator = neutral()
-    memory = memory_for(trunk_spec(model, params, x, cond), accelerator, attention, ((),))
+    memory = nothing(model) if spec is None else memory_for(spec, accelerator, attention, ((),))
     tokens, context = model.embed(params, x, model_time, cond)
     tokens, _, _ = run_trunk(model, params, tokens, context, accelerator, attention, memory, None, unroll)
     return model.head(params, tokens, context)
+
+
+def nothing(model: Model) -> State:
+    """The runner's memory where neither accelerator nor attention remember: no array."""
+    branches = {stage.name: dict.fromkeys(stage.branches, ()) for stage in model.stages}
+    blocks = dict.fromkeys(branches, ())
+    return {"output": (), "trunk": (), "along": {}, "block": blocks, "branch": branches, "attention": branches}
 
 
 def reference_attention() -> Attention:
