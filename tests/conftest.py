@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from tests.families import family, table
+from tests.families import LONGEST, family, table
 from tests.quick import with_flags
 
 if "jax" in sys.modules:
@@ -28,6 +28,12 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 SECONDS: Counter[str] = Counter()
 TESTS: Counter[str] = Counter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest go first, so that the last of them does not keep one process while the other is done."""
+    order = {f"test_{stem}.py": i for i, stem in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -2,6 +2,10 @@
 run, so that a family that joins does not make every run longer than a person waits."""
 
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 
 BUDGET = 45.0  # seconds of the default run, of one core, on two cores without AVX-512
 
@@ -26,6 +30,19 @@ FAMILIES = {
     "commands": ("cli", "catalogue"),
     "packaging": ("packaging",),
 }
+
+
+# files that take longest, which are begun first
+LONGEST = (
+    "caches", "cache_engine", "train", "caches_tokens", "composition", "run", "caches_online", "outside", "data",
+    "executed", "colab", "attention", "sampler", "conditioning",
+)  # fmt: skip
+
+
+def some(values: Iterable[Any], *every_run: Any) -> list[Any]:
+    """Values of a table of tests, of which every run has those that are named; the others are slow."""
+    slow = pytest.mark.slow
+    return [value if value in every_run else pytest.param(value, marks=slow) for value in values]
 
 
 def family(nodeid: str) -> str:

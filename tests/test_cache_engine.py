@@ -23,6 +23,7 @@ from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.shapes import trunk_spec
 from difax.core.stack import stack, with_learned
 from difax.core.trunk import neutral, unstack
+from tests.families import some
 from tests.toys import tiny_dit, tiny_skip_dit
 
 STEPS = 8
@@ -117,7 +118,7 @@ SWEEPS = {
 }
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", some(SWEEPS, "taylorseer", "dbcache"))
 def test_a_sweep_compiles_once(name):
     p, traces = Problem(), [0]
     embed = p.model.embed
@@ -313,14 +314,20 @@ def test_different_levels_stack_in_any_order():
     ("outer", "inner"),
     [
         (("teacache", dict(threshold=0.25)), ("taylorseer", dict(interval=3, order=2))),
-        (("dbcache", dict(threshold=0.5, warmup=1, first=1)), ("taylorseer", dict(interval=2, order=1))),
+        pytest.param(
+            ("dbcache", dict(threshold=0.5, warmup=1, first=1)),
+            ("taylorseer", dict(interval=2, order=1)),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ("delta_dit", dict(interval=2)), ("taylorseer", dict(interval=3, order=1)), marks=pytest.mark.slow
         ),
         pytest.param(
             ("ab_cache", dict(where="output", interval=2)), ("delta_dit", dict(interval=2)), marks=pytest.mark.slow
         ),
-        (("ab_cache", dict(where="output", interval=2)), ("fora", dict(interval=2))),
+        pytest.param(
+            ("ab_cache", dict(where="output", interval=2)), ("fora", dict(interval=2)), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda pair: pair[0],
 )

@@ -214,9 +214,16 @@ def of_all_blocks(trace: Any) -> np.ndarray:
     return np.concatenate([np.asarray(c) for c in trace.computed.values()], axis=1)
 
 
+# one of each kind of accelerator that is not the plain program when it is off, or is by another way
+OFF = ("fora", "taylorseer", "teacache", "dbprune", "adacache", "toca", "tgate", "fastcache", "skipcache", "icc")
+
+
 # each type meets each cache in every run of the tests, in one of the two ways
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@active
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=() if c.name in OFF else pytest.mark.slow) for c in CASES if c.on],
+)
 def test_neutral_setting_is_bitwise_off(case, dtype):
     """Fully optimised; most static plans come down to the very program of no cache."""
     program, arguments = problem(toy=case.toy, dtype=dtype).lowered(case.make("off"))

@@ -26,6 +26,7 @@ from difax.core.shapes import trunk_spec
 from difax.core.stack import with_learned
 from difax.core.trunk import neutral, unstack
 from difax.weights.conditions import random_conditions
+from tests.families import some
 from tests.oracles import tokens as oracle
 from tests.test_caches import Problem, problem
 from tests.toys import randomise
@@ -256,7 +257,7 @@ TOCA = {
 }
 
 
-@pytest.mark.parametrize("name", TOCA)
+@pytest.mark.parametrize("name", some(TOCA, "ddim50", "similarity"))
 def test_toca_by_plain_loops(name):
     s = TOCA[name]
     accelerator = CACHES["toca"](
@@ -415,7 +416,10 @@ SHARES = {
 }
 
 
-@pytest.mark.parametrize(("model", "name"), [("flux", "toca"), ("wan", "toca"), ("flux", "duca")])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [pytest.param("flux", "toca", marks=pytest.mark.slow), ("wan", "toca"), ("flux", "duca")],
+)
 def test_runs_on_every_model_and_counts_its_products(model, name):
     modules = {"mlp": 2.5} if model == "flux" else {"mlp": 2.5, "cross": 2.0}
     run = composed(model)
@@ -493,7 +497,7 @@ def test_icc_by_plain_loops(weighted):
         np.testing.assert_allclose(trace.computed["blocks"][e, :, :, 0], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["flux", "pixart"])
+@pytest.mark.parametrize("model", some(["flux", "pixart"], "pixart"))
 def test_icc_of_full_rank_is_the_plain_run(model):
     """On every model, from a file, in both layouts of the parameters."""
     run = composed(model)

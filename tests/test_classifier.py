@@ -55,7 +55,7 @@ def test_features_and_logits_are_float32_of_the_promised_shape(params, dtype):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_is_the_formula(params, smoothing):
-    value, metrics = cross_entropy(TINY, label_smoothing=smoothing)(params, BATCH, jax.random.key(0))
+    value, metrics = jax.jit(cross_entropy(TINY, label_smoothing=smoothing))(params, BATCH, jax.random.key(0))
     x = BATCH["image"].astype(np.float32) / 127.5 - 1
     logits = np.asarray(TINY.logits(params, TINY.features(params, x)), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -15,6 +15,7 @@ from difax.core.noise import sample_keys
 from difax.core.sample import initial_noise, make_sampler
 from difax.core.trunk import unstack
 from difax.weights.conditions import random_conditions
+from tests.families import some
 from tests.toys import randomise
 
 STEPS = 3
@@ -124,7 +125,7 @@ def test_cell(cell):
             assert difference(cell, cell._replace(**{section: "none"})) > 1e-4, section
 
 
-@pytest.mark.parametrize("model", ["dit", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS if m != "dit")])
+@pytest.mark.parametrize("model", some(MODELS, "dit"))
 def test_quantising_and_writing_the_blocks_out_commute(model):
     run = composed(Cell(model, quant="int8_w8a8"))
     one = unstack(run.model, run.prepare(weights(model)))
@@ -135,7 +136,7 @@ def test_quantising_and_writing_the_blocks_out_commute(model):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", some(MODELS, "dit", "wan"))
 def test_exact_members_together_are_the_plain_run(model):
     """Every block written out, chunked attention and a cache that never fills, at once."""
     cell = Cell(model, guide="cfg")

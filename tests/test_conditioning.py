@@ -38,13 +38,13 @@ def drawn(config, ahead, guide=None):
 slow = pytest.mark.slow
 CELLS = [
     ("fmnist_dit", [*SMALL, ("cache.name", "fora")], "cfg"),
-    ("fmnist_dit", [*SMALL, ("cache.name", "fora"), ("layout", "unstacked")], "cfg"),
+    pytest.param("fmnist_dit", [*SMALL, ("cache.name", "fora"), ("layout", "unstacked")], "cfg", marks=slow),
     ("fmnist_dit", [*SMALL, ("cache.name", "teacache"), ("cache.threshold", 0.5)], "interval"),
     pytest.param(
         "fmnist_dit", [*SMALL, ("cache.name", "dbcache"), ("cache.first", 1), ("cache.warmup", 1)], "apart", marks=slow
     ),
     pytest.param("fmnist_dit", SMALL, "none", marks=slow),
-    ("flux_tiny", [("cache.name", "fora")], None),
+    pytest.param("flux_tiny", [("cache.name", "fora")], None, marks=slow),
     ("pixart_tiny", [("cache.name", "pab")], None),
     pytest.param("pixart_tiny", [("cache.name", "tgate")], None, marks=slow),
     pytest.param("pixart_tiny", [("cache.name", "fora"), ("layout", "unstacked")], None, marks=slow),

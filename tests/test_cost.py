@@ -18,6 +18,7 @@ from difax.core.qtensor import quantize_params
 from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.trunk import forward
 from difax.models.dit import dit
+from tests.families import some
 
 
 def shapes(model):
@@ -52,7 +53,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some(RUNS, "interval", "cached"))
 def test_trace_counts_what_an_unrolled_run_computes(name):
     """The trace's cost equals the sum, evaluation by evaluation, over whole networks or their ends alone."""
     guide, cache = RUNS[name]

@@ -14,6 +14,7 @@ from difax.training.train import _first_difference, _fixed
 CLASSES = ("circle", "dot", "square")
 SMALL = ["--config.model.depth=1", "--config.model.width=16", "--config.model.size=8", "--config.model.channels=3"]
 SMALL += ["--config.model.classes=3", "--config.train.steps=2", "--config.train.batch=8", "--config.train.warmup=0"]
+SMALL += ["--config.train.devices=2"]
 
 
 def coloured(rng, label: int, size: int = 8) -> np.ndarray:

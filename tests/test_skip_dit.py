@@ -17,6 +17,7 @@ from difax.core.contracts import Model
 from difax.core.cost import model_cost
 from difax.core.trunk import forward, neutral, unstack
 from difax.models import dit, skip_dit
+from tests.families import some
 from tests.test_caches import Problem, problem
 from tests.toys import tiny_skip_dit
 
@@ -54,7 +55,7 @@ def inputs(model: Model) -> Any:
     return x, jnp.asarray([900.0, 30.0]), jnp.asarray([3, 5], jnp.int32)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", some(["float32", "bfloat16"], "float32"))
 def test_the_runner_is_the_plain_loop(dtype):
     """In both layouts of the parameters."""
     model, params = tiny_skip_dit(depth=DEPTH, dtype=dtype)
@@ -187,7 +188,11 @@ def skip_problem(**more: Any) -> Problem:
 @pytest.mark.parametrize(
     ("settings", "blocks"),
     [
-        ({"interval": 3, "blocks": 1, "window": (0.0, 1000.0)}, [6, 2, 2, 6, 2, 2, 6, 2, 2]),
+        pytest.param(
+            {"interval": 3, "blocks": 1, "window": (0.0, 1000.0)},
+            [6, 2, 2, 6, 2, 2, 6, 2, 2],
+            marks=pytest.mark.slow,
+        ),
         # the first two times lie above the window, the last two behind one at or below its end
         ({"interval": 4, "blocks": 2, "window": (250.0, 870.0)}, [6, 6, 4, 4, 6, 4, 4, 6, 6]),
     ],
