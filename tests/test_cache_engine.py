@@ -141,7 +141,7 @@ def test_a_sweep_compiles_once(name):
     assert len(set(sampled)) == len(sampled)  # and every setting did something else
 
 
-@pytest.mark.parametrize("name", ["none", "fora", "taylorseer", "teacache", "dbcache"])
+@pytest.mark.parametrize("name", some(["none", "fora", "taylorseer", "teacache", "dbcache"], "fora", "dbcache"))
 def test_nothing_is_fetched_or_sent_during_a_run(name):
     p, accelerator = Problem(), neutral() if name == "none" else CACHES[name]()
     sampler = p.sampler(accelerator)
@@ -201,7 +201,11 @@ def test_memory_is_what_the_docstring_says(name, settings, branches, tokens):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("fora", dict(interval=3)), ("taylorseer", dict(interval=3, order=2)), ("toca", {}), ("duca", {}), ("frdiff", {})],
+    [
+        ("taylorseer", dict(interval=3, order=2)),
+        ("toca", {}),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("fora", dict(interval=3)), ("duca", {}), ("frdiff", {}))),
+    ],
 )
 def test_a_program_takes_no_more_memory_than_is_remembered(name, settings):
     """XLA of jax before 0.12 copies what a conditional of three modes or more hands on."""

@@ -219,7 +219,7 @@ OFF = ("fora", "taylorseer", "teacache", "dbprune", "adacache", "toca", "tgate",
 
 
 # each type meets each cache in every run of the tests, in one of the two ways
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, id=c.name, marks=() if c.name in OFF else pytest.mark.slow) for c in CASES if c.on],
@@ -235,7 +235,7 @@ def test_neutral_setting_is_bitwise_off(case, dtype):
     assert np.all(of_all_blocks(trace) == 1)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @active
 def test_switched_on_it_computes_what_it_says_changes_the_samples_and_compiles_once(case, dtype):
     p, accelerator, traces = problem(toy=case.toy, dtype=dtype), case.make("on"), [0]

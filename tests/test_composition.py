@@ -48,11 +48,10 @@ CELLS = [Cell(*names) for names in itertools.product(MODELS, SOLVERS, CACHES, QU
 
 
 def _row(cell: Cell) -> Any:
-    """Every run of the tests has every model with nothing on, guided; in one of images and one of videos all members
-    together, and in the first each alone; the slow ones have the rest."""
+    """Every run of the tests has every model with nothing on, guided, and in one each member alone and all of them
+    together; the slow ones have the rest."""
     on = sum(getattr(cell, section) != "none" for section in ("cache", "quant")) + (cell.attend != "xla")
-    some = {0: MODELS, 1: ("dit",), 3: ("dit", "wan")}.get(on, ())
-    few = cell.model in some and cell.guide == "cfg" and cell.solver == "ddim"
+    few = (on == 0 or (on in (1, 3) and cell.model == "dit")) and cell.guide == "cfg" and cell.solver == "ddim"
     return pytest.param(cell, marks=() if few else pytest.mark.slow, id="-".join(cell))
 
 

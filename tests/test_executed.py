@@ -33,6 +33,7 @@ INSTEAD = {
     "teacache 0.1 + toca": {"cache.teacache.threshold": 0.5},
     "fbcache 0.12 + bfloat16": {"cache.threshold": 0.8},
 }
+QUICK = [("model.depth", 2), ("steps", 5)]  # each operation is compiled by itself
 # of every run; the others are slow
 FAST = ("teacache 0.1",)
 # (computed, held) evaluations of one half, by hand: 12 steps with guidance are 24, and 8 of Heun's 15 evaluations
@@ -82,7 +83,8 @@ def test_a_trace_counts_what_its_program_executes(name, monkeypatch):
         pytest.skip("needs a file")
     settings = {**method.settings, **INSTEAD.get(name, {})}
     config = load_config(ELSEWHERE.get(name, "fmnist_dit"))
-    run = build_setup(override(config, [*([] if name in ELSEWHERE else SMALL), *settings.items()]))
+    size = [] if name in ELSEWHERE else [*SMALL, *(QUICK if name in FAST else [])]
+    run = build_setup(override(config, [*size, *settings.items()]))
     params = run.prepare(randomise(jax.eval_shape(run.model.init, jax.random.key(0))))
     keys = sample_keys(0, 2)
     x = initial_noise(run.process, keys, run.model.input_shape)

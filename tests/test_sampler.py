@@ -128,7 +128,7 @@ def optimised(function):
         pytest.param("ddpm", "none", "float32", marks=pytest.mark.slow),
         ("ddpm", "cfg", "bfloat16"),
         pytest.param("dpmpp_2m", "cfg", "float32", marks=pytest.mark.slow),
-        ("dpmpp_2m", "none", "float32"),
+        pytest.param("dpmpp_2m", "none", "float32", marks=pytest.mark.slow),
         pytest.param("dpmpp_2m", "none", "bfloat16", marks=pytest.mark.slow),
     ],
 )

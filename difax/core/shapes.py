@@ -36,7 +36,7 @@ def trunk_spec(
     shapes = tuple((a.shape, str(a.dtype)) for a in leaves)
     blocks = tuple((s.name, s.depth, id(s.block), s.branches, s.enter, s.once) for s in model.stages)
     key = (model.embed, model.head, model.hidden, blocks, tree, shapes, halves, together, ahead)
-    key = (*key, jax.config.jax_enable_x64)
+    key = (*key, str(jnp.result_type(float)))
     if key not in _KEPT:
         if len(_KEPT) >= MOST_KEPT:
             _KEPT.pop(next(iter(_KEPT)))
