@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
     sample.add_argument("--layout", metavar="NAME", help="of the weights: stacked, or unstacked (blocks written out)")
     sample.add_argument(
-        "--conditioning", metavar="NAME", help="of the blocks: at each evaluation, or ahead of all (small batches)"
+        "--conditioning", metavar="NAME", help="what no image goes into: at each evaluation, or ahead of all of them"
     )
     sample.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
     sample.add_argument("--repeat", type=int, default=1, help="rows of the labels, each with other noise")

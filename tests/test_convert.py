@@ -1,7 +1,6 @@
 """`difax convert`: sharded safetensors to orbax, tensor by tensor, and what it refuses."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -144,18 +143,20 @@ def test_a_parameter_is_read_layer_by_layer():
 
 
 MEMORY = """
-import json, pathlib, resource, sys
-import numpy as np
-from safetensors.numpy import save_file
+import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
 from difax.cli import main
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this program: what getrusage tells begins with the memory of the process that started it
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+before = peak()
 assert main(["convert", str(folder / "src"), str(folder / "dst"), "--model", "dit", "--json"]) == 0
-print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+print(json.dumps([before, peak()]))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_two_gigabytes_convert_in_less_than_one(tmp_path):
     """A random DiT-XL/2 in float32 (2.7 GB), in shards; the memory of the whole process is the operating system's."""
     from difax.models.dit_checkpoint import DIFFUSERS, find_dit  # noqa: F401
@@ -169,8 +170,7 @@ def test_two_gigabytes_convert_in_less_than_one(tmp_path):
     )
     before, peak = json.loads(done.stdout.splitlines()[-1])
     print(f"{size / 2**30:.2f} GiB converted: peak {peak / 2**10:.0f} MiB, {before / 2**10:.0f} MiB before")
-    assert size > 2e9 and peak < 2**20
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
+    assert size > 2e9 and before < peak < 2**20
 
 
 def write_random_dit(folder: Path) -> None:
