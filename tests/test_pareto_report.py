@@ -442,7 +442,8 @@ def seen(request, sweep, tmp_path_factory):
     text = sweep[2].replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{PERFORM}</body>")
     if request.param < 500:  # no window is narrower than that
         style = f"border: 0; width: {request.param}px; height: 844px"
-        text = f'<!doctype html><body><iframe style="{style}" srcdoc="{html.escape(text)}"></iframe>'
+        frame = f'<iframe style="{style}" srcdoc="{html.escape(text)}"></iframe>'
+        text = f'<!doctype html><meta charset="utf-8"><body>{frame}'
     page.write_text(text)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
     flags += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
