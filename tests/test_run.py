@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -265,9 +266,12 @@ def test_a_published_checkpoint_brings_its_geometry(name, tmp_path):
 def test_platform(capsys, user_env):
     """A device that is not there is one line; the one that is is used."""
     command = [sys.executable, "-m", "difax", "sample", "--platform"]
-    done = subprocess.run([*command, "tpu"], env=user_env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "--platform tpu: no such device here" in done.stderr and "difax[tpu]" in done.stderr
+    for name, extra in (("tpu", "difax[tpu]"), ("gpu", "difax[cuda]")):
+        if name == "gpu" and shutil.which("nvidia-smi"):
+            continue
+        done = subprocess.run([*command, name], env=user_env, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert f"--platform {name}: no such device here" in done.stderr and extra in done.stderr
     assert main(["sample", "--platform", "quantum"]) == 2
     assert "--platform quantum; allowed: cpu, gpu, tpu" in capsys.readouterr().err
 

@@ -25,9 +25,9 @@ def choose_platform(name: str) -> None:
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
     try:
         there = jax.devices()[0].platform
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter where jaxlib knows the name and has no plugin
         why = " ".join(str(error).split())
-        raise ValueError(f"--platform {name}: no such device here ({why[:160]}); {_HOW[name]}") from None
+        raise ValueError(f"--platform {name}: no such device here ({why[:160] or 'no plugin'}); {_HOW[name]}") from None
     if there != name:
         raise ValueError(f"--platform {name}: JAX was started on {there} before; allowed: a new process")
 
