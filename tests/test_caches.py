@@ -259,7 +259,7 @@ def test_switched_on_it_computes_what_it_says_changes_the_samples_and_compiles_o
     assert traces[0] == first > 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @cases
 def test_memory_keeps_its_types_and_its_leading_layers(case, dtype):
     p, accelerator = problem(toy=case.toy, dtype=dtype), case.make("on")

@@ -302,6 +302,7 @@ def test_null_replaces_text_and_pooled_only():
         assert null[name] is cond[source]
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     model, params, network = tiny()
     half = compiled(flux(**TINY, dtype="bfloat16"))

@@ -166,6 +166,7 @@ def test_branches_and_attention():
     assert calls["cross"].segments is not None and calls["cross"].segments.k.shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     model, params, cond = tiny()
     half = tiny(dtype="bfloat16")[0]

@@ -18,6 +18,7 @@ from difax.config import load_config
 from difax.media.samples import check_output
 from difax.program import model_shapes
 from difax.weights.checkpoint import save_safetensors
+from tests.families import some
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -249,7 +250,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", some(PUBLISHED, "dit_original", "wan_original"))
 def test_a_published_checkpoint_brings_its_geometry(name, tmp_path):
     """Without a configuration: what the file tells of the model, with what the caller does, is in the configuration
     that comes out, which builds the same network."""
