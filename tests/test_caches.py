@@ -218,7 +218,22 @@ def of_all_blocks(trace: Any) -> np.ndarray:
 OFF = ("fora", "taylorseer", "teacache", "dbprune", "adacache", "toca", "tgate", "fastcache", "skipcache", "icc")
 
 
-# each type meets each cache in every run of the tests, in one of the two ways
+# one of each place where something is filled, and of each way to decide it
+ON = (
+    *OFF,
+    "smoothcache",
+    "pab",
+    "delta_dit",
+    "magcache",
+    "ab_cache",
+    "frdiff",
+    "fbcache",
+    "dbcache",
+    "lazydit",
+    "duca",
+)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "case",
@@ -236,7 +251,9 @@ def test_neutral_setting_is_bitwise_off(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@active
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=() if c.name in ON else pytest.mark.slow) for c in CASES if c.on]
+)
 def test_switched_on_it_computes_what_it_says_changes_the_samples_and_compiles_once(case, dtype):
     p, accelerator, traces = problem(toy=case.toy, dtype=dtype), case.make("on"), [0]
 

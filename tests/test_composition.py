@@ -48,10 +48,14 @@ CELLS = [Cell(*names) for names in itertools.product(MODELS, SOLVERS, CACHES, QU
 
 
 def _row(cell: Cell) -> Any:
-    """Every run of the tests has every model with nothing on, guided, and in one each member alone and all of them
-    together; the slow ones have the rest."""
+    """Every run of the tests has a model of images and one of videos with nothing on, guided, and in the first each
+    member alone and all of them together; the slow ones have the rest."""
     on = sum(getattr(cell, section) != "none" for section in ("cache", "quant")) + (cell.attend != "xla")
-    few = (on == 0 or (on in (1, 3) and cell.model == "dit")) and cell.guide == "cfg" and cell.solver == "ddim"
+    few = (
+        ((on == 0 and cell.model in ("dit", "wan")) or (on in (1, 3) and cell.model == "dit"))
+        and cell.guide == "cfg"
+        and cell.solver == "ddim"
+    )
     return pytest.param(cell, marks=() if few else pytest.mark.slow, id="-".join(cell))
 
 

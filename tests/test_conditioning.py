@@ -40,7 +40,7 @@ slow = pytest.mark.slow
 CELLS = [
     ("fmnist_dit", [*SMALL, ("cache.name", "fora")], "cfg"),
     pytest.param("fmnist_dit", [*SMALL, ("cache.name", "fora"), ("layout", "unstacked")], "cfg", marks=slow),
-    ("fmnist_dit", [*SMALL, ("cache.name", "teacache"), ("cache.threshold", 0.5)], "interval"),
+    pytest.param("fmnist_dit", [*SMALL, ("cache.name", "teacache"), ("cache.threshold", 0.5)], "interval", marks=slow),
     pytest.param(
         "fmnist_dit", [*SMALL, ("cache.name", "dbcache"), ("cache.first", 1), ("cache.warmup", 1)], "apart", marks=slow
     ),

@@ -51,6 +51,7 @@ def test_the_parts_have_the_operations_of_the_whole(config, stages, capsys):
     assert all(p["seconds"] > 0 for n, p in parts.items() if "loop" not in n) and found["cached"] is None
 
 
+@pytest.mark.slow
 def test_a_cache_is_beside_the_whole(capsys):
     found = profiled(capsys, "--config", "flux_tiny", "--cache", "fora", "--config.cache.interval=2", *TINY)
     assert 0.4 < found["cached"]["gflops"] / found["evaluation"]["gflops"] < 0.7

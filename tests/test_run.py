@@ -142,6 +142,7 @@ def test_saving_by_the_ending(drawn, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "a.png", "images"]
 
 
+@pytest.mark.slow
 def test_a_video_is_a_folder_of_its_frames(tmp_path):
     run = difax.load("wan_tiny", steps=1)
     drawn = run.sample()
