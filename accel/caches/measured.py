@@ -16,7 +16,6 @@ the rest tells a reader what the numbers are worth.
 from __future__ import annotations
 
 import difflib
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from difax.core.contracts import Stage
-from difax.core.files import from_data, replacing
+from difax.core.files import read_json, replacing
 
 
 def load(technique: str, file: str) -> Any:
@@ -37,7 +36,7 @@ def load(technique: str, file: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{technique}: file={file!r}: no such file")
     try:
-        return from_data(json.loads(path.read_text()))
+        return read_json(path)
     except ValueError as error:
         raise ValueError(f"{technique}: file={file!r} is not JSON: {error}") from None
 

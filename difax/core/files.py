@@ -23,6 +23,11 @@ def from_data(value: Any) -> Any:
     return FromData(value) if isinstance(value, str) else value
 
 
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file of data holds, whose texts are marked as such."""
+    return from_data(json.loads(pathlib.Path(path).read_text()))
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Gives a name beside `path` to write to, which is renamed to `path` at the end, or removed after an error.

@@ -34,9 +34,10 @@ from difax.core.contracts import (
     Trace,
     no_plan,
 )
+from difax.core.cost import count
 from difax.core.guidance import unguided
 from difax.core.process import Process
-from difax.core.shapes import first_layer, has_products, memory_for, trunk_spec
+from difax.core.shapes import first_layer, memory_for, trunk_spec
 from difax.core.trunk import neutral, reference_attention, run_trunk
 
 
@@ -233,7 +234,7 @@ def _known(model, params, x, cond, null, model_time, halves) -> tuple[Any, Any, 
 
         layers = params[stage.name]
         p = jax.eval_shape(first_layer, layers)
-        products = has_products(jax.make_jaxpr(mods)(p, jax.eval_shape(context_at, model_time[0])).jaxpr)
+        products = count(mods, p, jax.eval_shape(context_at, model_time[0])) > 0
         if isinstance(layers, tuple):
             given = jax.tree.map(lambda *a: jnp.stack(a, 1), *map(every, layers)) if products else None
             return Known(given, jax.tree.map(lambda *a: jnp.stack(a), *map(once, layers)))

@@ -115,16 +115,3 @@ def memory_for(spec: TrunkSpec, accelerator: Accelerator, attention: Attention, 
 def zeros_of(function: Callable[..., Any], *arguments: Any) -> Any:
     """Zeros in the place of every array that function(*arguments) would return; nothing of it is run."""
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *arguments))
-
-
-def has_products(jaxpr: Any) -> bool:
-    """Whether a jaxpr, or what it calls, multiplies matrices or convolves."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            return True
-        for value in equation.params.values():
-            for part in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns") and has_products(inner):
-                    return True
-    return False

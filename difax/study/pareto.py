@@ -27,7 +27,7 @@ from difax.core.contracts import Params, Trace
 from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import averaged, strip
 from difax.core.device import device_name, peak_memory, processor, versions
-from difax.core.files import from_data, read_rows, replacing
+from difax.core.files import read_json, read_rows, replacing
 from difax.media.images import to_uint8
 from difax.program import Program
 from difax.study.calibrate import Sampler, calibrate_to, ending
@@ -136,7 +136,7 @@ class Sweep:
             with replacing(path) as aside:
                 pathlib.Path(aside).write_text(json.dumps(here, indent=1) + "\n")
             return
-        there = from_data(json.loads(path.read_text()))
+        there = read_json(path)
         other = [k for k in here | there if there.get(k) != here.get(k)]
         if other:
             differences = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in other if k != "config")

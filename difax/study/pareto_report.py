@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from difax.core.files import from_data, read_rows, replacing
+from difax.core.files import read_json, read_rows, replacing
 from difax.media.images import drawing
 from difax.study.catalogue import System, systems
 from difax.study.frontier import BASELINE, CONTROL, QUALITIES, frontier
@@ -163,7 +163,7 @@ def sweep_of(folder: str | os.PathLike) -> dict[str, Any]:
     path = pathlib.Path(folder) / "sweep.json"
     if not path.exists():
         raise ValueError(f"{folder}: no sweep.json there; allowed: a folder that difax pareto wrote")
-    return from_data(json.loads(path.read_text()))
+    return read_json(path)
 
 
 def title(sweep: Mapping[str, Any]) -> str:

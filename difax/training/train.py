@@ -22,7 +22,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from difax.core import mesh as mesh_
-from difax.core.files import from_data
+from difax.core.files import read_json
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
 from difax.weights.checkpoint import check_shapes
@@ -229,7 +229,7 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
         raise ValueError(f"{workdir}: no training run there (no config.json)")
-    return from_data(json.loads(path.read_text()))
+    return read_json(path)
 
 
 def last_step(workdir: str | os.PathLike) -> int:
