@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 
 from difax.accel.attention import attention, first_of
 from difax.core import grids
+from difax.core.annotations import annotations_of, brief, check_arguments, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
 from difax.core.noise import sample_keys
 from difax.core.process import PREDICTIONS, Process
@@ -21,8 +22,8 @@ from difax.core.qtensor import cast as cast_params
 from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.stack import stack, with_learned
 from difax.core.trunk import unstack
-from difax.models import CHECKPOINTS
-from difax.registry import check_name, choose, make, shown
+from difax.models import CHECKPOINTS, MODELS
+from difax.registry import REGISTRIES, check_name, choose, make, shown
 from difax.training.data import Images
 from difax.training.train import Task, TrainOptions, last_step, restore_ema
 from difax.weights.checkpoint import check_shapes, load_native, read_metadata, tensor_shapes
@@ -84,20 +85,61 @@ SECTIONS = (
     "solver", "grid", "steps", "guide", "scale", "cache", "attend", "quant", "layout", "conditioning", "reduced",
     "data", "loss", "train",
 )  # fmt: skip
+# the values that stand alone, and what each may be
+ALONE: dict[str, Any] = {
+    "prediction": str, "steps": int, "scale": float, "weights": str | None, "layout": str, "conditioning": str,
+}  # fmt: skip
 LAYOUTS = ("stacked", "unstacked")
 CONDITIONINGS = ("each", "ahead")  # is the blocks' modulation computed at each evaluation, or before all of them
 TOGETHER = {"attend": ",", "cache": "+"}  # what stands between several names in one section
 
 
+def check_alone(key: str, value: Any) -> Any:
+    """A value that stands alone in a configuration, if it is of its type (`ALONE`); ValueError otherwise."""
+    return check_value(f"config {key}", value, ALONE[key])
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuses unknown sections, sections that are no mappings of keys, and values that stand alone of another type.
+
+    What the keys of a section may be says its factory (`difax.registry.make`).
+
+    Raises:
+      ValueError: the section, what it is and what is allowed.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a configuration is {brief(config)}; allowed: a mapping of {', '.join(SECTIONS)}")
+    for key, value in config.items():
+        choose("config section", key, SECTIONS)
+        if key in ALONE:
+            check_alone(key, value)
+        elif not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+            inside = f"{key}.name=..." if key in REGISTRIES else f"its keys, such as {key}.{EXAMPLES[key]}"
+            raise ValueError(f"config section {key}={brief(value)}; allowed: {inside}")
+        elif key == "reduced":
+            if "reduced" in value:
+                raise ValueError("config section reduced has a section reduced; allowed: the others")
+            check_config(value)
+
+
+EXAMPLES = {"train": "steps=1000", "reduced": "model"}
+
+
 def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
     """Builds process, seams and (unless given) the model of a configuration; every refusal is a ValueError."""
-    for key in config:
-        choose("config section", key, SECTIONS)
+    check_config(config)
     for key in ("process", "prediction", "solver", "grid", "steps", "guide", "scale"):
         if key not in config:
             raise ValueError(f"config section {key} is missing; a sampling run needs it")
     if model is None:
-        model = cast(Model, make("model", config["model"]))
+        if "model" not in config:
+            raise ValueError("config section model is missing; a sampling run needs it")
+        model = make("model", config["model"])
+    if not isinstance(model, Model):
+        named = [name for name, factory in MODELS.items() if annotations_of(factory).get("return") is Model]
+        raise ValueError(
+            f"model {shown(config['model']['name'])} is a classifier, which draws nothing; allowed: {', '.join(named)}"
+        )
     process = make("process", config["process"])
     prediction = choose("prediction", config["prediction"], PREDICTIONS)
     solver = make("solver", config["solver"])
@@ -180,6 +222,7 @@ def build_task(config: Mapping[str, Any], previewer: Callable[[Setup], Any] | No
         those of `build_setup`.
       previewer: setup -> (params -> uint8 picture), for the sample grids of a diffusion model.
     """
+    check_config(config)
     for key in ("model", "loss", "data", "train"):
         if key not in config:
             raise ValueError(f"config section {key} is missing; training needs it")
@@ -188,6 +231,8 @@ def build_task(config: Mapping[str, Any], previewer: Callable[[Setup], Any] | No
         section["dtype"] = config["train"]["dtype"]
     model = make("model", section)
     if "process" not in config:
+        if isinstance(model, Model):
+            raise ValueError(f"config section process is missing; {model.name} is trained to sample, along a process")
         return Task(model.init, make("loss", config["loss"], model), None, model.input_shape, model.classes)
     setup = build_setup(config, model)
     loss = make("loss", config["loss"], model, setup.process, setup.prediction)
@@ -202,10 +247,13 @@ def build_data(config: Mapping[str, Any], split: str) -> Images:
 
 def build_options(config: Mapping[str, Any]) -> TrainOptions:
     """The training options of a configuration."""
-    section = dict(config["train"])
+    check_config(config)
+    section = dict(config.get("train", {}))
     for key in section:
         choose("key of train", key, TrainOptions.__dataclass_fields__)
-    return TrainOptions(**section)
+    if "steps" not in section:
+        raise ValueError("train.steps is missing; training needs it")
+    return TrainOptions(**check_arguments("train", TrainOptions, section))
 
 
 def embedded_weights() -> list[str]:

@@ -42,7 +42,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
         base = base or gin_base
     for setting in options.set:
         key, _, value = setting.partition("=")
-        settings.append((key, parse_value(value)))
+        settings.append((key, parse_value(value, key)))
     for flag, key in SHORT.items():
         if getattr(options, flag, None) is not None:
             settings.append((key, getattr(options, flag)))
@@ -318,7 +318,7 @@ def convert(options: argparse.Namespace) -> int:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"--geometry {setting}: allowed: KEY=VALUE")
-        geometry[key] = parse_value(value)
+        geometry[key] = parse_value(value, key)
     found = recognise(options.source, options.model, options.layout, **geometry)
     done = convert(options.source, options.target, found, jnp.dtype(options.dtype) if options.dtype else None)
     done = {"model": found.model.name, **done, "out": options.target}

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
+import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from difax.build import SECTIONS, UNSTORED, recognise, recognised_kind, split_names
+from difax.build import ALONE, SECTIONS, UNSTORED, check_alone, check_config, recognise, recognised_kind, split_names
+from difax.core.annotations import brief
 from difax.registry import REGISTRIES, check_name, choose, shown
 from difax.training.train import read_run
 from difax.weights.checkpoint import read_metadata
@@ -42,29 +45,76 @@ def load_config(where: str) -> dict[str, Any]:
       The configuration as a plain nested dict.
 
     Raises:
-      ValueError: unknown name, missing file, a file without get_config, or what get_config refuses.
+      ValueError: unknown name, missing file, a file without get_config, what its code raises, or something else than a
+        configuration; the message names the file.
     """
     name, _, arg = where.partition(":")
+    if not name or "\0" in name:
+        raise ValueError(f"config {brief(where)}: no name; allowed: a .py file, or {', '.join(config_names())}")
     path = pathlib.Path(name)
-    if path.suffix == ".py" or len(path.parts) > 1:
-        if not path.is_file():
-            raise ValueError(f"config {name}: no such file")
-    else:
+    own = path.suffix != ".py" and len(path.parts) == 1 and name not in (".", "..")
+    if own:
         path = FOLDER / f"{choose('config', name, config_names())}.py"
+    elif path.suffix != ".py":
+        raise ValueError(f"config {name}: allowed: a .py file, or {', '.join(config_names())}")
+    elif not _is_file(path):
+        raise ValueError(f"config {name}: no such file")
     if path.resolve().parent == FOLDER.resolve():
-        module = importlib.import_module(f"difax.configs.{path.stem}")
+        get_config = importlib.import_module(f"difax.configs.{path.stem}").get_config
     else:
-        spec = importlib.util.spec_from_file_location(f"difax_config_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise ValueError(f"config {name}: {type(error).__name__}: {error}") from None
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"config {name}: the file defines no get_config()")
-    config = module.get_config(arg) if arg else module.get_config()
-    return config.to_dict()
+        get_config = _get_config_of(name, path)
+    try:
+        inspect.signature(get_config).bind(*([arg] if arg else []))
+    except (TypeError, ValueError):
+        wrong = f"takes no argument, but {arg!r} was given" if arg else "needs an argument, as in FILE.py:ARGUMENT"
+        raise ValueError(f"config {where}: its get_config {wrong}") from None
+    config = _running(where, lambda: get_config(arg) if arg else get_config())
+    if not own and hasattr(config, "to_dict"):
+        config = _running(where, config.to_dict)
+    config = config.to_dict() if own else config
+    if not isinstance(config, Mapping):
+        what = f"{type(config).__name__} {brief(config)}"
+        raise ValueError(f"config {where}: get_config returned {what}; allowed: a ConfigDict or a dict of sections")
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise ValueError(f"config {where}: {error}") from None
+    return _copied(config)
+
+
+def _copied(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+
+
+def _is_file(path: pathlib.Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be searched
+        return False
+
+
+def _get_config_of(name: str, path: pathlib.Path) -> Callable[..., Any]:
+    """The get_config of a file outside of difax; runs that file."""
+    spec = importlib.util.spec_from_file_location(f"difax_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    loader = spec.loader
+    _running(name, lambda: loader.exec_module(module))
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        what = "defines no get_config()" if get_config is None else f"get_config is {brief(get_config)}"
+        raise ValueError(f"config {name}: the file {what}; allowed: a function that returns a ConfigDict")
+    return get_config
+
+
+def _running(where: str, code: Callable[[], Any]) -> Any:
+    """What a configuration's code returns; whatever it raises, or its exit, is one line that names the file."""
+    try:
+        return code()
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split())
+        refused = isinstance(error, ValueError) and said.startswith("config ")
+        raise ValueError(said if refused else f"config {where}: {type(error).__name__}: {said}"[:500]) from None
 
 
 def checkpoint_config(path: str, settings: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
@@ -115,12 +165,16 @@ def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dic
     Raises:
       ValueError: an unknown section or key (with the nearest match), or a value of another type.
     """
-    config = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
+    check_config(config)
+    config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in config.items()}
     for path, value in sorted(settings, key=lambda s: not s[0].endswith(".name")):
         section, _, key = path.partition(".")
         choose("config section", section, SECTIONS)
         if not key:
-            config[section] = _typed(path, value, config.get(section))
+            if section not in ALONE:
+                name = f"{section}.name={value}" if isinstance(value, str) and value else f"{section}.KEY=VALUE"
+                raise ValueError(f"config section {section}={brief(value)}; it holds keys, allowed: {name}")
+            config[section] = check_alone(section, value)
             continue
         if "." in key and section != "cache":  # of several caches together: cache.fora.interval
             raise ValueError(f"config key {path!r}: sections are one level deep")
@@ -136,8 +190,8 @@ def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dic
             same = isinstance(value, str) and before == value
             config[section] = {**(config[section] if same else {}), "name": value}
         else:
-            # keys of a registry entry are checked against the factory's signature when it is called
-            config[section][key] = _typed(path, value, config[section].get(key))
+            # `difax.registry.make` holds keys and values against the factory's signature when it is called
+            config[section][key] = value
     return config
 
 
@@ -173,7 +227,7 @@ def keyword_settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
         choose("setting", section, dict.fromkeys((*SECTIONS, "dtype")))
         if isinstance(value, Mapping):
             found += [(f"{key}.{k}", v) for k, v in value.items()]
-        elif "." in key or key in SCALARS:
+        elif "." in key or key in ALONE:
             found.append((key, value))
         else:
             found.append((SHORT.get(key, f"{key}.name"), value))
@@ -185,28 +239,52 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config, default=shown))
 
 
-def parse_value(text: str) -> Any:
-    """A Python literal (0.5, true, (1, 2), none), or the text itself."""
-    words = {"true": True, "false": False, "none": None}
+def parse_value(text: str, key: str = "value") -> Any:
+    """A Python literal (0.5, true, (1, 2), none, inf), or the text itself.
+
+    Args:
+      key: that a refusal names.
+
+    Raises:
+      ValueError: a literal that no configuration holds (a set, bytes, a complex number), or one nested too deeply.
+    """
+    words = {"true": True, "false": False, "none": None, "nan": math.nan, "inf": math.inf, "-inf": -math.inf}
     if text.lower() in words:
         return words[text.lower()]
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+    except (RecursionError, MemoryError):
+        raise ValueError(f"{key}={brief(text)} is nested too deeply; allowed: {LITERALS}") from None
+    if not _is_literal(value):
+        raise ValueError(f"{key}={brief(value)}; allowed: {LITERALS}")
+    return value
+
+
+LITERALS = "numbers, texts, true, false, none, and lists and mappings of them"
+
+
+def _is_literal(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_literal, value))
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_literal(v) for k, v in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def gin_settings(files: Sequence[str], bindings: Sequence[str]) -> tuple[str | None, list[tuple[str, Any]]]:
     """Reads gin files and bindings: `solver.name = "ddim"`, `train.steps = 40`, `config.base = "fmnist_dit"`.
 
     Every section is a gin configurable; the values that stand alone (`steps`, `scale`, `prediction`, `weights`) and
-    the base configuration are parameters of `config`.
+    the base configuration are parameters of `config`. Gin binds values here and nothing else: a file may include
+    another one, but imports are refused.
 
     Returns:
       (base or None, dotted settings for `override`).
 
     Raises:
-      ValueError: a missing file, a syntax error, or an unknown configurable or parameter.
+      ValueError: a file that cannot be read, a syntax error, an import, or an unknown configurable or parameter.
     """
     import gin
 
@@ -214,12 +292,13 @@ def gin_settings(files: Sequence[str], bindings: Sequence[str]) -> tuple[str | N
         return bound
 
     for file in files:
-        if not pathlib.Path(file).is_file():
-            raise ValueError(f"gin file {file}: no such file")
+        _check_gin(file, _gin_text(file))
+    for binding in bindings:
+        _check_gin(f"--gin_param {brief(binding)}", binding)
     gin.clear_config()
     sections = {}
     with gin.unlock_config():
-        for name in (*(s for s in SECTIONS if s not in SCALARS), "config"):
+        for name in (*(s for s in SECTIONS if s not in ALONE), "config"):
             if name not in _configurables:
                 _configurables[name] = gin.external_configurable(
                     lambda _name=name, **bound: collect(**bound), name=name, module="difax"
@@ -227,29 +306,51 @@ def gin_settings(files: Sequence[str], bindings: Sequence[str]) -> tuple[str | N
             sections[name] = _configurables[name]
         try:
             gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=False)
+            bound = {name: function() for name, function in sections.items()}
         except Exception as error:
-            raise ValueError(f"gin: {str(error).strip().splitlines()[0]}") from None
-        bound = {name: function() for name, function in sections.items()}
-    gin.clear_config()
+            raise ValueError(f"gin: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+        finally:
+            gin.clear_config()
     top = bound.pop("config")
     base = top.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"gin parameter config.base={brief(base)}; allowed: the name of a configuration")
     for key in top:
-        choose("gin parameter of config", key, ("base", *SCALARS))
+        choose("gin parameter of config", key, ("base", *ALONE))
     nested = [(f"{section}.{key}", value) for section, keys in bound.items() for key, value in keys.items()]
     return base, [*top.items(), *nested]
 
 
-SCALARS = ("prediction", "steps", "scale", "weights", "layout", "conditioning")
+def _gin_text(file: str) -> str:
+    path = pathlib.Path(file)
+    if not _is_file(path):
+        raise ValueError(f"gin file {file}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"gin file {file}: cannot be read ({error})") from None
+
+
+def _check_gin(where: str, text: str, including: tuple[str, ...] = ()) -> None:
+    """Refuses what gin would run beside binding values: imports, here and in the files that are included."""
+    from gin import config_parser
+    from gin.config import ParserDelegate
+
+    try:
+        statements = list(config_parser.ConfigParser(text, ParserDelegate(skip_unknown=True)))
+    except Exception as error:
+        raise ValueError(f"gin {where}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+    for statement in statements:
+        if isinstance(statement, config_parser.ImportStatement):
+            line = statement.location.line_num
+            raise ValueError(
+                f"gin {where}, line {line}: {statement.format()!r} runs code; allowed: values alone (name code of your "
+                "own as SECTION.name = 'module:factory')"
+            )
+        if isinstance(statement, config_parser.IncludeStatement):
+            if statement.filename in including or len(including) > 20:
+                raise ValueError(f"gin {where}: {statement.filename!r} includes itself; allowed: files that do not")
+            _check_gin(statement.filename, _gin_text(statement.filename), (*including, statement.filename))
+
+
 _configurables: dict[str, Any] = {}
-
-
-def _typed(path: str, value: Any, before: Any) -> Any:
-    if before is None or value is None:
-        return value
-    if isinstance(before, bool) != isinstance(value, bool):
-        raise ValueError(f"config key {path}={value!r}; it is {type(before).__name__} ({before!r})")
-    if isinstance(before, float) and isinstance(value, int):
-        return float(value)
-    if isinstance(before, (int, float, str)) and not isinstance(value, type(before)):
-        raise ValueError(f"config key {path}={value!r}; it is {type(before).__name__} ({before!r})")
-    return value

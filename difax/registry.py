@@ -21,6 +21,7 @@ from difax.accel.attention import ATTENTIONS
 from difax.accel.caches import CACHES
 from difax.accel.quant import QUANTS
 from difax.accel.solvers import SOLVERS
+from difax.core.annotations import brief, check_arguments
 from difax.core.contracts import Accelerator, Attention, Classifier, Guide, Model, Solver
 from difax.core.files import FromData
 from difax.core.grids import GRIDS
@@ -63,11 +64,11 @@ RESULTS: dict[str, tuple[type, ...]] = {
 def choose(kind: str, value: str, allowed: Any) -> str:
     """Returns `value` if it is allowed, else raises ValueError with the list and the nearest match."""
     names = list(allowed)
-    if value in names:
+    if isinstance(value, str) and value in names:
         return value
-    near = difflib.get_close_matches(str(value), names, 1, 0.5)
+    near = difflib.get_close_matches(value[:100], names, 1, 0.5) if isinstance(value, str) else []
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
+    raise ValueError(f"unknown {kind} {brief(value)}{hint}; allowed: {', '.join(names)}")
 
 
 def is_outside(name: Any) -> bool:
@@ -105,7 +106,9 @@ def factory(kind: str, name: Any, known: Mapping[str, Callable[..., Any]] | None
     if callable(name):
         return name
     if not isinstance(name, str):
-        raise ValueError(f"{kind}: name={name!r} is {_article(type(name).__name__)}; allowed: a name, or a factory")
+        raise ValueError(
+            f"{kind}: name={brief(name)} is {_article(type(name).__name__)}; allowed: a name, or a factory"
+        )
     if is_outside(name):
         return load_outside(kind, name)
     return (REGISTRIES[kind] if known is None else known)[name]
@@ -127,7 +130,7 @@ def load_outside(kind: str, name: str) -> Callable[..., Any]:
         module = _run_file(where, what) if where.endswith(".py") else importlib.import_module(where)
     except ValueError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -165,9 +168,13 @@ def make(kind: str, section: Mapping[str, Any], *args: Any, **more: Any) -> Any:
       args, more: passed on before and besides the section's own keys.
 
     Raises:
-      ValueError: unknown name or key (with the nearest match), whatever the factory refuses, or a result that is not
-        of the kind.
+      ValueError: unknown name or key (with the nearest match), a value that is not of the type that the factory
+        annotates, whatever the factory refuses, or a result that is not of the kind.
     """
+    if not isinstance(section, Mapping):
+        raise ValueError(
+            f"config section {kind}={brief(section)}; allowed: a name with its keys, such as {{'name': ...}}"
+        )
     keys = dict(section)
     if "name" not in keys:
         raise ValueError(f"{kind}: the name is missing; allowed: {', '.join(REGISTRIES[kind])}")
@@ -179,10 +186,14 @@ def make(kind: str, section: Mapping[str, Any], *args: Any, **more: Any) -> Any:
             _check_rules("given", name)
         return name
     function, name = factory(kind, name), shown(name)
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # a type of C that has none
+        raise ValueError(f"{kind} {name} has no signature; allowed: a function that makes one") from None
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in () if takes_any else keys:
         choose(f"key of {kind} {name}", key, [p for p in list(parameters)[len(args) :] if p not in more])
+    keys = check_arguments(f"{kind} {name}", function, keys)
     try:
         made = function(*args, **keys, **more)
     except TypeError as error:
