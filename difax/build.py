@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +17,10 @@ from difax.accel.attention import attention, first_of
 from difax.core import grids
 from difax.core.annotations import annotations_of, brief, check_arguments, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
+from difax.core.device import check_memory
 from difax.core.noise import sample_keys
 from difax.core.process import PREDICTIONS, Process
-from difax.core.qtensor import Rules, quantize_params
+from difax.core.qtensor import Rules, quantize_params, size_in_bytes
 from difax.core.qtensor import cast as cast_params
 from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.stack import stack, with_learned
@@ -147,10 +150,33 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
     accelerator = _accelerator(config.get("cache", {"name": "none"}))
     attending = _attention(config.get("attend", {"name": "xla"}))
     rules = make("quant", config.get("quant", {"name": "none"}), model)
+    if rules:
+        with _naming("quant", config):
+            jax.eval_shape(
+                functools.partial(quantize_params, rules=rules), jax.eval_shape(model.init, jax.random.key(0))
+            )
     layout = choose("layout", config.get("layout", "stacked"), LAYOUTS)
     conditioning = choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
-    times = grids.make_times(make("grid", config["grid"]), process, config["steps"])
-    rows = make_rows(solver, guide, process, times, accelerator, model.stages)
+    depth = sum(stage.depth for stage in model.stages)
+    if layout == "unstacked" and depth > MOST_UNSTACKED:
+        raise ValueError(f"layout=unstacked writes out {depth} blocks; allowed: up to {MOST_UNSTACKED}, or stacked")
+    size = 4 * math.prod(model.input_shape) + size_in_bytes(model.cond)
+    check_memory(
+        f"one sample of {model.name}, {'x'.join(map(str, model.input_shape))},", 4 * size, None, "a smaller one"
+    )
+    make_grid = make("grid", config["grid"])
+    with _naming("grid", config):
+        times = grids.make_times(make_grid, process, config["steps"])
+    sites = sum(stage.depth * len(stage.branches) for stage in model.stages)
+    check_memory(
+        f"the tables of steps={config['steps']} and {depth} blocks",
+        2 * len(times) * (ROW_BYTES + SITE_BYTES * sites),
+        None,
+        "fewer steps",
+    )
+    with _naming("cache" if "cache" in config else "solver", config), np.errstate(all="ignore"):
+        rows = make_rows(solver, guide, process, times, accelerator, model.stages)
+    _check_rows(rows, config)
     if prediction in ("eps", "score") and not np.all(rows.level.alpha > 0):
         raise ValueError(
             f"grid {shown(config['grid']['name'])} evaluates {process.name} where alpha = 0, and a prediction of "
@@ -174,6 +200,36 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
         scale=float(config["scale"]),
         described={k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v},
     )
+
+
+# bytes of an evaluation in the tables of a run: of its own numbers, and of a plan for each branch of each block
+ROW_BYTES, SITE_BYTES = 1024, 32
+MOST_UNSTACKED = 1000  # blocks that are written out one by one, each with arrays and a piece of the program of its own
+
+
+@contextlib.contextmanager
+def _naming(section: str, config: Mapping[str, Any]) -> Iterator[None]:
+    """Puts a section before what is refused while its part is used, where the refusal does not name it."""
+    try:
+        yield
+    except ValueError as error:
+        name = shown(config[section].get("name", ""))
+        if section in str(error) or any(part and part in str(error) for part in name.replace("+", ",").split(",")):
+            raise
+        keys = ", ".join(f"{k}={brief(v)}" for k, v in config[section].items() if k != "name")
+        raise ValueError(f"{section} {name}{f' ({keys})' if keys else ''}: {error}") from None
+
+
+def _check_rows(rows: Row, config: Mapping[str, Any]) -> None:
+    """Refuses tables of a run that are not finite; a plan may hold infinity, which is a cap that is none."""
+    numbers = lambda tree: [a for a in jax.tree.leaves(tree) if np.issubdtype(np.asarray(a).dtype, np.floating)]  # noqa: E731
+    finite = all(np.isfinite(a).all() for a in numbers(rows._replace(plan=())))
+    if not finite or any(np.isnan(a).any() for a in numbers(rows.plan.values)):
+        what = ", ".join(
+            f"{key} {brief(dict(config[key]))}" for key in ("process", "solver", "grid", "guide") if key in config
+        )
+        what = what if not finite else f"cache {brief(dict(config['cache']))}"
+        raise ValueError(f"{what}: the tables of this run are not finite; allowed: values nearer the defaults")
 
 
 def _accelerator(section: Mapping[str, Any]) -> Accelerator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from difax.build import Setup
 from difax.core.contracts import Params, Trace
 from difax.core.cost import model_cost, run_cost
 from difax.core.decisions import averaged, inert, summary
-from difax.core.device import device_name, peak_memory
+from difax.core.device import check_memory, device_name, memory_available, peak_memory
 from difax.core.noise import sample_keys
 from difax.core.qtensor import size_in_bytes
 from difax.media.images import image_grid, to_uint8
@@ -51,11 +52,22 @@ class Program:
         self.shared = text in compiled
         if not self.shared:
             compiled[text] = lowered.compile()
+            _check_program(setup, compiled[text], inputs)
         self.compiled = compiled[text]
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self, x: jax.Array, keys: jax.Array, cond: Any) -> tuple[jax.Array, Trace]:
         return self.compiled(self.params, x, keys, cond, self.rows, self.scale)
+
+
+def _check_program(setup: Setup, compiled: Any, inputs: Any) -> None:
+    """Refuses a program whose own memory, beside the weights that are there already, the device does not have."""
+    memory = compiled.memory_analysis()
+    if memory is not None and any(isinstance(a, jax.Array) for a in jax.tree.leaves(inputs)):
+        own = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        n = jax.tree.leaves(inputs)[0].shape[0]
+        what = f"sampling {setup.model.name}, {n} at once with cache {setup.described.get('cache', 'none')},"
+        check_memory(what, own, memory_available(), "a smaller size, fewer conditions or steps, or another cache")
 
 
 class Drawn(NamedTuple):
@@ -97,6 +109,7 @@ def draw(
     from tqdm import tqdm
 
     n = len(jax.tree.leaves(cond)[0])
+    check_samples(setup, n)
     chunks = -(-n // CHUNK)
     size = -(-n // chunks)
     bar = tqdm(total=chunks * len(setup.rows.i), unit="evaluation", disable=not progress, file=sys.stderr)
@@ -180,6 +193,21 @@ def weight_bytes(setup: Setup) -> int:
     """Bytes of a setup's random weights while they are made and prepared: once in float32, once as sampled with."""
     spec = model_shapes(setup.model)
     return size_in_bytes(spec) + size_in_bytes(jax.eval_shape(setup.prepare, spec))
+
+
+def sample_bytes(setup: Setup, n: int) -> int:
+    """Bytes on the host of n samples, float32: latents, samples and their copies while they are joined, conditions."""
+    one = 4 * math.prod(setup.model.input_shape)
+    return n * (4 * one + 2 * size_in_bytes(setup.model.cond))
+
+
+def check_samples(setup: Setup, n: int) -> None:
+    """Refuses samples that do not fit into the host's memory, before any of it is allocated.
+
+    Raises:
+      ValueError: with how much they need, and how much is free.
+    """
+    check_memory(f"{n} samples of {setup.model.name}", sample_bytes(setup, n), instead="fewer conditions or repeats")
 
 
 def previewer(setup: Setup) -> Callable[[Params], np.ndarray]:

@@ -25,13 +25,15 @@ from difax.build import (
     find_weights,
 )
 from difax.config import checkpoint_config, config_names, keyword_settings, load_config, override, plain
+from difax.core.annotations import Seed, check_value
 from difax.core.contracts import Params, Trace
 from difax.core.decisions import save_trace
-from difax.core.device import memory_available
+from difax.core.device import check_memory, memory_available
+from difax.core.qtensor import size_in_bytes
 from difax.media.images import picture
 from difax.media.samples import check_latents, check_output, save_samples
-from difax.program import Drawn, Program, ahead_of_time, draw, previewer, weight_bytes
-from difax.registry import choose
+from difax.program import Drawn, Program, ahead_of_time, check_samples, draw, model_shapes, previewer, weight_bytes
+from difax.registry import choose, shown
 from difax.report import format_table
 from difax.study import calibrate as calibrate_
 from difax.study import profile as profile_
@@ -238,18 +240,23 @@ class Run:
         Raises:
           ValueError: a condition, seed or latents that the model cannot take.
         """
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed}; allowed: 0 ... {2**32 - 1}")
-        if repeat < 1:
-            raise ValueError(f"repeat={repeat}; allowed: 1 or more")
+        check_seed(seed)
         row = self.conditions(cond)
         columns = len(jax.tree.leaves(row)[0])
-        all_of = jax.tree.map(lambda a: np.concatenate([np.asarray(a)] * repeat), row)
+        all_of = self._repeated(row, repeat)
         if latents is not None:
             latents = check_latents(latents, columns * repeat, self.setup.model.input_shape)
         options: dict[str, Any] = {"latents": latents, "progress": progress, "program": self._program}
         drawn = draw(self.setup, self.prepared, all_of, seed, **options)
         return Result(self, all_of, columns, seed, drawn)
+
+    def _repeated(self, row: Any, repeat: int) -> Any:
+        """Conditions [n] gone through so often, [repeat n]; refused before they are laid out if they do not fit."""
+        check_value("repeat", repeat, int)
+        if repeat < 1:
+            raise ValueError(f"repeat={repeat}; allowed: 1 or more")
+        check_samples(self.setup, len(jax.tree.leaves(row)[0]) * repeat)
+        return jax.tree.map(lambda a: np.concatenate([np.asarray(a)] * repeat), row)
 
     def _program(self, setup: Setup, params: Params, inputs: Any, on_step: Any = None) -> Program:
         shapes = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(inputs))
@@ -312,9 +319,15 @@ class Run:
         Args:
           cond, seed, repeat: as `sample` takes them. turns: of which the median is taken.
         """
-        row = self.conditions(cond)
-        all_of = jax.tree.map(lambda a: np.concatenate([np.asarray(a)] * repeat), row)
+        check_seed(seed)
+        all_of = self._repeated(self.conditions(cond), repeat)
         return profile_.profile(self.setup, self.prepared, all_of, seed, turns)
+
+
+def check_seed(seed: Any) -> None:
+    """Refuses what is no seed of a run: an integer, 0 ... 2^32 - 1."""
+    if check_value("seed", seed, Seed) < 0:
+        raise ValueError(f"seed={seed}; allowed: 0 ... {2**32 - 1}")
 
 
 def load(
@@ -339,6 +352,7 @@ def load(
     Raises:
       ValueError: what is not there or does not fit: the key, the value, what is allowed and the nearest match.
     """
+    check_seed(seed)
     path, given = weights, keyword_settings(settings)
     if isinstance(what, Mapping):
         config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in what.items()}
@@ -366,12 +380,14 @@ def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = Non
 def _fitting(config: dict[str, Any], setup: Setup) -> tuple[dict[str, Any], Setup, dict[str, Any]]:
     """The setup itself, or where its random weights do not fit into memory, its `reduced` size to draw with and what
     compiling the full size told."""
-    needed, free = weight_bytes(setup), memory_available()
+    free, needed = memory_available(), size_in_bytes(model_shapes(setup.model))
+    if needed <= free:  # else it is not prepared, not even in the abstract: unstacked it has an array a layer
+        needed = weight_bytes(setup)
     if needed <= free:
         return config, setup, {}
     if "reduced" not in config:
         raise ValueError(
-            f"the weights of {setup.model.name} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free, and "
+            f"the weights of {setup.model.name} need {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free, and "
             "this configuration has no `reduced` size to draw with"
         )
     full = ahead_of_time(setup)
@@ -444,6 +460,13 @@ def train(
     if data is not None:
         whole["data"] = data_section(os.fspath(data), whole.get("data", {}))
     task, options = build_task(whole, previewer), build_options(whole)
+    # weights, their average, two moments and a gradient, float32 each
+    check_memory(
+        f"training {shown(whole['model']['name'])}",
+        5 * size_in_bytes(jax.eval_shape(task.init, jax.random.key(0))),
+        memory_available(),
+        "a smaller model",
+    )
     images = build_data(whole, "train")
     check_images(images, task.input_shape, task.classes)
     if images.names:

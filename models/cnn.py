@@ -21,9 +21,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from difax.core.contracts import Classifier, Params
-from difax.models.layers import Dense
+from difax.models.layers import Dense, check_size, model_dtype
 
 LAST = 64  # channels of the last convolution
 
@@ -83,7 +84,7 @@ def cnn(
     size: int = 28,
     channels: int = 1,
     classes: int = 10,
-    dtype: str = "float32",
+    dtype: str | type | np.dtype = "float32",
 ) -> Classifier:
     """A small convolutional classifier.
 
@@ -104,9 +105,10 @@ def cnn(
             raise ValueError(f"cnn: {name}={value}; allowed: 1 or more")
     if size % 4:
         raise ValueError(f"cnn: size={size} must be divisible by 4")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"cnn: dtype={dtype!r}; allowed: float32, bfloat16")
-    backbone = Backbone(width, depth, features, jnp.dtype(dtype))
+    if depth > 1000:
+        raise ValueError(f"cnn: depth={depth}; allowed: up to 1000")  # each is traced by itself
+    check_size("cnn", (size, size), channels, (size // 2) ** 2, 16 * width)
+    backbone = Backbone(width, depth, features, model_dtype("cnn", dtype))
     output = Dense(classes)
 
     def init(key: jax.Array) -> Params:

@@ -13,16 +13,28 @@ Shape letters: B batch, N tokens, D width, H heads, K head width.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from difax.core.contracts import Context, Model, Params, Stage
 from difax.core.ops import attend
-from difax.models.layers import Dense, gelu, modulate, patchify, sincos_positions, timestep_embedding, unpatchify
+from difax.models.layers import (
+    Dense,
+    check_size,
+    gelu,
+    model_dtype,
+    modulate,
+    patchify,
+    sincos_positions,
+    timestep_embedding,
+    unpatchify,
+)
 
 # name -> depth, width, heads (table 1 of the paper)
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -156,7 +168,7 @@ def dit(
     learn_sigma: bool = True,
     freq_shift: int = 0,
     mlp_norm_eps: float = 1e-6,
-    dtype: Any = "float32",
+    dtype: str | type | np.dtype = "float32",
 ) -> Model:
     """A class-conditional DiT (or SiT) as a `Model`.
 
@@ -198,7 +210,7 @@ def dit(
         learn_sigma=learn_sigma,
         freq_shift=freq_shift,
         mlp_norm_eps=mlp_norm_eps,
-        dtype=jnp.dtype(dtype),
+        dtype=model_dtype("dit", dtype),
     )
     _check(c)
     block, ends = DiTBlock(c), Ends(c)
@@ -233,12 +245,15 @@ def dit(
 
 
 def _check(c: DiTConfig) -> None:
-    for name in ("depth", "width", "heads", "patch", "channels", "classes"):
+    for name in ("depth", "width", "heads", "patch", "channels", "classes", "mlp_ratio"):
         if getattr(c, name) < 1:
             raise ValueError(f"dit: {name}={getattr(c, name)}; allowed: 1 or more")
     if c.width % c.heads or c.width % 4:
         raise ValueError(f"dit: width={c.width} must be divisible by heads={c.heads} and by 4")
-    if c.size[0] % c.patch or c.size[1] % c.patch:
-        raise ValueError(f"dit: size={c.size[0]}x{c.size[1]} must be divisible by patch={c.patch}")
-    if str(c.dtype) not in ("float32", "bfloat16"):
-        raise ValueError(f"dit: dtype={c.dtype}; allowed: float32, bfloat16")
+    if min(c.size) < 1 or c.size[0] % c.patch or c.size[1] % c.patch:
+        raise ValueError(f"dit: size={c.size[0]}x{c.size[1]} must be 1 or more and divisible by patch={c.patch}")
+    if c.freq_shift not in (0, 1) or not 0 < c.mlp_norm_eps <= 1:
+        raise ValueError(
+            f"dit: freq_shift={c.freq_shift}, mlp_norm_eps={c.mlp_norm_eps}; allowed: 0 or 1, and above 0, up to 1"
+        )
+    check_size("dit", c.size, c.channels, math.prod(c.grid), c.width)

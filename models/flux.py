@@ -22,6 +22,7 @@ Shape letters: B batch, L text tokens, N image tokens, T = L + N, D width, H hea
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.core.contracts import Context, Model, Params, Stage, Tokens
-from difax.models.layers import Dense, gelu, modulate, timestep_embedding
+from difax.models.layers import Dense, check_size, gelu, model_dtype, modulate, timestep_embedding
 from difax.models.rope import apply_rotary, rotary_table
 
 # name -> guidance embedding, text tokens
@@ -267,7 +268,7 @@ def flux(
     theta: float = 10_000.0,
     guidance_embedding: bool | None = None,
     mlp_ratio: int = 4,
-    dtype: Any = "float32",
+    dtype: str | type | np.dtype = "float32",
 ) -> Model:
     """FLUX.1 as a `Model`: latents [B, H, W, 16] -> velocity eps - x0, for the process `flow` (model time 1000 t).
 
@@ -314,7 +315,7 @@ def flux(
         theta=float(theta),
         guidance_embedding=guided if guidance_embedding is None else guidance_embedding,
         mlp_ratio=mlp_ratio,
-        dtype=jnp.dtype(dtype),
+        dtype=model_dtype("flux", dtype),
     )
     _check(c)
     double, single, ends = DoubleBlock(c), SingleBlock(c), Ends(c)
@@ -384,10 +385,12 @@ def _check(c: FluxConfig) -> None:
         raise ValueError(f"flux: width={c.width} must be divisible by heads={c.heads}")
     if len(c.axes_dim) != 3 or any(d < 2 or d % 2 for d in c.axes_dim) or sum(c.axes_dim) * c.heads != c.width:
         k = c.width // c.heads
-        raise ValueError(f"flux: axes_dim={c.axes_dim}; allowed: three even widths that add up to the head width {k}")
-    if not c.theta > 0:
-        raise ValueError(f"flux: theta={c.theta}; allowed: > 0")
+        raise ValueError(
+            f"flux: axes_dim={c.axes_dim} of width={c.width} and heads={c.heads}; allowed: three even widths that add "
+            f"up to the head width {k}"
+        )
+    if not 0 < c.theta <= 1e12:
+        raise ValueError(f"flux: theta={c.theta}; allowed: > 0, up to 1e12")
     if min(c.size) < PATCH or c.size[0] % PATCH or c.size[1] % PATCH:
         raise ValueError(f"flux: size={c.size[0]}x{c.size[1]}; allowed: even, {PATCH} or more")
-    if str(c.dtype) not in ("float32", "bfloat16"):
-        raise ValueError(f"flux: dtype={c.dtype}; allowed: float32, bfloat16")
+    check_size("flux", c.size, c.channels, math.prod(c.grid) + c.text_tokens, c.width // c.heads)

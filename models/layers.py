@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difax.core.device import check_memory
 from difax.core.ops import dot, layer_norm
+
+DTYPES = ("float32", "bfloat16")
+
+
+def model_dtype(name: str, dtype: str | type | np.dtype) -> np.dtype:
+    """The dtype of a model's activations and products; ValueError for another than those of `DTYPES`."""
+    try:
+        found = str(dtype) if isinstance(dtype, str) else str(jnp.dtype(dtype))
+    except TypeError:  # a type that no array has
+        found = getattr(dtype, "__name__", str(dtype))
+    if found not in DTYPES:
+        raise ValueError(f"{name}: dtype={found!r}; allowed: {', '.join(DTYPES)}")
+    return jnp.dtype(found)
+
+
+def check_size(name: str, size: Sequence[int], channels: int, tokens: int, features: int) -> None:
+    """Refuses an input whose latents, or the float64 tables of its positions, do not fit into the host's memory.
+
+    Arithmetic alone: nothing is allocated.
+
+    Args:
+      size: of the input, behind the batch and before its channels. tokens: of all streams together.
+      features: that a token has in the table of positions.
+    """
+    shown = "x".join(map(str, size))
+    needed = 16 * math.prod(size) * channels + 32 * tokens * (features + 1)
+    check_memory(f"{name}: size={shown} with {channels} channels, {tokens} tokens,", needed, None, "a smaller size")
 
 
 class Dense(nn.Module):

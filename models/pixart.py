@@ -17,6 +17,7 @@ Shape letters: B batch, N tokens, L caption tokens, D width, H heads, K head wid
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +27,16 @@ import numpy as np
 
 from difax.core.contracts import Context, Model, Params, Segments, Stage
 from difax.core.ops import attend
-from difax.models.layers import Dense, gelu, modulate, patchify, timestep_embedding, unpatchify
+from difax.models.layers import (
+    Dense,
+    check_size,
+    gelu,
+    model_dtype,
+    modulate,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
 
 VARIANTS = {"alpha": 120, "sigma": 300}  # name -> caption tokens; both are XL/2
 XL = {"depth": 28, "width": 1152, "heads": 16}
@@ -216,7 +226,7 @@ def pixart(
     interpolation_scale: float | None = None,
     micro_conditioning: bool | None = None,
     learn_sigma: bool = True,
-    dtype: Any = "float32",
+    dtype: str | type | np.dtype = "float32",
 ) -> Model:
     """A PixArt as a `Model`, conditioned on an encoded caption.
 
@@ -277,7 +287,7 @@ def pixart(
         if micro_conditioning is None
         else micro_conditioning,
         learn_sigma=learn_sigma,
-        dtype=jnp.dtype(dtype),
+        dtype=model_dtype("pixart", dtype),
     )
     _check(c)
     block, ends = PixArtBlock(c), Ends(c)
@@ -330,7 +340,6 @@ def _check(c: PixArtConfig) -> None:
         raise ValueError(f"pixart: width={c.width} must be divisible by 3 with micro_conditioning")
     if min(c.size) < 1 or c.size[0] % c.patch or c.size[1] % c.patch:
         raise ValueError(f"pixart: size={c.size[0]}x{c.size[1]} must be divisible by patch={c.patch}")
-    if not c.interpolation_scale > 0:
-        raise ValueError(f"pixart: interpolation_scale={c.interpolation_scale}; allowed: > 0")
-    if str(c.dtype) not in ("float32", "bfloat16"):
-        raise ValueError(f"pixart: dtype={c.dtype}; allowed: float32, bfloat16")
+    if not 0 < c.interpolation_scale <= 1e6:
+        raise ValueError(f"pixart: interpolation_scale={c.interpolation_scale}; allowed: > 0, up to 1e6")
+    check_size("pixart", c.size, c.channels, math.prod(c.grid) + c.text_tokens, c.width)

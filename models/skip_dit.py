@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from difax.core.contracts import Context, Model, Params, Stage
 from difax.core.ops import attend
@@ -57,7 +58,7 @@ def skip_dit(
     classes: int = 1000,
     mlp_ratio: int = 4,
     learn_sigma: bool = True,
-    dtype: Any = "float32",
+    dtype: str | type | np.dtype = "float32",
 ) -> Model:
     """A class-conditional DiT with long skips as a `Model` of two stages, "down" and "up", of equal depth.
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from difax.core.contracts import Context, Model, Params, Stage
 from difax.core.ops import attend
-from difax.models.layers import Dense, gelu, modulate, timestep_embedding
+from difax.models.layers import Dense, check_size, gelu, model_dtype, modulate, timestep_embedding
 from difax.models.rope import apply_rotary, rotary_table
 
 # name -> depth, width, heads, ffn (table 3 of the paper)
@@ -211,7 +211,7 @@ def wan(
     text_tokens: int = 512,
     text_width: int = 4096,
     eps: float = 1e-6,
-    dtype: Any = "float32",
+    dtype: str | type | np.dtype = "float32",
 ) -> Model:
     """A Wan 2.1 text-to-video network as a `Model`.
 
@@ -256,7 +256,7 @@ def wan(
         text_tokens=text_tokens,
         text_width=text_width,
         eps=eps,
-        dtype=jnp.dtype(dtype),
+        dtype=model_dtype("wan", dtype),
     )
     _check(c)
     block, ends = WanBlock(c), Ends(c)
@@ -307,7 +307,6 @@ def _check(c: WanConfig) -> None:
         )
     if min(c.patch) < 1 or min(c.size) < 1 or any(n % p for n, p in zip(c.size, c.patch, strict=True)):
         raise ValueError(f"wan: size={c.size} must be divisible by patch={c.patch} (frames, height, width)")
-    if not c.eps > 0:
-        raise ValueError(f"wan: eps={c.eps}; allowed: > 0")
-    if str(c.dtype) not in ("float32", "bfloat16"):
-        raise ValueError(f"wan: dtype={c.dtype}; allowed: float32, bfloat16")
+    if not 0 < c.eps <= 1:
+        raise ValueError(f"wan: eps={c.eps}; allowed: > 0, up to 1")
+    check_size("wan", c.size, c.channels, math.prod(c.grid) + c.text_tokens, head)

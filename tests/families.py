@@ -28,6 +28,7 @@ FAMILIES = {
     "study": ("metrics", "networks", "pareto", "pareto_report", "pareto_search", "profile", "experiments", "peers"),
     "front door": ("run", "outside", "readme", "colab"),
     "commands": ("cli", "catalogue"),
+    "settings": ("fuzz_settings", "settings"),
     "packaging": ("packaging",),
 }
 

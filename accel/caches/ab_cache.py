@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from difax.accel.caches.fill import newton
+from difax.accel.caches.fill import check_order, newton
 from difax.accel.caches.output import planned_output
 from difax.accel.caches.planned import everywhere, planned
 from difax.core.contracts import Accelerator, Row
@@ -43,6 +43,7 @@ def ab_cache(
     start = order if first is None else first
     if order < 1 or interval < 1 or start < 1:
         raise ValueError(f"ab_cache: order={order}, interval={interval}, first={start}; allowed: 1 or more")
+    check_order("ab_cache", order, 1)
     if where not in WHERE:
         raise ValueError(f"ab_cache: where={where!r}; allowed: {', '.join(WHERE)}")
 

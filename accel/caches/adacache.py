@@ -11,6 +11,7 @@ import numpy as np
 
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.probe import Probe, place, probing, unread
+from difax.core.annotations import OrInfinite
 from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, no_memory
 from difax.core.trunk import Blocks
 
@@ -44,7 +45,7 @@ class Clock(NamedTuple):
 
 
 def adacache(
-    codebook: str | Sequence[tuple[float, int]] = "100",
+    codebook: str | Sequence[tuple[OrInfinite, int]] = "100",
     *,
     block: int | None = None,
     branch: str | None = None,
@@ -86,6 +87,8 @@ def adacache(
         raise ValueError("adacache: moreg=True with frames=None; give the frames of the token grid, 2 or more")
     if frames is not None and frames < 2:
         raise ValueError(f"adacache: frames={frames}; allowed: 2 or more")
+    if window is not None and not 1 <= window[0] <= window[1]:
+        raise ValueError(f"adacache: window={tuple(window)}; allowed: the first evaluation, 1 or more, and the last")
     watched = frames if moreg else None
 
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from difax.accel.caches.fill import Fill, foca, hold, taylor
+from difax.accel.caches.fill import Fill, check_order, foca, hold, taylor
 from difax.accel.caches.gate import ASK, COMPUTE, REUSE, gated, rule
+from difax.core.annotations import OrInfinite
 from difax.core.contracts import Accelerator
 
 POLICIES = ("dynamic", "static")
@@ -27,7 +28,7 @@ def dbcache(
     warmup_interval: int = 1,
     max_cached: int = -1,
     max_continuous: int = -1,
-    max_accumulated: float | None = None,
+    max_accumulated: OrInfinite | None = None,
     mask: Sequence[int] | None = None,
     policy: str = "dynamic",
     forecast: str = "hold",
@@ -65,8 +66,10 @@ def dbcache(
     check("dbcache", threshold, warmup, warmup_interval, mask, policy)
     if forecast not in FORECASTS:
         raise ValueError(f"dbcache: forecast={forecast!r}; allowed: {', '.join(FORECASTS)}")
-    if order < 0:
-        raise ValueError(f"dbcache: order={order}; allowed: 0 or more")
+    check_order("dbcache", order)
+    check_caps("dbcache", max_cached=max_cached, max_continuous=max_continuous)
+    if max_accumulated is not None and not max_accumulated >= 0:
+        raise ValueError(f"dbcache: max_accumulated={max_accumulated}; allowed: 0 or more, or none")
 
     def rules(rows, stages):
         return rule(
@@ -136,6 +139,13 @@ def forced(
         warmup = min(warmup, int(np.argmin(np.append(steps, 0))))
     force[:warmup:interval] = COMPUTE
     return force
+
+
+def check_caps(name: str, **caps: int) -> None:
+    """Refuses caps on reused evaluations below -1, which is none."""
+    for key, value in caps.items():
+        if value < -1:
+            raise ValueError(f"{name}: {key}={value}; allowed: 0 or more, or -1 for no limit")
 
 
 def check(name: str, threshold: float, warmup: int, interval: int, mask: Sequence[int] | None, policy: str) -> None:

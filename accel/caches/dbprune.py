@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.accel.caches.dbcache import check, forced
+from difax.accel.caches.dbcache import check, check_caps, forced
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.gate import ASK, REUSE, Rule, relative_change, rule
 from difax.accel.caches.tally import Tally, after, at_block, caps_reached, empty, raised
@@ -79,6 +79,7 @@ def dbprune(
     """
     check("dbprune", threshold, warmup, warmup_interval, mask, policy)
     check_dtype("dbprune", dtype)
+    check_caps("dbprune", max_cached=max_cached, max_continuous=max_continuous)
     if not relax >= 0 or (dynamic_limit is not None and not dynamic_limit >= 0):
         raise ValueError(f"dbprune: relax={relax}, dynamic_limit={dynamic_limit}; allowed: 0 or more")
 

@@ -49,7 +49,7 @@ def duca(
     References: Zou et al. 2024; the authors' DiT code. The command of its README takes the attention score, the paper
       the norm of the values. `toca` says what differs from their code here.
     """
-    check("duca", interval, ratio)
+    check("duca", interval, ratio, staleness)
 
     def rests(rows: Row) -> tuple[np.ndarray, np.ndarray]:
         return clock(len(rows.i), interval, ratio, reference_quirks)

@@ -68,7 +68,7 @@ def fastcache(
     """
     if not threshold >= 0:
         raise ValueError(f"fastcache: threshold={threshold}; allowed: 0 or more")
-    if not 0 < significance < 1 or not 0 < motion <= 1:
+    if not 0 < significance < 1 or 1 - significance == 1 or not 0 < motion <= 1:
         raise ValueError(f"fastcache: significance={significance}, motion={motion}; allowed: between 0 and 1")
     given = measured.given_or_read("fastcache", "weights", weights, file)
     learned: dict[str, dict[str, Any]] | None = None

@@ -59,6 +59,9 @@ def fastercache(
     if start < 1 or cfg_start < 1:
         raise ValueError(f"fastercache: start={start}, cfg_start={cfg_start}; allowed: 1 or more")
 
+    if not 0 <= weight <= 10 or not 0 < growth <= 10:  # differences grow with each estimate
+        raise ValueError(f"fastercache: weight={weight}, growth={growth}; allowed: 0 ... 10, and above 0, up to 10")
+
     def counters(rows: Row) -> tuple[np.ndarray, np.ndarray]:
         c = np.arange(1, len(rows.i) + 1)
         return c, STEPS * c / len(c)

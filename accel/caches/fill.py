@@ -19,6 +19,15 @@ import numpy as np
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
+MOST_ORDER = 16  # a ring has order + 1 values, and differences of values in float32 are noise long before
+
+
+def check_order(name: str, order: int, least: int = 0) -> None:
+    """Refuses an order of extrapolation that no ring holds."""
+    if not least <= order <= MOST_ORDER:
+        raise ValueError(f"{name}: order={order}; allowed: {least} or more, up to {MOST_ORDER}")
+
+
 class Fill(NamedTuple):
     """A linear mix of the `depth` values that were computed last.
 
@@ -51,8 +60,7 @@ def taylor(order: int = 1, first: int = 0) -> Fill:
 
     References: Liu et al. 2025, arXiv:2503.06923.
     """
-    if order < 0:
-        raise ValueError(f"taylor: order={order}; allowed: 0 or more")
+    check_order("taylor", order)
 
     def weights(steps: Any, now: Any) -> Any:
         xp = np if isinstance(steps, np.ndarray) else jnp
@@ -82,8 +90,7 @@ def newton(order: int = 1) -> Fill:
     Args:
       order: of the polynomial, 0 or more; fewer known values give a lower one.
     """
-    if order < 0:
-        raise ValueError(f"newton: order={order}; allowed: 0 or more")
+    check_order("newton", order)
 
     def weights(steps: Any, now: Any) -> Any:
         xp = np if isinstance(steps, np.ndarray) else jnp

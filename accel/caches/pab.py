@@ -8,6 +8,7 @@ import numpy as np
 
 from difax.accel.caches.measured import by_stage
 from difax.accel.caches.planned import Schedule, planned
+from difax.core.annotations import OrInfinite
 from difax.core.contracts import Accelerator, Row, Stage
 
 RANGES = {"attn": 2, "temporal": 4, "cross": 6}  # the authors' spatial, temporal and cross attention
@@ -15,7 +16,7 @@ RANGES = {"attn": 2, "temporal": 4, "cross": 6}  # the authors' spatial, tempora
 
 def pab(
     ranges: Mapping[str, int] | None = None,
-    window: tuple[float, float] = (100.0, 850.0),
+    window: tuple[OrInfinite, OrInfinite] = (100.0, 850.0),
     *,
     mlp: Sequence[float] = (),
     mlp_blocks: int = 5,

@@ -12,7 +12,7 @@ and hold attention and MLP of each layer in turn: logits = prob [steps, 2 L].res
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,13 @@ from difax.accel.caches import measured
 from difax.accel.caches.planned import Schedule, planned
 from difax.core.contracts import Accelerator, Row, Stage
 
+# [E, L, branches], or {stage: the same}
+Array = np.ndarray | Sequence[Sequence[Sequence[float]]]
+Logits = Array | Mapping[str, Array]
+
 
 def learning_to_cache(
-    logits: Any = None, *, file: str | None = None, threshold: float = 0.1, dtype: str | None = None
+    logits: Logits | None = None, *, file: str | None = None, threshold: float = 0.1, dtype: str | None = None
 ) -> Accelerator:
     """Every second evaluation is a full one; in the others a branch is computed iff its router says so, else held.
 
@@ -47,7 +51,7 @@ def learning_to_cache(
 
 
 def harmonica(
-    logits: Any = None, *, file: str | None = None, threshold: float = 0.1, dtype: str | None = None
+    logits: Logits | None = None, *, file: str | None = None, threshold: float = 0.1, dtype: str | None = None
 ) -> Accelerator:
     """A branch is computed iff its router says so, else the last output that was computed is held.
 

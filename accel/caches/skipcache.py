@@ -10,6 +10,7 @@ import numpy as np
 
 from difax.accel.caches.planned import every
 from difax.accel.caches.span import planned_span
+from difax.core.annotations import OrInfinite
 from difax.core.contracts import Accelerator, Plan, Row, Stage
 
 KEYS = ("uniform", "power")
@@ -22,7 +23,7 @@ def skipcache(
     keys: str = "uniform",
     center: int = 15,
     power: float = 1.4,
-    window: tuple[float, float] = (20.0, 1000.0),
+    window: tuple[OrInfinite, OrInfinite] = (20.0, 1000.0),
     dtype: str | None = None,
 ) -> Accelerator:
     """Between full evaluations runs the first and the last few blocks alone, on the deep hidden stream of the last one.
@@ -51,8 +52,10 @@ def skipcache(
         raise ValueError(f"skipcache: interval={interval}, blocks={blocks}; allowed: 1 or more")
     if keys not in KEYS:
         raise ValueError(f"skipcache: keys={keys!r}; allowed: {', '.join(KEYS)}")
-    if center < 0 or not power > 1:
-        raise ValueError(f"skipcache: center={center}, power={power}; allowed: 0 or more, and more than 1")
+    if center < 0 or not 1 < power <= 10:
+        raise ValueError(f"skipcache: center={center}, power={power}; allowed: 0 or more, and more than 1, up to 10")
+    if not window[0] < window[1]:
+        raise ValueError(f"skipcache: window={tuple(window)}; allowed: two times, the smaller first")
 
     def ends(depth: int) -> int:
         return min(4, depth // 3) if blocks is None else blocks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from difax.accel.caches.fill import taylor
+from difax.accel.caches.fill import check_order, taylor
 from difax.accel.caches.planned import everywhere, planned
 from difax.core.contracts import Accelerator
 
@@ -68,7 +68,8 @@ def _clock(evaluations: int, interval: int, first: int) -> np.ndarray:
 
 
 def _check(name: str, interval: int, order: int, first: int) -> None:
-    if interval < 1 or order < 0 or first < 1:
+    check_order(name, order)
+    if interval < 1 or first < 1:
         raise ValueError(
             f"{name}: interval={interval}, order={order}, first={first}; allowed: 1 or more, 0 or more, 1 or more"
         )

@@ -64,7 +64,7 @@ def toca(
     n, w, v = PRESETS[preset]
     n = n if interval is None else interval
     w, v = w if step_weight is None else step_weight, v if layer_weight is None else layer_weight
-    check("toca", n, ratio)
+    check("toca", n, ratio, staleness)
 
     def schedule(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
         first, rest = clock(len(rows.i), n, ratio, reference_quirks)
@@ -130,7 +130,9 @@ def shares(
     return out
 
 
-def check(name: str, interval: int, ratio: float) -> None:
+def check(name: str, interval: int, ratio: float, staleness: float) -> None:
     """Refuses what the clock cannot mean."""
     if interval < 1 or not 0 <= ratio <= 1:
         raise ValueError(f"{name}: interval={interval}, ratio={ratio}; allowed: 1 or more, and 0 to 1")
+    if not staleness >= 0:
+        raise ValueError(f"{name}: staleness={staleness}; allowed: 0 or more")

@@ -108,7 +108,7 @@ def token_cache(
       once more: `computed` is then above 1 by that.
     """
     check_dtype(name, dtype)
-    _check(name, score, select, staleness, bonus)
+    _check(name, score, select, staleness, bonus, grid)
 
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
         numbers = {"staleness": np.float64(staleness), "bonus": np.float64(bonus), "seed": np.int32(seed)}
@@ -379,10 +379,14 @@ def ladder(shares: np.ndarray) -> tuple[float, ...]:
     return tuple(float(f) for f in distinct)
 
 
-def _check(name: str, score: str, select: str, staleness: float, bonus: float) -> None:
+def _check(name: str, score: str, select: str, staleness: float, bonus: float, grid: tuple[int, ...] | None) -> None:
     if score not in (*SCORES, "given"):
         raise ValueError(f"{name}: score={score!r}; allowed: {', '.join(SCORES)}")
     if select not in SELECTIONS:
         raise ValueError(f"{name}: select={select!r}; allowed: {', '.join(SELECTIONS)}")
     if not staleness >= 0 or not bonus >= 0:
         raise ValueError(f"{name}: staleness={staleness}, bonus={bonus}; allowed: 0 or more")
+    if grid is not None and (len(grid) not in (2, 3) or min(grid) < 1):
+        raise ValueError(
+            f"{name}: grid={tuple(grid)}; allowed: (rows, columns) or (frames, rows, columns), or none for a square"
+        )

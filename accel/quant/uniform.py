@@ -6,11 +6,18 @@ the model's stages.
 
 from __future__ import annotations
 
+import re
+
 from difax.core.contracts import Model
 from difax.core.qtensor import Quantisation, Rules
 
 
 def _rules(model: Model, how: Quantisation, layers: str | None) -> Rules:
+    if layers is not None:
+        try:
+            re.compile(layers)
+        except re.error as error:
+            raise ValueError(f"layers={layers!r}: {error}; allowed: a regular expression, such as blocks/.*") from None
     stages = "|".join(stage.name for stage in model.stages)
     return ((layers if layers is not None else f"^({stages})/", how),)
 

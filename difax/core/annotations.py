@@ -55,7 +55,7 @@ def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str
       values: by keyword, as a user gave them.
 
     Returns:
-      The values: numpy scalars as Python's, and a list as a tuple where that is annotated.
+      The values: numpy scalars as Python's, an integer as a float and a list as a tuple where that is annotated.
 
     Raises:
       ValueError: a value of another type; the key, the value and what is allowed.
@@ -200,7 +200,9 @@ def _fit(value: Any, annotation: Any, most: int, infinite: bool) -> tuple[bool, 
             return False, value
         if value in (math.inf, -math.inf):
             return infinite, value
-        return -LARGEST_FLOAT <= value <= LARGEST_FLOAT, value
+        if not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+            return False, value
+        return True, float(value)
     base = origin or annotation
     if base in _SEQUENCES:
         return _fit_sequence(value, base, of, most, infinite)

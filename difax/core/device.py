@@ -68,7 +68,45 @@ def memory_available() -> int:
     stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes that this process may still take on the host: what the kernel can free, within the limit of its cgroup."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = _numbers("/proc/meminfo").get("MemAvailable:", 0) * 1024
+    group = pathlib.Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        within = limit - used + _numbers(group / "memory.stat").get("inactive_file", 0)
+    except (OSError, ValueError):  # no such group, or one without a limit
+        return found or free
+    return max(min(found or free, within), 0)
+
+
+def _numbers(path: str | os.PathLike) -> dict[str, int]:
+    """The lines "name number ..." of a file of the kernel."""
+    try:
+        lines = [line.split() for line in pathlib.Path(path).read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def check_memory(what: str, needed: int, free: int | None = None, instead: str = "less of it") -> None:
+    """Refuses what does not fit into memory, before any of it is allocated.
+
+    Args:
+      what: needs the memory, in words. needed: bytes. free: bytes; None is what the host has left.
+      instead: what is allowed.
+
+    Raises:
+      ValueError: with both numbers.
+    """
+    free = host_memory() if free is None else free
+    if needed > free:
+        needs, there = (f"{n / 2**30:,.1f} GiB" for n in (needed, free))
+        raise ValueError(f"{what} needs {needs}, {there} are free; allowed: {instead}")
 
 
 def peak_memory(program: Any) -> int:

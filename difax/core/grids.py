@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from difax.core.contracts import Row
-from difax.core.process import Process, log_snr
+from difax.core.process import MOST_STEPS, Process, check_shift, log_snr
 
 Grid = Callable[[Process, int], np.ndarray]
 
@@ -100,12 +100,12 @@ def karras(rho: float = 7.0) -> Grid:
     """Times evenly spaced in (sigma/alpha)^(1/rho) between t_max and t_min, then 0.
 
     Args:
-      rho: exponent, > 0 (7 in the paper).
+      rho: exponent, 0.01 ... 1000 (7 in the paper).
 
     References: Karras et al. (EDM), 2022, arXiv:2206.00364, equation 5.
     """
-    if not rho > 0:
-        raise ValueError(f"karras: rho={rho}; allowed: > 0")
+    if not 0.01 <= rho <= 1000:
+        raise ValueError(f"karras: rho={rho}; allowed: > 0, 0.01 ... 1000")
 
     def grid(process: Process, n: int) -> np.ndarray:
         start, end = np.exp(-0.5 * log_snr(process, np.array([process.t_max, process.t_min])))
@@ -121,12 +121,12 @@ def shifted(shift: float | None = None) -> Grid:
     """Uniform times of a flow, shifted towards noise: t' = s t/(1 + (s - 1) t).
 
     Args:
-      shift: s > 0; None takes the process's own (3 in SD3).
+      shift: s, 0.001 ... 1000; None takes the process's own (3 in SD3).
 
     References: Esser et al. (SD3), 2024, arXiv:2403.03206, equation 23.
     """
-    if shift is not None and not shift > 0:
-        raise ValueError(f"shifted: shift={shift}; allowed: > 0")
+    if shift is not None:
+        check_shift("shifted", shift)
 
     def grid(process: Process, n: int) -> np.ndarray:
         if process.name not in ("flow", "sit"):
@@ -158,11 +158,12 @@ def make_times(grid: Grid, process: Process, n: int) -> np.ndarray:
     Raises:
       ValueError: n < 1, more steps than the process has, or a grid that repeats a time.
     """
-    if n < 1:
-        raise ValueError(f"steps={n}; allowed: 1 or more")
+    if not 1 <= n <= MOST_STEPS:
+        raise ValueError(f"steps={n}; allowed: 1 or more, up to {MOST_STEPS}")
     if process.steps is not None and n > process.steps:
         raise ValueError(f"steps={n}; {process.name} has {process.steps} steps; allowed: 1 ... {process.steps}")
-    times = np.asarray(grid(process, n), np.float64)
+    with np.errstate(all="ignore"):  # times that are no numbers are refused
+        times = np.asarray(grid(process, n), np.float64)
     check_times(times)
     return times
 
@@ -170,7 +171,15 @@ def make_times(grid: Grid, process: Process, n: int) -> np.ndarray:
 def check_times(times: np.ndarray) -> None:
     """Raises ValueError unless times decrease strictly within [0, 1]."""
     if times.ndim != 1 or len(times) < 2 or not np.all(np.diff(times) < 0) or times[0] > 1 or times[-1] < 0:
-        raise ValueError(f"times must decrease strictly within [0, 1], at least two of them; got {times}")
+        raise ValueError(f"times must decrease strictly within [0, 1], at least two of them; got {_shown(times)}")
+
+
+def _shown(times: np.ndarray) -> str:
+    """The first times that are not less than the one before them, or all of few."""
+    bad = np.flatnonzero(~(np.diff(times) < 0)) if times.ndim == 1 else np.zeros(0, int)
+    if times.ndim != 1 or len(times) <= 8 or not len(bad):
+        return " ".join(np.array2string(times, threshold=8).split())
+    return f"{times[bad[0]]:g} and then {times[bad[0] + 1]:g}, of {len(times)}"
 
 
 def lay_rows(process: Process, t: np.ndarray, step: np.ndarray, coefficients) -> Row:

@@ -100,11 +100,11 @@ def vp_linear(beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 100
 
     Args:
       beta_start, beta_end: first and last beta, in (0, 1) (1e-4 and 0.02 for 1000 steps).
-      steps: T, how many discrete steps (1000).
+      steps: T, how many discrete steps, 1 ... 100000 (1000).
 
     References: Ho et al., Denoising Diffusion Probabilistic Models, 2020, arXiv:2006.11239.
     """
-    _check_positive("steps", steps)
+    _check_steps("vp_linear", steps)
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(
             f"vp_linear: beta_start={beta_start}, beta_end={beta_end}; need 0 < beta_start <= beta_end < 1"
@@ -118,15 +118,15 @@ def vp_cosine(s: float = 0.008, max_beta: float = 0.999, steps: int = 1000) -> P
     alpha^2(u) = cos^2((u + s)/(1 + s) pi/2), beta_k = min(1 - alpha^2((k+1)/T)/alpha^2(k/T), max_beta).
 
     Args:
-      s: offset that keeps the first betas away from 0 (0.008).
+      s: offset that keeps the first betas away from 0, 0 ... 1 (0.008).
       max_beta: cap of the last betas (0.999).
       steps: T (1000).
 
     References: Nichol & Dhariwal, Improved DDPM, 2021, arXiv:2102.09672.
     """
-    _check_positive("steps", steps)
-    if s < 0 or not 0 < max_beta < 1:
-        raise ValueError(f"vp_cosine: s={s}, max_beta={max_beta}; need s >= 0 and 0 < max_beta < 1")
+    _check_steps("vp_cosine", steps)
+    if not 0 <= s <= 1 or not 0 < max_beta < 1:
+        raise ValueError(f"vp_cosine: s={s}, max_beta={max_beta}; allowed: 0 <= s <= 1 and 0 < max_beta < 1")
 
     def alpha_bar(u: np.ndarray) -> np.ndarray:
         return np.cos((u + s) / (1 + s) * math.pi / 2) ** 2
@@ -142,13 +142,15 @@ def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -
     log alpha(t) = -t^2 (beta_max - beta_min)/4 - t beta_min/2.
 
     Args:
-      beta_min, beta_max: beta(0) and beta(1) (0.1 and 20); the network is told 999 t.
+      beta_min, beta_max: beta(0) and beta(1), 1e-6 ... 300 (0.1 and 20); the network is told 999 t.
       t_min: smallest time of grids in log-SNR (1e-3).
 
     References: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv:2011.13456.
     """
-    if not 0 < beta_min <= beta_max:
-        raise ValueError(f"vp_sde: beta_min={beta_min}, beta_max={beta_max}; need 0 < beta_min <= beta_max")
+    if not 1e-6 <= beta_min <= beta_max <= 300:  # beyond that alpha(1) is 0 in float32
+        raise ValueError(
+            f"vp_sde: beta_min={beta_min}, beta_max={beta_max}; allowed: 1e-6 <= beta_min <= beta_max <= 300"
+        )
     if not 0 < t_min < 1:
         raise ValueError(f"vp_sde: t_min={t_min}; need 0 < t_min < 1")
     spread = beta_max - beta_min
@@ -175,12 +177,14 @@ def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
     sigma = sigma_min, as opposed to the clean sample at t = 0.
 
     Args:
-      sigma_min, sigma_max: noise levels at t_min and at t = 1 (0.002 and 80).
+      sigma_min, sigma_max: noise levels at t_min and at t = 1, 1e-9 ... 1e6 (0.002 and 80).
 
     References: Song et al. 2021, arXiv:2011.13456; Karras et al. (EDM), 2022, arXiv:2206.00364.
     """
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"ve: sigma_min={sigma_min}, sigma_max={sigma_max}; need 0 < sigma_min < sigma_max")
+    if not 1e-9 <= sigma_min < sigma_max <= 1e6:
+        raise ValueError(
+            f"ve: sigma_min={sigma_min}, sigma_max={sigma_max}; allowed: 1e-9 <= sigma_min < sigma_max <= 1e6"
+        )
     ratio = math.log(sigma_max / sigma_min)
 
     def level(t, xp=np):
@@ -204,14 +208,15 @@ def flow(shift: float = 1.0, time_scale: float = 1000.0) -> Process:
     """Rectified flow: x_t = (1 - t) x0 + t eps, whose velocity dx/dt is eps - x0.
 
     Args:
-      shift: time shift s > 0, t' = s t/(1 + (s - 1) t), applied by the `shifted` grid and to training times
+      shift: time shift s, 0.001 ... 1000, t' = s t/(1 + (s - 1) t), applied by the `shifted` grid and to training times
         (1 = none; 3 in SD3).
       time_scale: the network is told time_scale * t (1000, as SD3 and FLUX); slopes and velocity stay along t.
 
     References: Liu et al., Rectified Flow, 2022, arXiv:2209.03003; Esser et al. (SD3), 2024, arXiv:2403.03206.
     """
-    _check_positive("shift", shift)
-    _check_positive("time_scale", time_scale)
+    check_shift("flow", shift)
+    if not 0 < time_scale <= 1e6:
+        raise ValueError(f"flow: time_scale={time_scale}; allowed: > 0, up to 1e6")
 
     def level(t, xp=np):
         one = xp.ones_like(t)
@@ -324,6 +329,15 @@ def predict(output: jax.Array, kind: str, learn_sigma: bool, x: jax.Array, level
     return Prediction(x0, eps, variance)
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}={value}; allowed: > 0")
+MOST_STEPS = 100_000  # of a discrete process or a run: every one of them is tabulated on the host
+
+
+def check_shift(name: str, shift: float) -> None:
+    """Refuses a time shift with which times fall together, or which is none."""
+    if not 1e-3 <= shift <= 1e3:
+        raise ValueError(f"{name}: shift={shift}; allowed: > 0, 0.001 ... 1000")
+
+
+def _check_steps(name: str, steps: int) -> None:
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"{name}: steps={steps}; allowed: 1 ... {MOST_STEPS}")

@@ -59,7 +59,7 @@ def flow_loss(
         raise ValueError(f"flow loss: times={times!r}; allowed: uniform, logit_normal")
     if model.learn_sigma:
         raise ValueError("flow loss: model has learn_sigma=True; allowed: False (a flow has no learned variance)")
-    _check_dropout(label_dropout)
+    _check(label_dropout, unroll)
 
     def loss(params: Any, batch: Any, key: jax.Array):
         time_key, noise_key, drop_key = jax.random.split(key, 3)
@@ -108,7 +108,7 @@ def ddpm_loss(
         raise ValueError(f"ddpm loss needs a process of discrete steps; {process.name} is continuous")
     if process.steps < 2:
         raise ValueError(f"ddpm loss: {process.name} has steps={process.steps}; allowed: 2 or more")
-    _check_dropout(label_dropout)
+    _check(label_dropout, unroll)
     steps = process.steps
     tables = _posterior_tables(process)
 
@@ -238,6 +238,8 @@ def _like(value: Any, x: jax.Array) -> Any:
     return jax.tree.map(lambda a: a.reshape(-1, *([1] * (x.ndim - 1))), value)
 
 
-def _check_dropout(rate: float) -> None:
+def _check(rate: float, unroll: int | bool) -> None:
     if not 0 <= rate <= 1:
         raise ValueError(f"label_dropout={rate}; allowed: 0 ... 1")
+    if unroll is not False and not 1 <= unroll <= 1000:
+        raise ValueError(f"unroll={unroll}; allowed: true, false, or blocks at once, 1 ... 1000")
