@@ -166,7 +166,7 @@ def find_flux(path: str | os.PathLike, *, layout: str | None = None, **overrides
     References: Black Forest Labs 2024, https://github.com/black-forest-labs/flux.
     """
     check_arguments("load_flux", overrides, inspect.signature(flux).parameters)
-    shapes = tensor_shapes(path)
+    shapes = tensor_shapes(path, LAYOUTS.values())
     layout = choose_layout(path, "a FLUX", LAYOUTS, shapes, layout)
     fields = _geometry(path, layout_table(layout), shapes)
     if layout == "diffusers":

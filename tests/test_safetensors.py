@@ -163,10 +163,6 @@ REFUSALS = {
         lambda t: t.update({"conv.bias": np.ones(4, np.int32)}),
         ["'conv.bias'", "is I32", "F32 or F16 or BF16"],
     ),
-    "mixed dtypes": (
-        lambda t: t.update({"layers.2.v.weight": np.ones((2, 4), np.float16)}),
-        ["'layers.2.v.weight' is F16", "'layers.0.q.weight'", "is F32"],
-    ),
     "unequal copies": (
         lambda t: t["layers.2.time"].__setitem__((0, 0), t["layers.0.time"][0, 0] + 0.5),
         ["'layers.2.time' must equal 'layers.0.time'", "differ by 0.5"],
