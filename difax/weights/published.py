@@ -36,6 +36,7 @@ class Foreign(NamedTuple):
 
     table, layers, constants: as `difax.weights.checkpoint.load_safetensors` takes them.
     geometry: the arguments that the model's factory was called with.
+    kind: the model's name in `difax.models.MODELS`, or "" before it is known.
     """
 
     model: Any
@@ -43,11 +44,20 @@ class Foreign(NamedTuple):
     layers: Mapping[str, int]
     constants: Mapping[str, np.ndarray] = {}
     geometry: Mapping[str, Any] = {}
+    kind: str = ""
 
     @property
     def spec(self) -> Params:
         """Shapes of the model's parameters."""
         return jax.eval_shape(self.model.init, jax.random.key(0))
+
+
+class Untold(ValueError):
+    """An argument of the model's factory, `name`, that neither a checkpoint nor the caller gives."""
+
+    def __init__(self, message: str, name: str):
+        super().__init__(message)
+        self.name = name
 
 
 class Published(NamedTuple):
@@ -155,16 +165,17 @@ def stored_depth(table: Table, shapes: Shapes, parameter: str) -> int:
 
 
 def check_known(path: Any, fields: Mapping[str, Any], what: Mapping[str, str], hints: Mapping[str, str] = {}) -> None:
-    """Raises ValueError for a field of the geometry that neither the file nor the caller gives.
+    """Raises `Untold` for a field of the geometry that neither the file nor the caller gives.
 
     Args:
       fields: the geometry, with depth and width. what: field -> its meaning. hints: field -> more of the advice.
     """
     for name, meaning in what.items():
         if name not in fields:
-            raise ValueError(
+            raise Untold(
                 f"{path}: {meaning} cannot be known from the tensors (depth {fields['depth']}, width "
-                f"{fields['width']}); give {name}=...{hints.get(name, '')}"
+                f"{fields['width']}); give {name}=...{hints.get(name, '')}",
+                name,
             )
 
 
@@ -185,7 +196,9 @@ def read_config(path: str | os.PathLike, rules: Mapping[str, tuple[Any, ...]]) -
         return file, {}
     try:
         config = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror or error}") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON object") from error
     if "_class_name" not in config:
         return file, {}
