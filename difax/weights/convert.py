@@ -7,7 +7,6 @@ of the file in memory, however large the model.
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import json
 import os
 import pathlib
@@ -86,16 +85,15 @@ def check_target(target: str | os.PathLike) -> pathlib.Path:
     """
     path = pathlib.Path(target).absolute()
     try:
-        there = os.path.lexists(path)
-        writable = path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{target}: {getattr(error, 'strerror', None) or error}") from None
-    if there:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that no folder can have
+        raise ValueError(f"{str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    else:
         raise ValueError(f"{path}: exists already; allowed: a folder that does not exist yet")
-    if not writable:
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: the folder {path.parent} does not exist or is not writable")
-    if len(os.fsencode(path.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
-        raise ValueError(f"{path}: the name is too long for a folder")
     remove_stale(path)
     return path
 
@@ -224,18 +222,9 @@ def _settings(folder: pathlib.Path) -> dict[str, Any]:
 def _check_files(folder: pathlib.Path) -> None:
     """Raises ValueError naming the first file of a converted checkpoint that is missing or damaged."""
     stored = _settings(folder).get("files")
-    if stored is None:  # no checksums: at least a chunk that is missing, which would be read as zeros
+    if stored is None:  # no checksums: at least what cannot be read
         for file in sorted(folder.glob("*/.zarray")):
-            try:
-                array = json.loads(file.read_text())
-                counts = [-(-n // chunk) for n, chunk in zip(array["shape"], array["chunks"], strict=True)]
-                separator = array.get("dimension_separator", ".")
-            except (ValueError, KeyError, TypeError, ZeroDivisionError, OSError) as error:
-                raise ValueError(f"{file}: damaged ({error})") from None
-            chunks = (separator.join(map(str, index)) or "0" for index in itertools.product(*map(range, counts)))
-            missing = next((file.parent / chunk for chunk in chunks if not (file.parent / chunk).is_file()), None)
-            if missing is not None:
-                raise ValueError(f"{missing}: missing")
+            _check_array(file.parent)
         return
 
     def fault(name: str) -> str | None:
@@ -251,6 +240,17 @@ def _check_files(folder: pathlib.Path) -> None:
         first = next(filter(None, pool.map(fault, sorted(stored))), None)
     if first is not None:
         raise ValueError(first)
+
+
+def _check_array(folder: pathlib.Path) -> None:
+    """Raises ValueError for a zarr array with a chunk that is missing, which would be read as zeros, or damaged."""
+    try:
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}, "fill_missing_data_reads": False}
+        array = ts.open(spec, read=True).result()
+        for index in range(array.shape[0]) if array.rank else [...]:
+            array[index].read().result()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder}: missing or damaged ({_first_line(error)})") from None
 
 
 def load_converted(path: str | os.PathLike, spec: Params) -> Params:
