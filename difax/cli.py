@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run in DIR")
     train.set_defaults(run=commands.train)
 
-    export = added.add_parser("export", help="write a run's averaged weights as one safetensors file")
+    export = added.add_parser("export", parents=[common], help="write a run's averaged weights as one safetensors file")
     export.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
     export.add_argument("--out", required=True, metavar="FILE.safetensors")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")

@@ -33,7 +33,8 @@ NAMED = ("solver", "grid", "guide", "cache", "attend", "quant")  # sections whos
 def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     """The configuration of a command: the one that it names, or else that of its weights, or else the default; with
     its settings."""
-    from difax.config import SHORT, checkpoint_config, gin_settings, load_config, override, parse_value
+    from difax.build import RANDOM, embedded_weights
+    from difax.config import SHORT, configuration, gin_settings, parse_value
 
     settings: list[tuple[str, Any]] = []
     base: str | None = options.config
@@ -47,12 +48,9 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
         if getattr(options, flag, None) is not None:
             settings.append((key, getattr(options, flag)))
     weights = getattr(options, "weights", None)
-    if base is None and weights:
-        return override(checkpoint_config(weights, settings), settings)
-    base = base or default
-    if base is None:
-        raise ValueError("which configuration? Give --config NAME (see difax list configs)")
-    return override(load_config(base), settings)
+    if weights in (RANDOM, *embedded_weights()):
+        weights = None
+    return configuration(base or (None if weights else default), weights or None, settings)
 
 
 def _run(options: argparse.Namespace, config: dict[str, Any]) -> Any:
@@ -290,16 +288,21 @@ def train(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     out = writable(options.out, (".safetensors",))
     from difax.registry import make
-    from difax.training.train import read_run, restore_ema
+    from difax.training.train import restore_ema
     from difax.weights.checkpoint import save_safetensors
 
-    config = read_run(options.workdir)
+    if not (pathlib.Path(options.workdir) / "checkpoints").is_dir():
+        raise ValueError(f"{options.workdir}: no training run there (no checkpoints/)")
+    options.weights = options.workdir
+    config = _config(options, None)
     import jax
     import jax.numpy as jnp
 
+    from difax.config import plain
+
     step, params = restore_ema(options.workdir, make("model", config["model"]).init)
     params = jax.tree.map(lambda a: jnp.asarray(a).astype(options.dtype), params)
-    save_safetensors(out, params, {"config": config, "step": step})
+    save_safetensors(out, params, {"config": plain(config), "step": step})
     print(f"{out}: {out.stat().st_size} bytes, step {step}, {options.dtype}")
     return 0
 
@@ -311,8 +314,9 @@ def convert(options: argparse.Namespace) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of what it skips
     from difax.build import recognise
     from difax.config import parse_value
-    from difax.weights.convert import convert
+    from difax.weights.convert import check_target, convert
 
+    check_target(options.target)
     geometry = {}
     for setting in options.geometry:
         key, equals, value = setting.partition("=")

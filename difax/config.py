@@ -13,15 +13,33 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from difax.build import ALONE, SECTIONS, UNSTORED, check_alone, check_config, recognise, recognised_kind, split_names
+import jax
+from flax.traverse_util import flatten_dict
+
+from difax.build import (
+    ALONE,
+    FREE,
+    SECTIONS,
+    UNSTORED,
+    check_alone,
+    check_config,
+    check_stored,
+    is_run,
+    published_kind,
+    recognise,
+    settings_of,
+    split_names,
+    stored_model,
+    without_preset,
+)
 from difax.core.annotations import brief
-from difax.registry import REGISTRIES, check_name, choose, shown
+from difax.core.contracts import Model
+from difax.registry import REGISTRIES, check_name, choose, make, shown
 from difax.training.train import read_run
-from difax.weights.checkpoint import read_metadata
+from difax.weights.checkpoint import read_metadata, tensor_shapes
 from difax.weights.convert import is_converted
-from difax.weights.published import Foreign
 
 # the configuration that a published checkpoint is sampled with where none is named
 PUBLISHED = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1"}
@@ -117,6 +135,68 @@ def _running(where: str, code: Callable[[], Any]) -> Any:
         raise ValueError(said if refused else f"config {where}: {type(error).__name__}: {said}"[:500]) from None
 
 
+def configuration(
+    base: str | Mapping[str, Any] | None, weights: str | None, settings: Sequence[tuple[str, Any]] = ()
+) -> dict[str, Any]:
+    """The configuration of a run, by the one rule for where a model's settings come from.
+
+    What the user sets comes first, then what the checkpoint knows (what difax stored with it, its config.json, its
+    tensors), then the configuration that is named; what none of them tells is the default.
+
+    Args:
+      base: of `load_config`, a configuration, or None for that of the checkpoint.
+      weights: the path of a checkpoint, or None for weights that are none of a file's.
+      settings: dotted ones, as `override` takes them.
+
+    Raises:
+      ValueError: settings, or a configuration, that the checkpoint's tensors contradict (both are named); a checkpoint
+        that needs a configuration and has none.
+    """
+    if base is None:
+        if weights is None:
+            raise ValueError("which configuration? Give --config NAME (see difax list configs)")
+        return override(checkpoint_config(weights, settings), settings)
+    named = load_config(base) if isinstance(base, str) else dict(base)
+    if weights is None or "model" not in named:
+        return override(named, settings)
+    own = [setting for setting in settings if setting[0].partition(".")[0] == "model"]
+    section = override(named, own)["model"]  # names and values are checked before the weights are looked at
+    return override({**named, "model": _agreed(weights, named["model"], section, own)}, settings)
+
+
+def _agreed(
+    path: str, named: Mapping[str, Any], section: Mapping[str, Any], own: Sequence[tuple[str, Any]]
+) -> dict[str, Any]:
+    """The section `model` of a configuration with what a checkpoint knows in place of what it says.
+
+    Args:
+      named: the section as the configuration has it; section: with the user's settings; own: those.
+    """
+    here, told = make("model", section), {key.partition(".")[2]: value for key, value in own}
+    if published_kind(path) is None:
+        stored = stored_model(path)
+    else:
+        given = {k: v for k, v in told.items() if k in UNSTORED}
+        found = recognise(path, fallback=settings_of(here), **without_preset(section["name"], given))
+        stored = {"name": found.kind, **found.geometry}
+    if stored is None:
+        return dict(named)
+    check_stored(path, stored, section["name"], here)
+    if stored["name"] not in REGISTRIES["model"]:
+        return dict(named)
+    knows, states = settings_of(make("model", stored)), settings_of(here)
+    for key in named.keys() & knows.keys() - set(FREE) - told.keys():
+        if knows[key] != states[key]:
+            raise ValueError(
+                f"{path}: model.{key} is {knows[key]} in the checkpoint, {states[key]} by the configuration; "
+                f"set model.{key} to choose"
+            )
+    kept = {k: v for k, v in stored.items() if k not in ("name", "dtype")}
+    if section["name"] != named.get("name"):
+        named = {"name": section["name"]}
+    return {**named, **kept}
+
+
 def checkpoint_config(path: str, settings: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
     """The configuration that a checkpoint brings along, or that its kind is sampled with.
 
@@ -124,39 +204,58 @@ def checkpoint_config(path: str, settings: Sequence[tuple[str, Any]] = ()) -> di
       settings: that are made afterwards; of a published checkpoint those of the model tell what the file does not.
 
     Raises:
-      ValueError: a checkpoint of no known kind, or one that says nothing of its model (what `difax convert` writes).
+      ValueError: a checkpoint of no known kind, or one that says nothing of its model (difax's weights that another
+        tool has written, or what an older `difax convert` wrote); the message says which configurations fit.
     """
     folder = pathlib.Path(path)
-    if (folder / "checkpoints").is_dir():
-        return read_run(folder)
     if not folder.exists():
         raise ValueError(f"{path}: no such file or folder")
-    metadata = {} if is_converted(path) else read_metadata(path)
-    if is_converted(path) or (metadata and "config" not in metadata):
-        raise ValueError(f"{path}: says nothing of its model; give its configuration, and this as the weights")
-    if metadata:
-        return metadata["config"]
-    told = {key.removeprefix("model."): value for key, value in settings if key.startswith("model.")}
-    kind, found = published(path, {key: value for key, value in told.items() if key in UNSTORED})
+    if is_run(path) and (folder / "config.json").is_file():
+        return _whole(folder / "config.json", read_run(folder))
+    kind = published_kind(path)
+    if kind is not None:
+        told = {key.removeprefix("model."): value for key, value in settings if key.startswith("model.")}
+        size = {"size": load_config(PUBLISHED[kind])["model"]["size"]}
+        given = without_preset(kind, {key: value for key, value in told.items() if key in UNSTORED})
+        found = recognise(path, kind, fallback=size, **given)
+        return _sampled_with(path, kind, found.geometry)
+    if not is_run(path) and not is_converted(path) and read_metadata(path).get("config") is not None:
+        return _whole(path, read_metadata(path)["config"])
+    stored = stored_model(path)
+    if stored is not None and stored["name"] in PUBLISHED:
+        return _sampled_with(path, stored["name"], {k: v for k, v in stored.items() if k != "name"})
+    raise ValueError(f"{path}: says nothing of its model; give its configuration by --config{_fitting(path)}")
+
+
+def _whole(path: Any, config: Any) -> dict[str, Any]:
+    if not isinstance(config, Mapping) or not isinstance(config.get("model"), Mapping):
+        raise ValueError(f"{path}: the configuration there has no section model")
+    return dict(config)
+
+
+def _sampled_with(path: str, kind: str, geometry: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that a published model is sampled with, of the geometry that its checkpoint has."""
+    model = cast(Model, make("model", {"name": kind, **geometry}))
     name = PUBLISHED[kind]
-    if kind == "flux" and not found.geometry["guidance_embedding"]:
+    if kind == "flux" and "guidance" not in model.cond:
         name = "flux_schnell"
-    if kind == "pixart" and found.model.cond["text"].shape[0] == 120:
+    if kind == "pixart" and model.cond["text"].shape[0] == 120:
         name = "pixart_alpha"
     config = load_config(name)
-    return {**config, "model": {"name": kind, **found.geometry, "dtype": config["model"]["dtype"]}}
+    return {**config, "model": {"name": kind, **geometry, "dtype": config["model"]["dtype"]}}
 
 
-def published(path: str, told: Mapping[str, Any]) -> tuple[str, Foreign]:
-    """The kind of a published checkpoint and what is known of it; a size that neither it nor the caller tells is that
-    of the configuration of its kind."""
-    kind = recognised_kind(path)
-    try:
-        return kind, recognise(path, kind, **told)
-    except ValueError:
-        if "size" in told:
-            raise
-        return kind, recognise(path, kind, **{"size": load_config(PUBLISHED[kind])["model"]["size"], **told})
+def _fitting(path: str) -> str:
+    """Which of difax's configurations have a model of the shapes of a file whose own one is lost, as words."""
+    if is_run(path) or is_converted(path):
+        return ""
+    shapes, fit = tensor_shapes(path), []
+    for name in config_names():
+        model = make("model", load_config(name)["model"])
+        spec = jax.tree.map(lambda a: a.shape, jax.eval_shape(model.init, jax.random.key(0)))
+        if flatten_dict(spec, sep="/") == shapes:
+            fit.append(name)
+    return f" (its tensors fit {', '.join(fit)})" if fit else " (its tensors fit none of those that difax brings along)"
 
 
 def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -189,10 +288,21 @@ def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dic
             before = config[section].get("name")
             same = isinstance(value, str) and before == value
             config[section] = {**(config[section] if same else {}), "name": value}
+        elif path == "model.variant" and config[section].get(key) != value:
+            # which gives what the factory would else be told one by one
+            preset = _presets(config[section].get("name"))
+            config[section] = {**{k: v for k, v in config[section].items() if k not in preset}, key: value}
         else:
             # `difax.registry.make` holds keys and values against the factory's signature when it is called
             config[section][key] = value
     return config
+
+
+def _presets(name: Any) -> set[str]:
+    """The arguments of a model's factory that its variants set: those without a default of their own."""
+    if not isinstance(name, str) or name not in REGISTRIES["model"]:
+        return set()
+    return {k for k, p in inspect.signature(REGISTRIES["model"][name]).parameters.items() if p.default is None}
 
 
 # single words for keys of sections, on the command line and in Python

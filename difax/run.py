@@ -24,7 +24,7 @@ from difax.build import (
     embedded_weights,
     find_weights,
 )
-from difax.config import checkpoint_config, config_names, keyword_settings, load_config, override, plain
+from difax.config import config_names, configuration, keyword_settings, load_config, override, plain
 from difax.core.annotations import Seed, check_value
 from difax.core.contracts import Params, Trace
 from difax.core.decisions import save_trace
@@ -277,7 +277,7 @@ class Run:
         Args:
           weights, settings: as `load` takes them.
         """
-        config = override(self.config, keyword_settings(settings))
+        config = configuration(self.config, _file(weights), keyword_settings(settings))
         new, old = config["model"], self.config["model"]
         whole = lambda section: {k: v for k, v in section.items() if k != "dtype"}  # noqa: E731
         if weights is not None or whole(new) != whole(old) or (new != old and not self._as_configured):
@@ -356,12 +356,19 @@ def load(
     path, given = weights, keyword_settings(settings)
     if isinstance(what, Mapping):
         config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in what.items()}
-    elif _is_checkpoint(os.fspath(what)):
-        what = os.fspath(what)
-        config, path = checkpoint_config(what, given), what if weights is None else weights
-    else:
-        config = load_config(os.fspath(what))
-    return _opened(override(config, given), path, seed)
+        return _opened(override(config, given), path, seed)
+    what, base = os.fspath(what), os.fspath(what)
+    if _is_checkpoint(what):
+        base = None if weights is None else configuration(None, what, given)
+        path = what if weights is None else weights
+    return _opened(configuration(base, _file(path), given), path, seed)
+
+
+def _file(weights: Any) -> str | None:
+    """The path that weights are named by; None for those that are no file's."""
+    if weights is None or weights == RANDOM or weights in embedded_weights():
+        return None
+    return os.fspath(weights)
 
 
 def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = None) -> Run:

@@ -130,8 +130,8 @@ def find_dit(path: str | os.PathLike, *, layout: str | None = None, **overrides:
     References: Peebles & Xie 2022, arXiv:2212.09748; Ma et al. (SiT) 2024, arXiv:2401.08740.
     """
     check_arguments("load_dit", overrides, {field.name for field in dataclasses.fields(DiTConfig)})
-    shapes = tensor_shapes(path)
     tables = {name: rules.table for name, rules in LAYOUTS.items()}
+    shapes = tensor_shapes(path, tables.values())
     layout = choose_layout(path, "a DiT", tables, shapes, layout)
     rules = LAYOUTS[layout]
     fields = {

@@ -19,6 +19,7 @@ from difax.weights.checkpoint import Source, nearest, tensor_shapes
 from difax.weights.published import (
     Foreign,
     Published,
+    Untold,
     check_arguments,
     choose_layout,
     dense,
@@ -166,7 +167,7 @@ def find_flux(path: str | os.PathLike, *, layout: str | None = None, **overrides
     References: Black Forest Labs 2024, https://github.com/black-forest-labs/flux.
     """
     check_arguments("load_flux", overrides, inspect.signature(flux).parameters)
-    shapes = tensor_shapes(path)
+    shapes = tensor_shapes(path, LAYOUTS.values())
     layout = choose_layout(path, "a FLUX", LAYOUTS, shapes, layout)
     fields = _geometry(path, layout_table(layout), shapes)
     if layout == "diffusers":
@@ -175,7 +176,9 @@ def find_flux(path: str | os.PathLike, *, layout: str | None = None, **overrides
     if "axes_dim" not in fields:
         k = fields["width"] // fields["heads"]
         if k != 128:
-            raise ValueError(f"{path}: the rotary sections of a head width of {k} are not stored; give axes_dim=...")
+            raise Untold(
+                f"{path}: the rotary sections of a head width of {k} are not stored; give axes_dim=...", "axes_dim"
+            )
         fields["axes_dim"] = (16, 56, 56)
     if fields.get("variant") is None and _published(fields):
         fields["variant"] = "dev" if fields["guidance_embedding"] else "schnell"

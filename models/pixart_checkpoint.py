@@ -100,7 +100,7 @@ def find_pixart(
     References: Chen et al. 2023, arXiv:2310.00426; Chen et al. 2024, arXiv:2403.04692.
     """
     check_arguments("load_pixart", overrides, {field.name for field in dataclasses.fields(PixArtConfig)})
-    shapes = tensor_shapes(path)
+    shapes = tensor_shapes(path, LAYOUTS.values())
     choose_layout(path, "a PixArt", LAYOUTS, shapes, layout)
     fields = _geometry(path, shapes)
     fields = {**fields, **_diffusers_config(path, fields), **overrides}

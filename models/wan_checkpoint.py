@@ -127,7 +127,7 @@ def find_wan(path: str | os.PathLike, *, layout: str | None = None, **overrides:
     References: Wan Team 2025, arXiv:2503.20314.
     """
     check_arguments("load_wan", overrides, {field.name for field in dataclasses.fields(WanConfig)})
-    shapes = tensor_shapes(path)
+    shapes = tensor_shapes(path, LAYOUTS.values())
     layout = choose_layout(path, "a Wan", LAYOUTS, shapes, layout)
     fields = {**_geometry(path, LAYOUTS[layout], shapes), **_config(path), **overrides}
     unknown = {"heads": "the number of attention heads", "size": "the latents' (frames, height, width)"}

@@ -1,19 +1,31 @@
 """`difax convert`: sharded safetensors to orbax, tensor by tensor, and what it refuses."""
 
+import functools
+import inspect
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from difax.build import load_weights, recognise
+from difax.build import build_setup, find_weights, load_weights, recognise, settings_of
 from difax.cli import main
-from difax.weights.convert import is_converted, load_converted
+from difax.config import configuration, load_config, override
+from difax.core.trunk import forward
+from difax.models import MODELS
+from difax.weights.conditions import random_conditions
+from difax.weights.convert import SETTINGS, _aside, check_target, converted_model, is_converted, load_converted
 from difax.weights.published import load_foreign, opened_parameters
+from tests.families import some
 
 GOLDEN = Path(__file__).parent / "golden"
 # the file of each model and layout, and what it does not tell
@@ -96,8 +108,6 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refuses_and_leaves_nothing(tmp_path, capsys, case):
-    import re
-
     drop, arguments, message = REFUSALS[case]
     (tmp_path / "src").mkdir()
     source = shard("dit_diffusers", tmp_path / "src", drop)
@@ -140,6 +150,226 @@ def test_a_parameter_is_read_layer_by_layer():
     with opened_parameters(file, found) as parameters:
         p = parameters["blocks/qkv/kernel"]
         assert (p.layers, p.shape) == (3, (3, 16, 48)) and p.read(1).shape == (16, 48)
+
+
+# ---- a converted folder carries what the reader learned -----------------------------------------------------------
+
+# every layout of every model: the golden file, and what it does not tell
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dit original": ("dit_original", {"heads": 4, "size": 8}),
+    "dit diffusers": ("dit_diffusers", {"heads": 4, "size": 8}),
+    "flux original": ("flux_original", {"size": (8, 12), "axes_dim": (2, 4, 4)}),
+    "flux diffusers": ("flux_diffusers", {"size": (8, 12), "axes_dim": (2, 4, 4)}),
+    "pixart alpha": ("pixart_alpha", {"heads": 2, "size": 16, "text_tokens": 6}),
+    "pixart sigma": ("pixart_sigma", {"heads": 2, "size": 16, "text_tokens": 6}),
+    "wan original": ("wan_original", {"heads": 2, "size": (2, 4, 4)}),
+    "wan diffusers": ("wan_diffusers", {"heads": 2, "size": (2, 4, 4)}),
+}
+
+
+def told(geometry: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(f"model.{key}", value) for key, value in geometry.items()]
+
+
+def opened(path: Any, settings: Sequence[tuple[str, Any]] = (), base: Any = None) -> Any:
+    """A checkpoint as every command opens it, in float32: (model, weights)."""
+    config = configuration(base, str(path), [*settings, ("model.dtype", "float32")])
+    found = find_weights(config, build_setup(config).model, str(path))
+    return found.model, found.params
+
+
+def answer(model: Any, params: Any) -> np.ndarray:
+    """The network's output for one random input."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, *model.input_shape)).astype(np.float32)
+    params = jax.tree.map(lambda a: np.asarray(a, np.float32), params)
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(functools.partial(forward, model))
+        out = run(params, x, np.full(1, 0.3 * 999, np.float32), random_conditions(model, 1))
+    return np.asarray(out)
+
+
+def check_same_network(one: Any, other: Any) -> None:
+    """Equal parameters, equal settings, and outputs within 1e-6 of the largest value."""
+    assert settings_of(one[0]) == settings_of(other[0]) and one[0].name == other[0].name
+    jax.tree.map(np.testing.assert_array_equal, one[1], other[1])
+    a, b = answer(*one), answer(*other)
+    assert np.abs(a).max() > 0 and np.abs(a - b).max() <= 1e-6 * np.abs(a).max()
+
+
+@pytest.mark.parametrize("case", some(SOURCES, "dit diffusers", "pixart sigma"))
+def test_what_is_converted_is_the_network_that_is_read(tmp_path, case):
+    name, geometry = SOURCES[case]
+    source = GOLDEN / f"{name}.safetensors"
+    flags = [f"--geometry={k}={v}" for k, v in geometry.items()]
+    assert main(["convert", str(source), str(tmp_path / "dst"), *flags]) == 0
+    kind = case.split()[0]
+    stored = converted_model(tmp_path / "dst")
+    arguments = set(inspect.signature(MODELS[kind]).parameters) - {"dtype"}
+    assert stored is not None and set(stored) == {"name", *arguments} and stored["name"] == kind
+    check_same_network(opened(tmp_path / "dst"), opened(source, told(geometry)))
+
+
+PIPELINES = Path(__file__).parents[2] / "shared" / "pipelines"
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("dit", {}),
+        ("flux_dev", {"size": (8, 8)}),
+        ("pixart_sigma", {"variant": "sigma"}),
+        ("wan21", {"size": (2, 8, 8)}),
+    ],
+)
+@pytest.mark.skipif(not PIPELINES.is_dir(), reason="the tiny pipelines are not there")
+def test_pipelines_convert_to_the_network_that_is_read(tmp_path, name, settings):
+    source = PIPELINES / name / "transformer"
+    flags = [f"--geometry={k}={v}" for k, v in settings.items()]
+    assert main(["convert", str(source), str(tmp_path / "dst"), *flags]) == 0
+    check_same_network(opened(tmp_path / "dst"), opened(source, told(settings)))
+
+
+def test_a_converted_folder_is_opened_with_a_configuration_of_its_kind_too(tmp_path):
+    file = str(GOLDEN / "dit_diffusers.safetensors")
+    target = str(tmp_path / "dst")
+    assert main(["convert", file, target, *DIT]) == 0
+    base = override(load_config("dit_imagenet"), [("model", None)])
+    base["model"] = {"name": "dit", "depth": 3, "width": 16, "heads": 4, "patch": 2, "classes": 5, "channels": 3}
+    base["model"]["learn_sigma"] = settings_of(opened(target)[0])["learn_sigma"]
+    base["model"]["channels"] = settings_of(opened(target)[0])["channels"]
+    base["model"]["classes"] = settings_of(opened(target)[0])["classes"]
+    check = settings_of(opened(target, base=base)[0])
+    assert (check["freq_shift"], check["mlp_norm_eps"], check["size"]) == (1, 1e-5, (8, 8))
+    # what is set explicitly comes first
+    check = settings_of(opened(target, [("model.size", 12), ("model.freq_shift", 0)], base)[0])
+    assert (check["freq_shift"], check["size"]) == (0, (12, 12))
+    # what contradicts the checkpoint is refused with both values
+    for key, value, words in (
+        ("heads", 8, r"model.heads is 4 in the checkpoint, 8 by the configuration"),
+        ("freq_shift", 0, r"model.freq_shift is 1 in the checkpoint, 0 by the configuration"),
+        ("width", 32, r"model.width is 16 in the checkpoint, 32 by the configuration"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            opened(target, base={**base, "model": {**base["model"], key: value}})
+    with pytest.raises(ValueError, match=r"model.width is 16 in the checkpoint, 32 by the configuration"):
+        opened(target, [("model.width", 32)], base)
+    with pytest.raises(ValueError, match=r"model.width is 16 in the checkpoint, 384 by the configuration"):
+        opened(target, [("model.variant", "S/2")])
+    with pytest.raises(ValueError, match="holds a dit; the configuration's model is pixart"):
+        opened(target, base="pixart_sigma")
+    # a folder of an older difax says nothing, and takes what the configuration says
+    (Path(target) / SETTINGS).unlink()
+    assert settings_of(opened(target, base=base)[0])["freq_shift"] == 0
+    with pytest.raises(ValueError, match="says nothing of its model; give its configuration by --config"):
+        opened(target)
+
+
+# ---- damage, and what is left behind -------------------------------------------------------------------------------
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {"missing": Path.unlink, "cut": _cut, "flipped": _flip, "empty": lambda file: file.write_bytes(b"")}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    target = tmp_path_factory.mktemp("converted") / "dst"
+    assert main(["convert", str(GOLDEN / "dit_diffusers.safetensors"), str(target), *DIT]) == 0
+    return target
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_in_every_file(tmp_path, converted, damage):
+    target = tmp_path / "dst"
+    files = sorted(f.relative_to(converted) for f in converted.rglob("*") if f.is_file())
+    assert len(files) > 40
+    files = files[:4] + files[5 :: 10 if damage == "flipped" else 25]  # of an array each file is like the next
+    for name in files:
+        shutil.copytree(converted, target)
+        DAMAGES[damage](target / name)
+        if name == Path(SETTINGS) and damage == "missing":
+            message = "says nothing of its model"
+        else:
+            message = re.escape(str(target / name))
+        with pytest.raises(ValueError, match=message):
+            opened(target)
+        shutil.rmtree(target)
+
+
+def test_an_older_folder_names_the_chunk_that_is_missing_or_damaged(tmp_path, converted):
+    spec = opened(converted)[1]
+    for name in ("blocks.qkv.kernel/1.0.0", "blocks.qkv.kernel/.zarray", "_METADATA", "ends.label/0.0"):
+        for damage in DAMAGES:
+            target = tmp_path / "dst"
+            shutil.copytree(converted, target)
+            (target / SETTINGS).unlink()
+            DAMAGES[damage](target / name)
+            if damage == "flipped" and name[0] in "be":  # without checksums not every flipped bit can be seen
+                shutil.rmtree(target)
+                continue
+            with pytest.raises(ValueError, match=re.escape(str(target))):
+                load_converted(target, spec)
+            shutil.rmtree(target)
+
+
+def test_what_a_killed_process_left_goes_at_the_next_start_and_a_live_ones_stays(tmp_path):
+    target = tmp_path / "dst"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = {pid: tmp_path / _aside(target, pid) for pid in (dead.pid, os.getppid())}
+    for left in (*names.values(), tmp_path / _aside(tmp_path / "other", dead.pid)):
+        (left / "weights").mkdir(parents=True)
+    check_target(target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [names[os.getppid()].name, _aside(tmp_path / "other", dead.pid)]
+    )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), OSError(28, "No space left on device")])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, capsys, error):
+    import difax.weights.convert as module
+
+    def stop(*arguments: Any) -> None:
+        assert any(tmp_path.iterdir())
+        raise error
+
+    monkeypatch.setattr(module, "_write_settings", stop)
+    arguments = ["convert", str(GOLDEN / "dit_diffusers.safetensors"), str(tmp_path / "dst"), *DIT]
+    try:
+        assert main(arguments) in (2, 130)
+    except SystemExit:
+        pass
+    assert not list(tmp_path.iterdir())
+    if isinstance(error, OSError):
+        assert "cannot be written (No space left on device)" in capsys.readouterr().err
+
+
+def test_targets_are_refused_before_the_source_is_read(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    rows = {
+        tmp_path / "file": "exists already",
+        tmp_path / "link": "exists already",
+        tmp_path / "file" / "dst": "does not exist or is not writable",
+        tmp_path / "none" / "dst": "does not exist or is not writable",
+        tmp_path / ("n" * 300): "name",
+        tmp_path / "nul\0": "null",
+    }
+    for target, words in rows.items():
+        assert main(["convert", str(tmp_path / "no.safetensors"), str(target)]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and "no.safetensors" not in error, error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
 
 
 MEMORY = """

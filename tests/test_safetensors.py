@@ -6,6 +6,7 @@ import tracemalloc
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -163,10 +164,6 @@ REFUSALS = {
         lambda t: t.update({"conv.bias": np.ones(4, np.int32)}),
         ["'conv.bias'", "is I32", "F32 or F16 or BF16"],
     ),
-    "mixed dtypes": (
-        lambda t: t.update({"layers.2.v.weight": np.ones((2, 4), np.float16)}),
-        ["'layers.2.v.weight' is F16", "'layers.0.q.weight'", "is F32"],
-    ),
     "unequal copies": (
         lambda t: t["layers.2.time"].__setitem__((0, 0), t["layers.0.time"][0, 0] + 0.5),
         ["'layers.2.time' must equal 'layers.0.time'", "differ by 0.5"],
@@ -275,6 +272,289 @@ def test_refuses_absent_paths_and_tables_of_another_model(tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match="ends/conv"):
         load_safetensors(tmp_path, {"ends": {"bias": SPEC["ends"]["bias"]}}, TABLE, LAYERS)
+
+
+# ---- what other tools do to a file ---------------------------------------------------------------------------------
+
+PREFIXES = [
+    "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "net.", "module.", "_orig_mod.", "ema.",
+    "module._orig_mod.", "model.module.net.", "state_dict.model.diffusion_model.", "some_tool.0.",
+]  # fmt: skip
+
+
+def prefixed(tensors, prefix):
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_common_prefix_is_dropped(tmp_path, prefix):
+    tensors = checkpoint()
+    save_file(prefixed(tensors, prefix), tmp_path / "a.safetensors")
+    check_loaded(load(tmp_path / "a.safetensors"), tensors)
+    assert tensor_shapes(tmp_path, [TABLE]) == {name: a.shape for name, a in tensors.items()}
+
+
+BESIDE = {
+    "first_stage_model.decoder.conv.weight": np.ones((2, 2), np.float32),
+    "vae.conv.bias": np.ones(4, np.float32),
+    "cond_stage_model.transformer.layers.0.q.weight": np.ones((5, 5), np.float32),
+    "text_encoders.t5xxl.layers.0.q.weight": np.ones((7, 7), np.int32),
+    "x": np.ones(1, np.int64),
+}
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "net."])
+def test_all_in_one(tmp_path, prefix):
+    """What lies outside of the network's prefix is left out; within it every tensor must have its place."""
+    file, tensors = tmp_path / "a.safetensors", checkpoint()
+    save_file(prefixed(tensors, prefix) | BESIDE, file)
+    check_loaded(load(file), tensors)
+    rows = {
+        "missing": ({n: a for n, a in tensors.items() if n != "conv.bias"}, "tensor 'conv.bias' .*is missing"),
+        "surplus": (tensors | {"conv.extra": np.ones(2, np.float32)}, "surplus tensor 'conv.extra'"),
+        "shape": (tensors | {"conv.bias": np.ones(5, np.float32)}, r"'conv.bias' .*wrong shape \(5,\)"),
+    }
+    for changed, words in rows.values():
+        save_file(prefixed(changed, prefix) | BESIDE, file)
+        with pytest.raises(ValueError, match=words):
+            load(file)
+    # two networks in one file: which one is not for the reader to choose
+    save_file(prefixed(tensors, "ema.") | prefixed(tensors, "model."), file)
+    with pytest.raises(ValueError, match="several networks, under 'ema.', 'model.'"):
+        load(file)
+    # without a prefix there is nothing that would tell the network from what lies beside it
+    save_file(tensors | BESIDE, file)
+    with pytest.raises(ValueError, match="surplus tensor 'cond_stage_model.transformer.layers.0.q.weight'"):
+        load(file)
+
+
+EIGHTHS = {"E4M3": ml_dtypes.float8_e4m3fn, "E5M2": ml_dtypes.float8_e5m2}
+WEIGHTS = [f"layers.{i}.{part}.weight" for i in range(3) for part in "qkv"]
+FP8 = {  # suffix, shape of the scale of a weight of two rows, dtype of the scale
+    "comfy": ("scale_weight", (), np.float32),
+    "compressed": ("weight_scale", (1,), ml_dtypes.bfloat16),
+    "inverse by name only": ("weight_scale_inv", (1,), np.float32),
+    "per row": ("weight_scale", (2,), np.float32),
+    "per row, kept": ("scale_weight", (2, 1), np.float16),
+}
+
+
+def eighths(tensors, kind, suffix=None, shape=(), dtype=np.float32):
+    """The file with its weights in fp8, and what they stand for."""
+    rng, wanted, written = np.random.default_rng(1), dict(tensors), dict(tensors)
+    for name in WEIGHTS:
+        written[name] = tensors[name].astype(EIGHTHS[kind])
+        wanted[name] = written[name].astype(np.float32)
+        if suffix:
+            scale = rng.uniform(0.5, 2, shape).astype(dtype)
+            written[name.removesuffix("weight") + suffix] = scale
+            scale = scale.astype(np.float32)
+            wanted[name] = wanted[name] * (scale.reshape(2, 1) if scale.size == 2 else scale.reshape(()))
+    return written, wanted
+
+
+@pytest.mark.parametrize("kind", EIGHTHS)
+@pytest.mark.parametrize("case", FP8)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_fp8_with_scales_is_value_times_scale(tmp_path, kind, case, prefix):
+    written, wanted = eighths(checkpoint(), kind, *FP8[case])
+    written["scaled_fp8"] = np.zeros(0, EIGHTHS[kind])
+    written |= {name.removesuffix("weight") + "scale_input": np.ones(1, np.float32) for name in WEIGHTS[:2]}
+    written |= {name.removesuffix("weight") + "input_scale": np.ones(1, np.float32) for name in WEIGHTS[2:4]}
+    written[WEIGHTS[5].removesuffix("weight") + "comfy_quant"] = np.frombuffer(b'{"format": "float8_e4m3fn"}', np.uint8)
+    save_file(prefixed(written, prefix), tmp_path / "a.safetensors")
+    params = load(tmp_path / "a.safetensors")
+    assert {str(a.dtype) for a in jax.tree.leaves(params)} == {"float32"}
+    check_loaded(params, wanted)
+    half = load(tmp_path / "a.safetensors", dtype="bfloat16")["blocks"]["qkv"]
+    np.testing.assert_array_equal(half, params["blocks"]["qkv"].astype("bfloat16"))
+
+
+@pytest.mark.parametrize("kind", EIGHTHS)
+@pytest.mark.parametrize("rest, one", [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32")])
+def test_fp8_without_scales_is_what_it_is(tmp_path, kind, rest, one):
+    tensors = {k: np.asarray(jnp.asarray(v, rest)) for k, v in checkpoint().items()}
+    written, wanted = eighths({k: v.astype(np.float32) for k, v in tensors.items()}, kind)
+    save_file({k: v if k in WEIGHTS else tensors[k] for k, v in written.items()}, tmp_path / "a.safetensors")
+    params = load(tmp_path / "a.safetensors")
+    assert {str(a.dtype) for a in jax.tree.leaves(params)} == {one}
+    check_loaded(jax.tree.map(lambda a: a.astype("float32"), params), wanted)
+
+
+def _scale(value, name="layers.1.k.scale_weight"):
+    return lambda t: t.update({name: np.asarray(value)})
+
+
+BAD_SCALES = {
+    "shape": (_scale(np.ones(3, np.float32)), ["'layers.1.k.scale_weight'", "shape (3,)", "2 rows"]),
+    "blocks": (_scale(np.ones((1, 2), np.float32)), ["shape (1, 2)"]),
+    "nan": (_scale(np.full((), np.nan, np.float32)), ["'layers.1.k.scale_weight'", "1 values that are not finite"]),
+    "inf": (_scale(np.full((1,), np.inf, np.float32)), ["not finite"]),
+    "integer": (_scale(np.ones((), np.int32)), ["is I32"]),
+    "two": (_scale(np.ones((), np.float32), "layers.1.k.weight_scale"), ["two scales", "weight_scale"]),
+    "of nothing": (_scale(np.ones((), np.float32), "layers.7.k.scale_weight"), ["surplus tensor"]),
+    "of a wide weight": (lambda t: t.update({"conv.scale_weight": np.ones((), np.float32)}), ["surplus tensor"]),
+    "unknown": (_scale(np.ones((), np.float32), "layers.1.k.scales"), ["surplus tensor 'layers.1.k.scales'"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SCALES)
+def test_refuses_scales(tmp_path, case):
+    edit, words = BAD_SCALES[case]
+    written, _ = eighths(checkpoint(), "E4M3", "scale_weight")
+    edit(written)
+    save_file(written, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "a.safetensors")
+    for word in ("a.safetensors", *words):
+        assert word in str(error.value)
+
+
+F16, BF16, F32, F64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
+MIXED = {  # which tensors have which dtype, the others bfloat16 -> the dtype of all
+    "one layer of a stack": (lambda n: n.startswith("layers.1.") and F32, F32),
+    "one part of a layer": (lambda n: n == "layers.2.v.weight" and F32, F32),
+    "biases": (lambda n: n.endswith("bias") and F32, F32),
+    "the other half": (lambda n: n.endswith("bias") and F16, F32),
+    "double": (lambda n: n.startswith("layers.1.q") and F64, F32),
+    "all double": (lambda n: F64, F32),
+    "all single": (lambda n: F32, F32),
+    "all half": (lambda n: F16, F16),
+    "all alike": (lambda n: False, BF16),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_several_dtypes_are_read_in_the_one_that_holds_them_all(tmp_path, case):
+    of, one = MIXED[case]
+    written = {name: a.astype(of(name) or BF16) for name, a in checkpoint().items()}
+    written |= {name: written["layers.0.time"].astype(a.dtype) for name, a in written.items() if "time" in name}
+    save_file(written, tmp_path / "a.safetensors")
+    params = load(tmp_path / "a.safetensors")
+    assert {a.dtype for a in jax.tree.leaves(params)} == {np.dtype(one)}
+    wanted = {name: a.astype(one).astype(np.float32) for name, a in written.items()}
+    check_loaded(jax.tree.map(lambda a: a.astype("float32"), params), wanted)
+    asked = load(tmp_path / "a.safetensors", dtype="bfloat16")
+    assert {str(a.dtype) for a in jax.tree.leaves(asked)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16, F64, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path, dtype, value):
+    tensors = checkpoint()
+    tensors["layers.1.k.weight"][1, 2] = value
+    tensors["layers.1.k.weight"] = tensors["layers.1.k.weight"].astype(dtype)
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a.safetensors: tensor 'layers.1.k.weight' holds 1 values .*finite, of 8"):
+        load(tmp_path / "a.safetensors")
+
+
+# ---- fake and hostile headers --------------------------------------------------------------------------------------
+
+
+def written(header, data=b"", length=None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def one(dtype="F32", shape=(1,), offsets=(0, 4), **more):
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
+
+
+HOSTILE = {
+    "length 2^60": (written({"w": one()}, bytes(4), 2**60), "truncated or damaged in its header"),
+    "length 2^64 - 1": (written({"w": one()}, bytes(4), 2**64 - 1), "truncated or damaged in its header"),
+    "length 0": (written(b"", bytes(4)), "not a safetensors file"),
+    "negative offsets": (written({"w": one(offsets=(-4, 0))}, bytes(4)), "no dtype, shape or place"),
+    "offsets in turn": (written({"w": one(offsets=(4, 0))}, bytes(4)), "no dtype, shape or place"),
+    "offsets beyond": (written({"w": one(offsets=(2**62, 2**62 + 4))}, bytes(4)), "truncated: tensor 'w'"),
+    "offsets of text": (written({"w": one(offsets=("0", "4"))}, bytes(4)), "no dtype, shape or place"),
+    "one offset": (written({"w": one(offsets=(0,))}, bytes(4)), "no dtype, shape or place"),
+    "overlap": (written({"v": one(), "w": one()}, bytes(4)), "tensor 'w' begins at byte"),
+    "gap": (written({"v": one(), "w": one(offsets=(8, 12))}, bytes(12)), "tensor 'w' begins at byte"),
+    "behind the end": (written({"w": one()}, bytes(9)), "the last tensor ends at byte"),
+    "other size": (written({"w": one(shape=(2,))}, bytes(4)), r"tensor 'w' of F32 \(2,\) has 4 bytes"),
+    "huge shape": (written({"w": one(shape=(2**40, 2**40))}, bytes(4)), "has 4 bytes"),
+    "negative shape": (written({"w": one(shape=(-1,))}, bytes(4)), "no dtype, shape or place"),
+    "shape of booleans": (written({"w": one(shape=(True,))}, bytes(4)), "no dtype, shape or place"),
+    "shape of floats": (written({"w": one(shape=(1.0,))}, bytes(4)), "no dtype, shape or place"),
+    "many axes": (written({"w": one(shape=(1,) * 50)}, bytes(4)), "no dtype, shape or place"),
+    "no dtype": (written({"w": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), "no dtype, shape or place"),
+    "tensor is a number": (written({"w": 3}, bytes(4)), "no dtype, shape or place"),
+    "a list": (written([1, 2]), "not a safetensors file"),
+    "a long name": (written({"w" * 100_000: one()}, bytes(4)), r"a tensor's name of 100000 letters \('wwww"),
+    "deep": (written(b'{"w":' * 50_000), "damaged in its header"),
+    "twice": (written(b'{"w":%s,"w":%s}' % ((json.dumps(one()).encode(),) * 2), bytes(4)), "'w' stands there twice"),
+    "binary": (written(b"{\xff\xfe\x00"), "damaged in its header"),
+    "metadata of numbers": (written({"__metadata__": {"difax": 3}, "w": one()}, bytes(4)), "__metadata__"),
+    "not wanted": (written({"w": one()}, bytes(4)), "'conv.weight' .*is missing"),
+    "four bits": (written({"w": one("F4", (8,))}, bytes(4)), "'conv.weight' .*is missing"),
+    "no tensor": (written({}), "'conv.weight' .*is missing"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_refuses_hostile_headers(tmp_path, case):
+    data, words = HOSTILE[case]
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=words) as error:
+        load(file)
+    assert "a.safetensors" in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_a_wanted_tensor_of_an_unknown_dtype_or_without_values_is_refused(tmp_path):
+    file = tmp_path / "a.safetensors"
+    for code, shape, words in (("F4", (4,), "is F4; expected F32"), ("F32", (0,), r"wrong shape \(0,\)")):
+        tensors = {n: a for n, a in checkpoint().items() if n != "conv.bias"}
+        save_file(tensors, file)
+        raw = file.read_bytes()
+        size = struct.unpack("<Q", raw[:8])[0]
+        end = len(raw) - 8 - size
+        header = json.loads(raw[8 : 8 + size]) | {"conv.bias": one(code, shape, (end, end + (2 if shape[0] else 0)))}
+        file.write_bytes(written(header, raw[8 + size :] + bytes(2 if shape[0] else 0)))
+        with pytest.raises(ValueError, match=words):
+            load(file)
+
+
+def _index(text):
+    def write(folder):
+        (folder / "m.safetensors.index.json").write_text(text if isinstance(text, str) else json.dumps(text))
+
+    return write
+
+
+INDICES = {
+    "to itself": ({"weight_map": {"a": "m.safetensors.index.json"}}, "shard 'm.safetensors.index.json' is not beside"),
+    "absolute": ({"weight_map": {"a": "/etc/passwd"}}, "shard '/etc/passwd' is not beside it"),
+    "above": ({"weight_map": {"a": "../a.safetensors"}}, "is not beside it"),
+    "nul": ({"weight_map": {"a": "a\0.safetensors"}}, "is not beside it"),
+    "long": ({"weight_map": {"a": "a" * 5000 + ".safetensors"}}, "is not beside it"),
+    "number": ({"weight_map": {"a": 3}}, "shard '3' is not beside it"),
+    "list": ({"weight_map": {"a": ["x"]}}, "not an index"),
+    "no table": ({"weight_map": [1]}, "not an index"),
+    "empty": ({"weight_map": {}}, "is empty"),
+    "deep": ("[" * 50_000, "not an index"),
+    "many shards": ({"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(300_000)}}, "is not beside it"),
+    "text": ("hello", "not an index"),
+    "huge": ('{"weight_map": {"a": "' + "b" * 2**25 + '"}}', "an index of .* bytes; allowed"),
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_refuses_hostile_indices(tmp_path, case):
+    text, words = INDICES[case]
+    _index(text)(tmp_path)
+    with pytest.raises(ValueError, match=words) as error:
+        load(tmp_path)
+    assert "m.safetensors.index.json" in str(error.value) and len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize("entry", ["[1]", "{", '"x"', "[" * 50_000])
+def test_refuses_damaged_metadata_of_our_own(tmp_path, entry):
+    save_file(checkpoint(), tmp_path / "a.safetensors", {"difax": entry})
+    with pytest.raises(ValueError, match="a.safetensors: what difax stored beside the weights is damaged"):
+        read_metadata(tmp_path)
 
 
 # ---- difax's own files -----------------------------------------------------------------------------------

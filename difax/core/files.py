@@ -56,3 +56,14 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
         with replacing(path) as aside:
             pathlib.Path(aside).write_text("".join(lines))
     return [from_data(json.loads(text)) for text in lines]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True

@@ -3,6 +3,13 @@
 Every refusal that a header allows comes before a weight is read; then tensors are read one at a time, so that
 a load needs the parameters themselves and one tensor more. A parameter is named by its path, such as
 'blocks/qkv/kernel'.
+
+What other tools do to a file is undone here, for every layout:
+  - names behind a common prefix (`model.diffusion_model.`, `module.`): the prefix is what has to be dropped for the
+    names to be the table's; tensors that lie outside of it (a VAE, text encoders) are left out;
+  - fp8 weights X.weight with their scale beside them, X.scale_weight, X.weight_scale or X.weight_scale_inv: value times
+    scale (the last is a factor too, despite its name);
+  - tensors of several floating dtypes: read in the one that holds them all.
 """
 
 from __future__ import annotations
@@ -10,12 +17,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
+import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,17 +32,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from difax.core.contracts import Params
 from difax.core.files import from_data
 
-FLOATS = ("F32", "F16", "BF16")
 # what safetensors calls the dtypes of parameters
-CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": jnp.bfloat16} | {
-    f"{kind.upper()}{8 * size}": f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)
-}
+FP8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": jnp.bfloat16, "F64": "float64", **FP8}
+CODES = (
+    FLOATS | {"BOOL": "bool"} | {f"{kind.upper()}{8 * size}": f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
+)
+# beside an fp8 tensor X.weight: X. and one of these
+SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
+UNUSED = ("scale_input", "input_scale", "comfy_quant")  # the scale of activations, a description of the format
+MARKER = "scaled_fp8"  # an empty tensor that says of a file that it has scales
+MOST_HEADER = 2**25  # bytes; FLUX.1's is 0.1 MB
+MOST_LETTERS = 512  # of a tensor's name
+MOST_DEPTH = 8  # parts of a prefix
 _METADATA = "difax"  # one entry: the library writes several in random order, and files should be reproducible
 
 
@@ -71,16 +88,45 @@ class Streamed:
 
 
 class _Tensor(NamedTuple):
+    """A tensor of a file; scale: the tensor that its values are to be multiplied by."""
+
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], np.ndarray]
+    begin: int
+    scale: _Tensor | None = None
+
+    def stored(self) -> np.ndarray:
+        """The values of the file."""
+        # not through a memory map, whose pages stay with the process: a conversion would hold the whole file
+        found = np.fromfile(self.file, np.dtype(CODES[self.dtype]), math.prod(self.shape), offset=self.begin)
+        if found.size != math.prod(self.shape):
+            raise ValueError(f"{self.file}: truncated within tensor {self.name!r}")
+        return found.reshape(self.shape)
+
+    def read(self) -> np.ndarray:
+        """The values times their scale (then in float32); ValueError for values that are not finite."""
+        found = _finite(self, self.stored())
+        if self.scale is None:
+            return found
+        scale = _finite(self.scale, self.scale.stored()).astype(np.float32)
+        return found.astype(np.float32) * scale.reshape((-1,) + (1,) * (len(self.shape) - 1))
 
 
-def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors at `path` (as `load_safetensors` takes it), from the headers alone."""
-    with _opened(path) as tensors:
-        return {name: t.shape for name, t in tensors.items()}
+def tensor_shapes(path: str | os.PathLike, tables: Iterable[Mapping[str, Source]] = ()) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors at `path` (as `load_safetensors` takes it), from the headers alone.
+
+    Args:
+      tables: layouts, one of which is the file's; then what they know is named as they name it: without a prefix,
+        without what lies outside of it and without scales.
+
+    Raises:
+      ValueError: no, truncated or damaged file; two networks under different prefixes.
+    """
+    tensors = _opened(path)
+    best = max(tables, key=lambda table: network_prefix(tensors, _keys(table))[0], default=None)
+    return {name: t.shape for name, t in (tensors if best is None else _network(path, tensors, _keys(best))).items()}
 
 
 def load_safetensors(
@@ -100,17 +146,19 @@ def load_safetensors(
       layers: how many values each placeholder takes, e.g. {"layer": 28}.
       constants: tensors that the file may hold and the model computes itself (fixed positions); each must
         agree within 1e-5, or within the rounding of the file's half precision.
-      dtype: floating dtype of the result; None keeps the file's.
+      dtype: floating dtype of the result; None keeps the file's: where it has several the one that holds them all
+        (float32 for bfloat16 beside float16 or float32, for fp8 with scales and for float64; bfloat16 for fp8 alone).
 
     Returns:
       A nested dict of jax arrays like `spec`.
 
     Raises:
       ValueError: no, truncated or foreign file; missing, surplus, wrongly shaped or typed tensor; copies or
-        constants that differ. The message names the file, the tensor, what was found and what was expected.
+        constants that differ; values that are not finite. The message names the file, the tensor, what was found and
+        what was expected.
     """
     with opened_safetensors(path, spec, table, layers or {}, constants or {}, dtype) as parameters:
-        return unflatten_dict({p: jnp.asarray(_whole(parameter)) for p, parameter in parameters.items()}, sep="/")
+        return _read_all(parameters)
 
 
 @contextlib.contextmanager
@@ -121,19 +169,35 @@ def opened_safetensors(
     layers: Mapping[str, int],
     constants: Mapping[str, np.ndarray],
     dtype: Any,
+    each: bool = False,
 ) -> Iterator[dict[str, Streamed]]:
-    """The parameters of a checkpoint by path, checked as `load_safetensors` does, and not read yet."""
+    """The parameters of a checkpoint by path, checked as `load_safetensors` does, and not read yet.
+
+    Args:
+      each: without a dtype, every parameter has its own, and not all of them one.
+    """
     wanted: dict[str, Any] = dict(flatten_dict(spec, sep="/"))
     if set(wanted) != set(table):
         raise ValueError(f"the layout table and the model differ in {sorted(set(wanted) ^ set(table))}")
     rows = {p: _expand(source, layers) for p, source in table.items()}
-    with _opened(path) as tensors:
-        _check_names(path, tensors, rows, constants)
-        for p, row in rows.items():
-            _check_tensors(p, table[p], wanted[p], row, tensors)
-        for name in tensors.keys() & constants.keys():
-            _check_constant(name, tensors[name], constants[name])
-        yield {p: _streamed(p, table[p], wanted[p].shape, row, tensors, dtype) for p, row in rows.items()}
+    tensors = _network(path, _opened(path), _keys(table))
+    _check_names(path, tensors, rows, constants)
+    for p, row in rows.items():
+        _check_tensors(p, table[p], wanted[p], row, tensors)
+    for name in tensors.keys() & constants.keys():
+        _check_constant(name, tensors[name], constants[name])
+    floats = {p for p in rows if jnp.issubdtype(wanted[p].dtype, jnp.floating)}
+    alike = [{p} for p in floats] if each else [floats]
+    dtypes = {p: wanted[p].dtype for p in rows} | {
+        p: dtype or _holds_all(tensors[name] for q in some for names in rows[q] for name in names)
+        for some in alike
+        for p in some
+    }
+    yield {p: _streamed(table[p], wanted[p].shape, row, tensors, dtypes[p]) for p, row in rows.items()}
+
+
+def _read_all(parameters: Mapping[str, Streamed]) -> Params:
+    return unflatten_dict({p: jnp.asarray(_whole(parameter)) for p, parameter in parameters.items()}, sep="/")
 
 
 def _whole(parameter: Streamed) -> np.ndarray:
@@ -151,15 +215,20 @@ def load_native(path: str | os.PathLike, spec: Params) -> Params:
     Raises:
       ValueError: as `load_safetensors`.
     """
-    return load_safetensors(path, spec, {p: Source((p,)) for p in flatten_dict(spec, sep="/")})
+    table = {p: Source((p,)) for p in flatten_dict(spec, sep="/")}
+    with opened_safetensors(path, spec, table, {}, {}, None, each=True) as parameters:
+        return _read_all(parameters)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """What `save_safetensors` stored beside the parameters; {} for a file of another project."""
     found: dict[str, Any] = {}
     for file, _ in _files(path):
-        with _safe_open(file) as handle:
-            found |= from_data(json.loads((handle.metadata() or {}).get(_METADATA, "{}")))
+        metadata = _header(file)[1].get(_METADATA, "{}")
+        try:
+            found |= from_data(json.loads(metadata))
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"{file}: what difax stored beside the weights is damaged (no JSON object)") from None
     return found
 
 
@@ -207,7 +276,8 @@ def check_shapes(where: str, params: Params, spec: Params) -> None:
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
     """The allowed name that looks most like `name`, if any does."""
-    return next(iter(difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.4)), None)
+    some = list(itertools.islice(allowed, 10_000))
+    return next(iter(difflib.get_close_matches(name, some, n=1, cutoff=0.4)), None)
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -216,96 +286,237 @@ def nearest(name: str, allowed: Iterable[str]) -> str | None:
 def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
     """The files of a checkpoint, each with the names that the index promises in it (None: no index)."""
     path = Path(path)
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            names = ", ".join(f.name for f in found) or "none"
-            raise ValueError(f"{path}: expected one .safetensors file or one index in the folder; found {names}")
-        path = found[0]
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if path.suffix != ".json":
-        return [(path, None)]
     try:
-        where = json.loads(path.read_text())["weight_map"]
+        if path.is_dir():
+            found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+            if len(found) != 1:
+                names = ", ".join(f.name for f in found[:10]) or "none"
+                raise ValueError(f"{path}: expected one .safetensors file or one index in the folder; found {names}")
+            path = found[0]
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        if path.suffix != ".json":
+            return [(path, None)]
+        if path.stat().st_size > MOST_HEADER:
+            raise ValueError(f"{path}: an index of {path.stat().st_size} bytes; allowed: up to {MOST_HEADER}")
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    try:
+        where = json.loads(text)["weight_map"]
         shards: dict[str, set[str]] = {}
         for name, file in where.items():
-            shards.setdefault(str(file), set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shards.setdefault(file, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not an index of a sharded checkpoint (no 'weight_map')") from error
     for file in shards:
-        if Path(file).name != file or not (path.parent / file).is_file():
-            raise ValueError(f"{path}: its shard {file!r} is not beside it")
+        if not isinstance(file, str) or not file.endswith(".safetensors") or not _beside(path, file):
+            raise ValueError(f"{path}: its shard {str(file)[:MOST_LETTERS]!r} is not beside it")
+    if not shards:
+        raise ValueError(f"{path}: its 'weight_map' is empty")
     return [(path.parent / file, names) for file, names in sorted(shards.items())]
 
 
-def _safe_open(file: Path) -> Any:
+def _beside(path: Path, file: str) -> bool:
     try:
-        return safe_open(file, framework="numpy")
+        return Path(file).name == file and (path.parent / file).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _header(file: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+    """The tensors and the metadata that a safetensors file's header tells, all of it checked.
+
+    Raises:
+      ValueError: no safetensors file, a truncated one, or one whose header is not of the format: the tensors' bytes
+        must follow each other without gap or overlap to the end of the file.
+    """
+    try:
+        with file.open("rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            start = f.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            begins = f.read(1)
+            text = begins + f.read(min(length, MOST_HEADER) - 1) if length and begins == b"{" else b""
     except OSError as error:
-        raise ValueError(f"{file}: {error}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{file}: {_diagnose(file, error)}") from error
-
-
-def _diagnose(file: Path, error: Exception) -> str:
-    """Why safetensors refused a file, with the first tensor that a truncation hits."""
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        start, text = f.read(8), f.read(1)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if text == b"{":
-            text += f.read(min(length, size) - 1)
-    if not text.startswith(b"{"):
+        raise ValueError(f"{file}: {error.strerror or error}") from None
+    if not text:
         if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-            return (
-                "a PyTorch pickle; only safetensors files are read. Convert it where torch is installed: "
+            raise ValueError(
+                f"{file}: a PyTorch pickle; only safetensors files are read. Convert it where torch is installed: "
                 "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'x.safetensors')"
             )
-        return f"not a safetensors file ({size} bytes; {error})"
+        raise ValueError(f"{file}: not a safetensors file ({size} bytes)")
+    if length > MOST_HEADER and size >= length:
+        raise ValueError(f"{file}: a header of {length} bytes; allowed: up to {MOST_HEADER}")
     try:
-        header = json.loads(text)
-        ends = sorted((v["data_offsets"][1], k) for k, v in header.items() if k != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"truncated or damaged in its header ({size} bytes, header of {length}; {error})"
-    base = 8 + length
-    cut = next((f"tensor {k!r} ends at byte {base + end}" for end, k in ends if base + end > size), None)
-    return f"truncated: {cut}, the file at {size}" if cut else f"damaged ({error})"
+        header = dict(json.loads(text, object_pairs_hook=_once))
+    except (ValueError, TypeError, RecursionError) as error:
+        twice = f"; {error}" if isinstance(error, _Twice) else ""
+        raise ValueError(
+            f"{file}: truncated or damaged in its header ({size} bytes, header of {length}{twice})"
+        ) from None
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"{file}: damaged in its header (__metadata__ is no table of texts)")
+    tensors, ends = {}, []
+    for name, said in header.items():
+        tensors[name], end = _entry(file, name, said, 8 + length)
+        ends.append((tensors[name].begin, end, name))
+    ends.sort()
+    cut = next(((end, name) for _, end, name in ends if end > size), None)
+    if cut:
+        raise ValueError(f"{file}: truncated: tensor {cut[1]!r} ends at byte {cut[0]}, the file at {size}")
+    before = 8 + length
+    for begin, end, name in ends:
+        if begin != before:
+            raise ValueError(f"{file}: damaged: tensor {name!r} begins at byte {begin}, expected {before}")
+        before = end
+    if before != size:
+        raise ValueError(f"{file}: damaged: the last tensor ends at byte {before}, the file at {size}")
+    return tensors, metadata
 
 
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[dict[str, _Tensor]]:
-    with contextlib.ExitStack() as stack:
-        tensors: dict[str, _Tensor] = {}
-        for file, promised in _files(path):
-            handle = stack.enter_context(_safe_open(file))
-            names = set(handle.keys())
-            for name in sorted(names ^ promised) if promised is not None else ():
-                fault = "lacks" if name not in names else "holds, unknown to its index,"
-                raise ValueError(f"{file}: this shard {fault} tensor {name!r}")
-            begins = _begins(file)
-            for name in names:
-                view = handle.get_slice(name)
-                shape, dtype = tuple(view.get_shape()), view.get_dtype()
-                if dtype in CODES:
-                    read = partial(_read_tensor, file, shape, dtype, begins[name])
-                else:
-                    read = partial(handle.get_tensor, name)
-                tensors[name] = _Tensor(file, shape, dtype, read)
-        yield tensors
+class _Twice(ValueError):
+    """A name that stands twice in a JSON object."""
 
 
-def _begins(file: Path) -> dict[str, int]:
-    """Where each tensor of a file that safetensors has accepted begins."""
-    with file.open("rb") as f:
-        length = struct.unpack("<Q", f.read(8))[0]
-        header = json.loads(f.read(length))
-    return {name: 8 + length + v["data_offsets"][0] for name, v in header.items() if name != "__metadata__"}
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise _Twice(f"{twice[:MOST_LETTERS]!r} stands there twice")
+    return found
 
 
-def _read_tensor(file: Path, shape: tuple[int, ...], dtype: str, begin: int) -> np.ndarray:
-    # not through the library's memory map, whose pages stay with the process: a conversion would hold the whole file
-    return np.fromfile(file, np.dtype(CODES[dtype]), math.prod(shape), offset=begin).reshape(shape)
+def _entry(file: Path, name: str, said: Any, base: int) -> tuple[_Tensor, int]:
+    """One tensor of a header and where it ends."""
+    if len(name) > MOST_LETTERS:
+        raise ValueError(
+            f"{file}: a tensor's name of {len(name)} letters ({name[:20]!r}...); allowed: up to {MOST_LETTERS}"
+        )
+    count = lambda n: type(n) is int and 0 <= n < 2**63  # noqa: E731
+    try:
+        dtype, shape, (begin, end) = str(said["dtype"]), [*said["shape"]], said["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        dtype, shape, begin, end = "", [], -1, -1
+    if not (dtype and len(dtype) < 20 and len(shape) <= 16 and all(map(count, [*shape, begin, end])) and begin <= end):
+        raise ValueError(f"{file}: damaged in its header: tensor {name!r} has no dtype, shape or place that make sense")
+    if dtype in CODES and math.prod(shape) * np.dtype(CODES[dtype]).itemsize != end - begin:
+        raise ValueError(
+            f"{file}: damaged in its header: tensor {name!r} of {dtype} {tuple(shape)} has {end - begin} bytes"
+        )
+    return _Tensor(file, name, tuple(shape), dtype, base + begin), base + end
+
+
+def _opened(path: str | os.PathLike) -> dict[str, _Tensor]:
+    """The tensors of a checkpoint by name, of all its shards."""
+    tensors: dict[str, _Tensor] = {}
+    for file, promised in _files(path):
+        here = _header(file)[0]
+        for name in sorted(here.keys() ^ promised) if promised is not None else ():
+            fault = "lacks" if name not in here else "holds, unknown to its index,"
+            raise ValueError(f"{file}: this shard {fault} tensor {name[:MOST_LETTERS]!r}")
+        tensors |= here
+    return tensors
+
+
+# ---- what other tools do to names and values ---------------------------------------------------------------
+
+_NUMBER = re.compile(r"\{\w+\}|\d+")
+
+
+def name_pattern(name: str) -> str:
+    """A tensor's name, or a layout table's, whatever the numbers in it."""
+    return _NUMBER.sub("#", name)
+
+
+def network_prefix(names: Iterable[str], keys: Iterable[str]) -> tuple[int, str, list[str]]:
+    """What has to be dropped from the names of a file for most of them to be names of a layout.
+
+    Args:
+      names: of the file's tensors. keys: of the layout, with placeholders.
+
+    Returns:
+      (how many names are the layout's then, the prefix, all prefixes that do as well); a prefix ends with a dot or is
+      empty, and the shortest comes first.
+    """
+    patterns, counts = {name_pattern(key) for key in keys}, Counter()
+    for name in names:
+        parts = name.split(".")
+        for i in range(min(len(parts), MOST_DEPTH)):
+            if name_pattern(".".join(parts[i:])) in patterns:
+                counts["".join(f"{part}." for part in parts[:i])] += 1
+    most = max(counts.values(), default=0)
+    best = sorted((p for p, n in counts.items() if n == most), key=lambda p: (len(p), p)) or [""]
+    return most, best[0], best
+
+
+def _keys(table: Mapping[str, Source]) -> set[str]:
+    return {key for source in table.values() for key in source.keys}
+
+
+def _network(path: Any, tensors: Mapping[str, _Tensor], keys: set[str]) -> dict[str, _Tensor]:
+    """The tensors of the network that a layout describes, named as it names them, with their scales."""
+    count, prefix, others = network_prefix(tensors, keys)
+    if prefix and len(others) > 1 and count >= len({name_pattern(key) for key in keys}):
+        found = ", ".join(repr(p) for p in others[:5])
+        raise ValueError(f"{path}: holds several networks, under {found}; allowed: a file of one of them")
+    inside = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+    scaled = dict(inside)
+    eighths = {name for name, t in inside.items() if t.dtype in FP8}
+    if eighths:
+        scaled.pop(MARKER, None)
+    for name in eighths:
+        base = name.removesuffix("weight")
+        if base == name:
+            continue
+        beside = [base + suffix for suffix in SCALES if base + suffix in inside]
+        if len(beside) > 1:
+            raise ValueError(
+                f"{inside[name].file}: tensor {inside[name].name!r} has two scales, {' and '.join(map(repr, beside))}"
+            )
+        for other in (*beside, *(base + suffix for suffix in UNUSED)):
+            scaled.pop(other, None)
+        if beside:
+            scaled[name] = inside[name]._replace(scale=_checked_scale(inside[beside[0]], inside[name]))
+    return scaled
+
+
+def _checked_scale(scale: _Tensor, weight: _Tensor) -> _Tensor:
+    """The scale of an fp8 tensor: one number, or one for each row."""
+    rows = weight.shape[:1]
+    allowed = {(), (1,), (1, 1), rows, rows + (1,) * (len(weight.shape) - 1)}
+    if scale.shape not in allowed:
+        raise ValueError(
+            f"{scale.file}: scale {scale.name!r} of tensor {weight.name!r} has the shape {scale.shape}; allowed: one "
+            f"number, or one for each of the {weight.shape[0] if rows else 1} rows"
+        )
+    if scale.dtype not in FLOATS or scale.dtype in FP8:
+        raise ValueError(f"{scale.file}: scale {scale.name!r} is {scale.dtype}; expected F32 or F16 or BF16 or F64")
+    _finite(scale, scale.stored())
+    return scale
+
+
+def _finite(tensor: _Tensor, values: np.ndarray) -> np.ndarray:
+    if tensor.dtype == "BF16":  # by its bits, which is many times quicker
+        bad = (values.view(np.uint16) & 0x7F80) == 0x7F80
+    elif tensor.dtype in FLOATS:
+        bad = ~np.isfinite(values)
+    else:
+        return values
+    if bad.any():
+        raise ValueError(
+            f"{tensor.file}: tensor {tensor.name!r} holds {int(bad.sum())} values that are not finite, of {bad.size}"
+        )
+    return values
+
+
+def _holds_all(tensors: Iterable[_Tensor]) -> Any:
+    """The floating dtype that holds the values of all tensors; float64 counts as float32, in which networks compute."""
+    kinds = {"F32" if t.scale is not None or t.dtype == "F64" else t.dtype for t in tensors}
+    kinds = kinds - FP8.keys() or {"BF16"}  # the halves hold every value of fp8
+    return FLOATS[kinds.pop()] if len(kinds) == 1 else "float32"
 
 
 # ---- checks and assembly -----------------------------------------------------------------------------------
@@ -378,10 +589,10 @@ def _check_tensors(p: str, source: Source, want: Any, row: list[list[str]], tens
     axes = source.axes or tuple(range(len(parts[0])))
     unfolded = len(axes) == len(parts[0])
     kind = np.dtype(want.dtype)
-    # any of the three floats serves a float parameter; an integer one must be exactly what it is
+    # any float serves a float parameter; an integer one must be exactly what it is
     codes = FLOATS if jnp.issubdtype(kind, jnp.floating) else (f"{kind.kind.upper()}{8 * kind.itemsize}",)
     for name, part in ((name, part) for names in row for name, part in zip(names, parts, strict=True)):
-        file, shape, dtype, _ = tensors[name]
+        file, shape, dtype = tensors[name].file, tensors[name].shape, tensors[name].dtype
         expected = tuple(part[axes.index(i)] for i in range(len(axes))) if unfolded else None
         if expected is None:
             fits = len(shape) == len(axes) and math.prod(shape) == math.prod(part)
@@ -393,11 +604,6 @@ def _check_tensors(p: str, source: Source, want: Any, row: list[list[str]], tens
             raise ValueError(f"{file}: tensor {name!r} (for {p}) has the wrong shape {shape}; expected {allowed}")
         if dtype not in codes:
             raise ValueError(f"{file}: tensor {name!r} (for {p}) is {dtype}; expected {' or '.join(codes)}")
-        if dtype != tensors[row[0][0]].dtype:
-            raise ValueError(
-                f"{file}: tensor {name!r} is {dtype}, but {row[0][0]!r} of the same parameter {p} is "
-                f"{tensors[row[0][0]].dtype}"
-            )
 
 
 def _check_constant(name: str, tensor: _Tensor, expected: np.ndarray) -> None:
@@ -405,8 +611,10 @@ def _check_constant(name: str, tensor: _Tensor, expected: np.ndarray) -> None:
         raise ValueError(
             f"{tensor.file}: tensor {name!r} has the wrong shape {tensor.shape}; expected {expected.shape}"
         )
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{tensor.file}: tensor {name!r} is {tensor.dtype}; expected {' or '.join(FLOATS)}")
     found = tensor.read()
-    tolerance = 1e-5 if tensor.dtype == "F32" else float(jnp.finfo(found.dtype).eps)
+    tolerance = max(1e-5, float(jnp.finfo(CODES[tensor.dtype]).eps) if tensor.dtype != "F32" else 0)
     difference = float(np.abs(found.astype(np.float32) - expected).max())
     if not difference <= tolerance:
         raise ValueError(
@@ -416,15 +624,13 @@ def _check_constant(name: str, tensor: _Tensor, expected: np.ndarray) -> None:
 
 
 def _streamed(
-    p: str,
     source: Source,
     shape: tuple[int, ...],
     row: list[list[str]],
     tensors: Mapping[str, _Tensor],
     dtype: Any,
 ) -> Streamed:
-    parts = _parts(p, source, shape)
-    stored = np.dtype(dtype or CODES[tensors[row[0][0]].dtype])
+    parts, stored = _parts("", source, shape), np.dtype(dtype)
 
     def read(layer: int | None) -> np.ndarray:
         if source.shared:
@@ -447,10 +653,12 @@ def _streamed(
 
 
 def _check_copies(names: list[str], tensors: Mapping[str, _Tensor]) -> None:
+    """Raises ValueError where the copies of one tensor differ, in the coarser dtype of two."""
     first = tensors[names[0]].read()
     for name in names[1:]:
         copy = tensors[name].read()
-        if not np.array_equal(copy, first):
+        coarser = max(first.dtype, copy.dtype, key=lambda dtype: float(jnp.finfo(dtype).eps))
+        if not np.array_equal(copy.astype(coarser), first.astype(coarser)):
             difference = np.abs(copy.astype(np.float32) - first.astype(np.float32)).max()
             raise ValueError(
                 f"{tensors[name].file}: tensor {name!r} must equal {names[0]!r} (one embedder, "

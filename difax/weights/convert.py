@@ -6,13 +6,18 @@ of the file in memory, however large the model.
 
 from __future__ import annotations
 
+import concurrent.futures
+import json
 import os
 import pathlib
 import shutil
+import socket
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -20,6 +25,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import future, type_handlers
 
 from difax.core.contracts import Params
+from difax.core.files import is_alive, read_json
 from difax.weights.checkpoint import Streamed
 from difax.weights.published import Foreign, opened_parameters
 
@@ -68,41 +74,88 @@ def _checkpointer(streaming: bool) -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=_CONCURRENT_GB, use_ocdbt=False, **more))
 
 
+SETTINGS = "difax.json"
+
+
+def check_target(target: str | os.PathLike) -> pathlib.Path:
+    """The absolute path of a folder that `convert` may make; what dead processes left of it is removed.
+
+    Raises:
+      ValueError: a target that exists, or whose folder does not exist or cannot be written.
+    """
+    path = pathlib.Path(target).absolute()
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that no folder can have
+        raise ValueError(f"{str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+    else:
+        raise ValueError(f"{path}: exists already; allowed: a folder that does not exist yet")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: the folder {path.parent} does not exist or is not writable")
+    remove_stale(path)
+    return path
+
+
+def _aside(target: pathlib.Path, pid: int | None = None) -> str:
+    """The name of the folder in which a process makes a target, or the pattern of those of all on this machine."""
+    short = f"{zlib.crc32(os.fsencode(target.name)):08x}"
+    return f".difax-{short}-{socket.gethostname()[:60]}-{'*' if pid is None else pid}.part"
+
+
+def remove_stale(target: pathlib.Path) -> None:
+    """Removes what processes that were killed on this machine left of a target."""
+    for left in target.parent.glob(_aside(target)):
+        pid = left.name.removesuffix(".part").rpartition("-")[2]
+        if pid.isdigit() and not is_alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def convert(path: str | os.PathLike, target: str | os.PathLike, found: Foreign, dtype: Any = None) -> dict[str, Any]:
-    """Writes the parameters of a checkpoint of another project as an orbax checkpoint.
+    """Writes the parameters of a checkpoint of another project as an orbax checkpoint, with what is known of its model.
+
+    Beside the arrays lies `difax.json`: {"model": the model's name and every argument of its factory, "files": size and
+    checksum of each file}.
 
     Args:
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
       target: a folder that does not exist yet; it appears whole or not at all.
       found: the model and the layout table of the file.
-      dtype: floating dtype of the result; None keeps the file's.
+      dtype: floating dtype of the result; None keeps the file's, or the one that holds all of them.
 
     Returns:
       {"parameters", "tensors", "bytes", "largest_tensor_bytes"}.
 
     Raises:
-      ValueError: a target that exists or cannot be written; everything that `load_safetensors` refuses, before
-        anything is written.
+      ValueError: a target that exists or cannot be written, before anything is read; everything that
+        `load_safetensors` refuses.
     """
-    target = pathlib.Path(target).absolute()
-    if target.exists():
-        raise ValueError(f"{target}: exists already; allowed: a folder that does not exist yet")
-    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise ValueError(f"{target}: the folder {target.parent} does not exist or is not writable")
+    target = check_target(target)
     with opened_parameters(path, found, dtype) as parameters:
-        tree = unflatten_dict(parameters, sep="/")
-        aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            with _checkpointer(streaming=True) as checkpointer:
-                checkpointer.save(aside, tree)
-            os.replace(aside, target)
-        except OSError as error:
-            raise ValueError(f"{target}: cannot be written ({error.strerror or error})") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
         sizes = [int(np.prod(p.shape)) for p in parameters.values()]
         each = [p.dtype.itemsize * s // (p.layers or 1) for p, s in zip(parameters.values(), sizes, strict=True)]
-        total = sum(p.dtype.itemsize * s for p, s in zip(parameters.values(), sizes, strict=True))
+        total = sum(p.nbytes for p in parameters.values())
+        free = shutil.disk_usage(target.parent).free
+        if total > free:
+            raise ValueError(f"{target}: needs {total} bytes, {free} are free there")
+        aside = target.with_name(_aside(target, os.getpid()))
+        made = aside / "weights"  # orbax writes beside it first
+        try:
+            aside.mkdir()
+            with _checkpointer(streaming=True) as checkpointer:
+                checkpointer.save(made, unflatten_dict(parameters, sep="/"))
+            _write_settings(made, found)
+            os.replace(made, target)
+        except OSError as error:
+            raise ValueError(f"{target}: cannot be written ({error.strerror or error})") from None
+        except ValueError as error:
+            # a full disk reaches here as tensorstore's own error
+            if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+                raise ValueError(f"{target}: cannot be written (no space left on the device)") from None
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
         return {
             "parameters": sum(sizes),
             "tensors": sum(p.layers or 1 for p in parameters.values()),
@@ -111,9 +164,93 @@ def convert(path: str | os.PathLike, target: str | os.PathLike, found: Foreign, 
         }
 
 
+def _write_settings(folder: pathlib.Path, found: Foreign) -> None:
+    files = {str(f.relative_to(folder)): f for f in sorted(folder.rglob("*")) if f.is_file()}
+    sums = {name: [f.stat().st_size, _checksum(f)] for name, f in files.items()}
+    content: dict[str, Any] = {"files": sums}
+    if found.kind:
+        content["model"] = {"name": found.kind, **{k: v for k, v in found.geometry.items() if k != "dtype"}}
+    text = json.dumps(content, sort_keys=True)
+    (folder / SETTINGS).write_text(json.dumps({"difax": content, "checksum": zlib.crc32(text.encode())}, indent=1))
+
+
+def _checksum(file: pathlib.Path) -> int:
+    found = 0
+    with file.open("rb") as f:
+        while block := f.read(2**22):
+            found = zlib.crc32(block, found)
+    return found
+
+
 def is_converted(path: str | os.PathLike) -> bool:
     """Whether a folder is an orbax checkpoint of parameters."""
-    return (pathlib.Path(path) / "_METADATA").is_file()
+    return any((pathlib.Path(path) / name).is_file() for name in (SETTINGS, "_METADATA"))
+
+
+def converted_model(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The model that `convert` stored beside the arrays: its name and the arguments of its factory; None for a folder
+    without it, which an older difax or another program wrote.
+
+    Raises:
+      ValueError: a file of it that is damaged.
+    """
+    model = _settings(pathlib.Path(path)).get("model")
+    return None if model is None else {key: _tuples(value) for key, value in model.items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _settings(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / SETTINGS
+    if not file.is_file():
+        return {}
+    try:
+        found = read_json(file)
+        content = found["difax"]
+        fine = zlib.crc32(json.dumps(content, sort_keys=True).encode()) == found["checksum"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        fine, content = False, {}
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror or error}") from None
+    if not fine:
+        raise ValueError(f"{file}: damaged; convert the checkpoint again, or remove this file and name a configuration")
+    return content
+
+
+def _check_files(folder: pathlib.Path) -> None:
+    """Raises ValueError naming the first file of a converted checkpoint that is missing or damaged."""
+    stored = _settings(folder).get("files")
+    if stored is None:  # no checksums: at least what cannot be read
+        for file in sorted(folder.glob("*/.zarray")):
+            _check_array(file.parent)
+        return
+
+    def fault(name: str) -> str | None:
+        file, (size, checksum) = folder / name, stored[name]
+        try:
+            if file.stat().st_size != size:
+                return f"{file}: damaged ({file.stat().st_size} bytes, expected {size})"
+            return None if _checksum(file) == checksum else f"{file}: damaged (its checksum differs)"
+        except OSError as error:
+            return f"{file}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror or error}"
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = next(filter(None, pool.map(fault, sorted(stored))), None)
+    if first is not None:
+        raise ValueError(first)
+
+
+def _check_array(folder: pathlib.Path) -> None:
+    """Raises ValueError for a zarr array with a chunk that is missing, which would be read as zeros, or damaged."""
+    try:
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(folder)}, "fill_missing_data_reads": False}
+        array = ts.open(spec, read=True).result()
+        for index in range(array.shape[0]) if array.rank else [...]:
+            array[index].read().result()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder}: missing or damaged ({_first_line(error)})") from None
 
 
 def load_converted(path: str | os.PathLike, spec: Params) -> Params:
@@ -123,14 +260,16 @@ def load_converted(path: str | os.PathLike, spec: Params) -> Params:
       path: the folder. spec: of the parameters; leaves with a `sharding` are restored onto it.
 
     Raises:
-      ValueError: a folder that is no orbax checkpoint, or of other parameters.
+      ValueError: a folder that is no orbax checkpoint, or of other parameters; a file that is missing or damaged;
+        values that are not finite.
     """
     path = pathlib.Path(path).absolute()
+    _check_files(path)
     with _checkpointer(streaming=False) as checkpointer:
         try:
             stored = checkpointer.metadata(path).item_metadata.tree
-        except (FileNotFoundError, ValueError, AttributeError, KeyError) as error:
-            raise ValueError(f"{path}: not an orbax checkpoint ({error})") from None
+        except Exception as error:  # orbax raises what it meets
+            raise ValueError(f"{path}: not an orbax checkpoint ({_first_line(error)})") from None
         shapes = lambda tree: {  # noqa: E731
             jax.tree_util.keystr(p, simple=True, separator="/"): tuple(a.shape)
             for p, a in jax.tree_util.tree_leaves_with_path(tree)
@@ -139,7 +278,20 @@ def load_converted(path: str | os.PathLike, spec: Params) -> Params:
         for name in sorted(here.keys() | wanted.keys()):
             if here.get(name) != wanted.get(name):
                 raise ValueError(f"{path}: parameter {name} is {here.get(name)}, expected {wanted.get(name)}")
-        return checkpointer.restore(path, restore_args=jax.tree.map(_restored, spec))
+        try:
+            params = checkpointer.restore(path, restore_args=jax.tree.map(_restored, spec))
+        except Exception as error:
+            raise ValueError(f"{path}: damaged ({_first_line(error)})") from None
+    for p, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+            name = jax.tree_util.keystr(p, simple=True, separator="/")
+            raise ValueError(f"{path}: parameter {name} holds values that are not finite")
+    return params
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
 
 
 def _restored(leaf: Any) -> type_handlers.ArrayRestoreArgs:

@@ -18,11 +18,17 @@ import jax
 import numpy as np
 
 from difax.core.contracts import Params
-from difax.weights.checkpoint import Source, Streamed, load_safetensors, nearest, opened_safetensors
+from difax.weights.checkpoint import (
+    Source,
+    Streamed,
+    load_safetensors,
+    nearest,
+    network_prefix,
+    opened_safetensors,
+)
 
 Table = Mapping[str, Source]
 Shapes = Mapping[str, tuple[int, ...]]
-_NUMBER = re.compile(r"\{\w+\}|\d+")
 
 
 class Foreign(NamedTuple):
@@ -30,6 +36,7 @@ class Foreign(NamedTuple):
 
     table, layers, constants: as `difax.weights.checkpoint.load_safetensors` takes them.
     geometry: the arguments that the model's factory was called with.
+    kind: the model's name in `difax.models.MODELS`, or "" before it is known.
     """
 
     model: Any
@@ -37,11 +44,20 @@ class Foreign(NamedTuple):
     layers: Mapping[str, int]
     constants: Mapping[str, np.ndarray] = {}
     geometry: Mapping[str, Any] = {}
+    kind: str = ""
 
     @property
     def spec(self) -> Params:
         """Shapes of the model's parameters."""
         return jax.eval_shape(self.model.init, jax.random.key(0))
+
+
+class Untold(ValueError):
+    """An argument of the model's factory, `name`, that neither a checkpoint nor the caller gives."""
+
+    def __init__(self, message: str, name: str):
+        super().__init__(message)
+        self.name = name
 
 
 class Published(NamedTuple):
@@ -54,7 +70,8 @@ class Published(NamedTuple):
     tables: Mapping[str, Table]
 
     def known(self, names: Iterable[str]) -> int:
-        """How many tensors of a file have a place in the best of the layouts."""
+        """How many tensors of a file have a place in the best of the layouts, behind whatever prefix."""
+        names = list(names)
         return max(known(table, names) for table in self.tables.values())
 
 
@@ -71,9 +88,8 @@ def opened_parameters(path: str | os.PathLike, found: Foreign, dtype: Any = None
 
 
 def known(table: Table, names: Iterable[str]) -> int:
-    """How many names have a place in a table, whatever the numbers in them."""
-    patterns = {_NUMBER.sub("#", key) for source in table.values() for key in source.keys}
-    return sum(_NUMBER.sub("#", name) in patterns for name in names)
+    """How many names have a place in a table, whatever the numbers in them and whatever prefix they share."""
+    return network_prefix(names, (key for source in table.values() for key in source.keys))[0]
 
 
 def dense(path: str, *keys: str, **more: Any) -> dict[str, Source]:
@@ -131,31 +147,35 @@ def stored_shape(path: Any, table: Table, shapes: Shapes) -> Callable[..., tuple
             raise ValueError(
                 f"{path}: tensor {name!r} (for {parameter}) is missing; nearest in the file: {nearest(name, shapes)!r}"
             )
-        if len(shapes[name]) != rank:
-            raise ValueError(f"{path}: tensor {name!r} has the wrong shape {shapes[name]}; expected {rank} axes")
+        if len(shapes[name]) != rank or 0 in shapes[name]:
+            raise ValueError(
+                f"{path}: tensor {name!r} has the wrong shape {shapes[name]}; expected {rank} axes, none of them empty"
+            )
         return shapes[name]
 
     return shape
 
 
 def stored_depth(table: Table, shapes: Shapes, parameter: str) -> int:
-    """Layers of the file, by the largest number in the place of a parameter's placeholder; 1 if there is none."""
+    """Layers of the file, by the largest number in the place of a parameter's placeholder; 1 if there is none, and no
+    more than the file has tensors (a number that is missing among them is then named as missing)."""
     prefix = table[parameter].keys[0].partition("{")[0]
-    layer = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return 1 + max((int(m[1]) for m in map(layer.match, shapes) if m), default=0)
+    layer = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
+    return min(1 + max((int(m[1]) for m in map(layer.match, shapes) if m), default=0), max(len(shapes), 1))
 
 
 def check_known(path: Any, fields: Mapping[str, Any], what: Mapping[str, str], hints: Mapping[str, str] = {}) -> None:
-    """Raises ValueError for a field of the geometry that neither the file nor the caller gives.
+    """Raises `Untold` for a field of the geometry that neither the file nor the caller gives.
 
     Args:
       fields: the geometry, with depth and width. what: field -> its meaning. hints: field -> more of the advice.
     """
     for name, meaning in what.items():
         if name not in fields:
-            raise ValueError(
+            raise Untold(
                 f"{path}: {meaning} cannot be known from the tensors (depth {fields['depth']}, width "
-                f"{fields['width']}); give {name}=...{hints.get(name, '')}"
+                f"{fields['width']}); give {name}=...{hints.get(name, '')}",
+                name,
             )
 
 
@@ -176,7 +196,9 @@ def read_config(path: str | os.PathLike, rules: Mapping[str, tuple[Any, ...]]) -
         return file, {}
     try:
         config = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror or error}") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON object") from error
     if "_class_name" not in config:
         return file, {}
