@@ -34,6 +34,7 @@ FLOATS = ("F32", "F16", "BF16")
 CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": jnp.bfloat16} | {
     f"{kind.upper()}{8 * size}": f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)
 }
+CODES["BOOL"] = "bool"
 _METADATA = "difax"  # one entry: the library writes several in random order, and files should be reproducible
 
 
@@ -81,6 +82,12 @@ def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors at `path` (as `load_safetensors` takes it), from the headers alone."""
     with _opened(path) as tensors:
         return {name: t.shape for name, t in tensors.items()}
+
+
+def tensor_types(path: str | os.PathLike) -> dict[str, np.dtype | None]:
+    """Types of all tensors at `path`, from the headers alone; None for one that numpy has no type for."""
+    with _opened(path) as tensors:
+        return {name: np.dtype(CODES[t.dtype]) if t.dtype in CODES else None for name, t in tensors.items()}
 
 
 def load_safetensors(
@@ -192,6 +199,21 @@ def save_safetensors(path: str | os.PathLike, params: Params, metadata: Mapping[
         raise ValueError(f"cannot write {path}: {error}") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def equal_copies(path: str | os.PathLike, table: Mapping[str, Source], layers: Mapping[str, int]) -> bool:
+    """Whether the layers of a file repeat the parameters of a table; reads them, up to the first that differs.
+
+    Tensors that are missing or of another shape are for `load_safetensors` to refuse, and count as equal.
+    """
+    with _opened(path) as tensors:
+        for source in table.values():
+            copies = (tensors[name].read() for names in _expand(source, layers) for name in names if name in tensors)
+            first = next(copies, None)
+            for copy in copies if first is not None else ():
+                if copy.shape == first.shape and not np.array_equal(copy, first):
+                    return False
+    return True
 
 
 def check_shapes(where: str, params: Params, spec: Params) -> None:
@@ -379,7 +401,8 @@ def _check_tensors(p: str, source: Source, want: Any, row: list[list[str]], tens
     unfolded = len(axes) == len(parts[0])
     kind = np.dtype(want.dtype)
     # any of the three floats serves a float parameter; an integer one must be exactly what it is
-    codes = FLOATS if jnp.issubdtype(kind, jnp.floating) else (f"{kind.kind.upper()}{8 * kind.itemsize}",)
+    whole = "BOOL" if kind.kind == "b" else f"{kind.kind.upper()}{8 * kind.itemsize}"
+    codes = FLOATS if jnp.issubdtype(kind, jnp.floating) else (whole,)
     for name, part in ((name, part) for names in row for name, part in zip(names, parts, strict=True)):
         file, shape, dtype, _ = tensors[name]
         expected = tuple(part[axes.index(i)] for i in range(len(axes))) if unfolded else None
