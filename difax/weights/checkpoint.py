@@ -210,8 +210,8 @@ def equal_copies(path: str | os.PathLike, table: Mapping[str, Source], layers: M
         for source in table.values():
             copies = (tensors[name].read() for names in _expand(source, layers) for name in names if name in tensors)
             first = next(copies, None)
-            for copy in copies if first is not None else ():
-                if copy.shape == first.shape and not np.array_equal(copy, first):
+            for copy in copies:
+                if first is not None and copy.shape == first.shape and not np.array_equal(copy, first):
                     return False
     return True
 

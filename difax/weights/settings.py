@@ -5,6 +5,7 @@ Keys that are not listed are of no account: files carry entries of other version
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -49,9 +50,9 @@ def number(least: float = 0.0, open_end: bool = True) -> Setting:
 
 def one_of(*values: Any, but: str = "") -> Setting:
     """One of these values. but: what the others would stand for, for the message."""
-    shown = [{None: "null", True: "true", False: "false"}.get(v, v) if not isinstance(v, str) else v for v in values]
+    shown = [v if isinstance(v, str) else json.dumps(v) for v in values]
     same = lambda value: any(type(value) is type(v) and value == v for v in values)  # noqa: E731
-    return Setting(" or ".join(map(str, shown)) + (f" ({but})" if but else ""), same)
+    return Setting(" or ".join(shown) + (f" ({but})" if but else ""), same)
 
 
 def flag() -> Setting:
