@@ -6,10 +6,9 @@
 The argument is the image's size in pixels: a side, or height x width, divisible by 16. Latents are [H/8, W/8, 16];
 decode them with the autoencoder of the checkpoint. The condition's `guidance` is 3.5 in the published pipelines.
 Black Forest Labs 2024, https://github.com/black-forest-labs/flux: 50 steps there, 28 in diffusers. Times are shifted
-by s = exp(mu) with mu linear in the number of image tokens, 0.5 for 256 and 1.15 for 4096 (1024 x 1024 pixels).
+by s = exp(mu) with mu linear in the number of image tokens, 0.5 for 256 and 1.15 for 4096 (1024 x 1024 pixels),
+whichever way the size is set; `process.shift` is another shift.
 """
-
-import math
 
 from ml_collections import ConfigDict
 
@@ -25,7 +24,6 @@ def latent_size(name: str, arg: str) -> tuple[int, int]:
 def get_config(arg: str = "1024") -> ConfigDict:
     """arg: the image's size in pixels, "1024" or "768x1360" (height x width)."""
     height, width = latent_size("flux_dev", arg)
-    mu = 0.5 + (1.15 - 0.5) * (height * width // 4 - 256) / (4096 - 256)
     return ConfigDict(
         {
             "model": {
@@ -34,7 +32,7 @@ def get_config(arg: str = "1024") -> ConfigDict:
                 "size": (height, width),
                 "dtype": "bfloat16",
             },
-            "process": {"name": "flow", "shift": math.exp(mu)},
+            "process": {"name": "flow", "shift": None, "shift_by": "flux"},
             "prediction": "velocity",
             "weights": None,
             # drawn with in place of the whole where that does not fit into memory (--random-init)

@@ -35,6 +35,7 @@ from difax.training.train import Task, TrainOptions, last_step, read_run, restor
 from difax.weights.checkpoint import check_shapes, load_native, read_metadata, tensor_shapes
 from difax.weights.convert import converted_model, is_converted, load_converted
 from difax.weights.published import Foreign, Untold, load_foreign
+from difax.weights.random import random_weights
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
 
@@ -146,7 +147,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
         raise ValueError(
             f"model {shown(config['model']['name'])} is a classifier, which draws nothing; allowed: {', '.join(named)}"
         )
-    process = make("process", config["process"])
+    process = make_process(config["process"], model)
     prediction = choose("prediction", config["prediction"], PREDICTIONS)
     solver = make("solver", config["solver"])
     guide = make("guide", config["guide"])
@@ -233,6 +234,12 @@ def _check_rows(rows: Row, config: Mapping[str, Any]) -> None:
         )
         what = what if not finite else f"cache {brief(dict(config['cache']))}"
         raise ValueError(f"{what}: the tables of this run are not finite; allowed: values nearer the defaults")
+
+
+def make_process(section: Mapping[str, Any], model: Model) -> Process:
+    """The process of a section, with what follows from the size of the model's samples (`shift_by`)."""
+    more = {"shape": tuple(model.input_shape)} if section.get("shift_by") is not None else {}
+    return make("process", section, **more)
 
 
 def _accelerator(section: Mapping[str, Any]) -> Accelerator:
@@ -358,7 +365,7 @@ def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None,
     if path is None:
         name = config.get("weights")
         if name == RANDOM:
-            return Weights(model, RANDOM, lambda: jax.jit(model.init)(jax.random.key(seed)))
+            return Weights(model, RANDOM, lambda: random_weights(model, seed))
         if name is None:
             raise ValueError(
                 "this configuration has no weights of its own; give --weights FILE.safetensors, --weights RUN_FOLDER, "
@@ -487,6 +494,7 @@ def load_weights(config: Mapping[str, Any], model: Any, path: str | None = None)
 # what a published checkpoint may not tell about its model
 UNSTORED = (
     "size", "heads", "dtype", "variant", "text_tokens", "axes_dim", "base_size", "interpolation_scale", "eps",
+    "norm_eps", "mlp_norm_eps", "activation", "max_positions",
 )  # fmt: skip
 
 

@@ -381,6 +381,8 @@ def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = Non
         config, setup, full = _fitting(config, setup)
     weights = find_weights(config, setup.model, path, seed)
     as_configured = weights.model is setup.model
+    if weights.model.input_shape != setup.model.input_shape:  # what follows from the size follows from the model's
+        setup = build_setup(config, weights.model)
     return Run(config, setup._replace(model=weights.model), weights, path, seed, full, kept, as_configured)
 
 

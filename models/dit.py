@@ -25,9 +25,11 @@ import numpy as np
 from difax.core.contracts import Context, Model, Params, Stage
 from difax.core.ops import attend
 from difax.models.layers import (
+    ACTIVATIONS,
     Dense,
+    activate,
+    affine_norm,
     check_size,
-    gelu,
     model_dtype,
     modulate,
     patchify,
@@ -50,6 +52,8 @@ class DiTConfig:
     classes: number of labels; label index `classes` is the null label of the unconditional half.
     learn_sigma: emit C more channels for the variance.
     freq_shift, mlp_norm_eps: (0, 1e-6) in the original code, (1, 1e-5) in diffusers' DiTTransformer2DModel.
+    activation, qkv_bias, mlp_norm_affine, block_embedders: see `dit`.
+    base_size: rows of the square grid that positions are stretched to, None for those of the grid itself.
     dtype: of activations and dots; norms, softmax and the residual gates' inputs stay float32.
     """
 
@@ -64,6 +68,11 @@ class DiTConfig:
     learn_sigma: bool = True
     freq_shift: int = 0
     mlp_norm_eps: float = 1e-6
+    base_size: int | None = None
+    activation: str = "gelu-approximate"
+    qkv_bias: bool = True
+    mlp_norm_affine: bool = False
+    block_embedders: bool = False
     dtype: Any = jnp.float32
 
     @property
@@ -79,22 +88,41 @@ def _normal(std: float) -> nn.initializers.Initializer:
     return nn.initializers.normal(std)
 
 
+def _embedders(module: Any) -> tuple[Dense, Dense, jax.Array]:
+    """The layers that a time goes through, and the table of labels; the null label's row is the last."""
+    c, small = module.config, _normal(0.02)
+    table = module.param("label", small, (c.classes + 1, c.width))
+    return Dense(c.width, kernel_init=small), Dense(c.width, kernel_init=small), table
+
+
+def _embedded(module: Any, features: jax.Array, label: jax.Array) -> jax.Array:
+    """silu(c) of the module's own embedders, c the sum of the time's and the label's."""
+    time = module.time2(nn.silu(module.time1(features)))
+    return nn.silu(time + module.label[label].astype(module.config.dtype))
+
+
 class DiTBlock(nn.Module):
     """One adaLN-Zero block: parameters and the pieces that the block runner puts together."""
 
     config: DiTConfig
 
     def setup(self) -> None:
-        width = self.config.width
+        config, width = self.config, self.config.width
         zeros = nn.initializers.zeros
         self.ada = Dense(6 * width, kernel_init=zeros)
-        self.qkv = Dense(3 * width)
+        self.qkv = Dense(3 * width, use_bias=config.qkv_bias)
         self.out = Dense(width)
-        self.fc1 = Dense(self.config.mlp_ratio * width)
+        self.fc1 = Dense(ACTIVATIONS[config.activation][0] * config.mlp_ratio * width)
         self.fc2 = Dense(width)
+        self.mlp_norm = affine_norm(config.mlp_norm_eps) if config.mlp_norm_affine else None
+        if config.block_embedders:
+            self.time1, self.time2, self.label = _embedders(self)
 
     def mods(self, context: Context) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
-        six = self.ada(context["silu_c"]).astype(jnp.float32)
+        silu_c = context["silu_c"]
+        if self.config.block_embedders:
+            silu_c = _embedded(self, context["features"], context["label"])
+        six = self.ada(silu_c).astype(jnp.float32)
         a, b, c, d, e, f = jnp.split(six, 6, axis=-1)
         return {"attn": (a, b, c), "mlp": (d, e, f)}
 
@@ -107,8 +135,8 @@ class DiTBlock(nn.Module):
 
     def mlp(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
         shift, scale, _ = mods["mlp"]
-        x = modulate(h_BND, shift, scale, self.config.mlp_norm_eps)
-        return self.fc2(gelu(self.fc1(x)))
+        x = modulate(h_BND, shift, scale, self.config.mlp_norm_eps, self.mlp_norm)
+        return self.fc2(activate(self.fc1(x), self.config.activation))
 
     def gate(self, mods: Any, branch: str) -> jax.Array:
         return mods[branch][2][:, None]
@@ -128,20 +156,17 @@ class Ends(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.patch = Dense(c.width)
-        self.time1 = Dense(c.width, kernel_init=_normal(0.02))
-        self.time2 = Dense(c.width, kernel_init=_normal(0.02))
-        self.label = self.param("label", _normal(0.02), (c.classes + 1, c.width))
+        self.time1, self.time2, self.label = _embedders(self)
         self.ada = Dense(2 * c.width, kernel_init=nn.initializers.zeros)
         self.out = Dense(c.patch * c.patch * c.out_channels, kernel_init=nn.initializers.zeros)
 
     def embed(self, x: jax.Array, model_time: jax.Array, label: jax.Array) -> tuple[jax.Array, Context]:
         c = self.config
-        positions = jnp.asarray(sincos_positions(c.width, *c.grid))[None]
+        positions = jnp.asarray(sincos_positions(c.width, *c.grid, c.base_size))[None]
         tokens = self.patch(patchify(x, c.patch).astype(c.dtype)) + positions.astype(c.dtype)
         features = timestep_embedding(model_time, FREQUENCIES, c.freq_shift).astype(c.dtype)
-        time = self.time2(nn.silu(self.time1(features)))
-        silu_c = nn.silu(time + self.label[label].astype(c.dtype))
-        return tokens, {"silu_c": silu_c}
+        context = {"silu_c": _embedded(self, features, label)}
+        return tokens, context | ({"features": features, "label": label} if c.block_embedders else {})
 
     def head(self, tokens: jax.Array, context: Context) -> jax.Array:
         shift, scale = jnp.split(self.ada(context["silu_c"]).astype(jnp.float32), 2, axis=-1)
@@ -168,6 +193,11 @@ def dit(
     learn_sigma: bool = True,
     freq_shift: int = 0,
     mlp_norm_eps: float = 1e-6,
+    base_size: int | None = None,
+    activation: str = "gelu-approximate",
+    qkv_bias: bool = True,
+    mlp_norm_affine: bool = False,
+    block_embedders: bool = False,
     dtype: str | type | np.dtype = "float32",
 ) -> Model:
     """A class-conditional DiT (or SiT) as a `Model`.
@@ -181,6 +211,14 @@ def dit(
       mlp_ratio: hidden over model width of the MLP (4).
       learn_sigma: emit variance channels (True).
       freq_shift, mlp_norm_eps: 0 and 1e-6 as facebookresearch/DiT; 1 and 1e-5 as diffusers.
+      base_size: rows of patches of the square size that the weights were trained on, to which positions are stretched
+        at any other, as diffusers does; None is the positions of the grid itself, as facebookresearch/DiT.
+      activation: of the MLP, by diffusers' names: gelu-approximate (the paper's), gelu, geglu, geglu-approximate,
+        swiglu or linear-silu; geglu and swiglu have a first product of twice the width.
+      qkv_bias: have queries, keys and values a bias (True).
+      mlp_norm_affine: has the norm before the MLP a scale and a shift of its own (False).
+      block_embedders: has every block embedders of time and label of its own, as a file of diffusers may store them;
+        the final layer goes by those of the first (False: one for all).
       dtype: "float32" or "bfloat16", of activations and dots.
 
     Raises:
@@ -210,6 +248,11 @@ def dit(
         learn_sigma=learn_sigma,
         freq_shift=freq_shift,
         mlp_norm_eps=mlp_norm_eps,
+        base_size=base_size,
+        activation=activation,
+        qkv_bias=qkv_bias,
+        mlp_norm_affine=mlp_norm_affine,
+        block_embedders=block_embedders,
         dtype=model_dtype("dit", dtype),
     )
     _check(c)
@@ -248,6 +291,10 @@ def _check(c: DiTConfig) -> None:
     for name in ("depth", "width", "heads", "patch", "channels", "classes", "mlp_ratio"):
         if getattr(c, name) < 1:
             raise ValueError(f"dit: {name}={getattr(c, name)}; allowed: 1 or more")
+    if c.activation not in ACTIVATIONS:
+        raise ValueError(f"dit: activation={c.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    if c.base_size is not None and c.base_size < 1:
+        raise ValueError(f"dit: base_size={c.base_size}; allowed: 1 or more, or none")
     if c.width % c.heads or c.width % 4:
         raise ValueError(f"dit: width={c.width} must be divisible by heads={c.heads} and by 4")
     if min(c.size) < 1 or c.size[0] % c.patch or c.size[1] % c.patch:

@@ -6,8 +6,9 @@ computes the same function, so it serves both. A DiT is sampled with the process
 learn_sigma are not used).
 
 "diffusers" is the layout of DiTTransformer2DModel, which computes another function of the same weights: its
-time frequencies divide by (half - 1) instead of half, and the norm before the MLP has epsilon 1e-5 instead
-of 1e-6. Each layout sets the numerics of its own reference.
+time frequencies divide by (half - 1) instead of half, the norm before the MLP has epsilon 1e-5 instead
+of 1e-6, and at another size than the trained one positions are stretched to the trained extent. Each layout sets the
+numerics of its own reference.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import math
 import os
 from typing import Any
 
+import jax
+
 from difax.core.contracts import Model, Params
 from difax.models.dit import SIZES, DiTConfig, dit
-from difax.models.layers import sincos_positions
-from difax.weights.checkpoint import Source, tensor_shapes
+from difax.models.layers import ACTIVATIONS, sincos_positions
+from difax.weights.checkpoint import Source, equal_copies, tensor_shapes
 from difax.weights.published import (
     Foreign,
     Published,
@@ -29,9 +32,19 @@ from difax.weights.published import (
     choose_layout,
     dense,
     load_foreign,
-    read_config,
     stored_depth,
     stored_shape,
+)
+from difax.weights.settings import (
+    check_agrees,
+    check_head_width,
+    flag,
+    number,
+    one_of,
+    optional,
+    read_settings,
+    rows_of,
+    whole,
 )
 
 PATCH_AXES = (
@@ -61,7 +74,7 @@ _BLOCK = "transformer_blocks.{layer}"
 DIFFUSERS = {
     "ends/patch/kernel": Source(("pos_embed.proj.weight",), PATCH_AXES),
     "ends/patch/bias": Source(("pos_embed.proj.bias",)),
-    # every block carries its own embedder; the published conversion filled all of them with one
+    # every block carries its own embedder; the published conversion filled all of them with one (`_block_embedders`)
     **dense("ends/time1", f"{_BLOCK}.norm1.emb.timestep_embedder.linear_1", shared=True),
     **dense("ends/time2", f"{_BLOCK}.norm1.emb.timestep_embedder.linear_2", shared=True),
     "ends/label": Source((f"{_BLOCK}.norm1.emb.class_embedder.embedding_table.weight",), shared=True),
@@ -72,6 +85,8 @@ DIFFUSERS = {
     **dense("blocks/out", f"{_BLOCK}.attn1.to_out.0"),
     **dense("blocks/fc1", f"{_BLOCK}.ff.net.0.proj"),
     **dense("blocks/fc2", f"{_BLOCK}.ff.net.2"),
+    "blocks/mlp_norm/scale": Source((f"{_BLOCK}.norm3.weight",)),
+    "blocks/mlp_norm/bias": Source((f"{_BLOCK}.norm3.bias",)),
 }
 
 
@@ -110,9 +125,10 @@ def load_dit(
 def find_dit(path: str | os.PathLike, *, layout: str | None = None, **overrides: Any) -> Foreign:
     """The DiT or SiT that is in a safetensors checkpoint of facebookresearch/DiT, SiT or diffusers.
 
-    Depth, width, patch, channels, classes, MLP ratio and learn_sigma come from the tensors' shapes, heads from
-    the paper's sizes, the input size from stored positions (taken as square). For diffusers, a config.json
-    beside the file gives heads, size and epsilon. What cannot be known must be given.
+    Depth, width, patch, channels, classes, MLP ratio, learn_sigma, biases and norms come from the tensors' shapes,
+    heads from the paper's sizes, the input size from stored positions (taken as square). For diffusers, a config.json
+    beside the file gives heads, size, epsilon and activation; the size that was trained at, from either, is the
+    base_size of another `size`. Blocks whose embedders differ keep their own. What cannot be known must be given.
 
     Args:
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two. The
@@ -140,7 +156,11 @@ def find_dit(path: str | os.PathLike, *, layout: str | None = None, **overrides:
         "mlp_norm_eps": rules.mlp_norm_eps,
     }
     if layout == "diffusers":
-        fields |= _diffusers_config(path)
+        fields |= _diffusers_config(path, fields)
+        if "size" in fields:
+            fields["base_size"] = fields["size"] // fields["patch"]
+        if "block_embedders" not in overrides:
+            fields["block_embedders"] = not equal_copies(path, rules.table, {"layer": fields["depth"]})
     fields |= overrides
     check_known(path, fields, {"heads": "the number of attention heads", "size": "the input's height and width"})
     geometry = (fields["depth"], fields["width"], fields["heads"])
@@ -148,15 +168,36 @@ def find_dit(path: str | os.PathLike, *, layout: str | None = None, **overrides:
     named = letter is not None and fields["patch"] in (2, 4, 8)
     fields = {"variant": f"{letter}/{fields['patch']}" if named else None, **fields}
     model = dit(**fields)
-    rows, columns = (n // fields["patch"] for n in model.input_shape[:2])
-    positions = sincos_positions(fields["width"], rows, columns)[None]
-    return Foreign(model, rules.table, {"layer": model.stages[0].depth}, {rules.positions: positions}, fields)
+    table = _block_embedders(rules.table) if fields.get("block_embedders") else rules.table
+    table = rows_of(table, jax.eval_shape(model.init, jax.random.key(0)))
+    side = _stored_side(rules, shapes)
+    grid = model.stages[0].block.config.grid if side is None else (side, side)
+    positions = sincos_positions(fields["width"], *grid)[None]
+    return Foreign(model, table, {"layer": model.stages[0].depth}, {rules.positions: positions}, fields)
+
+
+def _stored_side(rules: Layout, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    """Patches on a side of the square that the stored positions are of, where there are any."""
+    stored = shapes.get(rules.positions, ())
+    square = len(stored) == 3 and stored[1] > 0 and math.isqrt(stored[1]) ** 2 == stored[1]
+    return math.isqrt(stored[1]) if square else None
+
+
+def _block_embedders(table: dict[str, Source]) -> dict[str, Source]:
+    """The table of a file whose blocks have embedders of their own; the final layer goes by the first block's."""
+    first, own = {}, {}
+    for path, source in table.items():
+        if source.shared:
+            first[path] = source._replace(keys=tuple(k.format(layer=0) for k in source.keys), shared=False)
+            own[path.replace("ends/", "blocks/")] = source._replace(shared=False)
+    return {**table, **first, **own}
 
 
 def _geometry(path: Any, rules: Layout, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The fields of `dit` that the tensors' shapes tell."""
 
     shape = stored_shape(path, rules.table, shapes)
+    stored = lambda parameter: rules.table[parameter].keys[0].format(layer=0) in shapes  # noqa: E731
     width, channels, patch, other = shape("ends/patch/kernel", 4)
     if patch != other:
         raise ValueError(f"{path}: patches of {patch} x {other}; allowed: square ones")
@@ -173,29 +214,67 @@ def _geometry(path: Any, rules: Layout, shapes: dict[str, tuple[int, ...]]) -> d
         "patch": patch,
         "channels": channels,
         "classes": shape("ends/label", 2)[0] - 1,  # the last row is the null label
-        "mlp_ratio": max(shape("blocks/fc1/kernel", 2)[0] // width, 1),
+        "mlp_ratio": max(shape("blocks/fc2/kernel", 2)[1] // width, 1),
         "learn_sigma": emitted == 2 * plain,
+        "qkv_bias": stored("blocks/qkv/bias"),
+        "mlp_norm_affine": "blocks/mlp_norm/scale" in rules.table and stored("blocks/mlp_norm/scale"),
     }
     for preset_depth, preset_width, heads in SIZES.values():
         if (preset_depth, preset_width) == (depth, width):
             fields["heads"] = heads
-    stored = shapes.get(rules.positions)
-    if stored is not None and len(stored) == 3 and math.isqrt(stored[1]) ** 2 == stored[1]:
-        fields["size"] = math.isqrt(stored[1]) * patch
-    return fields
+    side = _stored_side(rules, shapes)
+    return fields if side is None else {**fields, "size": side * patch}
 
 
-def _diffusers_config(path: str | os.PathLike) -> dict[str, Any]:
-    """Heads, size and epsilon from the config.json that diffusers writes beside the weights, if there."""
-    # published conversions carry the name of the class that held DiT before it had its own
-    rules = {
-        "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
-        "activation_fn": ("gelu-approximate",),
-        "norm_type": ("ada_norm_zero",),
+# published conversions carry the name of the class that held DiT before it had its own
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+SETTINGS = {
+    "norm_type": one_of("ada_norm_zero"),
+    "num_attention_heads": whole(),
+    "attention_head_dim": whole(),
+    "in_channels": whole(),
+    "out_channels": optional(whole()),
+    "num_layers": whole(),
+    "sample_size": whole(),
+    "patch_size": whole(),
+    "num_embeds_ada_norm": whole(),
+    "norm_eps": number(),
+    "activation_fn": one_of(*ACTIVATIONS),
+    "attention_bias": flag(),
+    "norm_elementwise_affine": flag(),
+    "upcast_attention": flag(),  # the softmax is float32 here, always
+    "dropout": number(0.0, open_end=False),  # in training alone
+    "norm_num_groups": whole(),  # of a norm that this class does not have
+    # of the class that held DiT before
+    "attention_type": optional(one_of("default")),
+    "only_cross_attention": optional(one_of(False)),
+    "double_self_attention": optional(one_of(False)),
+    "cross_attention_dim": one_of(None, but="cross-attention is of another network"),
+}
+
+
+def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
+    """Heads, size, epsilon and activation from the config.json that diffusers writes beside the weights, if there."""
+    file, config = read_settings(path, CLASSES, SETTINGS)
+    channels = found["channels"]
+    said = {
+        "in_channels": channels,
+        "out_channels": channels * (2 if found["learn_sigma"] else 1),
+        "num_layers": found["depth"],
+        "patch_size": found["patch"],
+        "num_embeds_ada_norm": found["classes"],
+        "attention_bias": found["qkv_bias"],
+        "norm_elementwise_affine": found["mlp_norm_affine"],
     }
-    _, config = read_config(path, rules)
-    found = {"heads": "num_attention_heads", "size": "sample_size", "mlp_norm_eps": "norm_eps"}
-    return {field: config[name] for field, name in found.items() if config.get(name) is not None}
+    check_agrees(file, config, said)
+    check_head_width(file, config, "num_attention_heads", "attention_head_dim", found["width"])
+    names = {
+        "heads": "num_attention_heads",
+        "size": "sample_size",
+        "mlp_norm_eps": "norm_eps",
+        "activation": "activation_fn",
+    }
+    return {field: config[name] for field, name in names.items() if name in config}
 
 
 PUBLISHED = Published(find_dit, {name: layout.table for name, layout in LAYOUTS.items()})

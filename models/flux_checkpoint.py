@@ -24,10 +24,10 @@ from difax.weights.published import (
     choose_layout,
     dense,
     load_foreign,
-    read_config,
     stored_depth,
     stored_shape,
 )
+from difax.weights.settings import check_agrees, flag, one_of, optional, read_settings, several, whole
 
 MLP_RATIO = 4  # of every published FLUX
 Table = dict[str, Source]
@@ -171,7 +171,7 @@ def find_flux(path: str | os.PathLike, *, layout: str | None = None, **overrides
     layout = choose_layout(path, "a FLUX", LAYOUTS, shapes, layout)
     fields = _geometry(path, layout_table(layout), shapes)
     if layout == "diffusers":
-        fields |= _diffusers_config(path)
+        fields |= _diffusers_config(path, fields)
     fields |= overrides
     if "axes_dim" not in fields:
         k = fields["width"] // fields["heads"]
@@ -220,10 +220,46 @@ def _geometry(path: Any, table: Table, shapes: Mapping[str, tuple[int, ...]]) ->
     }
 
 
-def _diffusers_config(path: str | os.PathLike) -> dict[str, Any]:
+SETTINGS = {
+    "patch_size": one_of(1, but="latents are packed 2 x 2 before the network, and cut no further in it"),
+    "in_channels": whole(),
+    "out_channels": optional(whole()),
+    "num_layers": whole(),
+    "num_single_layers": whole(),
+    "attention_head_dim": whole(),
+    "num_attention_heads": whole(),
+    "joint_attention_dim": whole(),
+    "pooled_projection_dim": whole(),
+    "guidance_embeds": flag(),
+    "axes_dims_rope": several(3, whole(2)),
+}
+
+
+def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
     """The rotary sections from the config.json that diffusers writes beside the weights, if there."""
-    _, config = read_config(path, {"_class_name": ("FluxTransformer2DModel",), "patch_size": (1,)})
-    return {"axes_dim": tuple(config["axes_dims_rope"])} if "axes_dims_rope" in config else {}
+    file, config = read_settings(path, ("FluxTransformer2DModel",), SETTINGS)
+    features, head_width = found["channels"] * PATCH**2, found["width"] // found["heads"]
+    check_agrees(
+        file,
+        config,
+        {
+            "in_channels": features,
+            "out_channels": features,
+            "num_layers": found["double_depth"],
+            "num_single_layers": found["single_depth"],
+            "attention_head_dim": head_width,
+            "num_attention_heads": found["heads"],
+            "joint_attention_dim": found["text_width"],
+            "pooled_projection_dim": found["pooled_width"],
+            "guidance_embeds": found["guidance_embedding"],
+        },
+    )
+    axes = config.get("axes_dims_rope")
+    if axes is None:
+        return {}
+    if sum(axes) != head_width or any(width % 2 for width in axes):
+        raise ValueError(f"{file}: axes_dims_rope={axes}; allowed: three even widths that add up to {head_width}")
+    return {"axes_dim": tuple(axes)}
 
 
 PUBLISHED = Published(find_flux, LAYOUTS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -42,10 +43,11 @@ def check_size(name: str, size: Sequence[int], channels: int, tokens: int, featu
 
 
 class Dense(nn.Module):
-    """y = dot(x, kernel, bias); the kernel may be any type that `difax.core.ops.dot` knows."""
+    """y = dot(x, kernel, bias), the bias 0 without one; the kernel may be any type that `difax.core.ops.dot` knows."""
 
     features: int
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -53,8 +55,14 @@ class Dense(nn.Module):
             kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         else:  # `param` would hold a packed weight against the shape of the array that it stands for
             kernel = self.get_variable("params", "kernel")
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return dot(x, kernel, bias)
+        if not self.use_bias:
+            return dot(x, kernel, jnp.zeros((self.features,), x.dtype))
+        return dot(x, kernel, self.param("bias", nn.initializers.zeros, (self.features,)))
+
+
+def affine_norm(eps: float) -> nn.LayerNorm:
+    """LayerNorm with a scale and a shift of its own, computed and returned in float32."""
+    return nn.LayerNorm(eps, dtype=jnp.float32, use_fast_variance=False)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -62,9 +70,43 @@ def gelu(x: jax.Array) -> jax.Array:
     return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def modulate(x_BND: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """norm(x) (1 + scale) + shift, computed in float32 and returned in the dtype of x."""
-    return (layer_norm(x_BND, eps) * (1 + scale_BD[:, None]) + shift_BD[:, None]).astype(x_BND.dtype)
+# name, as diffusers' FeedForward has it -> (widths of the first product, what becomes of them)
+ACTIVATIONS: dict[str, tuple[int, Callable[..., jax.Array]]] = {
+    "gelu-approximate": (1, partial(nn.gelu, approximate=True)),
+    "gelu": (1, partial(nn.gelu, approximate=False)),
+    "geglu": (2, lambda x, gate: x * nn.gelu(gate, approximate=False)),
+    "geglu-approximate": (1, lambda x: x * nn.sigmoid(1.702 * x)),
+    "swiglu": (2, lambda x, gate: x * nn.silu(gate)),
+    "linear-silu": (1, nn.silu),
+}
+
+
+def activate(x: jax.Array, name: str) -> jax.Array:
+    """An activation of `ACTIVATIONS`, in float32 and returned in the dtype of x; gated ones halve the last axis."""
+    widths, function = ACTIVATIONS[name]
+    return function(*jnp.split(x.astype(jnp.float32), widths, axis=-1)).astype(x.dtype)
+
+
+def modulate(
+    x_BND: jax.Array,
+    shift_BD: jax.Array,
+    scale_BD: jax.Array,
+    eps: float = 1e-6,
+    norm: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """norm(x) (1 + scale) + shift, computed in float32 and returned in the dtype of x.
+
+    Args:
+      norm: in place of the LayerNorm without a scale and a shift of its own.
+    """
+    normed = layer_norm(x_BND, eps) if norm is None else norm(x_BND)
+    return (normed * (1 + scale_BD[:, None]) + shift_BD[:, None]).astype(x_BND.dtype)
+
+
+def masked(x_BLT: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    """x where the mask is not 0, and 0 elsewhere: what stands in a token that does not exist never matters, not even
+    where it is no number."""
+    return jnp.where((mask_BL != 0)[..., None], x_BLT, jnp.zeros((), x_BLT.dtype))
 
 
 def timestep_embedding(t: jax.Array, width: int, shift: int = 0, max_period: float = 10_000.0) -> jax.Array:
@@ -81,16 +123,30 @@ def timestep_embedding(t: jax.Array, width: int, shift: int = 0, max_period: flo
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def sincos_positions(width: int, rows: int, columns: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine positions [rows * columns, width]: first half from the column, second from the row."""
+def sincos_positions(
+    width: int, rows: int, columns: int, base_size: int | None = None, interpolation_scale: float = 1.0
+) -> np.ndarray:
+    """Fixed 2-D sine-cosine positions of a grid, or of one that is stretched to the extent that was trained on.
 
-    def axis(positions: np.ndarray) -> np.ndarray:
-        f = 10_000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
-        angle = positions.reshape(-1, 1) * f
+    Token (i, j) stands at (i, j), or with a base size at (i base_size/rows, j base_size/columns)/interpolation_scale.
+
+    Args:
+      width: features, divisible by 4: the first half comes from the column, the second from the row.
+      rows, columns: of the grid of patches.
+      base_size: rows of the square grid that the weights were trained on, 1 or more; None stretches nothing.
+      interpolation_scale: how many times finer that grid is than the one of the first training stage, > 0 (1).
+
+    Returns:
+      [rows columns, width] float32.
+    """
+
+    def axis(n: int) -> np.ndarray:
+        place = np.arange(n) * ((1.0 if base_size is None else base_size / n) / interpolation_scale)
+        angle = place[:, None] * 10_000.0 ** (-np.arange(width // 4) / (width / 4))
         return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
-    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
-    return np.concatenate([axis(column), axis(row)], axis=1).astype(np.float32)
+    column, row = np.broadcast_arrays(axis(columns)[None], axis(rows)[:, None])
+    return np.concatenate([column, row], axis=-1).reshape(rows * columns, width).astype(np.float32)
 
 
 def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:

@@ -28,12 +28,17 @@ import numpy as np
 from difax.core.contracts import Context, Model, Params, Segments, Stage
 from difax.core.ops import attend
 from difax.models.layers import (
+    ACTIVATIONS,
     Dense,
+    activate,
+    affine_norm,
     check_size,
     gelu,
+    masked,
     model_dtype,
     modulate,
     patchify,
+    sincos_positions,
     timestep_embedding,
     unpatchify,
 )
@@ -59,6 +64,11 @@ class PixArtConfig:
     interpolation_scale: float
     micro_conditioning: bool
     learn_sigma: bool
+    norm_eps: float
+    norm_affine: bool
+    qkv_bias: bool
+    activation: str
+    caption_projection: bool
     dtype: Any
 
     @property
@@ -68,32 +78,6 @@ class PixArtConfig:
     @property
     def out_channels(self) -> int:
         return self.channels * (2 if self.learn_sigma else 1)
-
-
-def scaled_positions(
-    width: int, rows: int, columns: int, base_size: int, interpolation_scale: float = 1.0
-) -> np.ndarray:
-    """Fixed 2-D sine-cosine positions of any grid, stretched to the extent of the grid that was trained on.
-
-    Token (i, j) stands at (i base_size/rows, j base_size/columns)/interpolation_scale.
-
-    Args:
-      width: features, divisible by 4: the first half comes from the column, the second from the row.
-      rows, columns: of the grid of patches.
-      base_size: rows of the square grid that the weights were trained on.
-      interpolation_scale: how many times finer that grid is than the one of the first training stage.
-
-    Returns:
-      [rows columns, width] float32.
-    """
-
-    def axis(n: int) -> np.ndarray:
-        place = np.arange(n) * (base_size / n / interpolation_scale)
-        angle = place[:, None] * 10_000.0 ** (-np.arange(width // 4) / (width / 4))
-        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-
-    column, row = np.broadcast_arrays(axis(columns)[None], axis(rows)[:, None])
-    return np.concatenate([column, row], axis=-1).reshape(rows * columns, width).astype(np.float32)
 
 
 def _normal(std: float) -> nn.initializers.Initializer:
@@ -106,14 +90,16 @@ class PixArtBlock(nn.Module):
     config: PixArtConfig
 
     def setup(self) -> None:
-        width = self.config.width
+        c, width = self.config, self.config.width
         self.table = self.param("table", _normal(width**-0.5), (6, width))
-        self.qkv = Dense(3 * width)
+        self.attn_norm = affine_norm(c.norm_eps) if c.norm_affine else None
+        self.qkv = Dense(3 * width, use_bias=c.qkv_bias)
         self.out = Dense(width)
-        self.cross_q = Dense(width)
-        self.cross_kv = Dense(2 * width)
+        self.cross_q = Dense(width, use_bias=c.qkv_bias)
+        self.cross_kv = Dense(2 * width, use_bias=c.qkv_bias)
         self.cross_out = Dense(width, kernel_init=nn.initializers.zeros)
-        self.fc1 = Dense(4 * width)
+        self.mlp_norm = affine_norm(c.norm_eps) if c.norm_affine else None
+        self.fc1 = Dense(ACTIVATIONS[c.activation][0] * 4 * width)
         self.fc2 = Dense(width)
 
     def mods(self, context: Context) -> dict[str, tuple[jax.Array, ...]]:
@@ -121,7 +107,8 @@ class PixArtBlock(nn.Module):
         return {"attn": (a, b, c), "mlp": (d, e, f)}
 
     def attn(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
-        x = modulate(h_BND, *mods["attn"][:2])
+        shift, scale, _ = mods["attn"]
+        x = modulate(h_BND, shift, scale, self.config.norm_eps, self.attn_norm)
         b, n, d = x.shape
         q, k, v = jnp.split(self.qkv(x).reshape(b, n, 3 * self.config.heads, -1), 3, axis=2)
         return self.out(attend(q, k, v).reshape(b, n, d))
@@ -140,7 +127,9 @@ class PixArtBlock(nn.Module):
         return self.cross_out(attend(q_BNHK, k, v, segments).reshape(b, n, d))
 
     def mlp(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
-        return self.fc2(gelu(self.fc1(modulate(h_BND, *mods["mlp"][:2]))))
+        shift, scale, _ = mods["mlp"]
+        x = modulate(h_BND, shift, scale, self.config.norm_eps, self.mlp_norm)
+        return self.fc2(activate(self.fc1(x), self.config.activation))
 
     def gate(self, mods: Any, branch: str) -> jax.Array:
         return mods[branch][2][:, None] if branch in mods else jnp.ones((1, 1, 1))
@@ -164,8 +153,9 @@ class Ends(nn.Module):
         self.time1 = Dense(c.width, kernel_init=small)
         self.time2 = Dense(c.width, kernel_init=small)
         self.six = Dense(6 * c.width, kernel_init=small)
-        self.text1 = Dense(c.width, kernel_init=small)
-        self.text2 = Dense(c.width, kernel_init=small)
+        if c.caption_projection:
+            self.text1 = Dense(c.width, kernel_init=small)
+            self.text2 = Dense(c.width, kernel_init=small)
         if c.micro_conditioning:
             self.resolution1 = Dense(c.width // 3, kernel_init=small)
             self.resolution2 = Dense(c.width // 3, kernel_init=small)
@@ -177,7 +167,9 @@ class Ends(nn.Module):
     def once(self, cond: Any) -> Any:
         """The condition with the caption projected, and with one vector [B, D] of the micro-conditions."""
         c = self.config
-        known = {"projected": self.text2(gelu(self.text1(cond["text"].astype(c.dtype)))), "mask": cond["mask"]}
+        text = masked(cond["text"].astype(c.dtype), cond["mask"])
+        projected = self.text2(gelu(self.text1(text))) if c.caption_projection else text
+        known = {"projected": projected, "mask": cond["mask"]}
         if c.micro_conditioning:
             sizes = self._numbers(cond["resolution"], self.resolution1, self.resolution2)
             aspect = self._numbers(cond["aspect_ratio"], self.aspect1, self.aspect2)
@@ -187,7 +179,7 @@ class Ends(nn.Module):
     def embed(self, x: jax.Array, model_time: jax.Array, cond: Any) -> tuple[jax.Array, Context]:
         c = self.config
         cond = cond if "projected" in cond else self.once(cond)
-        positions = jnp.asarray(scaled_positions(c.width, *c.grid, c.base_size, c.interpolation_scale))[None]
+        positions = jnp.asarray(sincos_positions(c.width, *c.grid, c.base_size, c.interpolation_scale))[None]
         tokens = self.patch(patchify(x, c.patch).astype(c.dtype)) + positions.astype(c.dtype)
         # a few rows in float32, as every modulation that comes of them
         time_BD = self.time2(nn.silu(self.time1(timestep_embedding(model_time, FREQUENCIES))))
@@ -226,11 +218,17 @@ def pixart(
     interpolation_scale: float | None = None,
     micro_conditioning: bool | None = None,
     learn_sigma: bool = True,
+    norm_eps: float = 1e-6,
+    norm_affine: bool = False,
+    qkv_bias: bool = True,
+    activation: str = "gelu-approximate",
+    caption_projection: bool = True,
     dtype: str | type | np.dtype = "float32",
 ) -> Model:
     """A PixArt as a `Model`, conditioned on an encoded caption.
 
-    The condition is a dict: text [B, L, text_width] and mask [B, L] int32 (1: a token, 0: padding; at least one 1),
+    The condition is a dict: text [B, L, text_width] and mask [B, L] int32 (1: a token, 0: padding; at least one 1; what
+    the text holds where it is 0 does not matter),
     null_text and null_mask of the same shapes (the empty or the negative prompt), and with micro-conditioning
     resolution [B, 2] (height, width in pixels) and aspect_ratio [B, 1] (height over width).
 
@@ -249,6 +247,12 @@ def pixart(
       interpolation_scale: of the positions; None is (base_size patch) // 64, at least 1, as in diffusers.
       micro_conditioning: embed resolution and aspect ratio; None is True for "alpha" of 128 x 128 latents.
       learn_sigma: emit variance channels (True; samplers other than ddpm drop them).
+      norm_eps: epsilon of the blocks' norms, > 0 (1e-6; that of the final norm is always 1e-6).
+      norm_affine: have the blocks' norms a scale and a shift of their own (False).
+      qkv_bias: have queries, keys and values of both attentions a bias (True).
+      activation: of the MLP, as in `difax.models.dit.dit` ("gelu-approximate").
+      caption_projection: is the caption projected to the model's width by two layers (True); if not, keys and values
+        are made of the text encoder's features themselves.
       dtype: "float32" or "bfloat16", of activations and dots; time, norms, modulation and softmax are float32.
 
     Raises:
@@ -287,6 +291,11 @@ def pixart(
         if micro_conditioning is None
         else micro_conditioning,
         learn_sigma=learn_sigma,
+        norm_eps=norm_eps,
+        norm_affine=norm_affine,
+        qkv_bias=qkv_bias,
+        activation=activation,
+        caption_projection=caption_projection,
         dtype=model_dtype("pixart", dtype),
     )
     _check(c)
@@ -342,4 +351,8 @@ def _check(c: PixArtConfig) -> None:
         raise ValueError(f"pixart: size={c.size[0]}x{c.size[1]} must be divisible by patch={c.patch}")
     if not 0 < c.interpolation_scale <= 1e6:
         raise ValueError(f"pixart: interpolation_scale={c.interpolation_scale}; allowed: > 0, up to 1e6")
+    if c.activation not in ACTIVATIONS:
+        raise ValueError(f"pixart: activation={c.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    if not 0 < c.norm_eps <= 1:
+        raise ValueError(f"pixart: norm_eps={c.norm_eps}; allowed: > 0, up to 1")
     check_size("pixart", c.size, c.channels, math.prod(c.grid) + c.text_tokens, c.width)

@@ -12,8 +12,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from difax.core.contracts import Model, Params
-from difax.models.pixart import XL, PixArtConfig, pixart, scaled_positions
+from difax.models.layers import ACTIVATIONS, sincos_positions
+from difax.models.pixart import XL, PixArtConfig, pixart
 from difax.weights.checkpoint import Source, tensor_shapes
 from difax.weights.published import (
     Foreign,
@@ -23,9 +26,19 @@ from difax.weights.published import (
     choose_layout,
     dense,
     load_foreign,
-    read_config,
     stored_depth,
     stored_shape,
+)
+from difax.weights.settings import (
+    check_agrees,
+    check_head_width,
+    flag,
+    number,
+    one_of,
+    optional,
+    read_settings,
+    rows_of,
+    whole,
 )
 
 _BLOCK, _TIME = "transformer_blocks.{layer}", "adaln_single.emb"
@@ -48,6 +61,11 @@ DIFFUSERS = {
     **dense("blocks/cross_out", f"{_BLOCK}.attn2.to_out.0"),
     **dense("blocks/fc1", f"{_BLOCK}.ff.net.0.proj"),
     **dense("blocks/fc2", f"{_BLOCK}.ff.net.2"),
+    # norm2 stands before the MLP, whatever its number
+    "blocks/attn_norm/scale": Source((f"{_BLOCK}.norm1.weight",)),
+    "blocks/attn_norm/bias": Source((f"{_BLOCK}.norm1.bias",)),
+    "blocks/mlp_norm/scale": Source((f"{_BLOCK}.norm2.weight",)),
+    "blocks/mlp_norm/bias": Source((f"{_BLOCK}.norm2.bias",)),
 }
 MICRO_CONDITIONS = {
     **dense("ends/resolution1", f"{_TIME}.resolution_embedder.linear_1"),
@@ -80,9 +98,9 @@ def find_pixart(
 ) -> Foreign:
     """The PixArt that is in a safetensors checkpoint of diffusers.
 
-    Depth, width, patch, channels, text_width, learn_sigma and micro_conditioning come from the tensors; 16 heads from
-    the width of XL; heads, base_size, size and interpolation_scale from a config.json beside the file. What
-    cannot be known must be given.
+    Depth, width, patch, channels, text_width, learn_sigma, micro_conditioning, biases, norms and the caption's
+    projection come from the tensors; 16 heads from the width of XL; heads, base_size, size, interpolation_scale,
+    norm_eps and activation from a config.json beside the file. What cannot be known must be given.
 
     Args:
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
@@ -111,8 +129,8 @@ def find_pixart(
     fields = {"variant": variant, **fields}
     model = pixart(**fields)
     c = model.stages[0].block.config
-    table = LAYOUTS["diffusers"] if c.micro_conditioning else DIFFUSERS
-    stored = scaled_positions(c.width, c.base_size, c.base_size, c.base_size, c.interpolation_scale)
+    table = rows_of(LAYOUTS["diffusers"], jax.eval_shape(model.init, jax.random.key(0)))
+    stored = sincos_positions(c.width, c.base_size, c.base_size, c.base_size, c.interpolation_scale)
     return Foreign(model, table, {"layer": c.depth}, {POSITIONS: stored[None]}, fields)
 
 
@@ -122,7 +140,9 @@ def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any
     width, channels, patch, other = shape("ends/patch/kernel", 4)
     if patch != other:
         raise ValueError(f"{path}: patches of {patch} x {other}; allowed: square ones")
+    stored = lambda parameter: DIFFUSERS[parameter].keys[0].format(layer=0) in shapes  # noqa: E731
     emitted, plain = shape("ends/out/kernel", 2)[0], patch * patch * channels
+    projection = stored("ends/text1/kernel") or not stored("blocks/cross_kv/kernel")
     if emitted not in (plain, 2 * plain):
         raise ValueError(
             f"{path}: the final layer emits {emitted} features for {patch} x {patch} patches of {channels} "
@@ -133,36 +153,82 @@ def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any
         "width": width,
         "patch": patch,
         "channels": channels,
-        "text_width": shape("ends/text1/kernel", 2)[1],
+        "text_width": shape("ends/text1/kernel" if projection else "blocks/cross_kv/kernel", 2)[1],
+        "caption_projection": projection,
+        "qkv_bias": stored("blocks/qkv/bias"),
+        "norm_affine": stored("blocks/attn_norm/scale"),
         "micro_conditioning": any(s.keys[0] in shapes for s in MICRO_CONDITIONS.values()),
         "learn_sigma": emitted == 2 * plain,
     }
     if width == XL["width"]:
         fields["heads"] = XL["heads"]
-    stored = shapes.get(POSITIONS)
-    if stored is not None and len(stored) == 3 and math.isqrt(stored[1]) ** 2 == stored[1]:
-        fields |= {"base_size": math.isqrt(stored[1]), "size": math.isqrt(stored[1]) * patch}
+    positions = shapes.get(POSITIONS)
+    if positions is not None and len(positions) == 3 and math.isqrt(positions[1]) ** 2 == positions[1]:
+        fields |= {"base_size": math.isqrt(positions[1]), "size": math.isqrt(positions[1]) * patch}
     return fields
 
 
+# the first published files carry the name of the class that held PixArt before it had its own
+CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")
+SETTINGS = {
+    "norm_type": one_of("ada_norm_single"),
+    "num_attention_heads": whole(),
+    "attention_head_dim": whole(),
+    "in_channels": whole(),
+    "out_channels": optional(whole()),
+    "num_layers": whole(),
+    "cross_attention_dim": optional(whole()),
+    "caption_channels": optional(whole()),
+    "sample_size": whole(),
+    "patch_size": whole(),
+    "interpolation_scale": optional(number()),
+    "use_additional_conditions": optional(flag()),
+    "norm_eps": number(),
+    "norm_elementwise_affine": flag(),
+    "activation_fn": one_of(*ACTIVATIONS),
+    "attention_bias": flag(),
+    "attention_type": optional(one_of("default", but="gated attention is of another network")),
+    "upcast_attention": flag(),  # the softmax is float32 here, always
+    "dropout": number(0.0, open_end=False),  # in training alone
+    "num_embeds_ada_norm": optional(whole()),  # of a table that this class does not have
+    "norm_num_groups": whole(),  # of a norm that this class does not have
+    # of the class that held PixArt before
+    "only_cross_attention": optional(one_of(False)),
+    "double_self_attention": optional(one_of(False)),
+}
+
+
 def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
-    """Heads, size and positions from the config.json that diffusers writes beside the weights, if there."""
-    # the first published files carry the name of the class that held PixArt before it had its own
-    rules = {
-        "_class_name": ("PixArtTransformer2DModel", "Transformer2DModel"),
-        "activation_fn": ("gelu-approximate",),
-        "norm_type": ("ada_norm_single",),
-        "norm_eps": (1e-6,),
-        "norm_elementwise_affine": (False,),
-        "attention_type": ("default", None),
-    }
-    file, config = read_config(path, rules)
+    """Heads, size, positions, epsilon and activation from the config.json that diffusers writes beside the weights."""
+    file, config = read_settings(path, CLASSES, SETTINGS)
+    channels, projected = found["channels"], found["caption_projection"]
+    check_agrees(
+        file,
+        config,
+        {
+            "in_channels": channels,
+            "out_channels": channels * (2 if found["learn_sigma"] else 1),
+            "num_layers": found["depth"],
+            "patch_size": found["patch"],
+            "caption_channels": found["text_width"] if projected else None,
+            "cross_attention_dim": found["width"] if projected else found["text_width"],
+            "attention_bias": found["qkv_bias"],
+            "norm_elementwise_affine": found["norm_affine"],
+        },
+    )
+    check_head_width(file, config, "num_attention_heads", "attention_head_dim", found["width"])
     said, size = config.get("use_additional_conditions"), config.get("sample_size")
     if said is not None and said != found["micro_conditioning"]:
         state = "holds" if found["micro_conditioning"] else "lacks"
         raise ValueError(f"{file}: use_additional_conditions={said}, but the checkpoint {state} their embedders")
-    names = {"heads": "num_attention_heads", "interpolation_scale": "interpolation_scale", "size": "sample_size"}
-    fields = {field: config[name] for field, name in names.items() if config.get(name) is not None}
+    names = {
+        "heads": "num_attention_heads",
+        "interpolation_scale": "interpolation_scale",
+        "size": "sample_size",
+        "norm_eps": "norm_eps",
+        "activation": "activation_fn",
+    }
+    fields = {field: config[name] for field, name in names.items() if name in config}
     return fields if size is None else {**fields, "base_size": size // found["patch"]}
 
 

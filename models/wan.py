@@ -27,12 +27,11 @@ import numpy as np
 
 from difax.core.contracts import Context, Model, Params, Stage
 from difax.core.ops import attend
-from difax.models.layers import Dense, check_size, gelu, model_dtype, modulate, timestep_embedding
+from difax.models.layers import Dense, affine_norm, check_size, gelu, model_dtype, modulate, timestep_embedding
 from difax.models.rope import apply_rotary, rotary_table
 
 # name -> depth, width, heads, ffn (table 3 of the paper)
 VARIANTS = {"1.3B": (30, 1536, 12, 8960), "14B": (40, 5120, 40, 13824)}
-FREQUENCIES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +48,10 @@ class WanConfig:
     text_tokens: int
     text_width: int
     eps: float
+    freq_dim: int
+    cross_attn_norm: bool
+    qk_norm: bool
+    max_positions: int
     dtype: Any
 
     @property
@@ -106,17 +109,19 @@ class WanBlock(nn.Module):
         c = self.config
         self.table = self.param("table", _normal(c.width**-0.5), (6, c.width))
         self.qkv = Dense(3 * c.width)
-        self.norm_q = nn.RMSNorm(c.eps, dtype=jnp.float32)
-        self.norm_k = nn.RMSNorm(c.eps, dtype=jnp.float32)
+        self.norm_q, self.norm_k = self._rms_norm(), self._rms_norm()
         self.out = Dense(c.width)
-        self.cross_norm = nn.LayerNorm(c.eps, dtype=jnp.float32, use_fast_variance=False)
+        self.cross_norm = affine_norm(c.eps) if c.cross_attn_norm else None
         self.cross_q = Dense(c.width)
         self.cross_kv = Dense(2 * c.width)
-        self.cross_norm_q = nn.RMSNorm(c.eps, dtype=jnp.float32)
-        self.cross_norm_k = nn.RMSNorm(c.eps, dtype=jnp.float32)
+        self.cross_norm_q, self.cross_norm_k = self._rms_norm(), self._rms_norm()
         self.cross_out = Dense(c.width)
         self.fc1 = Dense(c.ffn)
         self.fc2 = Dense(c.width)
+
+    def _rms_norm(self) -> Any:
+        """The norm of queries or keys over all heads together, or the identity."""
+        return nn.RMSNorm(self.config.eps, dtype=jnp.float32) if self.config.qk_norm else lambda x: x
 
     def mods(self, context: Context) -> dict[str, tuple[jax.Array, ...]]:
         a, b, c, d, e, f = jnp.moveaxis(self.table.astype(jnp.float32)[None] + context["six"], 1, 0)
@@ -138,7 +143,8 @@ class WanBlock(nn.Module):
         return {"keys_values": (self._heads(self.cross_norm_k(k).astype(v.dtype)), self._heads(v))}
 
     def cross(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
-        q = self.cross_q(self.cross_norm(h_BND).astype(h_BND.dtype))
+        x = h_BND if self.cross_norm is None else self.cross_norm(h_BND).astype(h_BND.dtype)
+        q = self.cross_q(x)
         k, v = context["keys_values"] if "keys_values" in context else self.once(context)["keys_values"]
         q = self._heads(self.cross_norm_q(q).astype(v.dtype))
         return self.cross_out(attend(q, k, v).reshape(h_BND.shape))
@@ -182,7 +188,7 @@ class Ends(nn.Module):
         cond = cond if "projected" in cond else self.once(cond)
         tokens = self.patch(patchify_video(x, c.patch).astype(c.dtype))
         # float32, as the original keeps the time and every modulation whatever the rest computes in
-        time_BD = self.time2(nn.silu(self.time1(timestep_embedding(model_time, FREQUENCIES))))
+        time_BD = self.time2(nn.silu(self.time1(timestep_embedding(model_time, c.freq_dim))))
         six = self.six(nn.silu(time_BD)).reshape(-1, 6, c.width)
         cos, sin = rotary_grid(c.grid, c.rotary_axes)
         return tokens, {"time": time_BD, "six": six, "text": cond["projected"], "cos": cos, "sin": sin}
@@ -211,6 +217,10 @@ def wan(
     text_tokens: int = 512,
     text_width: int = 4096,
     eps: float = 1e-6,
+    freq_dim: int = 256,
+    cross_attn_norm: bool = True,
+    qk_norm: bool = True,
+    max_positions: int = 1024,
     dtype: str | type | np.dtype = "float32",
 ) -> Model:
     """A Wan 2.1 text-to-video network as a `Model`.
@@ -229,6 +239,10 @@ def wan(
       patch: frames, rows and columns of a patch ((1, 2, 2)).
       text_tokens, text_width: caption tokens (512) and features of the text encoder (4096, umT5-XXL).
       eps: of every norm (1e-6).
+      freq_dim: features of the time's sinusoid, even (256).
+      cross_attn_norm: does a norm stand before the cross-attention (True).
+      qk_norm: are queries and keys normed, over all heads together (True).
+      max_positions: patches along an axis that the reference has rotary angles for; more are refused (1024).
       dtype: "float32" or "bfloat16", of activations and dots; time, norms, modulation, rotation and softmax are
         float32.
 
@@ -256,6 +270,10 @@ def wan(
         text_tokens=text_tokens,
         text_width=text_width,
         eps=eps,
+        freq_dim=freq_dim,
+        cross_attn_norm=cross_attn_norm,
+        qk_norm=qk_norm,
+        max_positions=max_positions,
         dtype=model_dtype("wan", dtype),
     )
     _check(c)
@@ -309,4 +327,10 @@ def _check(c: WanConfig) -> None:
         raise ValueError(f"wan: size={c.size} must be divisible by patch={c.patch} (frames, height, width)")
     if not 0 < c.eps <= 1:
         raise ValueError(f"wan: eps={c.eps}; allowed: > 0, up to 1")
+    if c.freq_dim < 2 or c.freq_dim % 2:
+        raise ValueError(f"wan: freq_dim={c.freq_dim}; allowed: even, 2 or more")
+    if max(c.grid) > c.max_positions:
+        raise ValueError(
+            f"wan: size={c.size} of patches {c.patch}; allowed: max_positions={c.max_positions} on an axis"
+        )
     check_size("wan", c.size, c.channels, math.prod(c.grid) + c.text_tokens, head)

@@ -12,6 +12,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from difax.core.contracts import Model, Params
 from difax.models.wan import VARIANTS, WanConfig, wan
 from difax.weights.checkpoint import Source, tensor_shapes
@@ -23,9 +25,20 @@ from difax.weights.published import (
     choose_layout,
     dense,
     load_foreign,
-    read_config,
     stored_depth,
     stored_shape,
+)
+from difax.weights.settings import (
+    check_agrees,
+    check_head_width,
+    flag,
+    number,
+    one_of,
+    optional,
+    read_settings,
+    rows_of,
+    several,
+    whole,
 )
 
 TABLE_AXES = (0, 1, 2)  # tables are stored as [1, 6, D] and folded to [6, D]
@@ -109,8 +122,9 @@ def load_wan(
 def find_wan(path: str | os.PathLike, *, layout: str | None = None, **overrides: Any) -> Foreign:
     """The Wan 2.1 text-to-video network that is in a checkpoint of Wan-Video/Wan2.1 or diffusers.
 
-    Depth, width, ffn, patch, channels and text_width come from the tensors, heads from the published sizes or, with
-    eps and text_tokens, from a config.json beside the file. The size of the latents stands nowhere and must be given.
+    Depth, width, ffn, patch, channels, text_width, freq_dim and which norms there are come from the tensors, heads from
+    the published sizes or, with eps, text_tokens and max_positions, from a config.json beside the file. The size of the
+    latents stands nowhere and must be given.
 
     Args:
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
@@ -129,18 +143,22 @@ def find_wan(path: str | os.PathLike, *, layout: str | None = None, **overrides:
     check_arguments("load_wan", overrides, {field.name for field in dataclasses.fields(WanConfig)})
     shapes = tensor_shapes(path, LAYOUTS.values())
     layout = choose_layout(path, "a Wan", LAYOUTS, shapes, layout)
-    fields = {**_geometry(path, LAYOUTS[layout], shapes), **_config(path), **overrides}
+    fields = _geometry(path, LAYOUTS[layout], shapes)
+    fields = {**fields, **_config(path, fields), **overrides}
     unknown = {"heads": "the number of attention heads", "size": "the latents' (frames, height, width)"}
     check_known(path, fields, unknown)
     geometry = tuple(fields[name] for name in ("depth", "width", "heads", "ffn"))
     fields = {"variant": next((n for n, preset in VARIANTS.items() if preset == geometry), None), **fields}
-    return Foreign(wan(**fields), LAYOUTS[layout], {"layer": fields["depth"]}, geometry=fields)
+    model = wan(**fields)
+    table = rows_of(LAYOUTS[layout], jax.eval_shape(model.init, jax.random.key(0)))
+    return Foreign(model, table, {"layer": fields["depth"]}, geometry=fields)
 
 
 def _geometry(path: Any, table: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The arguments of `wan` that the tensors' shapes tell."""
 
     shape = stored_shape(path, table, shapes)
+    stored = lambda parameter: table[parameter].keys[0].format(layer=0) in shapes  # noqa: E731
     width, channels, *patch = shape("ends/patch/kernel", 5)
     emitted, expected = shape("ends/out/kernel", 2)[0], math.prod(patch) * channels
     if emitted != expected:
@@ -155,6 +173,9 @@ def _geometry(path: Any, table: Mapping[str, Source], shapes: Mapping[str, tuple
         "channels": channels,
         "patch": tuple(patch),
         "text_width": shape("ends/text1/kernel", 2)[1],
+        "freq_dim": shape("ends/time1/kernel", 2)[1],
+        "cross_attn_norm": stored("blocks/cross_norm/scale"),
+        "qk_norm": stored("blocks/norm_q/scale"),
     }
     for _, preset_width, heads, _ in VARIANTS.values():
         if preset_width == width:
@@ -162,19 +183,54 @@ def _geometry(path: Any, table: Mapping[str, Source], shapes: Mapping[str, tuple
     return fields
 
 
-def _config(path: str | os.PathLike) -> dict[str, Any]:
-    """Heads, eps and caption tokens from the config.json that both projects put beside the weights, if there."""
-    rules = {
-        "_class_name": ("WanTransformer3DModel", "WanModel"),
-        "model_type": ("t2v",),
-        "cross_attn_norm": (True,),
-        "qk_norm": ("rms_norm_across_heads", True),
-        "image_dim": (None,),
-        "added_kv_proj_dim": (None,),
-    }
-    _, config = read_config(path, rules)
-    names = (("heads", "num_attention_heads"), ("heads", "num_heads"), ("eps", "eps"), ("text_tokens", "text_len"))
-    return {field: config[name] for field, name in names if config.get(name) is not None}
+CLASSES = ("WanTransformer3DModel", "WanModel")
+_IMAGE = "image-to-video is another network"
+SETTINGS = {
+    "patch_size": several(3, whole()),
+    "eps": number(),
+    "freq_dim": whole(2),
+    "ffn_dim": whole(),
+    "num_layers": whole(),
+    "text_dim": whole(),
+    "cross_attn_norm": flag(),
+    "qk_norm": one_of("rms_norm_across_heads", None, True, False),
+    # of diffusers
+    "num_attention_heads": whole(),
+    "attention_head_dim": whole(),
+    "in_channels": whole(),
+    "out_channels": optional(whole()),
+    "rope_max_seq_len": whole(),
+    "image_dim": one_of(None, but=_IMAGE),
+    "added_kv_proj_dim": one_of(None, but=_IMAGE),
+    "pos_embed_seq_len": one_of(None, but=_IMAGE),
+    # of the original
+    "model_type": one_of("t2v", but=_IMAGE),
+    "num_heads": whole(),
+    "dim": whole(),
+    "in_dim": whole(),
+    "out_dim": whole(),
+    "text_len": whole(),
+}
+
+
+def _config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
+    """Heads, eps, caption tokens and positions from the config.json that both projects put beside the weights."""
+    file, config = read_settings(path, CLASSES, SETTINGS)
+    same = {"freq_dim": "freq_dim", "ffn_dim": "ffn", "num_layers": "depth", "text_dim": "text_width", "dim": "width"}
+    same |= dict.fromkeys(("in_channels", "in_dim", "out_channels", "out_dim"), "channels")
+    said = {name: found[field] for name, field in same.items()} | {"patch_size": list(found["patch"])}
+    check_agrees(file, config, said | {"cross_attn_norm": found["cross_attn_norm"]})
+    if config.get("qk_norm") and not found["qk_norm"]:  # where there are norms, diffusers takes them without asking
+        raise ValueError(f"{file}: qk_norm={config['qk_norm']!r}; allowed: null, as the checkpoint has no such norms")
+    check_head_width(file, config, "num_attention_heads", "attention_head_dim", found["width"])
+    names = (
+        ("heads", "num_attention_heads"),
+        ("heads", "num_heads"),
+        ("eps", "eps"),
+        ("text_tokens", "text_len"),
+        ("max_positions", "rope_max_seq_len"),
+    )
+    return {field: config[name] for field, name in names if name in config}
 
 
 PUBLISHED = Published(find_wan, LAYOUTS)

@@ -21,7 +21,7 @@ FAMILIES = {
     "caches: tokens": ("caches_tokens",),
     "attention": ("attention",),
     "quantisation": ("qtensor",),
-    "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions"),
+    "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "settings", "sizes"),
     "weights": ("safetensors", "convert"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),

@@ -20,6 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from difax.accel.solvers import SOLVERS
+from difax.build import make_process
 from difax.configs import flux_dev, flux_schnell, flux_tiny
 from difax.core import noise
 from difax.core.grids import GRIDS, make_times
@@ -492,7 +493,7 @@ def test_configurations_build_their_models():
         section = dict(config["model"])
         assert section.pop("name") == "flux"
         model = flux(**section)
-        process = PROCESSES["flow"](**{k: v for k, v in config["process"].items() if k != "name"})
+        process = make_process(config["process"], model)
         times = make_times(GRIDS[config["grid"]["name"]](), process, config["steps"])
         assert times[0] == 1 and times[-1] == 0
         shifts[f"{model.name}:{arg}"] = (model.input_shape, process.shift, config["steps"])

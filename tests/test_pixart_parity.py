@@ -25,7 +25,7 @@ from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.shapes import trunk_spec
 from difax.core.trunk import forward
 from difax.models.layers import sincos_positions
-from difax.models.pixart import pixart, scaled_positions
+from difax.models.pixart import pixart
 from difax.models.pixart_checkpoint import load_pixart
 from difax.weights.checkpoint import load_native, save_safetensors
 from tests.toys import randomise
@@ -120,10 +120,10 @@ def test_what_is_masked_does_not_matter():
 
 
 def test_positions_of_the_trained_grid_are_dits():
-    np.testing.assert_allclose(scaled_positions(24, 5, 5, 5), sincos_positions(24, 5, 5), atol=1e-6)
+    np.testing.assert_allclose(sincos_positions(24, 5, 5, 5), sincos_positions(24, 5, 5), atol=1e-6)
     # twice as many patches over the same extent: every second one stands where one stood
-    fine = scaled_positions(24, 8, 6, 4).reshape(8, 6, 24)
-    coarse = scaled_positions(24, 4, 3, 4).reshape(4, 3, 24)
+    fine = sincos_positions(24, 8, 6, 4).reshape(8, 6, 24)
+    coarse = sincos_positions(24, 4, 3, 4).reshape(4, 3, 24)
     np.testing.assert_allclose(fine[::2, ::2], coarse, atol=1e-6)
 
 
@@ -307,7 +307,7 @@ def test_stored_positions_and_config_json(tmp_path):
         load_pixart(tmp_path, variant="sigma")
     (tmp_path / "config.json").unlink()
     save_file(
-        tensors | {"pos_embed.pos_embed": scaled_positions(24, 8, 8, 8)[None]},
+        tensors | {"pos_embed.pos_embed": sincos_positions(24, 8, 8, 8)[None]},
         tmp_path / "diffusion_pytorch_model.safetensors",
     )
     model, _ = load_pixart(tmp_path, heads=2, text_tokens=7)

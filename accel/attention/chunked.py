@@ -127,6 +127,7 @@ def over_heads(
       o [B, T, H, K] in the dtype of q and lse [B, H, T].
     """
     b, t, h, width = q_BTHK.shape
+    v_BSHK = ops.attended_values(v_BSHK, segments)
     fold = lambda a_BTHK: jnp.swapaxes(a_BTHK, 1, 2).reshape(b * h, a_BTHK.shape[1], -1)  # noqa: E731
     per_head = lambda a: jnp.broadcast_to(a, (b, h, *a.shape[2:])).reshape(b * h, *a.shape[2:])  # noqa: E731
     ids = None if segments is None else jax.tree.map(lambda a: per_head(a[:, None]), segments)

@@ -13,7 +13,7 @@ import numpy as np
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.planned import Schedule, everywhere, planned
 from difax.core.contracts import Accelerator, Done, Row, Segments, Stage, State, TrunkSpec, Where, no_memory
-from difax.core.ops import MASKED
+from difax.core.ops import MASKED, attended_values
 
 
 def attention_map(
@@ -83,7 +83,7 @@ def attention_map(
             product = 2 * math.prod(q.shape) * k.shape[1]
             work.append(2 * product)
             saved.append(product)
-            p_BHTS = kept[0].astype(v.dtype)
+            p_BHTS, v = kept[0].astype(v.dtype), attended_values(v, segments)
             return jnp.einsum("bhts,bshk->bthk", p_BHTS, v, preferred_element_type=jnp.float32).astype(q.dtype)
 
         def dense(name: str, x: jax.Array, apply: Any) -> jax.Array:

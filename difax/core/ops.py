@@ -136,6 +136,7 @@ def attend(
         q_BTHK, k_BSHK, v_BSHK = (
             a.astype(jnp.float32) * s for a, s in zip((q_BTHK, k_BSHK, v_BSHK), scales, strict=True)
         )
+    v_BSHK = attended_values(v_BSHK, segments)
     q_BHTK = jnp.swapaxes(q_BTHK, 1, 2) * q_BTHK.shape[-1] ** -0.5
     k_BHSK = jnp.swapaxes(k_BSHK, 1, 2)
     v_BHSK = jnp.swapaxes(v_BSHK, 1, 2)
@@ -152,6 +153,17 @@ def attend(
     o_BHTK = jnp.einsum("bhts,bhsk->bhtk", p_BHTS.astype(v_BHSK.dtype), v_BHSK, preferred_element_type=jnp.float32)
     o_BTHK = jnp.swapaxes((o_BHTK / total_BHT1).astype(q_BTHK.dtype), 1, 2)
     return (o_BTHK, (top_BHT1 + jnp.log(total_BHT1))[..., 0]) if with_lse else o_BTHK
+
+
+def attended_values(v_BSHK: jax.Array, segments: Segments | None) -> jax.Array:
+    """Values with 0 in place of inf and NaN where no query attends: such a key's weight is 0, and 0 times inf is NaN.
+
+    Finite values are as they are, so that a query without any key still gets their mean.
+    """
+    if segments is None:
+        return v_BSHK
+    seen_BS = (segments.q[:, :, None] == segments.k[:, None]).any(1)
+    return jnp.where(seen_BS[..., None, None] | jnp.isfinite(v_BSHK), v_BSHK, jnp.zeros((), v_BSHK.dtype))
 
 
 def block_mask(blocks: BlockList, queries: int, keys: int) -> jax.Array:

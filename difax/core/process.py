@@ -204,16 +204,64 @@ def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
     )
 
 
-def flow(shift: float = 1.0, time_scale: float = 1000.0) -> Process:
+def flux_shift(shape: tuple[int, ...]) -> float:
+    """FLUX.1 dev's time shift: exp(mu), mu linear in the image tokens n = H W / 4, 0.5 for 256 and 1.15 for 4096.
+
+    Args:
+      shape: (height, width, channels) of the latents; 4096 tokens are 1024 x 1024 pixels.
+
+    References: Black Forest Labs 2024, https://github.com/black-forest-labs/flux.
+    """
+    tokens = shape[-3] * shape[-2] // 4
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+
+
+def wan_shift(shape: tuple[int, ...]) -> float:
+    """Wan 2.1's time shift for text-to-video: 3 at 480p and 5 at 720p, in between and beyond exp of a line.
+
+    3 (5/3)^((n - 6240)/(14400 - 6240)), n the latents of a frame, H W: 60 x 104 for 480p, 90 x 160 for 720p, however
+    many frames. The authors give the two points; that log s is linear in n is FLUX's rule.
+
+    Args:
+      shape: (frames, height, width, channels) of the latents.
+
+    References: Wan Team 2025, arXiv:2503.20314; https://github.com/Wan-Video/Wan2.1.
+    """
+    return 3.0 * (5.0 / 3.0) ** ((shape[-3] * shape[-2] - 60 * 104) / (90 * 160 - 60 * 104))
+
+
+# name -> (shape of one sample) -> time shift
+SHIFTS: dict[str, Callable[[tuple[int, ...]], float]] = {"flux": flux_shift, "wan": wan_shift}
+
+
+def flow(
+    shift: float | None = None,
+    time_scale: float = 1000.0,
+    shift_by: str | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> Process:
     """Rectified flow: x_t = (1 - t) x0 + t eps, whose velocity dx/dt is eps - x0.
 
     Args:
       shift: time shift s, 0.001 ... 1000, t' = s t/(1 + (s - 1) t), applied by the `shifted` grid and to training times
-        (1 = none; 3 in SD3).
+        (1 = none; 3 in SD3). None is what `shift_by` says of the size, or 1 without it.
       time_scale: the network is told time_scale * t (1000, as SD3 and FLUX); slopes and velocity stay along t.
+      shift_by: by whose rule the shift follows from the size of the samples, where `shift` is None: "flux" or "wan"
+        (`SHIFTS`).
+      shape: of one sample, for that rule; a run gives its model's.
+
+    Raises:
+      ValueError: a shift or a scale that is not above 0, an unknown rule, or a rule without a shape.
 
     References: Liu et al., Rectified Flow, 2022, arXiv:2209.03003; Esser et al. (SD3), 2024, arXiv:2403.03206.
     """
+    if shift_by is not None and shift_by not in SHIFTS:
+        raise ValueError(f"flow: shift_by={shift_by!r}; allowed: {', '.join(SHIFTS)}, or none")
+    if shift is None and shift_by is not None:
+        if shape is None or len(shape) < 3:
+            raise ValueError(f"flow: shift_by={shift_by!r} needs the shape of a sample, not {shape}; or give shift")
+        shift = SHIFTS[shift_by](tuple(shape))
+    shift = 1.0 if shift is None else shift
     check_shift("flow", shift)
     if not 0 < time_scale <= 1e6:
         raise ValueError(f"flow: time_scale={time_scale}; allowed: > 0, up to 1e6")

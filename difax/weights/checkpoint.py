@@ -129,6 +129,11 @@ def tensor_shapes(path: str | os.PathLike, tables: Iterable[Mapping[str, Source]
     return {name: t.shape for name, t in (tensors if best is None else _network(path, tensors, _keys(best))).items()}
 
 
+def tensor_types(path: str | os.PathLike) -> dict[str, np.dtype | None]:
+    """Types of all tensors at `path`, from the headers alone; None for one that numpy has no type for."""
+    return {name: np.dtype(CODES[t.dtype]) if t.dtype in CODES else None for name, t in _opened(path).items()}
+
+
 def load_safetensors(
     path: str | os.PathLike,
     spec: Params,
@@ -261,6 +266,21 @@ def save_safetensors(path: str | os.PathLike, params: Params, metadata: Mapping[
         raise ValueError(f"cannot write {path}: {error}") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def equal_copies(path: str | os.PathLike, table: Mapping[str, Source], layers: Mapping[str, int]) -> bool:
+    """Whether the layers of a file repeat the shared parameters of a table; reads them, up to the first that differs.
+
+    Tensors that are missing or of another shape are for `load_safetensors` to refuse, and count as equal.
+    """
+    tensors = _network(path, _opened(path), _keys(table))
+    for source in (source for source in table.values() if source.shared):
+        copies = (tensors[name].read() for names in _expand(source, layers) for name in names if name in tensors)
+        first = next(copies, None)
+        for copy in copies:
+            if first is not None and copy.shape == first.shape and not np.array_equal(copy, first):
+                return False
+    return True
 
 
 def check_shapes(where: str, params: Params, spec: Params) -> None:
@@ -590,7 +610,8 @@ def _check_tensors(p: str, source: Source, want: Any, row: list[list[str]], tens
     unfolded = len(axes) == len(parts[0])
     kind = np.dtype(want.dtype)
     # any float serves a float parameter; an integer one must be exactly what it is
-    codes = FLOATS if jnp.issubdtype(kind, jnp.floating) else (f"{kind.kind.upper()}{8 * kind.itemsize}",)
+    whole = "BOOL" if kind.kind == "b" else f"{kind.kind.upper()}{8 * kind.itemsize}"
+    codes = FLOATS if jnp.issubdtype(kind, jnp.floating) else (whole,)
     for name, part in ((name, part) for names in row for name, part in zip(names, parts, strict=True)):
         file, shape, dtype = tensors[name].file, tensors[name].shape, tensors[name].dtype
         expected = tuple(part[axes.index(i)] for i in range(len(axes))) if unfolded else None

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from difax.core.contracts import Model
-from difax.weights.checkpoint import load_native, tensor_shapes
+from difax.weights.checkpoint import load_native, tensor_shapes, tensor_types
 
 
 def labelled(model: Model) -> bool:
@@ -40,10 +40,11 @@ def load_conditions(model: Model, path: str) -> Any:
     """Reads the conditions [n] of a model that takes embeddings.
 
     Args:
-      path: a .safetensors file with one tensor [n, ...] for every leaf of `model.cond`.
+      path: a .safetensors file with one tensor [n, ...] for every leaf of `model.cond`. Masks hold 0 and 1 in any type.
 
     Raises:
-      ValueError: as `difax.weights.checkpoint.load_safetensors`; tensors of unequal n; a model that takes labels.
+      ValueError: as `difax.weights.checkpoint.load_safetensors` and `check_conditions`; tensors of unequal n; a model
+        that takes labels.
     """
     if labelled(model):
         raise ValueError(f"--cond {path}: {model.name} takes labels")
@@ -52,25 +53,66 @@ def load_conditions(model: Model, path: str) -> Any:
     n = lengths.pop() if lengths else 1
     if lengths:
         raise ValueError(f"{path}: the tensors lead with {sorted({n, *lengths})}; allowed: one number of conditions")
-    spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), model.cond)
-    found = load_native(path, spec)
-    return jax.tree.map(lambda a, s: np.asarray(a).astype(s.dtype), found, spec)
+    types = tensor_types(path)
+
+    def stored(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        kind = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else types.get(name) or leaf.dtype
+        return jax.ShapeDtypeStruct((n, *leaf.shape), kind)
+
+    spec = {name: stored(name, leaf) for name, leaf in flatten_dict(model.cond, sep="/").items()}
+    return check_conditions(model, jax.tree.map(np.asarray, load_native(path, unflatten_dict(spec, sep="/"))), path)
 
 
-def check_conditions(model: Model, cond: Any) -> Any:
+def check_conditions(model: Model, cond: Any, where: str = "cond") -> Any:
     """Conditions [n] that are given as a tree, as arrays of the model's types.
 
+    Args:
+      where: they are from, for the messages.
+
     Raises:
-      ValueError: leaves that are missing, unknown, of another shape or of unequal n.
+      ValueError: leaves that are missing, unknown, of another shape, type or of unequal n; a mask of other numbers than
+        0 and 1, or without a token; a number that is not finite, but where a mask says that there is no token.
     """
     given: dict[str, Any] = flatten_dict(dict(cond), sep="/")
     spec: dict[str, Any] = flatten_dict(model.cond, sep="/")
     if given.keys() != spec.keys():
-        raise ValueError(f"cond has {', '.join(sorted(given))}; allowed: {', '.join(sorted(spec))}")
-    arrays = {name: np.asarray(given[name]).astype(spec[name].dtype) for name in spec}
+        raise ValueError(f"{where} has {', '.join(sorted(given))}; allowed: {', '.join(sorted(spec))}")
+    arrays = {name: _numbers(f"{where} {name}", given[name], spec[name].dtype) for name in spec}
     lengths = {len(a) if a.ndim else 0 for a in arrays.values()}
     for name, array in arrays.items():
         if array.shape[1:] != spec[name].shape or len(lengths) > 1:
             wanted = ", ".join(map(str, ("n", *spec[name].shape)))
-            raise ValueError(f"cond {name} is {list(array.shape)}; allowed: [{wanted}], one n for all")
+            raise ValueError(f"{where} {name} is {list(array.shape)}; allowed: [{wanted}], one n for all")
+    for name, array in arrays.items():
+        mask = arrays.get(name.replace("text", "mask")) if "text" in name else None
+        _check_finite(f"{where} {name}", array, mask)
+        if name.rpartition("/")[2].endswith("mask") and not array.any(axis=-1).all():
+            empty = int(np.argmin(array.any(axis=-1)))
+            raise ValueError(f"{where} {name} has no token in condition {empty}; allowed: one or more that are 1")
     return unflatten_dict(arrays, sep="/")
+
+
+def _numbers(what: str, given: Any, dtype: Any) -> np.ndarray:
+    """An array in the model's type; what is whole there (masks) holds 0 and 1, in whatever type it came."""
+    try:
+        array = np.asarray(given)
+    except ValueError:
+        raise ValueError(f"{what} is a list of unequal lengths; allowed: an array of numbers") from None
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "biu"):
+        raise ValueError(f"{what} is of type {array.dtype}; allowed: numbers")
+    if jnp.issubdtype(dtype, jnp.floating):
+        with np.errstate(over="ignore"):
+            return array.astype(dtype)
+    if not np.isin(array, (0, 1)).all():
+        other = array[~np.isin(array, (0, 1))][0]
+        raise ValueError(f"{what} holds {other}; allowed: 0 (no token) and 1 (a token)")
+    return array.astype(dtype)
+
+
+def _check_finite(what: str, array: np.ndarray, mask: np.ndarray | None) -> None:
+    """Raises ValueError for numbers that are not finite in a token that exists."""
+    bad = ~np.isfinite(array.astype(np.float32))
+    if mask is not None:
+        bad &= (mask != 0).reshape(mask.shape + (1,) * (bad.ndim - mask.ndim))
+    if bad.any():
+        raise ValueError(f"{what} holds {int(bad.sum())} numbers that are not finite; allowed: finite numbers")
