@@ -7,7 +7,6 @@ damaged by a ValueError that names the file, what is wrong and where, and what i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -220,6 +219,56 @@ def read_object(path: str | os.PathLike, allowed: str = "a JSON object", finite:
     return check_object(read_json(path, allowed, finite), named(path), **kinds)
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Gives a name beside `path` to write to, which is renamed to `path` at the end, or removed after an error.
+
+    Raises:
+      ValueError: the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_rows(path: str | os.PathLike, **kinds: Any) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; [] where there is none, and without a last line that was cut off.
+
+    Args:
+      kinds: of the keys of every row, as in `check_object`.
+
+    Raises:
+      ValueError: a line that is no such row (names it), or as `read_text`.
+    """
+    if place_of(path) is None:
+        return []
+    allowed = "a line of JSON for each row"
+    with opened(path, allowed, TEXT) as file:
+        raw = file.read(TEXT + 1)
+    whole = raw[: raw.rfind(b"\n") + 1]  # a line that is cut may end within a letter
+    if len(whole) < len(raw):
+        with replacing(path) as aside:
+            aside.write_bytes(whole)
+    if sum(map(whole.count, (b",", b"[", b"{"))) > VALUES:
+        raise ValueError(f"{named(path)}: more than {VALUES:,} values; allowed: {allowed} of fewer")
+    rows = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        where = f"{named(path)}: line {number}"
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: its byte {error.start} is no UTF-8 text; allowed: {allowed}") from None
+        row = parse_json(text, where, f"{allowed}; without this line the others can be read")
+        rows.append(check_object(row, where, **kinds))
+    return rows
+
+
 WORDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", type(None): "null"}
 
 
@@ -256,38 +305,6 @@ def _kind(value: Any) -> str:
 def _having(kinds: Mapping[str, Any]) -> str:
     needed = [key for key, types in kinds.items() if not isinstance(None, types)]
     return f" with {', '.join(needed)}" if needed else ""
-
-
-def read_rows(path: str | os.PathLike, **kinds: Any) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; [] where there is none, and without a last line that was cut off.
-
-    Args:
-      kinds: of the keys of every row, as in `check_object`.
-
-    Raises:
-      ValueError: a line that is no such row (names it), or as `read_text`.
-    """
-    if place_of(path) is None:
-        return []
-    allowed = "a line of JSON for each row"
-    with opened(path, allowed, TEXT) as file:
-        raw = file.read(TEXT + 1)
-    whole = raw[: raw.rfind(b"\n") + 1]  # a line that is cut may end within a letter
-    if len(whole) < len(raw):
-        with replacing(path) as aside:
-            aside.write_bytes(whole)
-    if sum(map(whole.count, (b",", b"[", b"{"))) > VALUES:
-        raise ValueError(f"{named(path)}: more than {VALUES:,} values; allowed: {allowed} of fewer")
-    rows = []
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
-        where = f"{named(path)}: line {number}"
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: its byte {error.start} is no UTF-8 text; allowed: {allowed}") from None
-        row = parse_json(text, where, f"{allowed}; without this line the others can be read")
-        rows.append(check_object(row, where, **kinds))
-    return rows
 
 
 # ---- arrays ------------------------------------------------------------------------------------------------
@@ -509,34 +526,6 @@ def writable(
     elif not os.access(target.parent, os.W_OK):
         raise refused(f"the folder {named(target.parent)} is not writable")
     return target
-
-
-def aside_of(path: str | os.PathLike) -> pathlib.Path:
-    """The hidden name beside a path under which this process writes what is renamed to it."""
-    path = pathlib.Path(path)
-    end = f".{os.getpid()}.part"
-    whole = f".{path.name}{end}"
-    if len(os.fsencode(whole)) > NAME:
-        whole = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{end}"
-    return path.with_name(whole)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Gives a name beside `path` to write to, which is renamed to `path` at the end, or removed after an error.
-
-    Raises:
-      ValueError: the file cannot be written.
-    """
-    aside = aside_of(path)
-    try:
-        yield aside
-        os.replace(aside, path)
-    except OSError as error:
-        raise ValueError(f"{named(path)}: cannot be written ({why(error)})") from None
-    finally:
-        with contextlib.suppress(OSError):  # where the folder is none, there is nothing to remove either
-            aside.unlink(missing_ok=True)
 
 
 def save_arrays(path: str | os.PathLike, arrays: Mapping[str, Any], compressed: bool = False) -> None:

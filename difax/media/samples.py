@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from difax.core.files import aside_of, check_finite, named, opened_arrays, save_arrays, why, writable
+from difax.core.files import check_finite, named, opened_arrays, save_arrays, why, writable
 from difax.media.images import image_grid, picture, save_png, to_uint8, write_png
 
 SUFFIXES = (".png", ".npz", "")  # the last is a folder
@@ -48,7 +48,7 @@ def save_samples(path: str | os.PathLike, samples: np.ndarray, columns: int, arr
 
 
 def _save_folder(path: pathlib.Path, samples: np.ndarray) -> None:
-    aside = aside_of(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         aside.mkdir()
         for i, sample in enumerate(samples):

@@ -153,7 +153,7 @@ def npz(path: str | os.PathLike, split: str = "train", *, names: Sequence[str] |
     assert image is not None
     image = image if image.ndim == 4 else image[..., None]
     label = np.zeros(len(image), np.int32) if label is None else label
-    found = tuple(map(str, own if names is None else names)) if own is not None or names is not None else ()
+    found = tuple(map(str, names)) if names is not None else () if own is None else tuple(map(str, own))
     most = len(found) - 1 if found else 2**31 - 2
     if label.min() < 0 or label.max() > most:
         wrong = label.min() if label.min() < 0 else label.max()
@@ -284,7 +284,7 @@ def read_idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
             with gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else contextlib.nullcontext(raw) as file:
                 head = file.read(4 + 4 * dimensions)
                 if len(head) < 4 + 4 * dimensions or head[:4] != bytes([0, 0, 8, dimensions]):
-                    raise ValueError(f"{named(path)}: {'no' if head else 'empty, no'} idx file; allowed: {allowed}")
+                    raise ValueError(f"{named(path)}: {'not an idx file' if head else 'empty'}; allowed: {allowed}")
                 shape = tuple(map(int, np.frombuffer(head, ">u4", dimensions, 4)))
                 size = math.prod(shape)
                 if not 0 < size <= limit:
@@ -321,7 +321,7 @@ def batches(size: int, batch: int, seed: int) -> Callable[[int], np.ndarray]:
 
 def _find(folder: pathlib.Path, name: str) -> pathlib.Path:
     for candidate in (folder / name, folder / f"{name}.gz"):
-        if candidate.is_file():
+        if place_of(candidate) == "file":
             return candidate
     raise FileNotFoundError(
         f"Fashion-MNIST file {name}[.gz] not found in {folder}. Three ways to get it: "
