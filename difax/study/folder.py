@@ -72,13 +72,17 @@ def read_image_file(path: str | os.PathLike) -> np.ndarray:
     Raises:
       ValueError: a file that is not what `difax pareto` writes; says how to go on.
     """
-    allowed = (
-        "images as difax pareto writes them; without this file the report leaves them out, and without the method's "
-        "line in rows.jsonl too the same command draws them anew"
-    )
-    with opened_arrays(path, allowed, IMAGES) as found:
-        stored = found.get("images")
-        if stored is None or stored.dtype != np.uint8 or len(stored.shape) not in (4, 5) or 0 in stored.shape:
-            there = ", ".join(f"{k} {a.dtype} {list(a.shape)}" for k, a in found.items())[:200]
-            raise ValueError(f"{named(path)}: no images of difax pareto ({there or 'nothing'}); allowed: {allowed}")
-        return stored.read()
+    allowed = "images, uint8 [n, H, W, C] or [n, F, H, W, C]"
+    try:
+        with opened_arrays(path, allowed, IMAGES) as found:
+            stored = found.get("images")
+            if stored is None or stored.dtype != np.uint8 or len(stored.shape) not in (4, 5) or 0 in stored.shape:
+                there = ", ".join(f"{k} {a.dtype} {list(a.shape)}" for k, a in found.items())[:200]
+                raise ValueError(f"it holds {there or 'nothing'}; allowed: {allowed}")
+            return stored.read()
+    except ValueError as error:
+        raise ValueError(
+            f"{named(path)}: no images of difax pareto ({str(error).removeprefix(f'{named(path)}: ')}); delete the "
+            "file, and the report leaves them out; delete the method's line in rows.jsonl too, and the same command "
+            "draws them anew"
+        ) from None
