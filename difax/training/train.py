@@ -7,16 +7,14 @@ checkpoint, so a run that is killed and resumed has the losses of the uninterrup
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +22,8 @@ import optax
 import orbax.checkpoint as ocp
 
 from difax.core import mesh as mesh_
-from difax.core.files import check_object, named, place_of, read_object, why
+from difax.core.files import check_object, named, place_of, read_object
+from difax.training.checkpoints import open_checkpoints, restored
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
 from difax.weights.checkpoint import check_shapes
@@ -189,8 +188,8 @@ def train(
         ema = jax.tree.map(lambda a: a + 0, params)
         return TrainState(jnp.zeros((), jnp.int32), params, ema, transform.init(params))
 
-    checkpoints = _opened(
-        folder / "checkpoints",
+    checkpoints = open_checkpoints(
+        folder,
         options=ocp.CheckpointManagerOptions(max_to_keep=options.keep, enable_async_checkpointing=True),
     )
     with checkpoints:
@@ -201,7 +200,7 @@ def train(
             _check_schedule(folder, latest, options)
             shapes = jax.eval_shape(init)
             like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
-            state = cast(TrainState, _restored(folder, checkpoints, latest, like))
+            state = cast(TrainState, restored(folder, checkpoints, latest, like))
         _write_json(folder / "config.json", {**config, "train": {**config["train"], "steps": options.steps}})
         recorder = _Recorder(folder, int(state.step), options, progress, log)
         update = make_step(task.loss, options)
@@ -231,9 +230,8 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     path = pathlib.Path(workdir) / "config.json"
     if place_of(path) is None:
         raise ValueError(f"{named(workdir)}: no training run there (no config.json)")
-    config = read_object(
-        path, "the configuration of a run", finite=False, model=dict, train=dict, data=(dict, type(None))
-    )
+    maybe = (dict, type(None))
+    config = read_object(path, "the configuration of a run", finite=False, model=dict, train=dict, data=maybe)
     check_object(config["train"], f"{named(path)}: train", steps=int)
     check_object(config["model"], f"{named(path)}: model", name=str)
     return config
@@ -260,65 +258,17 @@ def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) ->
     """
     with _checkpoints(workdir) as checkpoints:
         latest = _latest(workdir, checkpoints)
-        stored = _restored(workdir, checkpoints, latest)
+        stored = restored(workdir, checkpoints, latest)
     ema = stored["ema"] if isinstance(stored, dict) else stored.ema
     check_shapes(str(workdir), ema, jax.eval_shape(init, jax.random.key(0)))
     return latest, ema
-
-
-def _restored(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager, step: int, like: Any = None) -> Any:
-    """The state of a step; ValueError for one that is damaged, of no training run, or not finite.
-
-    Args:
-      like: shapes, types and shardings of the state; None restores what is there.
-    """
-
-    def read() -> Any:
-        state: Any = checkpoints.restore(step, args=ocp.args.StandardRestore(like))
-        fields = state if isinstance(state, dict) else state._asdict()
-        for name in TrainState._fields:
-            if name not in fields:
-                raise ValueError(f"it has no {name}")
-        for where, leaf in jax.tree_util.tree_leaves_with_path({k: fields[k] for k in ("params", "ema")}):
-            if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
-                raise ValueError(f"{jax.tree_util.keystr(where, simple=True, separator='/')} is not finite")
-        return state
-
-    return _readable(read, pathlib.Path(workdir) / "checkpoints" / str(step), checkpoints.all_steps())
-
-
-def _readable(read: Callable[[], Any], folder: pathlib.Path, steps: Sequence[int] = ()) -> Any:
-    """What is read of checkpoints; whatever orbax raises or prints of damage is one ValueError that names the folder."""
-    said, hook = absl.logging.get_verbosity(), sys.unraisablehook
-    absl.logging.set_verbosity(absl.logging.FATAL)  # it logs what it then raises, or can do without
-    sys.unraisablehook = lambda _: None  # and leaves coroutines that fail when they are collected
-    try:
-        return read()
-    except MemoryError:
-        raise
-    except Exception as error:
-        fault = why(error)
-    finally:
-        gc.collect()
-        sys.unraisablehook = hook
-        absl.logging.set_verbosity(said)
-    others = [step for step in steps if str(step) != folder.name]
-    go_on = f"; without this folder the run goes on from step {max(others)}" if others else ""
-    raise ValueError(f"{named(folder)}: this checkpoint cannot be read ({fault}){go_on}")
-
-
-def _opened(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
-    """The checkpoints of a run; ValueError where what is there tells of no steps."""
-    for file in sorted(folder.glob("*/_CHECKPOINT_METADATA")):
-        read_object(file, "what a checkpoint says of itself")
-    return _readable(lambda: ocp.CheckpointManager(folder, **options), folder)
 
 
 def _checkpoints(workdir: str | os.PathLike) -> ocp.CheckpointManager:
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"{workdir}: no training run there (no checkpoints/)")
-    return _opened(folder)
+    return open_checkpoints(workdir)
 
 
 def _latest(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager) -> int:
