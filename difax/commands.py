@@ -363,23 +363,7 @@ def _list_systems(options: argparse.Namespace) -> int:
 
 
 def writable(path: str, suffixes: tuple[str, ...], flag: str = "--out", made: str | None = None) -> pathlib.Path:
-    """Checks before any work that a file can be written there; returns its path.
+    """`difax.core.files.writable`, whose module is not imported for a command's help."""
+    from difax.core.files import writable
 
-    Args:
-      made: a folder that the command makes, with all above it.
-
-    Raises:
-      ValueError: another suffix, a folder, or a folder that is missing or not writable.
-    """
-    target = pathlib.Path(path)
-    if target.suffix not in suffixes:
-        raise ValueError(f"{flag} {path}: the name must end in {' or '.join(suffixes)}")
-    if target.is_dir():
-        raise ValueError(f"{flag} {path}: that is a folder")
-    if not target.parent.is_dir():
-        folder = None if made is None else pathlib.Path(made).absolute()
-        if folder is None or target.parent.absolute() not in (folder, *folder.parents):
-            raise ValueError(f"{flag} {path}: the folder {target.parent} does not exist")
-    elif not os.access(target.parent, os.W_OK):
-        raise ValueError(f"{flag} {path}: the folder {target.parent} is not writable")
-    return target
+    return writable(path, suffixes, flag, made)

@@ -10,7 +10,6 @@ arrays "stage.branch.scale" and "stage.branch.shift", [L, E, D] or [L, E, 1], fl
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,13 +104,10 @@ def refreshed(changes: np.ndarray, threshold: float, fresh: np.ndarray) -> np.nd
 
 def _adjustment(file: str) -> dict[str, dict[str, Any]]:
     """{stage: {"branch.scale": [L, E, D], "branch.shift": the same}}."""
-    if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".npz":
-        raise ValueError(f"block_caching: adjust={file!r}; allowed: an .npz file")
     learned: dict[str, dict[str, Any]] = {}
-    with np.load(file, allow_pickle=False) as arrays:
-        for key, array in arrays.items():
-            stage, _, name = key.partition(".")
-            learned.setdefault(stage, {})[name] = jnp.asarray(array, jnp.float32)
+    for key, array in measured.arrays(NAME, file, "adjust").items():
+        stage, _, name = key.partition(".")
+        learned.setdefault(stage, {})[name] = jnp.asarray(array, jnp.float32)
     return learned
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from difax.core.contracts import Stage
-from difax.core.files import read_json, replacing
+from difax.core.files import check_finite, check_object, place_of, read_arrays, read_json, save_arrays
 
 
 def load(technique: str, file: str) -> Any:
@@ -32,11 +32,10 @@ def load(technique: str, file: str) -> Any:
     Raises:
       ValueError: no such file, or no JSON.
     """
-    path = pathlib.Path(file)
-    if not path.is_file():
+    if place_of(file) is None:
         raise ValueError(f"{technique}: file={file!r}: no such file")
     try:
-        return read_json(path)
+        return read_json(file, "a JSON file of difax calibrate")
     except ValueError as error:
         raise ValueError(f"{technique}: file={file!r} is not JSON: {error}") from None
 
@@ -47,14 +46,54 @@ def read(technique: str, file: str, tables: tuple[str, ...]) -> dict[str, Any]:
     Raises:
       ValueError: as `load`, or a file of another technique, or one without a table that is asked for.
     """
-    content = load(technique, file)
-    found = content.get("technique") if isinstance(content, dict) else None
-    if found != technique:
-        raise ValueError(f"{technique}: file={file!r} was measured for {found}; allowed: {technique}")
+    where = f"{technique}: file={file!r}"
+    content = check_object(load(technique, file), where, technique=str)
+    if content["technique"] != technique:
+        raise ValueError(f"{where} was measured for {content['technique'][:80]}; allowed: {technique}")
     for key in tables:
         if key not in content:
-            raise ValueError(f"{technique}: file={file!r} has no {key!r}; it has {', '.join(sorted(content))}")
+            raise ValueError(f"{where} has no {key!r}; it has {', '.join(sorted(content))[:160]}")
+    check_object(content, where, **{key: KINDS[key] for key in KINDS if key in content})
+    for key in NUMBERS & content.keys():
+        numbers = content[key]
+        if not numbers or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in numbers):
+            raise ValueError(f"{where}: {key!r} is {str(numbers)[:80]}; allowed: a list of one number or more")
     return content
+
+
+# what the keys of a file hold, and which of them are lists of numbers
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("errors", "changes", "similarities", "spreads"), dict),
+    **dict.fromkeys(("coefficients", "ratios", "schedule"), list),
+    **dict.fromkeys(("steps", "kmax", "order"), int),
+    **dict.fromkeys(("model", "solver", "data", "where", "forecast"), str),
+}
+NUMBERS = {"coefficients", "ratios", "schedule"}
+
+
+def arrays(technique: str, file: str, key: str = "file", wrote: str = "") -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that a technique plans from, finite numbers all.
+
+    Args:
+      key: under which the file was named. wrote: what the error says of allowed files.
+
+    Raises:
+      ValueError: no such file, another suffix, or one that is damaged (says how).
+    """
+    where = f"{technique}: {key}={file!r}"
+    if place_of(file) is None or pathlib.Path(file).suffix != ".npz":
+        raise ValueError(f"{where}; allowed: an .npz file{wrote}")
+    try:
+        found = read_arrays(file, f"an .npz file{wrote}")
+    except ValueError as error:
+        raise ValueError(f"{technique}: {key}={error}") from None
+    if not found:
+        raise ValueError(f"{where}: no arrays in it; allowed: an .npz file{wrote}")
+    for name, array in found.items():
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"{where}: the array {name!r} is of {array.dtype}; allowed: numbers")
+    check_finite(found, where)
+    return found
 
 
 def by_stage_arrays(technique: str, file: str, wrote: str = "") -> dict[str, dict[str, np.ndarray]]:
@@ -66,13 +105,12 @@ def by_stage_arrays(technique: str, file: str, wrote: str = "") -> dict[str, dic
     Raises:
       ValueError: no such file, or another suffix.
     """
-    if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".npz":
-        raise ValueError(f"{technique}: file={file!r}; allowed: an .npz file{wrote}")
     found: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(file, allow_pickle=False) as arrays:
-        for key, array in arrays.items():
-            stage, _, name = key.partition(".")
-            found.setdefault(stage, {})[name] = array
+    for key, array in arrays(technique, file, wrote=wrote).items():
+        stage, dot, name = key.partition(".")
+        if not dot:
+            raise ValueError(f"{technique}: file={file!r}: the array {key!r}; allowed: names such as STAGE.NAME")
+        found.setdefault(stage, {})[name] = array
     return found
 
 
@@ -91,9 +129,7 @@ def given_or_read(
 
 def save_by_stage(path: str | pathlib.Path, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Writes the .npz that `by_stage_arrays` reads, in float32."""
-    flat: dict[str, Any] = {f"{stage}.{n}": np.float32(a) for stage, of in arrays.items() for n, a in of.items()}
-    with replacing(path) as aside, open(aside, "wb") as out:
-        np.savez(out, **flat)
+    save_arrays(path, {f"{stage}.{n}": np.float32(a) for stage, of in arrays.items() for n, a in of.items()})
 
 
 def same_length(technique: str, steps: int, evaluations: int) -> None:

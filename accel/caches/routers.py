@@ -11,7 +11,6 @@ and hold attention and MLP of each layer in turn: logits = prob [steps, 2 L].res
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,10 +90,7 @@ def _routed(
 
 
 def _stored(name: str, file: str) -> dict[str, np.ndarray]:
-    if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".npz":
-        raise ValueError(f"{name}: file={file!r}; allowed: an .npz file")
-    with np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
+    return measured.arrays(name, file)
 
 
 def _per_stage(name: str, given: Any, evaluations: int, stages: tuple[Stage, ...]) -> dict[str, np.ndarray]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from difax.accel.caches import measured
 from difax.accel.caches.tokens import SCORES, Schedule, token_cache
 from difax.core.contracts import Accelerator, Row, Stage
 
@@ -94,10 +94,7 @@ def round_robin(evaluations: int, intervals: tuple[int, int], switch: float) -> 
 
 
 def _read(file: str) -> dict[str, np.ndarray]:
-    if not pathlib.Path(file).is_file() or pathlib.Path(file).suffix != ".npz":
-        raise ValueError(f"tokencache: file={file!r}; allowed: an .npz file")
-    with np.load(file, allow_pickle=False) as arrays:
-        table = {k: np.asarray(a, np.float64) for k, a in arrays.items()}
+    table = {k: np.asarray(a, np.float64) for k, a in measured.arrays("tokencache", file).items()}
     if table.get("times", np.zeros(0)).ndim != 1 or not len(table.get("times", ())):
         raise ValueError(f"tokencache: {file} has no times; allowed: times [K], and [K, L, N] per stage")
     return table

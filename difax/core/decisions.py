@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from difax.core.contracts import Row, Trace
-from difax.core.files import replacing
+from difax.core.files import save_arrays
 
 LEVELS = ("trunk", "block", "branch")  # on which gates are
 
@@ -114,9 +114,7 @@ def save_trace(path: str | pathlib.Path, rows: Row, trace: Trace) -> None:
     arrays |= {f"entered/{s}": a for s, a in trace.entered.items()}
     for where, leaf in jax.tree_util.tree_flatten_with_path(trace.metric)[0]:
         arrays["metric/" + jax.tree_util.keystr(where, simple=True, separator="/")] = leaf
-    with replacing(path) as aside, open(aside, "wb") as file:
-        found: dict[str, Any] = {k: np.asarray(a) for k, a in arrays.items()}
-        np.savez(file, **found)
+    save_arrays(path, arrays)
 
 
 def averaged(traces: list[Trace]) -> Trace:

@@ -1,17 +1,42 @@
-"""Files that appear whole or not at all, rows that are appended line by line, and texts that came out of files."""
+"""Files that appear whole or not at all, and bounded readers of files of data, which may be damaged or hostile.
+
+A reader takes regular files alone (a pipe would be waited for), looks at sizes before it reads, and refuses what is
+damaged by a ValueError that names the file, what is wrong and where, and what is allowed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+import stat
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+TEXT = 64 * 2**20  # bytes of a text
+VALUES = 2**22  # values of a JSON text, which take some hundred bytes each
+DEPTH = 64  # of a JSON text
+ARRAYS = 2**30  # bytes of all arrays of a file
+UNPACKED = 4  # times its place on the disk, where a file of arrays may be larger than that
+MEMBERS = 10_000  # of an .npz
+DIRECTORY = 4 * 2**20  # bytes of the directory of an .npz
+NAME = 255  # bytes of a file's name
+PIECE = 2**20  # bytes that are read at a time
 
 
 class FromData(str):
     """A name that was read from a file of data: it never loads code."""
+
+    __slots__ = ()
 
 
 def from_data(value: Any) -> Any:
@@ -23,9 +48,175 @@ def from_data(value: Any) -> Any:
     return FromData(value) if isinstance(value, str) else value
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """What a JSON file of data holds, whose texts are marked as such."""
-    return from_data(json.loads(pathlib.Path(path).read_text()))
+# ---- opening -----------------------------------------------------------------------------------------------
+
+
+def named(path: str | os.PathLike) -> str:
+    """A path as a message shows it: quoted where it holds what is not printed, such as a line's end."""
+    text = os.fspath(path)
+    return text if text and text.isprintable() else repr(text)
+
+
+def why(error: BaseException) -> str:
+    """An error of a library in a few words, on one line."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:160]
+
+
+def place_of(path: str | os.PathLike) -> str | None:
+    """What lies at a path: "file", "folder", "other" (a pipe, a device), or None for nothing.
+
+    Raises:
+      ValueError: it cannot be looked at (names the path), such as a name of 300 letters or a link to itself.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{named(path)}: cannot be read ({why(error)})") from None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike, allowed: str = "a file", limit: int | None = None) -> Iterator[BinaryIO]:
+    """A regular file to read from; what the system then refuses is a ValueError that names it.
+
+    Args:
+      allowed: what the file should be, in words. limit: bytes that it may have; None is any number.
+
+    Raises:
+      ValueError: nothing there, no regular file, one that is too large, or one that cannot be read.
+    """
+    place = place_of(path)
+    if place != "file":
+        found = {None: "no such file", "folder": "a folder"}.get(place, "no regular file")
+        raise ValueError(f"{named(path)}: {found}; allowed: {allowed}")
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if limit is not None and size > limit:
+                raise ValueError(f"{named(path)}: {size:,} bytes; allowed: {allowed} of at most {limit:,} bytes")
+            yield file
+    except OSError as error:
+        raise ValueError(f"{named(path)}: cannot be read ({why(error)}); allowed: {allowed}") from None
+
+
+def listed(path: str | os.PathLike) -> list[pathlib.Path]:
+    """What lies in a folder, by name; ValueError where it cannot be listed."""
+    try:
+        return sorted(pathlib.Path(path).iterdir())
+    except OSError as error:
+        raise ValueError(
+            f"{named(path)}: cannot be listed ({why(error)}); allowed: a folder that can be read"
+        ) from None
+
+
+def unpacked_limit(file: BinaryIO) -> int:
+    """Bytes that the arrays of a data set may take: `ARRAYS`, or `UNPACKED` times what the file has on the disk."""
+    return max(ARRAYS, UNPACKED * 512 * os.fstat(file.fileno()).st_blocks)
+
+
+# ---- texts -------------------------------------------------------------------------------------------------
+
+
+def read_text(path: str | os.PathLike, allowed: str = "a text file", limit: int = TEXT) -> str:
+    """A whole text in UTF-8, with or without a byte order mark.
+
+    Args:
+      allowed: what the file should be, in words. limit: bytes that it may have.
+
+    Raises:
+      ValueError: as `opened`, or bytes that are no text (names the first one).
+    """
+    with opened(path, allowed, limit) as file:
+        raw = file.read(limit + 1)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{named(path)}: byte {error.start} is no UTF-8 text; allowed: {allowed}") from None
+    if "\0" in text:
+        raise ValueError(f"{named(path)}: byte {raw.index(0)} is zero, as in no text; allowed: {allowed}")
+    return text
+
+
+def parse_json(text: str, where: str, allowed: str = "JSON", finite: bool = True) -> Any:
+    """What a JSON text says, of bounded size and depth, with every text marked as read from data.
+
+    A key that an object has twice is refused, and so are whole numbers beyond 64 bits.
+
+    Args:
+      where: of the text, which begins the message. allowed: what it should be, in words.
+      finite: refuse NaN and infinities, which JSON itself does not have but Python writes.
+
+    Raises:
+      ValueError: it is something else (says where).
+    """
+    if sum(map(text.count, ",[{")) > VALUES:
+        raise ValueError(f"{where}: more than {VALUES:,} values; allowed: {allowed} of fewer")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
+        return found
+
+    def whole(digits: str) -> int:
+        if len(digits) > 20:
+            raise ValueError(f"a whole number of {len(digits)} digits")
+        return int(digits)
+
+    try:
+        return _marked(json.loads(text, object_pairs_hook=unique, parse_int=whole), "", finite, 0)
+    except json.JSONDecodeError as error:
+        fault = f"line {error.lineno}, column {error.colno}: {error.msg}" if text.strip() else "empty"
+    except RecursionError:
+        fault = f"nested deeper than {DEPTH}"
+    except ValueError as error:
+        fault = why(error)
+    raise ValueError(f"{where}: {fault}; allowed: {allowed}")
+
+
+def _marked(value: Any, key: str, finite: bool, depth: int) -> Any:
+    if depth > DEPTH:
+        raise RecursionError
+    if isinstance(value, dict):
+        return {k: _marked(part, f"{key}.{k}" if key else k, finite, depth + 1) for k, part in value.items()}
+    if isinstance(value, list):
+        return [_marked(part, key, finite, depth + 1) for part in value]
+    if isinstance(value, str):
+        return FromData(value)
+    if type(value) is float and finite and not math.isfinite(value):
+        raise ValueError(f"{key[:160] or 'the number'} is {value}, no finite number")
+    if type(value) is int and not -(2**63) <= value < 2**64:
+        raise ValueError(f"{key[:160] or 'the number'} is a whole number beyond 64 bits")
+    return value
+
+
+def read_json(path: str | os.PathLike, allowed: str = "a JSON file", finite: bool = True) -> Any:
+    """What a JSON file of data holds, whose texts are marked as such.
+
+    Args:
+      allowed, finite: as in `parse_json`.
+
+    Raises:
+      ValueError: as `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path, allowed), named(path), allowed, finite)
+
+
+def read_object(path: str | os.PathLike, allowed: str = "a JSON object", finite: bool = True, **kinds: Any) -> Any:
+    """A JSON file that holds one object, with some keys of known kinds.
+
+    Args:
+      allowed, finite: as in `parse_json`. kinds: as in `check_object`.
+
+    Raises:
+      ValueError: as `read_json` and `check_object`.
+    """
+    return check_object(read_json(path, allowed, finite), named(path), **kinds)
 
 
 @contextlib.contextmanager
@@ -46,16 +237,308 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         aside.unlink(missing_ok=True)
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; [] where there is none, and without a last line that was cut off."""
-    if not path.exists():
+def read_rows(path: str | os.PathLike, **kinds: Any) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; [] where there is none, and without a last line that was cut off.
+
+    Args:
+      kinds: of the keys of every row, as in `check_object`.
+
+    Raises:
+      ValueError: a line that is no such row (names it), or as `read_text`.
+    """
+    if place_of(path) is None:
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    allowed = "a line of JSON for each row"
+    with opened(path, allowed, TEXT) as file:
+        raw = file.read(TEXT + 1)
+    whole = raw[: raw.rfind(b"\n") + 1]  # a line that is cut may end within a letter
+    if len(whole) < len(raw):
         with replacing(path) as aside:
-            pathlib.Path(aside).write_text("".join(lines))
-    return [from_data(json.loads(text)) for text in lines]
+            aside.write_bytes(whole)
+    if sum(map(whole.count, (b",", b"[", b"{"))) > VALUES:
+        raise ValueError(f"{named(path)}: more than {VALUES:,} values; allowed: {allowed} of fewer")
+    rows = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        where = f"{named(path)}: line {number}"
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: its byte {error.start} is no UTF-8 text; allowed: {allowed}") from None
+        row = parse_json(text, where, f"{allowed}; without this line the others can be read")
+        rows.append(check_object(row, where, **kinds))
+    return rows
+
+
+WORDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", type(None): "null"}
+
+
+def check_object(value: Any, where: str, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """A value as a dictionary that has what `kinds` asks for; other keys may be there.
+
+    Args:
+      where: begins the message. kinds: {key: the types of its value}; a type of None is a key that may be absent. A
+        whole number is a number too, and true and false are neither.
+
+    Raises:
+      ValueError: another type, or a key that is missing or of another type.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {_kind(value)}; allowed: an object{_having(kinds)}")
+    for key, types in kinds.items():
+        allowed = types if isinstance(types, tuple) else (types,)
+        if key not in value and not isinstance(None, types):
+            raise ValueError(f"{where}: no {key!r}; allowed: an object{_having(kinds)}")
+        given = value.get(key)
+        fits = isinstance(given, types) or (float in allowed and isinstance(given, int))
+        if not fits or (isinstance(given, bool) and bool not in allowed):
+            words = " or ".join(WORDS.get(t, t.__name__) for t in allowed)
+            raise ValueError(f"{where}: {key!r} is {_kind(given)}; allowed: {words}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (bool, int, float)):
+        return str(value)
+    return f"{value[:80]!r}" if isinstance(value, str) else WORDS.get(type(value), type(value).__name__)
+
+
+def _having(kinds: Mapping[str, Any]) -> str:
+    needed = [key for key, types in kinds.items() if not isinstance(None, types)]
+    return f" with {', '.join(needed)}" if needed else ""
+
+
+# ---- arrays ------------------------------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """An array of a file that is open, known by its header: `read` reads it, and refuses what is no whole array of
+    numbers or texts of that shape, or too large."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+@contextlib.contextmanager
+def opened_arrays(
+    path: str | os.PathLike, allowed: str = "an .npz file", limit: Callable[[BinaryIO], int] | int = ARRAYS
+) -> Iterator[dict[str, Stored]]:
+    """The arrays of an .npz file by name, or that of an .npy file under the name ""; by the bytes, not the suffix.
+
+    Only headers are read: an array is read by its `Stored.read`, as many bytes as its header promises.
+
+    Args:
+      allowed: what the file should be, in words.
+      limit: bytes of all arrays that are read, or a function of the open file, such as `unpacked_limit`.
+
+    Raises:
+      ValueError: as `opened`; no .npz or .npy file, or one that is damaged (names the array).
+    """
+    with opened(path, allowed) as file:
+        left = [limit if isinstance(limit, int) else limit(file)]
+        start = file.read(6)
+        file.seek(0)
+        fault = lambda text: ValueError(f"{named(path)}: {text}; allowed: {allowed}")  # noqa: E731
+        if start == np.lib.format.MAGIC_PREFIX:
+            size = os.fstat(file.fileno()).st_size
+            yield {"": _stored(lambda: _rewound(file), size, "the array", left, fault)}
+            return
+        if start[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):
+            raise fault("empty" if not start else "neither a zip of arrays nor an .npy file")
+        try:
+            _check_directory(file)
+            with _unzipped(lambda: zipfile.ZipFile(file)) as archive:
+                found = {}
+                for info in archive.infolist():
+                    name, dot, _ = info.filename.rpartition(".npy")
+                    if not dot or not name or name in found:
+                        what = "twice" if name in found else "which is no name of an array"
+                        raise fault(f"it holds {info.filename[:80]!r}, {what}")
+                    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                        how = "encrypted" if info.flag_bits & 1 else "compressed in another way than .npz files are"
+                        raise fault(f"its array {name!r} is {how}")
+                    member = lambda info=info: _unzipped(lambda: archive.open(info))  # noqa: E731
+                    found[name] = _stored(member, info.file_size, f"its array {name[:80]!r}", left, fault)
+                yield found
+        except _DAMAGE as error:
+            raise fault(f"a damaged zip ({why(error)})") from None
+
+
+# what zipfile raises where a file is damaged
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error, UnicodeError)
+
+
+def _unzipped(call: Callable[[], Any]) -> Any:
+    """What zipfile gives; whatever it says of a damaged file is a BadZipFile."""
+    try:
+        return call()
+    except (*_DAMAGE, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise zipfile.BadZipFile(why(error)) from None
+
+
+@contextlib.contextmanager
+def _rewound(file: BinaryIO) -> Iterator[BinaryIO]:
+    file.seek(0)
+    yield file
+
+
+def _check_directory(file: BinaryIO) -> None:
+    """Refuses a zip whose directory takes more memory than an .npz file has reason to, before it is read."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - 2**16 - 22))
+    tail = file.read()
+    at = len(tail) - 22 if tail[-22:-18] == b"PK\x05\x06" and tail[-2:] == b"\0\0" else tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) < at + 22:
+        raise zipfile.BadZipFile("it is cut off before its directory")
+    members, length = struct.unpack_from("<H", tail, at + 10)[0], struct.unpack_from("<I", tail, at + 12)[0]
+    large = at - 20 - 56  # where the directory's record for large files begins, if there is one
+    if large >= 0 and tail[large : large + 4] == b"PK\x06\x06":
+        members, length = struct.unpack_from("<QQ", tail, large + 32)
+    if members > MEMBERS or length > DIRECTORY:
+        raise zipfile.BadZipFile(f"a directory of {members:,} entries in {length:,} bytes; allowed: {MEMBERS:,}")
+    file.seek(0)
+
+
+def _stored(
+    member: Callable[[], Any], size: int, what: str, left: list[int], fault: Callable[[str], ValueError]
+) -> Stored:
+    def header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+        try:
+            version = np.lib.format.read_magic(file)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of files that Python 2 wrote
+                if version == (1, 0):
+                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                elif version == (2, 0):
+                    shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+                else:
+                    raise ValueError(f"version {version} of the format")
+        except (*_DAMAGE, OSError):
+            raise
+        except Exception as error:  # the header is a Python literal, and is read as one
+            raise fault(f"the header of {what} is damaged ({why(error)})") from None
+        if min(shape, default=0) < 0:
+            raise fault(f"{what} has the shape {shape}")
+        return shape, fortran, dtype, math.prod(shape) * dtype.itemsize
+
+    with member() as file:
+        shape, _, dtype, _ = header(file)
+
+    def read() -> np.ndarray:
+        with member() as file:
+            shape, fortran, dtype, length = header(file)
+            if dtype.kind not in "biufcUS" or dtype.itemsize == 0:
+                raise fault(f"{what} is of the type {dtype}, not of numbers or texts")
+            if length > left[0]:
+                raise fault(f"{what} takes {length:,} bytes, more than {left[0]:,}")
+            head = file.tell()
+            if head + length != size:
+                raise fault(f"{what} has {size - head:,} bytes, but its header says {dtype} {list(shape)}")
+            left[0] -= length
+            try:
+                raw = np.empty(length, np.uint8)
+            except MemoryError:
+                raise fault(f"{what} takes {length:,} bytes, more than there are") from None
+            done, view = 0, raw.data
+            while done < length:
+                got = file.readinto(view[done : done + PIECE])
+                if not got:
+                    raise fault(f"{what} is cut off after {done:,} of {length:,} bytes")
+                done += got
+            file.read(1)  # at its end a zip compares its checksum
+        if dtype.kind == "b" and length and raw.max() > 1:
+            raise fault(f"{what} has bytes that are neither true nor false")
+        array = raw.view(dtype).reshape(shape, order="F" if fortran else "C")
+        array = array.astype(dtype.newbyteorder("="), copy=False)
+        if dtype.kind == "U" and length and np.ascontiguousarray(array).reshape(-1).view(np.uint32).max() > 0x10FFFF:
+            raise fault(f"{what} has letters that are none")
+        return array
+
+    return Stored(shape, dtype, read)
+
+
+def read_arrays(
+    path: str | os.PathLike, allowed: str = "an .npz file", limit: Callable[[BinaryIO], int] | int = ARRAYS
+) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file by name.
+
+    Args:
+      allowed, limit: as in `opened_arrays`.
+
+    Raises:
+      ValueError: as `opened_arrays`, or an .npy file.
+    """
+    with opened_arrays(path, allowed, limit) as found:
+        if "" in found:
+            raise ValueError(f"{named(path)}: one array without a name; allowed: {allowed}")
+        return {name: array.read() for name, array in found.items()}
+
+
+def check_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises ValueError for the first array of floats that has NaN or an infinity."""
+    for name, array in arrays.items():
+        if array.dtype.kind in "fc" and not np.all(np.isfinite(array)):
+            raise ValueError(f"{where}: {name} has values that are not finite; allowed: finite numbers")
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+def writable(
+    path: str | os.PathLike, suffixes: tuple[str, ...], flag: str = "--out", made: str | os.PathLike | None = None
+) -> pathlib.Path:
+    """Checks before any work that a file, or a folder, can be written there; returns its path.
+
+    Args:
+      suffixes: that the name may end in; "" allows a folder that is not there yet or is empty. made: a folder that the
+        command makes, with all above it.
+
+    Raises:
+      ValueError: another suffix, a name that is too long, something there that is not replaced, or a folder above that
+        is missing, none, or not writable.
+    """
+    text = os.fspath(path)
+    target = pathlib.Path(text)
+    refused = lambda fault: ValueError(f"{flag} {named(text)}: {fault}")  # noqa: E731
+    named_so = bool(text.strip()) and "\0" not in text and target.suffix in suffixes
+    if not named_so or target.name in filter(None, suffixes) or (target.suffix and text.endswith("/")):
+        ends = " or ".join(s for s in suffixes if s)
+        more = ", or a folder's, without a suffix" if "" in suffixes else ""
+        raise refused(f"allowed: a name that ends in {ends}{more}" if ends else "allowed: a folder's name")
+    length = len(os.fsencode(target.name))
+    if length > NAME:
+        raise refused(f"a name of {length} bytes; allowed: up to {NAME}")
+    place = place_of(target)
+    if target.suffix:
+        if place in ("folder", "other"):
+            raise refused("that is a folder" if place == "folder" else "that is no regular file")
+    elif place is not None and (place != "folder" or listed(target)):
+        raise refused("exists and is not an empty folder")
+    above = place_of(target.parent)
+    if above is None:
+        folder = None if made is None else pathlib.Path(made).absolute()
+        if folder is None or target.parent.absolute() not in (folder, *folder.parents):
+            raise refused(f"the folder {named(target.parent)} does not exist")
+    elif above != "folder":
+        raise refused(f"{named(target.parent)} is no folder")
+    elif not os.access(target.parent, os.W_OK):
+        raise refused(f"the folder {named(target.parent)} is not writable")
+    return target
+
+
+def save_arrays(path: str | os.PathLike, arrays: Mapping[str, Any], compressed: bool = False) -> None:
+    """Writes an .npz file, which appears whole or not at all; equal arrays give equal bytes.
+
+    Raises:
+      ValueError: the file cannot be written.
+    """
+    how = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with replacing(path) as aside, zipfile.ZipFile(aside, "w", how) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
 
 
 def is_alive(pid: int) -> bool:

@@ -49,10 +49,15 @@ def image_grid(images: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Writes a uint8 picture [H, W] or [H, W, 3]; the file appears whole or not at all."""
+    with replacing(path) as aside:
+        write_png(aside, image)
+
+
+def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes a uint8 picture [H, W] or [H, W, 3] as it goes, into a folder that itself appears whole."""
     from PIL import Image
 
-    with replacing(path) as aside:
-        Image.fromarray(image).save(aside, format="PNG")
+    Image.fromarray(image).save(path, format="PNG")
 
 
 @contextlib.contextmanager

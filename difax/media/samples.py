@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from difax.core.files import replacing
-from difax.media.images import image_grid, picture, save_png, to_uint8
+from difax.core.files import check_finite, named, opened_arrays, save_arrays, why, writable
+from difax.media.images import image_grid, picture, save_png, to_uint8, write_png
 
 SUFFIXES = (".png", ".npz", "")  # the last is a folder
 
@@ -23,18 +23,7 @@ def check_output(path: str, flag: str = "--out") -> pathlib.Path:
       ValueError: another suffix, a folder for a file or a file for a folder, a folder of images that is not empty, or
         a parent that is missing or not writable.
     """
-    target = pathlib.Path(path)
-    if not path or target.suffix not in SUFFIXES or (path.endswith("/") and target.suffix):
-        raise ValueError(f"{flag} {path!r}: allowed: a name that ends in .png or .npz, or a folder's, without a suffix")
-    if target.suffix and target.is_dir():
-        raise ValueError(f"{flag} {path}: that is a folder")
-    if not target.suffix and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{flag} {path}: exists and is not an empty folder")
-    if not target.parent.is_dir():
-        raise ValueError(f"{flag} {path}: the folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK):
-        raise ValueError(f"{flag} {path}: the folder {target.parent} is not writable")
-    return target
+    return writable(path, SUFFIXES, flag)
 
 
 def save_samples(path: str | os.PathLike, samples: np.ndarray, columns: int, arrays: Mapping[str, Any]) -> None:
@@ -53,8 +42,7 @@ def save_samples(path: str | os.PathLike, samples: np.ndarray, columns: int, arr
     if path.suffix == ".png":
         save_png(path, picture(samples, columns))
     elif path.suffix == ".npz":
-        with replacing(path) as aside, open(aside, "wb") as file:
-            np.savez(file, samples=samples, **arrays)
+        save_arrays(path, {"samples": samples, **arrays})
     else:
         _save_folder(path, samples)
 
@@ -65,17 +53,17 @@ def _save_folder(path: pathlib.Path, samples: np.ndarray) -> None:
         aside.mkdir()
         for i, sample in enumerate(samples):
             if sample.ndim == 3:
-                save_png(aside / f"{i:05d}.png", image_grid(to_uint8(sample)[None], 1, gap=0))
+                write_png(aside / f"{i:05d}.png", image_grid(to_uint8(sample)[None], 1, gap=0))
                 continue
             frames = aside / f"{i:05d}"
             frames.mkdir()
             for j, frame in enumerate(sample):
-                save_png(frames / f"{j:05d}.png", image_grid(to_uint8(frame)[None], 1, gap=0))
+                write_png(frames / f"{j:05d}.png", image_grid(to_uint8(frame)[None], 1, gap=0))
         if path.is_dir():
             path.rmdir()  # it is empty
         aside.rename(path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise ValueError(f"{named(path)}: cannot be written ({why(error)})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -86,24 +74,29 @@ def read_latents(path: str, n: int, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
       ValueError: a file that is not there or no .npz, or latents that are missing, of another shape or not finite.
     """
+    allowed = "an .npz file with an array named latents"
     try:
-        with np.load(path, allow_pickle=False) as found:
-            latents = found["latents"]
-    except KeyError:
-        raise ValueError(
-            f"--latents {path}: no array named latents in it; allowed: what --out FILE.npz writes"
-        ) from None
-    except Exception as error:
-        why = " ".join(str(error).split())[:160]
-        raise ValueError(f"--latents {path}: {why}; allowed: an .npz file with an array named latents") from None
-    return check_latents(latents, n, shape, f"--latents {path}")
+        with opened_arrays(path, allowed) as found:
+            if "latents" not in found:
+                raise ValueError(f"{named(path)}: no array named latents in it; allowed: what --out FILE.npz writes")
+            stored = found["latents"]
+            _check_latents(stored, n, shape, named(path))  # by its header, before it is read
+            latents = stored.read()
+    except ValueError as error:
+        raise ValueError(f"--latents {error}") from None
+    return check_latents(latents, n, shape, f"--latents {named(path)}")
 
 
 def check_latents(latents: Any, n: int, shape: tuple[int, ...], where: str = "latents") -> np.ndarray:
     """Initial latents as float32 [n, *shape]; ValueError for another shape, or values that are not finite numbers."""
     latents = np.asarray(latents)
+    _check_latents(latents, n, shape, where)
+    with np.errstate(over="ignore"):
+        latents = latents.astype(np.float32)
+    check_finite({"the array": latents}, where)
+    return latents
+
+
+def _check_latents(latents: Any, n: int, shape: tuple[int, ...], where: str) -> None:
     if latents.dtype.kind not in "fiu" or latents.shape != (n, *shape):
         raise ValueError(f"{where}: {latents.dtype} {list(latents.shape)}; allowed: numbers {[n, *shape]}")
-    if not np.all(np.isfinite(latents)):
-        raise ValueError(f"{where}: values that are not finite; allowed: finite numbers")
-    return latents.astype(np.float32)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from difax.core.files import named, opened_arrays, read_text, unpacked_limit
 from difax.registry import factory
 from difax.study.judge import Judge, halves
 from difax.study.metrics import FEATURE_FIGURES, bootstrap
@@ -205,15 +206,18 @@ def real_images(
             return test.image[0 : 2 * n : 2], test.image[1 : 2 * n : 2]
         reference, control = halves(judge.test, n, judge.classifier.classes)
         return judge.test.image[reference], judge.test.image[control]
+    allowed = "uint8 [N, H, W, 1 or 3], as .npy, or .npz with 'images'"
     try:
-        loaded = np.load(path, allow_pickle=False)
-        images = loaded["images"] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"--real={path}: {_short(error)}; allowed: .npy, or .npz with 'images'") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) < 2 * n:
-        raise ValueError(
-            f"--real={path}: {images.dtype} {images.shape}; allowed: uint8 [N, H, W, C], N {2 * n} or more"
-        )
+        with opened_arrays(path, allowed, unpacked_limit) as found:
+            stored = found.get("", found.get("images"))
+            if stored is None:
+                raise ValueError(f"{named(path)}: it holds {', '.join(found)[:160] or 'nothing'}; allowed: {allowed}")
+            shape = stored.shape
+            if stored.dtype != np.uint8 or len(shape) != 4 or 0 in shape or shape[-1] not in (1, 3) or shape[0] < 2 * n:
+                raise ValueError(f"{named(path)}: {stored.dtype} {shape}; allowed: {allowed}, N {2 * n} or more")
+            images = stored.read()
+    except ValueError as error:
+        raise ValueError(f"--real={error}") from None
     return images[0 : 2 * n : 2], images[1 : 2 * n : 2]
 
 
@@ -226,9 +230,9 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        lines = tuple(line.strip() for line in pathlib.Path(path).read_text().splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts={path}: {_short(error)}; allowed: a text file") from None
+        lines = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+    except ValueError as error:
+        raise ValueError(f"--prompts={error}") from None
     if not lines:
         raise ValueError(f"--prompts={path}: empty; allowed: a line for each label")
     return lines

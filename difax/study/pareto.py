@@ -27,10 +27,11 @@ from difax.core.contracts import Params, Trace
 from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import averaged, strip
 from difax.core.device import device_name, peak_memory, processor, versions
-from difax.core.files import read_json, read_rows, replacing
+from difax.core.files import replacing, save_arrays
 from difax.media.images import to_uint8
 from difax.program import Program
 from difax.study.calibrate import Sampler, calibrate_to, ending
+from difax.study.folder import read_measured, read_sweep
 from difax.study.frontier import BASELINE, CONTROL, line
 from difax.study.judge import Judge, compared
 from difax.study.methods import Method
@@ -136,7 +137,7 @@ class Sweep:
             with replacing(path) as aside:
                 pathlib.Path(aside).write_text(json.dumps(here, indent=1) + "\n")
             return
-        there = read_json(path)
+        there = read_sweep(self.out)
         other = [k for k in here | there if there.get(k) != here.get(k)]
         if other:
             differences = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in other if k != "config")
@@ -147,7 +148,7 @@ class Sweep:
 
     def rows(self) -> list[dict[str, Any]]:
         """What is measured; a line that a killed process left half-written is dropped."""
-        return read_rows(self.out / "rows.jsonl")
+        return read_measured(self.out)
 
     def measure(self, methods: Mapping[str, Method]) -> list[dict[str, Any]]:
         """Measures what the folder does not have yet: baseline, control and methods. Returns all rows.
@@ -311,8 +312,7 @@ class Sweep:
     def _save_images(self, name: str, images: np.ndarray) -> None:
         folder = self.out / "images"
         folder.mkdir(exist_ok=True)
-        with replacing(folder / f"{slug(name)}.npz") as aside, open(aside, "wb") as file:
-            np.savez_compressed(file, images=to_uint8(images))
+        save_arrays(folder / f"{slug(name)}.npz", {"images": to_uint8(images)}, compressed=True)
 
     def _calibrated(self, technique: str) -> pathlib.Path:
         """The file of a technique, calibrated on other seeds if the folder does not have it."""

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from difax.core.files import read_json, read_rows, replacing
+from difax.core.files import place_of, replacing
 from difax.media.images import drawing
 from difax.study.catalogue import System, systems
+from difax.study.folder import read_image_file, read_measured, read_sweep
 from difax.study.frontier import BASELINE, CONTROL, QUALITIES, frontier
 from difax.study.pareto import PSNR_LIMIT, slug
 
@@ -75,10 +76,10 @@ def write_report(
     """
     folder = pathlib.Path(folder)
     path = folder / "report.html" if path is None else pathlib.Path(path)
-    sweep, rows = sweep_of(folder), read_rows(folder / "rows.jsonl")
+    sweep, rows = sweep_of(folder), read_measured(folder)
     text = report(sweep, rows, read_images(folder, rows), quality, command)
     with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # of a name that is no UTF-8
     return path
 
 
@@ -160,10 +161,7 @@ def published(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, str
 
 def sweep_of(folder: str | os.PathLike) -> dict[str, Any]:
     """What a folder is a sweep of, whose names load no code; ValueError for a folder that is none."""
-    path = pathlib.Path(folder) / "sweep.json"
-    if not path.exists():
-        raise ValueError(f"{folder}: no sweep.json there; allowed: a folder that difax pareto wrote")
-    return read_json(path)
+    return read_sweep(folder)
 
 
 def title(sweep: Mapping[str, Any]) -> str:
@@ -197,13 +195,8 @@ def read_images(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> dict
     found = {}
     for row in rows:
         path = folder / "images" / f"{slug(row['method'])}.npz"
-        if not path.exists():
-            continue
-        try:
-            with np.load(path) as file:
-                found[row["method"]] = file["images"]
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ValueError(f"{path}: no images of difax pareto ({error})") from None
+        if place_of(path) is not None:
+            found[row["method"]] = read_image_file(path)
     return found
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import math
 import os
 import pathlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+
+from difax.core.files import PIECE, listed, named, opened, opened_arrays, place_of, unpacked_limit, why
 
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
 LABELS = (
@@ -34,7 +39,7 @@ def fashion_mnist(split: str = "train", data_dir: str | os.PathLike | None = Non
       data_dir: folder of the four idx files (plain or .gz); None looks where the Debian package puts them.
 
     Raises:
-      ValueError: unknown split, or a file that is no idx file of images or labels.
+      ValueError: unknown split, a file that is no idx file of images or labels, or labels of no class.
       FileNotFoundError: the files are not there; the message says the three ways to get them.
 
     References: Xiao, Rasul & Vollgraf, Fashion-MNIST, 2017, arXiv:1708.07747.
@@ -42,13 +47,19 @@ def fashion_mnist(split: str = "train", data_dir: str | os.PathLike | None = Non
     _check_split("fashion_mnist", split)
     where = pathlib.Path(data_dir) if data_dir else DEBIAN
     image = read_idx(_find(where, f"{SPLITS[split]}-images-idx3-ubyte"), 3)
-    label = read_idx(_find(where, f"{SPLITS[split]}-labels-idx1-ubyte"), 1)
+    labels = _find(where, f"{SPLITS[split]}-labels-idx1-ubyte")
+    label = read_idx(labels, 1)
     if len(image) != len(label):
-        raise ValueError(f"{where}: {len(image)} {split} images but {len(label)} labels")
+        raise ValueError(f"{named(labels)}: {len(label)} labels of {len(image)} {split} images; allowed: one of each")
+    if label.max() >= len(LABELS):
+        first = int(np.argmax(label >= len(LABELS)))
+        raise ValueError(f"{named(labels)}: label {label[first]} of image {first}; allowed: 0 to {len(LABELS) - 1}")
     return Images(image[..., None], label.astype(np.int32))
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PIXELS = 2**26  # of a picture, at most
+FORMATS = ("PNG", "JPEG", "WEBP")  # of pictures, whatever their suffix says
 TEST_SHARE = 10  # every tenth image is a test image where a data set says nothing itself
 
 
@@ -78,13 +89,13 @@ def folder(
     """
     _check_split("folder", split)
     root = pathlib.Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"data folder {path}: no such folder")
+    if place_of(root) != "folder":
+        raise FileNotFoundError(f"data folder {named(path)}: no such folder")
     if channels not in (None, 1, 3) or (size is not None and size < 1):
         raise ValueError(f"data folder: channels={channels}, size={size}; allowed: channels 1 or 3, size 1 or more")
     own_splits = all((root / name).is_dir() for name in ("train", "test"))
     root = root / split if own_splits else root
-    classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = [p for p in listed(root) if p.is_dir() and not p.name.startswith(".")]
     found = tuple(p.name for p in classes) if names is None else tuple(map(str, names))
     unknown = [p.name for p in classes if p.name not in found]
     if unknown:
@@ -122,30 +133,37 @@ def npz(path: str | os.PathLike, split: str = "train", *, names: Sequence[str] |
       FileNotFoundError: no such file.
     """
     _check_split("npz", split)
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"data file {path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            arrays = {name: found[name] for name in found.files}
-    except Exception as error:
-        why = " ".join(str(error).split())[:160]
-        raise ValueError(f"data file {path}: {why}; allowed: an .npz file with an array named images") from None
-    given = "test_images" in arrays and split == "test"
-    image = arrays.get("test_images" if given else "images")
-    if image is None or image.dtype != np.uint8 or image.ndim not in (3, 4) or not len(image):
-        has = ", ".join(f"{k} {a.dtype} {list(a.shape)}" for k, a in arrays.items())
-        raise ValueError(f"data file {path} has {has or 'nothing'}; allowed: images, uint8 [N, H, W, C]")
+    if place_of(path) is None:
+        raise FileNotFoundError(f"data file {named(path)}: no such file")
+    with opened_arrays(path, "an .npz file with an array named images", unpacked_limit) as stored:
+        own_test = "test_images" in stored
+        which = "test_images" if own_test and split == "test" else "images"
+        wanted = (which, which.replace("images", "labels"), "names")
+        image, label, own = (stored.get(name) for name in wanted)
+        if image is None or image.dtype != np.uint8 or len(image.shape) not in (3, 4) or 0 in image.shape:
+            has = ", ".join(f"{k} {a.dtype} {list(a.shape)}" for k, a in stored.items())
+            raise ValueError(f"{named(path)} has {has[:400] or 'nothing'}; allowed: {which}, uint8 [N, H, W, C]")
+        if label is not None and (label.shape != image.shape[:1] or label.dtype.kind not in "iu"):
+            raise ValueError(
+                f"{named(path)}: {wanted[1]} {label.dtype} {list(label.shape)}; allowed: int {list(image.shape[:1])}"
+            )
+        if own is not None and (len(own.shape) != 1 or own.dtype.kind != "U"):
+            raise ValueError(f"{named(path)}: names {own.dtype} {list(own.shape)}; allowed: a list of texts")
+        image, label, own = (None if a is None else a.read() for a in (image, label, own))
+    assert image is not None
     image = image if image.ndim == 4 else image[..., None]
-    label = arrays.get("test_labels" if given else "labels", np.zeros(len(image), np.int32))
-    if label.shape != (len(image),) or label.dtype.kind not in "iu" or label.min() < 0:
-        raise ValueError(
-            f"data file {path}: labels {label.dtype} {list(label.shape)}; allowed: int [{len(image)}], >= 0"
-        )
-    if "test_images" not in arrays:
+    label = np.zeros(len(image), np.int32) if label is None else label
+    found = tuple(map(str, names)) if names is not None else () if own is None else tuple(map(str, own))
+    most = len(found) - 1 if found else 2**31 - 2
+    if label.min() < 0 or label.max() > most:
+        wrong = label.min() if label.min() < 0 else label.max()
+        raise ValueError(f"{named(path)}: {wanted[1]} hold {wrong}; allowed: 0 to {most}")
+    if not own_test:
         held = np.arange(len(image)) % TEST_SHARE == TEST_SHARE - 1
         image, label = image[held == (split == "test")], label[held == (split == "test")]
-    own = tuple(map(str, arrays["names"])) if "names" in arrays else ()
-    return Images(image, label.astype(np.int32), own if names is None else tuple(map(str, names)))
+    if not len(image):
+        raise ValueError(f"{named(path)}: no {split} images; allowed: {TEST_SHARE} images or more, or test_images")
+    return Images(image, label.astype(np.int32), found)
 
 
 CLASS_NAMES = {"fashion_mnist": LABELS}
@@ -162,18 +180,18 @@ def data_section(where: str, before: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       FileNotFoundError: nothing there. ValueError: something else.
     """
-    path = pathlib.Path(where)
+    path, place = pathlib.Path(where), place_of(where)
     published = before.get("name", "fashion_mnist") == "fashion_mnist"
-    if not path.exists() and not published:
-        raise FileNotFoundError(f"--data {where}: no such file or folder; allowed: {_DATA}")
-    if path.is_file() and path.suffix == ".npz":
+    if place is None and not published:
+        raise FileNotFoundError(f"--data {named(where)}: no such file or folder; allowed: {_DATA}")
+    if place == "file" and path.suffix == ".npz":
         found = {"name": "npz", "path": where}
-    elif not path.exists() or path.is_dir() and any("-ubyte" in p.name for p in path.iterdir()):
+    elif place is None or place == "folder" and any("-ubyte" in p.name for p in listed(path)):
         found = {"name": "fashion_mnist", "data_dir": where}  # which says how to get it
-    elif path.is_dir():
+    elif place == "folder":
         found = {"name": "folder", "path": where}
     else:
-        raise ValueError(f"--data {where}: allowed: {_DATA}")
+        raise ValueError(f"--data {named(where)}: allowed: {_DATA}")
     return {**(before if before.get("name") == found["name"] else {}), **found}
 
 
@@ -208,24 +226,34 @@ def _check_split(name: str, split: str) -> None:
 
 
 def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return [p for p in listed(folder) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
 
 
 def _read_picture(file: pathlib.Path, size: int | None) -> np.ndarray:
     """uint8 [H, W, 1 or 3]; of what is seen through, over white."""
     from PIL import Image, ImageOps
 
+    allowed = f"a picture ({', '.join(FORMATS)}) of at most {PIXELS:,} pixels"
     try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
+        with opened(file, allowed) as bytes_, Image.open(bytes_, formats=FORMATS) as picture:
+            if math.prod(picture.size) > PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels")
+            if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
+                raise ValueError("a moving picture")
+            image = ImageOps.exif_transpose(picture)
+            if image.mode.startswith("I"):  # 16 bits, of which the upper ones are seen
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("L" if image.mode in ("1", "L", "I", "I;16") else "RGB")
+            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
             if size is not None:
                 image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
             array = np.asarray(image, np.uint8)
-    except Exception as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())[:160]}; allowed: an image") from None
+    except Exception as error:  # a library of many formats says in many ways that a file is damaged
+        text = str(error)
+        if text.startswith(named(file)):
+            raise
+        raise ValueError(f"{named(file)}: {why(error)}; allowed: {allowed}") from None
     return array if array.ndim == 3 else array[..., None]
 
 
@@ -244,19 +272,33 @@ def _shape(image: np.ndarray) -> str:
 
 
 def read_idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
-    """Reads a uint8 idx file, plain or .gz, of the given number of dimensions."""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            raw = file.read()
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
-    if len(raw) < 4 + 4 * dimensions or raw[:4] != bytes([0, 0, 8, dimensions]):
-        raise ValueError(f"{path}: not an idx file of bytes in {dimensions} dimensions")
-    shape = np.frombuffer(raw, ">u4", dimensions, 4)
-    body = raw[4 + 4 * dimensions :]
-    if len(body) != int(np.prod(shape)):
-        raise ValueError(f"{path}: {len(body)} bytes of data, but its header says {tuple(map(int, shape))}")
-    return np.frombuffer(body, np.uint8).reshape(shape)
+    """Reads a uint8 idx file, plain or .gz, of the given number of dimensions; as many bytes as its header promises.
+
+    Raises:
+      ValueError: another file, one that is cut off or has more, or one that takes too much memory.
+    """
+    allowed = f"an idx file of bytes in {dimensions} dimensions"
+    with opened(path, allowed) as raw:
+        limit = unpacked_limit(raw)
+        try:
+            with gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else contextlib.nullcontext(raw) as file:
+                head = file.read(4 + 4 * dimensions)
+                if len(head) < 4 + 4 * dimensions or head[:4] != bytes([0, 0, 8, dimensions]):
+                    raise ValueError(f"{named(path)}: {'not an idx file' if head else 'empty'}; allowed: {allowed}")
+                shape = tuple(map(int, np.frombuffer(head, ">u4", dimensions, 4)))
+                size = math.prod(shape)
+                if not 0 < size <= limit:
+                    raise ValueError(f"{named(path)}: its header says {shape}; allowed: 1 to {limit:,} bytes")
+                body, piece = bytearray(), b" "
+                while piece and len(body) <= size:  # a byte beyond the last, too: there a .gz compares its checksum
+                    piece = file.read(min(PIECE, size + 1 - len(body)))
+                    body += piece
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{named(path)}: not a whole gzip file ({why(error)}); allowed: {allowed}") from None
+    if len(body) != size:
+        there = f"more than {size}" if len(body) > size else len(body)
+        raise ValueError(f"{named(path)}: {there} bytes of data, but its header says {shape}; allowed: {allowed}")
+    return np.frombuffer(bytes(body), np.uint8).reshape(shape)
 
 
 def batches(size: int, batch: int, seed: int) -> Callable[[int], np.ndarray]:
@@ -279,7 +321,7 @@ def batches(size: int, batch: int, seed: int) -> Callable[[int], np.ndarray]:
 
 def _find(folder: pathlib.Path, name: str) -> pathlib.Path:
     for candidate in (folder / name, folder / f"{name}.gz"):
-        if candidate.is_file():
+        if place_of(candidate) == "file":
             return candidate
     raise FileNotFoundError(
         f"Fashion-MNIST file {name}[.gz] not found in {folder}. Three ways to get it: "

@@ -22,7 +22,8 @@ import optax
 import orbax.checkpoint as ocp
 
 from difax.core import mesh as mesh_
-from difax.core.files import read_json
+from difax.core.files import check_object, named, place_of, read_object
+from difax.training.checkpoints import open_checkpoints, restored
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
 from difax.weights.checkpoint import check_shapes
@@ -187,8 +188,8 @@ def train(
         ema = jax.tree.map(lambda a: a + 0, params)
         return TrainState(jnp.zeros((), jnp.int32), params, ema, transform.init(params))
 
-    checkpoints = ocp.CheckpointManager(
-        folder / "checkpoints",
+    checkpoints = open_checkpoints(
+        folder,
         options=ocp.CheckpointManagerOptions(max_to_keep=options.keep, enable_async_checkpointing=True),
     )
     with checkpoints:
@@ -199,7 +200,7 @@ def train(
             _check_schedule(folder, latest, options)
             shapes = jax.eval_shape(init)
             like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
-            state = cast(TrainState, checkpoints.restore(latest, args=ocp.args.StandardRestore(like)))
+            state = cast(TrainState, restored(folder, checkpoints, latest, like))
         _write_json(folder / "config.json", {**config, "train": {**config["train"], "steps": options.steps}})
         recorder = _Recorder(folder, int(state.step), options, progress, log)
         update = make_step(task.loss, options)
@@ -227,9 +228,13 @@ def train(
 def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     """The configuration of the run in a folder, whose names load no code; ValueError where there is none."""
     path = pathlib.Path(workdir) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{workdir}: no training run there (no config.json)")
-    return read_json(path)
+    if place_of(path) is None:
+        raise ValueError(f"{named(workdir)}: no training run there (no config.json)")
+    maybe = (dict, type(None))
+    config = read_object(path, "the configuration of a run", finite=False, model=dict, train=dict, data=maybe)
+    check_object(config["train"], f"{named(path)}: train", steps=int)
+    check_object(config["model"], f"{named(path)}: model", name=str)
+    return config
 
 
 def last_step(workdir: str | os.PathLike) -> int:
@@ -253,7 +258,7 @@ def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) ->
     """
     with _checkpoints(workdir) as checkpoints:
         latest = _latest(workdir, checkpoints)
-        stored = checkpoints.restore(latest, args=ocp.args.StandardRestore())
+        stored = restored(workdir, checkpoints, latest)
     ema = stored["ema"] if isinstance(stored, dict) else stored.ema
     check_shapes(str(workdir), ema, jax.eval_shape(init, jax.random.key(0)))
     return latest, ema
@@ -263,7 +268,7 @@ def _checkpoints(workdir: str | os.PathLike) -> ocp.CheckpointManager:
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"{workdir}: no training run there (no checkpoints/)")
-    return ocp.CheckpointManager(folder)
+    return open_checkpoints(workdir)
 
 
 def _latest(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager) -> int:

@@ -88,7 +88,7 @@ class Streamed:
 
 
 class _Tensor(NamedTuple):
-    """A tensor of a file; scale: the tensor that its values are to be multiplied by."""
+    """A tensor of a file; scale: the tensor that its values are to be multiplied by; finite: must they be so?"""
 
     file: Path
     name: str
@@ -96,6 +96,7 @@ class _Tensor(NamedTuple):
     dtype: str
     begin: int
     scale: _Tensor | None = None
+    finite: bool = True
 
     def stored(self) -> np.ndarray:
         """The values of the file."""
@@ -107,7 +108,7 @@ class _Tensor(NamedTuple):
 
     def read(self) -> np.ndarray:
         """The values times their scale (then in float32); ValueError for values that are not finite."""
-        found = _finite(self, self.stored())
+        found = _finite(self, self.stored()) if self.finite else self.stored()
         if self.scale is None:
             return found
         scale = _finite(self.scale, self.scale.stored()).astype(np.float32)
@@ -175,17 +176,19 @@ def opened_safetensors(
     constants: Mapping[str, np.ndarray],
     dtype: Any,
     each: bool = False,
+    finite: bool = True,
 ) -> Iterator[dict[str, Streamed]]:
     """The parameters of a checkpoint by path, checked as `load_safetensors` does, and not read yet.
 
     Args:
-      each: without a dtype, every parameter has its own, and not all of them one.
+      each: without a dtype, every parameter has its own, and not all of them one. finite: as `load_native`.
     """
     wanted: dict[str, Any] = dict(flatten_dict(spec, sep="/"))
     if set(wanted) != set(table):
         raise ValueError(f"the layout table and the model differ in {sorted(set(wanted) ^ set(table))}")
     rows = {p: _expand(source, layers) for p, source in table.items()}
     tensors = _network(path, _opened(path), _keys(table))
+    tensors = {name: tensor._replace(finite=finite) for name, tensor in tensors.items()}
     _check_names(path, tensors, rows, constants)
     for p, row in rows.items():
         _check_tensors(p, table[p], wanted[p], row, tensors)
@@ -214,14 +217,17 @@ def _whole(parameter: Streamed) -> np.ndarray:
     return out
 
 
-def load_native(path: str | os.PathLike, spec: Params) -> Params:
+def load_native(path: str | os.PathLike, spec: Params, finite: bool = True) -> Params:
     """Reads what `save_safetensors` wrote into a nested dict of jax arrays like `spec`, in the file's dtypes.
+
+    Args:
+      finite: are values that are not refused?
 
     Raises:
       ValueError: as `load_safetensors`.
     """
     table = {p: Source((p,)) for p in flatten_dict(spec, sep="/")}
-    with opened_safetensors(path, spec, table, {}, {}, None, each=True) as parameters:
+    with opened_safetensors(path, spec, table, {}, {}, None, each=True, finite=finite) as parameters:
         return _read_all(parameters)
 
 

@@ -43,8 +43,21 @@ def load_conditions(model: Model, path: str) -> Any:
       path: a .safetensors file with one tensor [n, ...] for every leaf of `model.cond`. Masks hold 0 and 1 in any type.
 
     Raises:
-      ValueError: as `difax.weights.checkpoint.load_safetensors` and `check_conditions`; tensors of unequal n; a model
-        that takes labels.
+    if not n:
+        raise ValueError(f"{path}: the tensors lead with 0; allowed: one condition or more")
+    types = tensor_types(path)
+
+    def stored(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        kind = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else types.get(name) or leaf.dtype
+        return jax.ShapeDtypeStruct((n, *leaf.shape), kind)
+
+    spec = {name: stored(name, leaf) for name, leaf in flatten_dict(model.cond, sep="/").items()}
+    size = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in spec.values())
+    with opened(path) as file:
+        if size > unpacked_limit(file):  # of a file with holes, which takes no place itself
+            raise ValueError(f"{path}: {n:,} conditions of {size:,} bytes; allowed: {unpacked_limit(file):,} bytes")
+    found = load_native(path, unflatten_dict(spec, sep="/"), finite=False)  # what a mask hides may be anything
+    return check_conditions(model, jax.tree.map(np.asarray, found), path)
     """
     if labelled(model):
         raise ValueError(f"--cond {path}: {model.name} takes labels")
