@@ -295,6 +295,12 @@ def test_memory_keeps_its_types_and_its_leading_layers(case, dtype):
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "dbcache.json").read_text())
 MASK = (1, 1, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1)
+
+
+def refreshed(hint: int, policy: str = "once") -> dict[str, Any]:
+    return dict(force_refresh_step_hint=hint, force_refresh_step_policy=policy)
+
+
 DBCACHE: dict[str, dict[str, Any]] = {
     "none(thr=0)": dict(threshold=0.0, warmup=2),
     "F1B0_W2_R0.05": dict(threshold=0.05, warmup=2),
@@ -309,6 +315,20 @@ DBCACHE: dict[str, dict[str, Any]] = {
     "F1B0_W2_R0.5_AccR0.3": dict(threshold=0.5, warmup=2, max_accumulated=0.3),
     "F1B0_W2_R0.10_CFGsep": dict(threshold=0.1, warmup=2),
     "FoCa_F1B0_W4_R0.5_MC3": dict(threshold=0.5, warmup=4, max_continuous=3, forecast="foca"),
+    "F1B0_W2_R0.10_CFGsep_onediff": dict(threshold=0.1, warmup=2, cfg_diff_compute_separate=False),
+    "F1B0_W2_R0.5_MC2_M5_CFGsep_onediff": dict(
+        threshold=0.5, warmup=2, max_continuous=2, max_cached=5, cfg_diff_compute_separate=False
+    ),
+    "F1B0_W2_R0.5_MC3_FR7": dict(threshold=0.5, warmup=2, max_continuous=3, **refreshed(7)),
+    "F1B0_W2_R0.5_M3_AccR0.3_FR5repeat": dict(
+        threshold=0.5, warmup=2, max_cached=3, max_accumulated=0.3, **refreshed(5, "repeat")
+    ),
+    "F1B0_W3_R0.5_MC3_TS1_FR7": dict(
+        threshold=0.5, warmup=3, max_continuous=3, forecast="taylor", order=1, **refreshed(7)
+    ),
+    "F1B0_SCM_dynamic_R0.1_FR6repeat": dict(threshold=0.1, warmup=8, mask=MASK, **refreshed(6, "repeat")),
+    "F1B0_W2_R0.10_FR12_CFGsep": dict(threshold=0.1, warmup=2, **refreshed(6)),  # two calls an evaluation there
+    "FoCa_F1B0_W2_R0.5_MC3_FR8": dict(threshold=0.5, warmup=2, max_continuous=3, forecast="foca", **refreshed(8)),
 }
 
 
@@ -319,7 +339,7 @@ def test_every_golden_configuration_is_run():
 @pytest.mark.parametrize("name", DBCACHE)
 def test_dbcache_does_what_cache_dit_does(name):
     """In float64: the same decisions and numbers of block calls, differences and results to 1e-9."""
-    want, guided = GOLDEN[name], name.endswith("CFGsep")
+    want, guided = GOLDEN[name], "CFGsep" in name
     with jax.enable_x64(True):
         model, params, x0 = tanh_stack()
         process, solver = P.flow(time_scale=1.0), SOLVERS["euler"]()

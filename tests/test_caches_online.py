@@ -132,6 +132,10 @@ DBPRUNE: dict[str, dict[str, Any]] = {
     "F1B0_W2_R0.08_dynamic1.5_top0.5": dict(threshold=0.08, dynamic=True, relax=1.5, dynamic_limit=0.5),
     "F1B0_W2_R0.1_Acc0.1": dict(threshold=0.1),  # cache-dit's cap has no effect here
     "F1B0_W2_R0.1_CFGsep": dict(threshold=0.1),
+    "F1B0_W2_R0.1_M3_FR7": dict(threshold=0.1, max_cached=3, force_refresh_step_hint=7),
+    "F1B0_W2_R0.1_MC2_FR5repeat": dict(
+        threshold=0.1, max_continuous=2, force_refresh_step_hint=5, force_refresh_step_policy="repeat"
+    ),
 }
 
 
@@ -148,7 +152,7 @@ def programs():
 @pytest.mark.parametrize("name", DBPRUNE)
 def test_dbprune_does_what_cache_dit_does(name, programs):
     """In float64: the same blocks at every evaluation, the same differences, the same samples."""
-    want, separate = PRUNED[name], name.endswith("CFGsep")
+    want, separate = PRUNED[name], "CFGsep" in name
     guide = GUIDES["cfg"](together=False) if separate else None
     accelerator = CACHES["dbprune"](**({"first": 1, "warmup": 2} | DBPRUNE[name]))
     got, trace = toy_run(accelerator, guide, programs=programs.setdefault(separate, {}))

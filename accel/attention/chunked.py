@@ -23,6 +23,8 @@ from difax.core import ops
 from difax.core.contracts import BlockList, Scales, Segments
 from difax.core.ops import MASKED
 
+LOWEST = float(jnp.finfo(jnp.float32).min)  # below every logit, and no infinity
+
 
 class Running(NamedTuple):
     """The softmax of one block of queries over the keys seen so far, in float32."""
@@ -202,7 +204,7 @@ def _empty(queries: int, q_TK: jax.Array, keys: Keys) -> Running:
     # like the sum, so that inside of `jax.shard_map` it counts as different wherever one of them is
     like = (q_TK[0, 0] + keys.k_SK.ravel()[0] + keys.v_SK.ravel()[0]).astype(jnp.float32)
     full = lambda shape, value: jnp.full_like(jnp.broadcast_to(like, shape), value)  # noqa: E731
-    return Running(full(queries, -jnp.inf), full(queries, 0), full((queries, keys.v_SK.shape[-1]), 0))
+    return Running(full(queries, LOWEST), full(queries, 0), full((queries, keys.v_SK.shape[-1]), 0))
 
 
 def _add(q_TK: jax.Array, ids_T: jax.Array | None, running: Running, keys: Keys) -> Running:
@@ -211,7 +213,7 @@ def _add(q_TK: jax.Array, ids_T: jax.Array | None, running: Running, keys: Keys)
     if ids_T is not None and keys.ids_S is not None:
         x_TS = jnp.where(ids_T[:, None] == keys.ids_S[None], x_TS, MASKED)
     if keys.exists_S is not None:  # below MASKED, so that a query without any key still averages real values
-        x_TS = jnp.where(keys.exists_S[None], x_TS, -jnp.inf)
+        x_TS = jnp.where(keys.exists_S[None], x_TS, LOWEST)
     # the result does not depend on top, so neither do its gradients
     top_T = jax.lax.stop_gradient(jnp.maximum(running.top_T, x_TS.max(-1)))
     shrink_T = jnp.exp(jax.lax.stop_gradient(running.top_T) - top_T)

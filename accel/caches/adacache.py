@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.caches.fill import check_dtype, stored
+from difax.accel.caches.gate import UNKNOWN, by_group, where_group
 from difax.accel.caches.probe import Probe, place, probing, unread
 from difax.core.annotations import OrInfinite
 from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, no_memory
@@ -36,7 +38,7 @@ class Values(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """residual: of all blocks; [1] each: the next evaluation to compute, the interval it ends, the last motion."""
+    """residual: of all blocks; [G] each: the next evaluation to compute, the interval it ends, the last motion."""
 
     residual: Tokens
     next: Any
@@ -52,6 +54,7 @@ def adacache(
     moreg: bool = False,
     frames: int | None = None,
     window: tuple[int, int] | None = None,
+    per_sample: bool = False,
     dtype: str | None = None,
 ) -> Accelerator:
     """Computes all blocks, or adds what they added last; how much one of them changes says for how long.
@@ -70,6 +73,8 @@ def adacache(
       frames: of the token grid, which moreg needs (Wan: its latents' frames, 21 for 81 frames of 480p).
       window: first and last evaluation, counted from 1, whose motion counts (None: (10, 90) of 100, (4, 26) of 30, and
         the same share of another number).
+      per_sample: every sample has its own clock, so that sample i is that of a batch of one, to rounding; without it
+        one clock serves the batch, so that an image depends on its companions.
       dtype: of the residual of all blocks; None is the model's.
 
     Returns:
@@ -96,12 +101,14 @@ def adacache(
         force = np.zeros(e, bool)
         force[[0, max(e - 2, 0), e - 1]] = True
         low, high = WINDOWS.get(e, (round(0.1 * e), round(0.9 * e))) if window is None else window
+        if window is not None and not 1 <= low <= high <= e:
+            raise ValueError(f"adacache: window={window}; allowed: 1 to {e}, evaluations of this run, in order")
         moving = (np.arange(1, e + 1) >= low) & (np.arange(1, e + 1) <= high)
         values = Values(force, np.tile(bounds[:-1], (e, 1)), np.tile(intervals, (e, 1)), moving)
         return Plan(np.zeros(e, np.int32), values, (place("adacache", stages, block, branch),), "adacache")
 
     def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
-        memory, probe = no_memory(spec, modes), unread("adacache", spec, watched)
+        memory, probe = no_memory(spec, modes), unread("adacache", spec, watched, per_sample)
         groups = probe.change.shape
         kept = jax.tree.map(lambda a: jnp.zeros(a.shape, dtype or a.dtype), spec.tokens)
         memory["trunk"] = Clock(kept, jnp.zeros(groups, jnp.int32), jnp.ones(groups, jnp.int32), jnp.ones(groups))
@@ -111,30 +118,39 @@ def adacache(
     def trunk(blocks: Blocks, tokens: Tokens, context: Any, state: Clock, memory: State, row: Row) -> Any:
         values: Values = row.plan.values
 
+        due = values.force | row.fresh | (row.i >= state.next)  # [G]
+
+        def filled(memory: State) -> Any:
+            out, memory, done = blocks.skip(held(tokens), memory)
+            return out, memory, done, state, jnp.full(due.shape, UNKNOWN, jnp.float32)
+
+        def held(tokens: Tokens) -> Tokens:
+            return jax.tree.map(lambda t, r: t + r.astype(t.dtype), tokens, state.residual)
+
         def compute(memory: State) -> Any:
+            before: Probe = memory["along"]["adacache"]
             out, memory, done = blocks.run(tokens, memory)
             probe: Probe = memory["along"]["adacache"]
             # the second of two computed evaluations is the first that has something to be compared with
             first = (row.i == 0) | row.fresh
+            known = ~first & (probe.change >= 0)
             motion = jnp.where(values.moving, (probe.motion / USUAL) ** SHARPNESS, 1.0)
             pace = motion + SLOPE * jnp.abs(motion - state.motion) / state.interval if moreg else 1.0
             d = probe.change / state.interval * pace
-            chosen = values.intervals[(d[:, None] >= values.bounds[None]).sum(1)]
-            interval = jnp.where(first, 1, chosen).astype(jnp.int32)
+            level = jnp.where(known, (d[:, None] >= values.bounds[None]).sum(1), len(intervals) - 1)
+            interval = jnp.where(first, 1, values.intervals[level]).astype(jnp.int32)
             residual = stored(jax.tree.map(jnp.subtract, out, tokens), dtype)
             motion = jnp.where(first, 1.0, motion).astype(state.motion.dtype) if moreg else state.motion
             clock = Clock(residual, (row.i + interval).astype(jnp.int32), interval, motion)
-            return out, memory, done, clock, jnp.where(first, jnp.nan, d).astype(jnp.float32)
+            if due.shape[0] > 1:  # of the samples that are not due, nothing is new
+                keep = partial(jax.tree.map, partial(where_group, due))
+                out, clock, probe = keep(out, held(tokens)), keep(clock, state), keep(probe, before)
+                memory = {**memory, "along": {**memory["along"], "adacache": probe}}
+            return out, memory, done, clock, jnp.where(due & known, d, UNKNOWN).astype(jnp.float32)
 
-        def filled(memory: State) -> Any:
-            out = jax.tree.map(lambda t, r: t + r.astype(t.dtype), tokens, state.residual)
-            out, memory, done = blocks.skip(out, memory)
-            return out, memory, done, state, jnp.full(state.next.shape, jnp.nan, jnp.float32)
-
-        due = values.force | row.fresh | (row.i >= state.next[0])
-        tokens, memory, report, state, d = jax.lax.cond(due, compute, filled, memory)
-        shown = {"metric": d, "asked": ~jnp.isnan(d), "interval": state.interval}
-        shown = {k: jnp.repeat(a.astype(jnp.float32), row.plan.halves) for k, a in shown.items()}
+        tokens, memory, report, state, d = jax.lax.cond(jnp.any(due), compute, filled, memory)
+        shown = {"metric": d, "asked": d >= 0, "interval": state.interval, "reused": ~due}
+        shown = {k: by_group(a, row.plan.halves, per_sample) for k, a in shown.items()}
         return tokens, state, memory, report._replace(metric={**report.metric, "trunk": shown})
 
     return Accelerator(name="adacache", plan=plan, init=init, trunk=trunk, branch=probing("adacache", watched))

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from difax.accel.caches.fill import Fill, check_order, foca, hold, taylor
-from difax.accel.caches.gate import ASK, COMPUTE, REUSE, gated, rule
+from difax.accel.caches.gate import ASK, COMPUTE, REUSE, UNLIMITED, gated, rule
 from difax.core.annotations import OrInfinite
 from difax.core.contracts import Accelerator
 
 POLICIES = ("dynamic", "static")
+REFRESHES = ("once", "repeat")
 FORECASTS = ("hold", "taylor", "foca")
 
 
@@ -33,6 +34,9 @@ def dbcache(
     policy: str = "dynamic",
     forecast: str = "hold",
     order: int = 1,
+    cfg_diff_compute_separate: bool = True,
+    force_refresh_step_hint: int | None = None,
+    force_refresh_step_policy: str = "once",
     per_sample: bool = False,
     dtype: str | None = None,
 ) -> Accelerator:
@@ -53,17 +57,29 @@ def dbcache(
         warm-up is then as long as the ones that it begins with, at most `warmup`.
       policy: at a 0 of the mask, ask the probe ("dynamic"), or reuse unseen ("static").
       forecast: of R: "hold", "taylor" with `order`, or "foca".
-      per_sample: every sample decides for itself.
+      cfg_diff_compute_separate: where the halves of guidance run apart, each goes by its own d (True), or the
+        unconditional one by the d that the conditional one measured at the same evaluation, if it did (False): its
+        warm-up, caps and what it remembers stay its own. Where the halves run as one batch, one d is of both.
+      force_refresh_step_hint: at this evaluation, 1 or more, a run begins anew: everything remembered, counted and
+        summed is dropped, and warm-up and mask begin again (None: never).
+      force_refresh_step_policy: "once", or "repeat": every so many evaluations.
+      per_sample: every sample decides for itself, so that sample i is that of a batch of one, to rounding; without it
+        one decision serves the batch, so that an image depends on its companions.
       dtype: of the residuals that are kept; None is the model's.
 
     Returns:
       An `Accelerator` that remembers one probe in float32 and the residuals of the tokens that the forecast needs (1,
       order + 1, or 4).
 
-    References: cache-dit 1.5.3. Halves of guidance that run in one batch decide as one ("fused"); separate contexts
-      are those of the guide, `cfg(together=False)`.
+    References: cache-dit 1.5.3, whose decisions and results tests/golden/dbcache.json holds. Halves of guidance that
+      run in one batch decide as one ("fused"); separate contexts (its enable_separate_cfg) are those of the guide,
+      `cfg(together=False)`, which runs the conditional half first. There a forced refresh counts calls of the
+      transformer, of which separate halves make two an evaluation: give it half of that number. Where the
+      unconditional half runs first (its cfg_compute_first), there is no d to share, so that it is no argument. Not here
+      are its experimental ways to measure d: of hidden states, of important tokens, of every n-th feature.
     """
     check("dbcache", threshold, warmup, warmup_interval, mask, policy)
+    check_refresh("dbcache", force_refresh_step_hint, force_refresh_step_policy)
     if forecast not in FORECASTS:
         raise ValueError(f"dbcache: forecast={forecast!r}; allowed: {', '.join(FORECASTS)}")
     check_order("dbcache", order)
@@ -72,14 +88,16 @@ def dbcache(
         raise ValueError(f"dbcache: max_accumulated={max_accumulated}; allowed: 0 or more, or none")
 
     def rules(rows, stages):
+        begins = beginnings(len(rows.i), force_refresh_step_hint, force_refresh_step_policy)
         return rule(
             rows,
-            forced("dbcache", len(rows.i), warmup, warmup_interval, mask, policy),
+            forced("dbcache", begins, warmup, warmup_interval, mask, policy),
             threshold,
+            begins,
             certain=1.0,
             most=max_cached,
             streak=max_continuous,
-            cap=np.inf if max_accumulated is None else max_accumulated,
+            cap=UNLIMITED if max_accumulated is None else max_accumulated,
         )
 
     return gated(
@@ -90,6 +108,7 @@ def dbcache(
         probe="residual",
         fill=_fill(forecast, order),
         per_sample=per_sample,
+        one_change=not cfg_diff_compute_separate,
         dtype=dtype,
     )
 
@@ -102,7 +121,7 @@ def fbcache(threshold: float = 0.08, *, per_sample: bool = False, dtype: str | N
     Args:
       threshold: 0 never reuses (0.08 for FLUX, 0.06 for HunyuanVideo; 0.05 in diffusers, which reuses at d <=
         threshold).
-      per_sample: every sample decides for itself.
+      per_sample: as in `dbcache`.
       dtype: of the residual that is kept; None is the model's.
 
     References: ParaAttention. As there, r' is that of the last computed evaluation.
@@ -124,20 +143,29 @@ def _fill(forecast: str, order: int) -> Fill:
     return {"hold": hold, "taylor": lambda: taylor(order, first=3), "foca": foca}[forecast]()
 
 
+def beginnings(evaluations: int, hint: int | None, policy: str) -> np.ndarray:
+    """The evaluation at which the run that each evaluation belongs to began: 0, or where a refresh was forced."""
+    i = np.arange(evaluations)
+    if hint is None:
+        return np.zeros_like(i)
+    return i // hint * hint if policy == "repeat" else np.where(i >= hint, hint, 0)
+
+
 def forced(
-    name: str, evaluations: int, warmup: int, interval: int, mask: Sequence[int] | None, policy: str
+    name: str, begins: np.ndarray, warmup: int, interval: int, mask: Sequence[int] | None, policy: str
 ) -> np.ndarray:
-    """ASK, COMPUTE or REUSE at each evaluation, from cache-dit's warm-up and mask."""
-    force = np.full(evaluations, ASK)
+    """ASK, COMPUTE or REUSE at each evaluation, from cache-dit's warm-up and mask, counted from where a run begins."""
+    k = np.arange(len(begins)) - begins
+    force = np.full(len(begins), ASK)
     if mask is not None:
-        if len(mask) != evaluations:
-            raise ValueError(f"{name}: the mask has {len(mask)} entries; the run has {evaluations} evaluations")
-        steps = np.asarray(mask)
+        if len(mask) != len(begins):
+            raise ValueError(f"{name}: the mask has {len(mask)} entries; the run has {len(begins)} evaluations")
+        steps = np.asarray(mask)[k]
         force[steps == 1] = COMPUTE
         if policy == "static":
             force[steps == 0] = REUSE
-        warmup = min(warmup, int(np.argmin(np.append(steps, 0))))
-    force[:warmup:interval] = COMPUTE
+        warmup = min(warmup, int(np.argmin(np.append(mask, 0))))
+    force[(k < warmup) & (k % interval == 0)] = COMPUTE
     return force
 
 
@@ -146,6 +174,14 @@ def check_caps(name: str, **caps: int) -> None:
     for key, value in caps.items():
         if value < -1:
             raise ValueError(f"{name}: {key}={value}; allowed: 0 or more, or -1 for no limit")
+
+
+def check_refresh(name: str, hint: int | None, policy: str) -> None:
+    """Refuses forced refreshes that mean nothing."""
+    if hint is not None and hint < 1:
+        raise ValueError(f"{name}: force_refresh_step_hint={hint}; allowed: 1 or more, or None")
+    if policy not in REFRESHES:
+        raise ValueError(f"{name}: force_refresh_step_policy={policy!r}; allowed: {', '.join(REFRESHES)}")
 
 
 def check(name: str, threshold: float, warmup: int, interval: int, mask: Sequence[int] | None, policy: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.caches import measured
+from difax.accel.caches.gate import UNKNOWN, by_group, over, per_group, where_group
 from difax.accel.caches.motion import moving
 from difax.accel.caches.token_axis import scatter
 from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, Where
@@ -39,6 +41,7 @@ def fastcache(
     motion: float = 1.0,
     weights: Mapping[str, Mapping[str, Any]] | None = None,
     file: str | None = None,
+    per_sample: bool = False,
 ) -> Accelerator:
     """Puts a linear map in the place of each block whose input passes a test of having changed no more than noise.
 
@@ -55,6 +58,9 @@ def fastcache(
       weights: {stage: {"weight": W [L, D, D], "bias": b [L, D]}}, or "stream.weight" where the tokens have streams.
         They become learned parameters (`difax.core.stack.with_learned`). None, with no file: W = b = 0, the identity.
       file: in place of them.
+      per_sample: every sample decides for itself at each block, so that sample i is that of a batch of one, to
+        rounding; without it one decision serves the batch, so that an image depends on its companions. A block is run
+        for the whole batch as soon as one sample asks for it.
 
     Returns:
       An `Accelerator` that remembers each block's input, L B N D values.
@@ -99,14 +105,16 @@ def fastcache(
         now, values = run.hidden(tokens), row.plan.values
         if learned is not None and not where.learned:
             raise ValueError("fastcache: the parameters hold no linear maps; see difax.core.stack.with_learned")
+        groups = now.shape[0] // row.plan.halves if per_sample else 1
         if row.plan.mode == "whole":
             out, inner, done = run(tokens, inner)
-            delta, reuse = jnp.full((), jnp.nan), jnp.zeros((), bool)
+            delta, reuse = jnp.full((groups,), UNKNOWN), jnp.zeros((groups,), bool)
         else:
             wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (before, now)]
-            delta = jnp.linalg.norm(wide[1] - wide[0]) / jnp.linalg.norm(wide[0])
+            norms = [jnp.sqrt(per_group(a * a, groups)) for a in (wide[1] - wide[0], wide[0])]
+            delta = over(*norms)  # Frobenius norms
             bound = values.threshold * jnp.sqrt(quantile(values.z, math.prod(now.shape[1:])))
-            reuse = (values.threshold > 0) & (delta <= bound)
+            reuse = (values.threshold > 0) & (delta >= 0) & (delta <= bound)
 
             def computed(inner: State) -> Any:
                 out, inner, done = run(tokens, inner)
@@ -114,11 +122,15 @@ def fastcache(
                     index = inner["along"]["fastcache"]
                     moved = scatter(jnp.zeros(now.shape[:2], bool), index, True)
                     out = jnp.where(moved[..., None], out, _mapped(tokens, where))
+                if groups > 1:
+                    out = jax.tree.map(partial(where_group, reuse), _mapped(tokens, where), out)
                 return out, inner, done
 
-            out, inner, done = jax.lax.cond(reuse, lambda i: run.skip(_mapped(tokens, where), i), computed, inner)
-        shown = {"metric": delta, "asked": row.plan.mode == "ask", "reused": reuse}
-        shown = {k: jnp.full((row.plan.halves,), a, jnp.float32) for k, a in shown.items()}
+            out, inner, done = jax.lax.cond(
+                jnp.all(reuse), lambda i: run.skip(_mapped(tokens, where), i), computed, inner
+            )
+        shown = {"metric": delta, "asked": jnp.full(reuse.shape, row.plan.mode == "ask"), "reused": reuse}
+        shown = {k: by_group(a, row.plan.halves, per_sample) for k, a in shown.items()}
         return out, now, inner, done._replace(metric={**done.metric, "block": shown})
 
     return tokens_that_move._replace(plan=plan, init=init, block=block, learned=learned)

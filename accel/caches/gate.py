@@ -7,6 +7,11 @@ change, whether that accumulates, when the probe's reference is refreshed, the s
   reuse iff a < threshold, and nothing forbids it;   tokens = span's input + fill(span's last residuals)
 
 Everything that a sweep varies (threshold, warm-up, masks, caps) enters with the rows and is traced.
+
+Who decides, in gates of every level: all samples of a batch as one, so that an image depends on its companions (as
+the originals do, which saves most), or with `per_sample` each sample for itself: sample i is then that of a batch of
+one, to rounding. What is gated is computed for the whole batch as soon as one sample asks for it, and samples that
+reuse keep their filled value.
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from difax.core.contracts import Accelerator, Plan, Report, Row, Stage, State, T
 from difax.core.trunk import Blocks
 
 ASK, COMPUTE, REUSE = 0, 1, 2
+UNKNOWN = -1.0  # a change with nothing to compare with: below no threshold, and no NaN in a healthy program
+UNLIMITED = float(np.finfo(np.float32).max)
 
 
 class Rule(NamedTuple):
@@ -31,6 +38,7 @@ class Rule(NamedTuple):
 
     force: ASK, COMPUTE or REUSE. threshold: of a. certain: a threshold from here on reuses unseen (cache-dit: 1).
     most, streak: reused evaluations at most, in all and in a row (-1: no limit). cap: of the sum of all d so far.
+    begins: the evaluation from which on anything is remembered: what is older, counts and sums included, is dropped.
     """
 
     force: Any
@@ -39,6 +47,14 @@ class Rule(NamedTuple):
     most: Any
     streak: Any
     cap: Any
+    begins: Any
+
+
+class Told(NamedTuple):
+    """The change that the half of guidance that ran first has measured, and at which evaluation; [G] of one half."""
+
+    at: Any
+    change: Any
 
 
 class Memory(NamedTuple):
@@ -51,14 +67,27 @@ class Memory(NamedTuple):
     total: Any  # float32 [G]
     streak: Any  # int32 [G]
     hits: Any  # int32 [G]
+    told: Any  # `Told`, or () where each half measures for itself
 
 
-def rule(rows: Row, force: Any, threshold: float, **limits: float) -> Rule:
+def rule(rows: Row, force: Any, threshold: float, begins: Any = 0, **limits: float) -> Rule:
     """A `Rule` for all evaluations from the settings of a technique."""
-    values = {"certain": np.inf, "most": -1, "streak": -1, "cap": np.inf, **limits, "threshold": threshold}
+    values = {"certain": UNLIMITED, "most": -1, "streak": -1, "cap": UNLIMITED, **limits, "threshold": threshold}
     e = len(rows.i)
-    force = np.broadcast_to(np.asarray(force, np.int32), (e,))
-    return Rule(force=force, **{k: np.full(e, v, np.float64) for k, v in values.items()})
+    whole = {k: np.broadcast_to(np.asarray(v, np.int32), (e,)) for k, v in (("force", force), ("begins", begins))}
+    return Rule(**whole, **{k: np.full(e, v, np.float64) for k, v in values.items()})
+
+
+def groups_of(spec: TrunkSpec, per_sample: bool) -> int:
+    """How many groups of rows decide each for itself: the batch or every sample of it, in each half of guidance that
+    runs by itself."""
+    own = spec.hidden.shape[0] // spec.halves if per_sample else 1
+    return own if spec.together else own * spec.halves
+
+
+def by_group(a: jax.Array, halves: int, per_sample: bool) -> jax.Array:
+    """Numbers [G] of groups as a trace has them: [halves], or [samples, halves] where every sample is a group."""
+    return jnp.repeat(a[:, None] if per_sample else a, halves, axis=-1).astype(jnp.float32)
 
 
 def gated(
@@ -73,6 +102,7 @@ def gated(
     refresh: str = "compute",
     fill: Fill | None = None,
     per_sample: bool = False,
+    one_change: bool = False,
     dtype: str | None = None,
 ) -> Accelerator:
     """An accelerator that fills a span of blocks where a gate allows it.
@@ -88,6 +118,8 @@ def gated(
       fill: of the span's residual (the newest as it is).
       per_sample: every sample decides for itself, so that a batch of N equals N batches of one. The span is computed
         for the whole batch as soon as one sample asks for it: what is saved is what all agree to save.
+      one_change: where the halves of guidance decide each for itself, the second goes by the change that the first has
+        measured at the same evaluation, if it has.
       dtype: of the residuals that are kept; None: that of the model.
 
     Returns:
@@ -116,10 +148,7 @@ def gated(
 
     def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
         memory = no_memory(spec, modes)
-        rows = spec.hidden.shape[0]
-        groups = rows // spec.halves if per_sample else 1
-        if not spec.together:
-            groups *= spec.halves
+        groups = groups_of(spec, per_sample)
         shape = spec.hidden if probe == "residual" else spec.first_input
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype if dtype is None else dtype), spec.tokens)
         number = partial(jnp.zeros, (groups,))
@@ -131,11 +160,17 @@ def gated(
             total=number(jnp.float32),
             streak=number(jnp.int32),
             hits=number(jnp.int32),
+            told=(),
         )
+        if one_change:  # of one half's size whatever the halves, which is how both see the same
+            one = groups if spec.together else groups // spec.halves
+            told = Told(jnp.full((one,), -1, jnp.int32), jnp.zeros((one,), _wide(shape.dtype)))
+            memory["trunk"] = memory["trunk"]._replace(told=told)
         return memory
 
     def trunk(blocks: Blocks, tokens: Tokens, context: Any, state: Memory, memory: State, row: Row) -> Any:
         ask: Rule = row.plan.values
+        state, now = _begun(state, row.i == ask.begins), row.i - ask.begins
         entered, report = tokens, None
         low, high = first(blocks.depth), blocks.depth - last(blocks.depth)
         if low:
@@ -144,26 +179,28 @@ def gated(
         seen = hidden - blocks.hidden(entered) if probe == "residual" else blocks.first_input(entered)
         groups = state.hits.shape[0]
         d = relative_change(state.reference, seen, groups)
-        score = transform(d) + (state.accumulated if accumulate else 0.0)
+        if one_change:
+            d = jnp.where(state.told.at == row.i, state.told.change, d)
+        score = transform(jnp.maximum(d, 0)) + (state.accumulated if accumulate else 0.0)
         known = (state.steps[0] >= 0) & ~row.fresh
         limited = (ask.most >= 0) & (state.hits >= ask.most) | (ask.streak >= 0) & (state.streak >= ask.streak)
         limited |= (state.total >= ask.cap) | (ask.threshold <= 0)
         asked = known & (ask.force == ASK) & ~limited
         certain = ask.threshold >= ask.certain
-        reuse = known & (ask.force == REUSE) | asked & (certain | (score < ask.threshold))
+        reuse = known & (ask.force == REUSE) | asked & (certain | (d >= 0) & (score < ask.threshold))
         measured = asked & ~certain
 
         def compute(memory: State) -> Any:
             out, memory, done = blocks.run(tokens, memory, low, high)
             residual = jax.tree.map(jnp.subtract, out, tokens)
             if groups == 1:
-                return out, memory, done, *_pushed(state, residual, row.i, None, fill, dtype)
-            value = _value(state, row.i, residual, fill)
-            out = jax.tree.map(lambda o, t, v: _where(reuse, t + v, o), out, tokens, value)
-            return out, memory, done, *_pushed(state, residual, row.i, ~reuse, fill, dtype)
+                return out, memory, done, *_pushed(state, residual, now, None, fill, dtype)
+            value = _value(state, now, residual, fill)
+            out = jax.tree.map(lambda o, t, v: where_group(reuse, t + v, o), out, tokens, value)
+            return out, memory, done, *_pushed(state, residual, now, ~reuse, fill, dtype)
 
         def filled(memory: State) -> Any:
-            value = _value(state, row.i, tokens, fill)
+            value = _value(state, now, tokens, fill)
             out, memory, done = blocks.skip(jax.tree.map(jnp.add, tokens, value), memory)
             return out, memory, done, *_recalled(state, value, fill, dtype)
 
@@ -174,17 +211,19 @@ def gated(
             report = added(report, done)
         keep = reuse if refresh == "compute" else jnp.zeros_like(reuse)
         state = Memory(
-            reference=_where(keep, state.reference, seen.astype(state.reference.dtype)),
+            reference=where_group(keep, state.reference, seen.astype(state.reference.dtype)),
             ring=ring,
             steps=steps,
             accumulated=jnp.where(reuse, score, 0.0).astype(jnp.float32) if accumulate else state.accumulated,
             total=state.total + jnp.where(measured & (d > 0), d, 0.0).astype(jnp.float32),
             streak=jnp.where(reuse, state.streak + 1, 0),
             hits=state.hits + reuse,
+            told=Told(*(jnp.where(measured, a, b) for a, b in zip((row.i, d), state.told, strict=True)))
+            if one_change
+            else (),
         )
-        metric = jnp.where(known, d, jnp.nan).astype(jnp.float32)
-        shown = {"metric": metric, "asked": asked.astype(jnp.float32), "reused": reuse.astype(jnp.float32)}
-        shown = {k: jnp.repeat(a[:, None] if per_sample else a, row.plan.halves, axis=-1) for k, a in shown.items()}
+        shown = {"metric": jnp.where(known, d, UNKNOWN), "asked": asked, "reused": reuse}
+        shown = {k: by_group(a, row.plan.halves, per_sample) for k, a in shown.items()}
         report = report._replace(metric={**report.metric, "trunk": shown})
         return tokens, state, memory, report
 
@@ -192,7 +231,7 @@ def gated(
 
 
 def relative_change(reference: jax.Array, now: jax.Array, groups: int) -> jax.Array:
-    """mean|reference - now| / mean|reference| of each group of rows, [groups].
+    """mean|reference - now| / mean|reference| of each group of rows, [groups]; `UNKNOWN` where the reference is 0.
 
     Args:
       reference, now: [B, ...]; the rows of group g are g, g + groups, ... (the halves of guidance lie one behind
@@ -201,11 +240,17 @@ def relative_change(reference: jax.Array, now: jax.Array, groups: int) -> jax.Ar
     wide = _wide(reference.dtype)
     change = jnp.abs(reference.astype(wide) - now.astype(wide))
 
-    def total(a: jax.Array) -> jax.Array:
-        per_row = a.reshape(a.shape[0], -1).sum(1)
-        return per_row.reshape(-1, groups).sum(0)
+    return over(per_group(change, groups), per_group(jnp.abs(reference.astype(wide)), groups))
 
-    return total(change) / total(jnp.abs(reference.astype(wide)))
+
+def per_group(a: jax.Array, groups: int) -> jax.Array:
+    """The sum of a [B, ...] over the rows of each group, [groups]."""
+    return a.reshape(a.shape[0], -1).sum(1).reshape(-1, groups).sum(0)
+
+
+def over(change: jax.Array, size: jax.Array) -> jax.Array:
+    """change / size, of sizes of 0 or more; `UNKNOWN` where the size is 0."""
+    return jnp.where(size > 0, change / jnp.where(size > 0, size, 1), UNKNOWN)
 
 
 def added(one: Report, other: Report) -> Report:
@@ -217,12 +262,21 @@ def _wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _where(choose: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
-    """yes where a row's group chooses so, [B, ...]."""
+def where_group(choose: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    """yes where a row's group [G] chooses so, [B, ...]; the rows of group g are g, g + G, ..."""
     if choose.shape[0] > 1:
         rows = jnp.tile(choose, yes.shape[0] // choose.shape[0])
         choose = rows.reshape(-1, *(1,) * (yes.ndim - 1))
     return jnp.where(choose, yes, no)
+
+
+def _begun(state: Memory, begins: jax.Array) -> Memory:
+    """The memory, of which nothing is left where a run begins anew."""
+    drop = partial(jnp.where, begins)
+    return state._replace(
+        steps=drop(-1, state.steps),
+        **{k: drop(0, getattr(state, k)) for k in ("accumulated", "total", "streak", "hits")},
+    )
 
 
 def _value(state: Memory, now: jax.Array, like: Tokens, fill: Fill) -> Tokens:
@@ -252,7 +306,7 @@ def _pushed(state: Memory, residual: Tokens, now: jax.Array, fresh: Any, fill: F
     steps = jnp.concatenate([jnp.full((1, state.steps.shape[1]), now, jnp.int32), state.steps[:-1]])
     if fresh is None:
         return ring, steps
-    select = partial(jax.tree.map, lambda n, o: _where(fresh, n, o))
+    select = partial(jax.tree.map, lambda n, o: where_group(fresh, n, o))
     return select(ring, state.ring), jnp.where(fresh[None], steps, state.steps)
 
 
@@ -263,5 +317,5 @@ def _recalled(state: Memory, value: Tokens, fill: Fill, dtype: str | None) -> An
     full = state.steps[1] >= 0  # before the second computed value nothing is extrapolated, and nothing remembered
     recent = (stored(value, dtype), *state.ring[fill.depth : fill.depth + fill.recent - 1])
     old = state.ring[fill.depth :]
-    recent = jax.tree.map(lambda n, o: _where(full, n, o), recent, old)
+    recent = jax.tree.map(lambda n, o: where_group(full, n, o), recent, old)
     return (*state.ring[: fill.depth], *recent), state.steps

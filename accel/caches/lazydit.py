@@ -33,13 +33,14 @@ def lazydit(
     file: str | None = None,
     threshold: float = 0.5,
     soft: bool = False,
+    per_sample: bool = True,
     dtype: str | None = None,
 ) -> Accelerator:
     """A linear gate on each branch's modulated input says whether its last output, before the gate, is held.
 
     s = sigmoid(sum over tokens of <w, z>), z the modulated input, w of this layer, branch and evaluation;
     s >= threshold: computed, else held. Every sample of each half decides for itself, and a branch is left out where
-    all agree: where one wants it, the whole batch is computed.
+    all agree: where one wants it, the whole batch is computed, and the others keep what they held.
 
     Args:
       weights: {stage: {branch: w [L, E, D]}}; a branch that is not named is always computed. They become learned
@@ -48,6 +49,9 @@ def lazydit(
       threshold: of s (0.5, at which zeros compute everything).
       soft: as in training: everything is computed, and s F + (1 - s) F' stands for F, which gradients reach. The
         penalty on computing is the sum of the scores that the trace hands out.
+      per_sample: every sample of each half decides for itself, as in the authors' code, so that sample i is that of a
+        batch of one, to rounding (True). False: the mean of the scores decides for all of them, so that an image
+        depends on its companions, and a batch saves as much as one image.
       dtype: of what is held; None is the model's.
 
     Returns:
@@ -109,6 +113,8 @@ def lazydit(
                     f"lazydit: weights of {w_D.shape[0]} features; {where.stage}.{name} has {z_BND.shape[-1]}"
                 )
             score = jax.nn.sigmoid((z_BND * w_D[None, None]).sum((1, 2)))
+        if not per_sample:
+            score = jnp.broadcast_to(score.mean(keepdims=True), score.shape)
         known = (row.i > 0) & ~row.fresh
         keep = jnp.zeros_like(score) if soft else (score < row.plan.values.threshold).astype(score.dtype)
         keep = jnp.where(known, 1 - score if soft else keep, 0.0)  # the share of the held output, of each row
@@ -125,9 +131,9 @@ def lazydit(
         update, inner = jax.lax.cond(lazy, filled, computed, inner)
         held = stored(update, dtype)  # a value that was held comes back as it was: narrow types round once
         halves = row.plan.halves
-        shown = score.astype(jnp.float32).reshape(halves, -1).T  # [samples, halves]
-        asked = jnp.full_like(shown, known)
-        return gate(update), held, inner, Done(1.0 - lazy.astype(jnp.float32), {"metric": shown, "asked": asked})
+        shown = {"metric": score, "asked": jnp.full_like(score, known), "reused": (keep == 1) & (not soft)}
+        shown = {k: a.astype(jnp.float32).reshape(halves, -1).T for k, a in shown.items()}  # [samples, halves]
+        return gate(update), held, inner, Done(1.0 - lazy.astype(jnp.float32), shown)
 
     return Accelerator(name="lazydit", plan=plan, init=init, branch=branch, learned=learned)
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from difax.accel.caches.gate import groups_of, over, per_group
 from difax.core.contracts import Done, Row, Stage, State, Tokens, TrunkSpec, Where
 
 
 class Probe(NamedTuple):
-    """What the branch added when it was last computed; its relative change [G], and its motion [G]."""
+    """What the branch added when it was last computed; its relative change [G] (`UNKNOWN` where that was nothing), and
+    its motion [G]."""
 
     reference: Tokens
     change: Any
     motion: Any
 
 
-def unread(name: str, spec: TrunkSpec, frames: int | None) -> Probe:
-    """The probe before the first evaluation.
+def unread(name: str, spec: TrunkSpec, frames: int | None, per_sample: bool = False) -> Probe:
+    """The probe before the first evaluation; per_sample: of every sample for itself.
 
     Raises:
       ValueError: motion is measured between frames that the model does not have.
@@ -31,7 +34,7 @@ def unread(name: str, spec: TrunkSpec, frames: int | None) -> Probe:
             f"{name}: frames={frames}; allowed: a model of videos, the frames of its token grid; this one has outputs "
             f"{spec.output.shape[1:]} and {spec.hidden.shape[1]} tokens"
         )
-    groups = 1 if spec.together else spec.halves
+    groups = groups_of(spec, per_sample)
     reference = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), spec.tokens)
     return Probe(reference, jnp.zeros(groups), jnp.zeros(groups))
 
@@ -47,13 +50,18 @@ def place(name: str, stages: tuple[Stage, ...], block: int | None, branch: str |
     """
     places = [(stage, layer) for stage in stages for layer in range(stage.depth)]
     at = (len(places) - 1) // 2 if block is None else block
-    if not 0 <= at < len(places):
-        raise ValueError(f"{name}: block={block}; allowed: 0 to {len(places) - 1} in this model")
+    check_blocks(name, "block", at, len(places))
     stage, layer = places[at]
     found = stage.branches[0] if branch is None else branch
     if found not in stage.branches:
         raise ValueError(f"{name}: branch={branch!r}; allowed: {', '.join(stage.branches)} in block {at}")
     return stage.name, found, layer
+
+
+def check_blocks(name: str, key: str, blocks: int | Sequence[int], depth: int) -> None:
+    """Refuses an index, or several, of blocks that a model of `depth` blocks over all stages does not have."""
+    if not set(np.ravel(blocks)) <= set(range(depth)):
+        raise ValueError(f"{name}: {key}={blocks}; allowed: 0 to {depth - 1}, the blocks of this model")
 
 
 def probing(name: str, frames: int | None) -> Callable[..., Any]:
@@ -80,14 +88,17 @@ def probing(name: str, frames: int | None) -> Callable[..., Any]:
 def _read(probe: Probe, residual: Tokens, frames: int | None) -> Probe:
     """|r' - r|_1 / |r'|_1 of the residuals r' before and r now, and the same between the frames of r."""
 
+    groups = probe.change.shape[0]
+
     def norm(tree: Tokens) -> Any:
-        return sum(jnp.abs(a).sum() for a in jax.tree.leaves(tree))
+        return sum(per_group(jnp.abs(a), groups) for a in jax.tree.leaves(tree))
 
     wide = partial(jax.tree.map, lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)))
     old, new, motion = wide(probe.reference), wide(residual), probe.motion
-    change = norm(jax.tree.map(jnp.subtract, old, new)) / norm(old)
+    change = over(norm(jax.tree.map(jnp.subtract, old, new)), norm(old))
     if frames is not None:
         step = new.shape[1] // frames
         later, earlier = new[:, step:], new[:, :-step]
-        motion = jnp.full_like(motion, norm(later - earlier) / (norm(later) + norm(earlier)))
-    return Probe(residual, jnp.full_like(probe.change, change), motion)
+        moved = over(norm(later - earlier), norm(later) + norm(earlier))
+        motion = jnp.maximum(moved, 0).astype(motion.dtype)  # nothing does not move
+    return Probe(residual, change.astype(probe.change.dtype), motion)

@@ -39,12 +39,17 @@ def empty(groups: int, dtype: Any) -> Tally:
     return Tally(whole(-1), whole(-2), whole(0), whole(0), whole(0), total, whole(0))
 
 
-def at_block(tally: Tally, now: jax.Array) -> Tally:
-    """At the first block of an evaluation its own counts start anew, and a row that the last one broke is over."""
+def at_block(tally: Tally, now: jax.Array, anew: jax.Array) -> Tally:
+    """At the first block of an evaluation its own counts start anew, and a row that the last one broke is over.
+
+    Args:
+      anew: begins a run with this evaluation, so that none of the counts goes on.
+    """
     begins = tally.now != now
     return tally._replace(
         now=jnp.full_like(tally.now, now),
-        streak=jnp.where(begins & (tally.reused != now - 1), 0, tally.streak),
+        hits=jnp.where(begins & anew, 0, tally.hits),
+        streak=jnp.where(begins & (anew | (tally.reused != now - 1)), 0, tally.streak),
         seen=jnp.where(begins, 0, tally.seen),
         total=jnp.where(begins, 0.0, tally.total),
         averaged=jnp.where(begins, 0, tally.averaged),

@@ -46,7 +46,8 @@ def teacache(
       coefficients: of the polynomial P, highest power first, or the name of a published one (`COEFFICIENTS`); None is
         P(d) = d. They belong to one model: `difax calibrate --cache teacache` fits them to another.
       file: written by `difax calibrate`, in place of coefficients.
-      per_sample: every sample decides for itself.
+      per_sample: every sample decides for itself, so that sample i is that of a batch of one, to rounding; without it
+        one decision serves the batch, so that an image depends on its companions.
       dtype: of the residual that is kept; None is the model's.
 
     Returns:

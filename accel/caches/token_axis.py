@@ -38,13 +38,13 @@ def top(score: jax.Array, number: int) -> jax.Array:
 
 
 def stratified(score: jax.Array, number: Any) -> jax.Array:
-    """score [B, N] with all at -inf but the best of each of so many stretches of (nearly) equal length."""
+    """score [B, N] with all at the lowest number but the best of each of so many stretches of (nearly) equal length."""
     b, n = score.shape
-    stretch = jnp.arange(n) * number // n
-    best = jax.vmap(lambda s: jax.ops.segment_max(s, stretch, n))(score)[:, stretch]
+    stretch, lowest = jnp.arange(n) * number // n, jnp.finfo(score.dtype).min  # finite: no technique makes infinities
+    best = jnp.full_like(score, lowest).at[:, stretch].max(score)[:, stretch]
     place = jnp.where(score == best, jnp.arange(n)[None], n)
     first = jax.vmap(lambda at: jax.ops.segment_min(at, stretch, n))(place)[:, stretch]
-    return jnp.where(jnp.arange(n)[None] == first, score, -jnp.inf)
+    return jnp.where(jnp.arange(n)[None] == first, score, lowest)
 
 
 def with_bonus(score: jax.Array, share: Any, grid: tuple[int, ...] | None, cell: int = 2) -> jax.Array:

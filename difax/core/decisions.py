@@ -1,7 +1,12 @@
 """What a cache decided in a run, read off its trace: for people, for files, and as a warning where it did nothing.
 
-A gate of any level hands out {"metric": the number that it decides by, "asked": 1 where it was asked, ...} as its
-metric, leaves [E, ..., halves]: where nothing was asked, or a half did not run, the number means nothing.
+A gate of any level hands out {"metric": the number that it decides by, "asked": 1 where it was asked, "reused": 1 where
+it took what was remembered} as its metric, leaves [E, ..., halves], or [E, ..., samples, halves] where every sample
+decides for itself: where nothing was asked, or a half did not run, the number means nothing. On the device a number
+that is not known is negative, which no metric is (a program without NaN); `known` makes it NaN.
+
+What was computed and what was reused are two things: a gate that decides by samples computes for the whole batch as
+soon as one sample asks, and the others still take what they remember.
 """
 
 from __future__ import annotations
@@ -21,20 +26,45 @@ LEVELS = ("trunk", "block", "branch")  # on which gates are
 
 def strip(trace: Trace, half: int = 0) -> str:
     """One character per evaluation: F everything computed, . nothing, 1 to 9 tenths in between, a blank where the half
-    did not run."""
+    did not run; f everything computed, but not for every sample: some took what was remembered."""
     parts = [np.asarray(c, np.float64)[..., half].sum((1, 2)) for c in trace.computed.values()]
     computed = np.sum(parts, axis=0)
     total = sum(c.shape[1] * c.shape[2] for c in trace.computed.values())
     ran = np.asarray(trace.halves) > half
     # a half may run its ends alone, or the whole network be left out: then nothing was computed, which is a decision
     ran = ran | (np.asarray(trace.halves) == 0)
-    return "".join(_character(float(f)) if r else " " for f, r in zip(computed / total, ran, strict=True))
+    partly = _reused(trace, half)
+    return "".join(_character(float(f), p) if r else " " for f, r, p in zip(computed / total, ran, partly, strict=True))
 
 
-def _character(fraction: float) -> str:
+def _character(fraction: float, reused: bool) -> str:
     if fraction <= 0:
         return "."
-    return "F" if fraction >= 1 else str(min(max(round(10 * fraction), 1), 9))
+    return ("f" if reused else "F") if fraction >= 1 else str(min(max(round(10 * fraction), 1), 9))
+
+
+def _reused(trace: Trace, half: int) -> np.ndarray:
+    """Where some sample of a half took what some gate remembered: bool [E]."""
+    found = np.zeros(len(trace.halves), bool)
+    for level in LEVELS:
+        for gate in _gates(trace.metric[level]):
+            reused = np.asarray(gate.get("reused", np.zeros_like(gate["metric"])))[..., half]
+            found |= (reused.reshape(len(found), -1) > 0).any(1)
+    return found
+
+
+def known(trace: Trace) -> Trace:
+    """A trace whose gates have NaN for the numbers that are not known."""
+
+    def of(metric: Any) -> Any:
+        if not isinstance(metric, dict):
+            return metric
+        if "metric" not in metric:
+            return {name: of(part) for name, part in metric.items()}
+        values = np.asarray(metric["metric"])
+        return {**metric, "metric": np.where(values < 0, np.nan, values)}
+
+    return trace._replace(metric={level: of(part) if level in LEVELS else part for level, part in trace.metric.items()})
 
 
 def summary(trace: Trace) -> dict[str, Any]:
@@ -64,7 +94,7 @@ def _measured(trace: Trace, level: str) -> np.ndarray:
         ran = np.arange(values.shape[-1]) < np.asarray(trace.halves)[:, None]
         ran = ran.reshape(len(values), *(1,) * (values.ndim - 2), -1)
         asked = np.asarray(gate.get("asked", np.ones_like(values)))
-        found.append(values[np.isfinite(values) & (asked > 0) & ran])
+        found.append(values[np.isfinite(values) & (values >= 0) & (asked > 0) & ran])
     return np.concatenate(found)
 
 
@@ -112,7 +142,7 @@ def save_trace(path: str | pathlib.Path, rows: Row, trace: Trace) -> None:
     arrays = {"t": rows.t, "halves": trace.halves, "ahead": trace.ahead}
     arrays |= {f"computed/{s}": a for s, a in trace.computed.items()}
     arrays |= {f"entered/{s}": a for s, a in trace.entered.items()}
-    for where, leaf in jax.tree_util.tree_flatten_with_path(trace.metric)[0]:
+    for where, leaf in jax.tree_util.tree_flatten_with_path(known(trace).metric)[0]:
         arrays["metric/" + jax.tree_util.keystr(where, simple=True, separator="/")] = leaf
     save_arrays(path, arrays)
 
@@ -129,5 +159,6 @@ def _where_asked(metrics: list[Any], mean: Any) -> Any:
     if not {"metric", "asked"} <= mean.keys():
         return {k: _where_asked([m[k] for m in metrics], part) for k, part in mean.items()}
     values, asked = (np.asarray([m[k] for m in metrics], np.float64) for k in ("metric", "asked"))
-    total = np.where(asked > 0, values * asked, 0.0).sum(0)
-    return {**mean, "metric": np.where(mean["asked"] > 0, total / np.maximum(asked.sum(0), 1e-9), mean["metric"])}
+    weight = np.where(values >= 0, asked, 0.0)
+    total = np.where(weight > 0, values * weight, 0.0).sum(0)
+    return {**mean, "metric": np.where(weight.sum(0) > 0, total / np.maximum(weight.sum(0), 1e-9), mean["metric"])}

@@ -47,6 +47,11 @@ def taylor(order: int) -> Any:
     return TaylorSeerCalibratorConfig(taylorseer_order=order)
 
 
+def refresh(hint: int, policy: str = "once") -> dict[str, Any]:
+    """Counted in calls: separate halves make two an evaluation."""
+    return dict(force_refresh_step_hint=hint, force_refresh_step_policy=policy)
+
+
 MC = "max_continuous_cached_steps"
 SEPARATE = dict(enable_separate_cfg=True)
 SCM = dict(steps_computation_mask=MASK)
@@ -64,6 +69,23 @@ DBCACHE: dict[str, tuple[dict[str, Any], Any]] = {
     "F1B0_W2_R0.5_AccR0.3": (config(0.5, max_accumulated_residual_diff_threshold=0.3), None),
     "F1B0_W2_R0.10_CFGsep": (config(0.1, **SEPARATE), None),
     "FoCa_F1B0_W4_R0.5_MC3": (config(0.5, 4, **{MC: 3}), FoCaCalibratorConfig()),
+    "F1B0_W2_R0.10_CFGsep_onediff": (config(0.1, **SEPARATE, cfg_diff_compute_separate=False), None),
+    "F1B0_W2_R0.5_MC2_M5_CFGsep_onediff": (
+        config(0.5, **{MC: 2}, max_cached_steps=5, **SEPARATE, cfg_diff_compute_separate=False),
+        None,
+    ),
+    "F1B0_W2_R0.5_MC3_FR7": (config(0.5, **{MC: 3}, **refresh(7)), None),
+    "F1B0_W2_R0.5_M3_AccR0.3_FR5repeat": (
+        config(0.5, max_cached_steps=3, max_accumulated_residual_diff_threshold=0.3, **refresh(5, "repeat")),
+        None,
+    ),
+    "F1B0_W3_R0.5_MC3_TS1_FR7": (config(0.5, 3, **{MC: 3}, **refresh(7)), taylor(1)),
+    "F1B0_SCM_dynamic_R0.1_FR6repeat": (
+        config(0.1, 8, **SCM, steps_computation_policy="dynamic", **refresh(6, "repeat")),
+        None,
+    ),
+    "F1B0_W2_R0.10_FR12_CFGsep": (config(0.1, **SEPARATE, **refresh(12)), None),
+    "FoCa_F1B0_W2_R0.5_MC3_FR8": (config(0.5, 2, **{MC: 3}, **refresh(8)), FoCaCalibratorConfig()),
 }
 DYNAMIC = dict(enable_dynamic_prune_threshold=True)
 DBPRUNE: dict[str, dict[str, Any]] = {
@@ -82,6 +104,8 @@ DBPRUNE: dict[str, dict[str, Any]] = {
     ),
     "F1B0_W2_R0.1_Acc0.1": config(0.1, max_accumulated_residual_diff_threshold=0.1),
     "F1B0_W2_R0.1_CFGsep": config(0.1, **SEPARATE),
+    "F1B0_W2_R0.1_M3_FR7": config(0.1, max_cached_steps=3, **refresh(7)),
+    "F1B0_W2_R0.1_MC2_FR5repeat": config(0.1, **{MC: 2}, **refresh(5, "repeat")),
 }
 
 
@@ -113,7 +137,7 @@ def run(kind: CacheType, settings: dict[str, Any], calibrator: Any = None) -> An
     manager = (PrunedContextManager if prune else CachedContextManager)(name="toy")
     settings = {"enable_separate_cfg": False, **settings}
     made = (DBPruneConfig if prune else DBCacheConfig)(**settings)
-    context = manager.new_context(name="blocks", cache_config=made, calibrator_config=calibrator)
+    manager.new_context(name="blocks", cache_config=made, calibrator_config=calibrator)
     cached = UnifiedBlocks(
         blocks,
         transformer=torch.nn.Module(),
@@ -125,10 +149,16 @@ def run(kind: CacheType, settings: dict[str, Any], calibrator: Any = None) -> An
     )
     encoder = torch.zeros(1, 1, 8, dtype=torch.float64)
     ran: list[list[int]] = []
+    diffs: dict[str, Any] = {}  # of the first branch
+    halves = 2 if settings["enable_separate_cfg"] else 1
 
     def net(x: torch.Tensor, tau: float) -> torch.Tensor:
         log.clear()
         out, _ = cached(x, encoder, tau)
+        now = manager.get_context()  # a refresh makes another one, which counts anew
+        diff = now.get_residual_diffs().get(str(now.get_current_step()))
+        if diff is not None and len(ran) % halves == 0:
+            diffs[str(len(ran) // halves)] = diff
         ran.append(list(log))
         return out
 
@@ -139,8 +169,7 @@ def run(kind: CacheType, settings: dict[str, Any], calibrator: Any = None) -> An
             u = net(0.9 * x, tau)
             v = u + 2.0 * (v - u)
         x = x - v / STEPS
-    halves = 2 if settings["enable_separate_cfg"] else 1
-    return SimpleNamespace(context=context, ran=[ran[h::halves] for h in range(halves)], x=x.numpy())
+    return SimpleNamespace(diffs=diffs, ran=[ran[h::halves] for h in range(halves)], x=x.numpy())
 
 
 def result(x: np.ndarray) -> dict[str, float]:
@@ -150,10 +179,11 @@ def result(x: np.ndarray) -> dict[str, float]:
 def dbcache(settings: dict[str, Any], calibrator: Any) -> dict[str, Any]:
     r = run(CacheType.DBCache, settings, calibrator)
     blocks = [i for half in r.ran for call in half for i in call]
+    cached = [[k for k, call in enumerate(half) if 1 not in call] for half in r.ran]
     return {
-        "cached": list(r.context.get_cached_steps()),
-        "cfg_cached": list(r.context.get_cfg_cached_steps()),
-        "diffs": {str(k): float(d) for k, d in r.context.get_residual_diffs().items()},
+        "cached": cached[0],
+        "cfg_cached": cached[1] if len(cached) > 1 else [],
+        "diffs": {k: float(d) for k, d in r.diffs.items()},
         "calls": [blocks.count(i) for i in range(6)],
         **result(r.x),
         "pruned": None,
@@ -162,7 +192,7 @@ def dbcache(settings: dict[str, Any], calibrator: Any) -> dict[str, Any]:
 
 def dbprune(settings: dict[str, Any]) -> dict[str, Any]:
     r = run(CacheType.DBPrune, settings)
-    diffs = {str(k): [float(d) for d in of] for k, of in r.context.get_residual_diffs().items()}
+    diffs = {k: [float(d) for d in of] for k, of in r.diffs.items()}
     return {"ran": r.ran[0], "cfg_ran": r.ran[1] if len(r.ran) > 1 else [], "diffs": diffs, **result(r.x)}
 
 
