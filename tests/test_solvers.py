@@ -1,5 +1,6 @@
 """Solvers: their papers' algorithms, their order of convergence, diffusers' trajectories, and invariants of all."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,7 +144,7 @@ def test_ancestral_steps_by_the_paper(case, process, given_noise):
 
 @pytest.mark.parametrize("process", ["vp_linear", "vp_cosine", "ve", "flow"])
 @pytest.mark.parametrize(("n", "first_order_last"), [(6, True), (12, False)])
-@pytest.mark.parametrize("end", [0.0, 0.02])
+@pytest.mark.parametrize("end", [0.0, 0.06])
 def test_dpmpp_2m_by_the_paper(process, n, first_order_last, end):
     p = PROCESSES[process]()
     times = np.linspace(0.97, end, n + 1)
@@ -167,6 +168,92 @@ def test_lower_order_final(bound, n, first_order):
     rows = SOLVERS["dpmpp_2m"](lower_order_final=bound).grid(vp_sde(), np.linspace(0.9, 0.1, n + 1))
     assert (rows.coefficients.previous[-1] == 0) == first_order
     assert rows.coefficients.previous[0] == 0 and np.all(rows.coefficients.previous[1:-1] != 0)
+
+
+# the grids of a process; the longest h/h_before of each, in lambda, at any number of steps from 8 on
+LAID = [
+    (p, g)
+    for p, g in itertools.product(PROCESSES, GRIDS)
+    if not (g == "leading" and PROCESSES[p]().steps is None) and not (g == "shifted" and p not in ("flow", "sit"))
+]
+
+
+def _ratios(process: Any, times: np.ndarray) -> np.ndarray:
+    level = process.level(times)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        h = np.diff(np.log(level.alpha) - np.log(level.sigma))
+        return np.nan_to_num(h[1:-1] / h[:-2])  # 0 behind a step of infinite length
+
+
+@pytest.mark.parametrize(("process", "grid"), LAID)
+def test_dpmpp_2m_steps_in_second_order_as_far_as_it_has_measured(process, grid):
+    """The authors' table wherever no step is over twice as long as the one before; nowhere weights beyond 2 and 1."""
+    p = PROCESSES[process]()
+    for n in (3, 4, 5, 8, 10, 14, 20, 25, 50, 100, 200, 500):
+        times = make_times(GRIDS[grid](), p, n)
+        ours = SOLVERS["dpmpp_2m"]().grid(p, times).coefficients
+        authors = SOLVERS["dpmpp_2m"](stretch=1e9).grid(p, times).coefficients
+        alpha, long = p.level(times[1:]).alpha, np.r_[False, _ratios(p, times) > 2, False]
+        assert np.all(np.abs(ours.previous) <= alpha * (1 + 1e-12)) and np.all(ours.x0 <= 2 * alpha)
+        for a, b in zip(ours, authors, strict=True):
+            np.testing.assert_array_equal(a[~long], b[~long])
+        assert not ours.previous[long].any()
+        even = grid in ("trailing", "shifted", "log_snr") or process == "ve" or (process in ("flow", "sit", "vp_sde"))
+        if n >= 8 and grid != "quadratic" and even:
+            assert not long.any()
+
+
+def _known(weights: Any, means: Any, std: float) -> Any:
+    """The exact prediction for numbers [B] of a mixture of Gaussians of one width."""
+    w, m = np.asarray(weights), np.asarray(means)
+
+    def predict(x: np.ndarray, level: Any) -> Prediction:
+        a, s = float(level.alpha), float(level.sigma)
+        far = x[:, None] - a * m
+        log = np.log(w) - far**2 / (2 * (a**2 * std**2 + s**2))
+        share = np.exp(log - log.max(1, keepdims=True))
+        share /= share.sum(1, keepdims=True)
+        x0 = (share * (m + a * std**2 / (a**2 * std**2 + s**2) * far)).sum(1)
+        return Prediction(x0, (x - a * x0) / s, None)
+
+    return predict
+
+
+KNOWN = {
+    "one": _known([1.0], [0.3], 0.5),
+    "wide": _known([1.0], [0.0], 1.0),
+    "two": _known([0.5, 0.5], [-0.6, 0.8], 0.4),
+    "two, apart": _known([0.5, 0.5], [-0.6, 0.8], 0.15),
+}
+
+
+def _end(solver: str, p: Any, times: np.ndarray, x: np.ndarray, predict: Any, **arguments: Any) -> np.ndarray:
+    made = SOLVERS[solver](**arguments)
+    rows = made.grid(p, times)
+    state = jax.tree.map(np.asarray, made.init(x))
+    for e in range(len(rows.t)):
+        row = jax.tree.map(lambda a, e=e: a[e], rows)
+        x, state = made.step(predict(x, row.level), x, state, row, None)
+        x, state = np.asarray(x), jax.tree.map(np.asarray, state)
+    return x
+
+
+@pytest.mark.parametrize(("process", "grid"), LAID)
+def test_second_order_is_no_worse_than_first(process, grid):
+    """Error with exact predictions, of 8 to 50 steps: DPM-Solver++ 2M and Heun against Euler of the same steps."""
+    p, noise = PROCESSES[process](), np.random.default_rng(0).normal(size=400)
+    for name, predict in KNOWN.items():
+        for n in (8, 14, 20, 50):
+            times = make_times(GRIDS[grid](), p, n)
+            if grid != "quadratic" and p.level(times[:1]).alpha[0] > 0:
+                pass
+            x = noise * p.level(times[:1]).sigma[0]
+            start, end = (np.log(p.level(t).alpha / p.level(t).sigma) for t in (min(times[0], p.t_max), p.t_min))
+            fine = np.append(p.inverse(np.linspace(start, end, 1500)), 0.0)
+            fine[0] = times[0]
+            exact = _end("dpmpp_2m", p, fine, x, predict)
+            errors = {s: np.abs(_end(s, p, times, x, predict) - exact).mean() for s in ("euler", "dpmpp_2m", "heun") if s!="heun" or p.level(times[:1]).alpha[0] > 0}
+            print(f"{process:10} {grid:10} {name:12} {n:3} " + "  ".join(f"{k} {v:.1e} {v/errors['euler']:.2f}" for k, v in errors.items()))
 
 
 def test_heun_by_edm_algorithm_1():
