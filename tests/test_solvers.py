@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
+from scipy.stats import norm
 
 from difax.accel.solvers import SOLVERS
-from difax.core.contracts import Prediction, Solver
+from difax.core.contracts import Level, Prediction, Solver
 from difax.core.grids import GRIDS, make_times
 from difax.core.guidance import unguided
 from difax.core.process import PROCESSES, flow, ve, vp_cosine, vp_linear, vp_sde
@@ -203,57 +204,60 @@ def test_dpmpp_2m_steps_in_second_order_as_far_as_it_has_measured(process, grid)
             assert not long.any()
 
 
-def _known(weights: Any, means: Any, std: float) -> Any:
-    """The exact prediction for numbers [B] of a mixture of Gaussians of one width."""
-    w, m = np.asarray(weights), np.asarray(means)
+class Known(NamedTuple):
+    """Numbers whose density is a mixture of equal Gaussians of one width: what a perfect network says of them, and
+    where the probability flow takes them, which in one dimension keeps every number's rank."""
 
-    def predict(x: np.ndarray, level: Any) -> Prediction:
-        a, s = float(level.alpha), float(level.sigma)
-        far = x[:, None] - a * m
-        log = np.log(w) - far**2 / (2 * (a**2 * std**2 + s**2))
+    means: tuple[float, ...]
+    std: float
+
+    def _at(self, x: np.ndarray, level: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+        m = np.asarray(self.means)
+        return m, x[:, None] - level.alpha * m, level.alpha**2 * self.std**2 + level.sigma**2
+
+    def predict(self, x: np.ndarray, level: Any) -> Prediction:
+        m, far, variance = self._at(x, level)
+        log = -(far**2) / (2 * variance)
         share = np.exp(log - log.max(1, keepdims=True))
         share /= share.sum(1, keepdims=True)
-        x0 = (share * (m + a * std**2 / (a**2 * std**2 + s**2) * far)).sum(1)
-        return Prediction(x0, (x - a * x0) / s, None)
+        x0 = (share * (m + level.alpha * self.std**2 / variance * far)).sum(1)
+        return Prediction(x0, (x - level.alpha * x0) / level.sigma, None)
 
-    return predict
+    def below(self, x: np.ndarray, level: Any) -> np.ndarray:
+        _, far, variance = self._at(x, level)
+        return norm.cdf(far / np.sqrt(variance)).mean(1)
 
-
-KNOWN = {
-    "one": _known([1.0], [0.3], 0.5),
-    "wide": _known([1.0], [0.0], 1.0),
-    "two": _known([0.5, 0.5], [-0.6, 0.8], 0.4),
-    "two, apart": _known([0.5, 0.5], [-0.6, 0.8], 0.15),
-}
+    def end(self, x: np.ndarray, level: Any) -> np.ndarray:
+        clean = np.linspace(min(self.means) - 6 * self.std, max(self.means) + 6 * self.std, 20001)
+        return np.interp(self.below(x, level), self.below(clean, Level(1.0, 0.0, 0.0, 0.0)), clean)
 
 
-def _end(solver: str, p: Any, times: np.ndarray, x: np.ndarray, predict: Any, **arguments: Any) -> np.ndarray:
-    made = SOLVERS[solver](**arguments)
-    rows = made.grid(p, times)
-    state = jax.tree.map(np.asarray, made.init(x))
+KNOWN = (Known((0.3,), 0.5), Known((0.0,), 1.0), Known((-0.6, 0.8), 0.4), Known((-0.6, 0.8), 0.15))
+
+
+def _mean_error(solver: Solver, p: Any, times: np.ndarray, known: Known) -> float:
+    rows, start = solver.grid(p, times), p.level(times[0])
+    x = start.sigma * np.random.default_rng(0).normal(size=100)
+    wanted, state = known.end(x, start), solver.init(x)
     for e in range(len(rows.t)):
         row = jax.tree.map(lambda a, e=e: a[e], rows)
-        x, state = made.step(predict(x, row.level), x, state, row, None)
-        x, state = np.asarray(x), jax.tree.map(np.asarray, state)
-    return x
+        x, state = solver.step(known.predict(np.asarray(x), row.level), x, state, row, None)
+    return float(np.abs(x - wanted).mean())
 
 
 @pytest.mark.parametrize(("process", "grid"), LAID)
-def test_second_order_is_no_worse_than_first(process, grid):
-    """Error with exact predictions, of 8 to 50 steps: DPM-Solver++ 2M and Heun against Euler of the same steps."""
-    p, noise = PROCESSES[process](), np.random.default_rng(0).normal(size=400)
-    for name, predict in KNOWN.items():
-        for n in (8, 14, 20, 50):
+def test_second_order_is_about_as_good_as_first_everywhere(process, grid):
+    """Errors with exact predictions are at most twice Euler's of as many steps; Heun's, of as many steps too, four
+    times (ve and vp_cosine in 8 steps even in log-SNR, which the equation in sigma/alpha costs)."""
+    p = PROCESSES[process]()
+    with jax.enable_x64(True):
+        for n in (8, 20):
             times = make_times(GRIDS[grid](), p, n)
-            if grid != "quadratic" and p.level(times[:1]).alpha[0] > 0:
-                pass
-            x = noise * p.level(times[:1]).sigma[0]
-            start, end = (np.log(p.level(t).alpha / p.level(t).sigma) for t in (min(times[0], p.t_max), p.t_min))
-            fine = np.append(p.inverse(np.linspace(start, end, 1500)), 0.0)
-            fine[0] = times[0]
-            exact = _end("dpmpp_2m", p, fine, x, predict)
-            errors = {s: np.abs(_end(s, p, times, x, predict) - exact).mean() for s in ("euler", "dpmpp_2m", "heun") if s!="heun" or p.level(times[:1]).alpha[0] > 0}
-            print(f"{process:10} {grid:10} {name:12} {n:3} " + "  ".join(f"{k} {v:.1e} {v/errors['euler']:.2f}" for k, v in errors.items()))
+            first = [_mean_error(SOLVERS["euler"](), p, times, known) for known in KNOWN]
+            for solver in ("dpmpp_2m", "heun"):
+                ratio = np.array([_mean_error(SOLVERS[solver](), p, times, k) for k in KNOWN]) / first
+                print(f"{solver} on {process}, {grid}, {n} steps: {ratio.round(2)} of Euler's error")
+                assert ratio.max() < {"dpmpp_2m": 2, "heun": 4}[solver]
 
 
 def test_heun_by_edm_algorithm_1():
@@ -281,6 +285,20 @@ def test_flow_solvers_by_their_definition(solver, process):
         got = solve(SOLVERS[solver](), p, times, jnp.asarray(x), predict)[-1]
     wanted = {"euler": oracle.flow_euler, "heun": oracle.flow_heun}[solver](x, velocity, times)
     np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_heun_takes_steps_out_of_pure_noise_along_the_straight_path():
+    """EDM's table wherever 1 + u falls by no more than a factor of 4 in a step, the flow's elsewhere."""
+    p = vp_cosine()
+    times = make_times(GRIDS["uniform"](), p, 8)
+    level, solve_in = p.level(times), {s: SOLVERS["heun"](s).grid(p, times) for s in (None, "sigma", "flow")}
+    scale = 1 + level.sigma / level.alpha
+    long = (scale[:-1] > 4 * scale[1:])[solve_in[None].step]
+    assert 0 < long.sum() < len(long) / 2
+    for ours, edm, flow in zip(
+        *(jax.tree.leaves(solve_in[s].coefficients) for s in (None, "sigma", "flow")), strict=True
+    ):
+        np.testing.assert_array_equal(ours, np.where(long, flow, edm))
 
 
 # ---------------------------------------------------------------- diffusers' schedulers
@@ -399,6 +417,7 @@ def test_ddpm_clips_the_data_prediction(given_noise):
         ("ddim", {"eta": -0.1}, "eta=-0.1"),
         ("ddpm", {"variance": "fixed"}, "variance='fixed'; allowed: learned, small, large"),
         ("ddpm", {"clip": 0.0}, "clip=0.0; allowed: > 0"),
+        ("dpmpp_2m", {"stretch": 0.0}, "stretch=0.0; allowed: above 0"),
         ("dpmpp_2m", {"lower_order_final": -1}, "lower_order_final=-1; allowed: 0 or more"),
         ("heun", {"space": "time"}, "space='time'; allowed: sigma, flow"),
     ],
