@@ -295,10 +295,9 @@ def test_heun_takes_steps_out_of_pure_noise_along_the_straight_path():
     scale = 1 + level.sigma / level.alpha
     long = (scale[:-1] > 4 * scale[1:])[solve_in[None].step]
     assert 0 < long.sum() < len(long) / 2
-    for ours, edm, flow in zip(
-        *(jax.tree.leaves(solve_in[s].coefficients) for s in (None, "sigma", "flow")), strict=True
-    ):
-        np.testing.assert_array_equal(ours, np.where(long, flow, edm))
+    tables = [jax.tree.leaves(solve_in[space].coefficients) for space in (None, "sigma", "flow")]
+    for ours, edm, straight in zip(*tables, strict=True):
+        np.testing.assert_array_equal(ours, np.where(long, straight, edm))
 
 
 # ---------------------------------------------------------------- diffusers' schedulers
