@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.attention import attention, first_of
+from difax.accel.caches import measured
 from difax.core import grids
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
 from difax.core.noise import sample_keys
@@ -109,6 +110,16 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
     conditioning = choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
     times = grids.make_times(make("grid", config["grid"]), process, config["steps"])
     rows = make_rows(solver, guide, process, times, accelerator, model.stages)
+    described = {k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
+    measured.compare(
+        accelerator.measured,
+        model=model.name,
+        stages=model.stages,
+        solver=described["solver"],
+        steps=len(rows.i),
+        guide=described["guide"],
+        scale=float(config["scale"]),
+    )
     if prediction in ("eps", "score") and not np.all(rows.level.alpha > 0):
         raise ValueError(
             f"grid {shown(config['grid']['name'])} evaluates {process.name} where alpha = 0, and a prediction of "
@@ -130,7 +141,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
         times=times,
         rows=rows,
         scale=float(config["scale"]),
-        described={k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v},
+        described=described,
     )
 
 

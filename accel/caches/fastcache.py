@@ -121,7 +121,8 @@ def fastcache(
         shown = {k: jnp.full((row.plan.halves,), a, jnp.float32) for k, a in shown.items()}
         return out, now, inner, done._replace(metric={**done.metric, "block": shown})
 
-    return tokens_that_move._replace(plan=plan, init=init, block=block, learned=learned)
+    says = measured.record("fastcache", file)
+    return tokens_that_move._replace(plan=plan, init=init, block=block, learned=learned, measured=says)
 
 
 def quantile(z: Any, freedom: int) -> Any:

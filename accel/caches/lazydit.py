@@ -62,6 +62,7 @@ def lazydit(
         raise ValueError(f"lazydit: threshold={threshold}; allowed: 0 to 1")
     check_dtype("lazydit", dtype)
     given = measured.given_or_read("lazydit", "weights", weights, file)
+    says = measured.record("lazydit", file)
     learned: dict[str, dict[str, Any]] | None = None
     if given is not None:
         learned = {s: {f"{b}.lazy": np.asarray(w, np.float32) for b, w in of.items()} for s, of in given.items()}
@@ -129,7 +130,7 @@ def lazydit(
         asked = jnp.full_like(shown, known)
         return gate(update), held, inner, Done(1.0 - lazy.astype(jnp.float32), {"metric": shown, "asked": asked})
 
-    return Accelerator(name="lazydit", plan=plan, init=init, branch=branch, learned=learned)
+    return Accelerator(name="lazydit", plan=plan, init=init, branch=branch, learned=learned, measured=says)
 
 
 def _mixed(new: jax.Array, old: jax.Array, keep: jax.Array, soft: bool) -> jax.Array:
