@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.attention import attention, first_of
+from difax.accel.caches import measured
 from difax.core import grids
 from difax.core.annotations import annotations_of, brief, check_arguments, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
@@ -181,6 +182,16 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
     with _naming("cache" if "cache" in config else "solver", config), np.errstate(all="ignore"):
         rows = make_rows(solver, guide, process, times, accelerator, model.stages)
     _check_rows(rows, config)
+    described = {k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
+    measured.compare(
+        accelerator.measured,
+        model=model.name,
+        stages=model.stages,
+        solver=described["solver"],
+        steps=len(rows.i),
+        guide=described["guide"],
+        scale=float(config["scale"]),
+    )
     if prediction in ("eps", "score") and not np.all(rows.level.alpha > 0):
         raise ValueError(
             f"grid {shown(config['grid']['name'])} evaluates {process.name} where alpha = 0, and a prediction of "
@@ -202,7 +213,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
         times=times,
         rows=rows,
         scale=float(config["scale"]),
-        described={k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v},
+        described=described,
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from difax import commands
+from difax.accel.caches.measured import MeasuredElsewhere
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(_join_overrides(arguments))
         options.command = shlex.join(["difax", *arguments])
-        code = options.run(options)
+        with _warnings_as_lines():
+            code = options.run(options)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
@@ -30,6 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Within it what difax warns of is one line on stderr; the warnings of others look as ever."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, MeasuredElsewhere):
+                return others(message, category, *where, **more)
+            print(f"difax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+        warnings.showwarning = show
+        warnings.simplefilter("default", MeasuredElsewhere)
+        yield
 
 
 def _fail(message: str, code: int) -> int:

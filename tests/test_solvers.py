@@ -1,5 +1,6 @@
 """Solvers: their papers' algorithms, their order of convergence, diffusers' trajectories, and invariants of all."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
+from scipy.stats import norm
 
 from difax.accel.solvers import SOLVERS
-from difax.core.contracts import Prediction, Solver
+from difax.core.contracts import Level, Prediction, Solver
 from difax.core.grids import GRIDS, make_times
 from difax.core.guidance import unguided
 from difax.core.process import PROCESSES, flow, ve, vp_cosine, vp_linear, vp_sde
@@ -143,7 +145,7 @@ def test_ancestral_steps_by_the_paper(case, process, given_noise):
 
 @pytest.mark.parametrize("process", ["vp_linear", "vp_cosine", "ve", "flow"])
 @pytest.mark.parametrize(("n", "first_order_last"), [(6, True), (12, False)])
-@pytest.mark.parametrize("end", [0.0, 0.02])
+@pytest.mark.parametrize("end", [0.0, 0.06])
 def test_dpmpp_2m_by_the_paper(process, n, first_order_last, end):
     p = PROCESSES[process]()
     times = np.linspace(0.97, end, n + 1)
@@ -167,6 +169,95 @@ def test_lower_order_final(bound, n, first_order):
     rows = SOLVERS["dpmpp_2m"](lower_order_final=bound).grid(vp_sde(), np.linspace(0.9, 0.1, n + 1))
     assert (rows.coefficients.previous[-1] == 0) == first_order
     assert rows.coefficients.previous[0] == 0 and np.all(rows.coefficients.previous[1:-1] != 0)
+
+
+# the grids of a process; the longest h/h_before of each, in lambda, at any number of steps from 8 on
+LAID = [
+    (p, g)
+    for p, g in itertools.product(PROCESSES, GRIDS)
+    if not (g == "leading" and PROCESSES[p]().steps is None) and not (g == "shifted" and p not in ("flow", "sit"))
+]
+
+
+def _ratios(process: Any, times: np.ndarray) -> np.ndarray:
+    level = process.level(times)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        h = np.diff(np.log(level.alpha) - np.log(level.sigma))
+        return np.nan_to_num(h[1:-1] / h[:-2])  # 0 behind a step of infinite length
+
+
+@pytest.mark.parametrize(("process", "grid"), LAID)
+def test_dpmpp_2m_steps_in_second_order_as_far_as_it_has_measured(process, grid):
+    """The authors' table wherever no step is over twice as long as the one before; nowhere weights beyond 2 and 1."""
+    p = PROCESSES[process]()
+    for n in (3, 4, 5, 8, 10, 14, 20, 25, 50, 100, 200, 500):
+        times = make_times(GRIDS[grid](), p, n)
+        ours = SOLVERS["dpmpp_2m"]().grid(p, times).coefficients
+        authors = SOLVERS["dpmpp_2m"](stretch=1e9).grid(p, times).coefficients
+        alpha, long = p.level(times[1:]).alpha, np.r_[False, _ratios(p, times) > 2, False]
+        assert np.all(np.abs(ours.previous) <= alpha * (1 + 1e-12)) and np.all(ours.x0 <= 2 * alpha)
+        for a, b in zip(ours, authors, strict=True):
+            np.testing.assert_array_equal(a[~long], b[~long])
+        assert not ours.previous[long].any()
+        even = grid in ("trailing", "shifted", "log_snr") or process == "ve" or (process in ("flow", "sit", "vp_sde"))
+        if n >= 8 and grid != "quadratic" and even:
+            assert not long.any()
+
+
+class Known(NamedTuple):
+    """Numbers whose density is a mixture of equal Gaussians of one width: what a perfect network says of them, and
+    where the probability flow takes them, which in one dimension keeps every number's rank."""
+
+    means: tuple[float, ...]
+    std: float
+
+    def _at(self, x: np.ndarray, level: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+        m = np.asarray(self.means)
+        return m, x[:, None] - level.alpha * m, level.alpha**2 * self.std**2 + level.sigma**2
+
+    def predict(self, x: np.ndarray, level: Any) -> Prediction:
+        m, far, variance = self._at(x, level)
+        log = -(far**2) / (2 * variance)
+        share = np.exp(log - log.max(1, keepdims=True))
+        share /= share.sum(1, keepdims=True)
+        x0 = (share * (m + level.alpha * self.std**2 / variance * far)).sum(1)
+        return Prediction(x0, (x - level.alpha * x0) / level.sigma, None)
+
+    def below(self, x: np.ndarray, level: Any) -> np.ndarray:
+        _, far, variance = self._at(x, level)
+        return norm.cdf(far / np.sqrt(variance)).mean(1)
+
+    def end(self, x: np.ndarray, level: Any) -> np.ndarray:
+        clean = np.linspace(min(self.means) - 6 * self.std, max(self.means) + 6 * self.std, 20001)
+        return np.interp(self.below(x, level), self.below(clean, Level(1.0, 0.0, 0.0, 0.0)), clean)
+
+
+KNOWN = (Known((0.3,), 0.5), Known((0.0,), 1.0), Known((-0.6, 0.8), 0.4), Known((-0.6, 0.8), 0.15))
+
+
+def _mean_error(solver: Solver, p: Any, times: np.ndarray, known: Known) -> float:
+    rows, start = solver.grid(p, times), p.level(times[0])
+    x = start.sigma * np.random.default_rng(0).normal(size=100)
+    wanted, state = known.end(x, start), solver.init(x)
+    for e in range(len(rows.t)):
+        row = jax.tree.map(lambda a, e=e: a[e], rows)
+        x, state = solver.step(known.predict(np.asarray(x), row.level), x, state, row, None)
+    return float(np.abs(x - wanted).mean())
+
+
+@pytest.mark.parametrize(("process", "grid"), LAID)
+def test_second_order_is_about_as_good_as_first_everywhere(process, grid):
+    """Errors with exact predictions are at most twice Euler's of as many steps; Heun's, of as many steps too, four
+    times (ve and vp_cosine in 8 steps even in log-SNR, which the equation in sigma/alpha costs)."""
+    p = PROCESSES[process]()
+    with jax.enable_x64(True):
+        for n in (8, 20):
+            times = make_times(GRIDS[grid](), p, n)
+            first = [_mean_error(SOLVERS["euler"](), p, times, known) for known in KNOWN]
+            for solver in ("dpmpp_2m", "heun"):
+                ratio = np.array([_mean_error(SOLVERS[solver](), p, times, k) for k in KNOWN]) / first
+                print(f"{solver} on {process}, {grid}, {n} steps: {ratio.round(2)} of Euler's error")
+                assert ratio.max() < {"dpmpp_2m": 2, "heun": 4}[solver]
 
 
 def test_heun_by_edm_algorithm_1():
@@ -194,6 +285,19 @@ def test_flow_solvers_by_their_definition(solver, process):
         got = solve(SOLVERS[solver](), p, times, jnp.asarray(x), predict)[-1]
     wanted = {"euler": oracle.flow_euler, "heun": oracle.flow_heun}[solver](x, velocity, times)
     np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_heun_takes_steps_out_of_pure_noise_along_the_straight_path():
+    """EDM's table wherever 1 + u falls by no more than a factor of 4 in a step, the flow's elsewhere."""
+    p = vp_cosine()
+    times = make_times(GRIDS["uniform"](), p, 8)
+    level, solve_in = p.level(times), {s: SOLVERS["heun"](s).grid(p, times) for s in (None, "sigma", "flow")}
+    scale = 1 + level.sigma / level.alpha
+    long = (scale[:-1] > 4 * scale[1:])[solve_in[None].step]
+    assert 0 < long.sum() < len(long) / 2
+    tables = [jax.tree.leaves(solve_in[space].coefficients) for space in (None, "sigma", "flow")]
+    for ours, edm, straight in zip(*tables, strict=True):
+        np.testing.assert_array_equal(ours, np.where(long, straight, edm))
 
 
 # ---------------------------------------------------------------- diffusers' schedulers
@@ -312,6 +416,7 @@ def test_ddpm_clips_the_data_prediction(given_noise):
         ("ddim", {"eta": -0.1}, "eta=-0.1"),
         ("ddpm", {"variance": "fixed"}, "variance='fixed'; allowed: learned, small, large"),
         ("ddpm", {"clip": 0.0}, "clip=0.0; allowed: > 0"),
+        ("dpmpp_2m", {"stretch": 0.0}, "stretch=0.0; allowed: above 0"),
         ("dpmpp_2m", {"lower_order_final": -1}, "lower_order_final=-1; allowed: 0 or more"),
         ("heun", {"space": "time"}, "space='time'; allowed: sigma, flow"),
     ],

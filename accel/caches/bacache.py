@@ -66,22 +66,29 @@ def bacache(
         raise ValueError(f"bacache: bubble={bubble} needs spreads; allowed without: 0")
 
     def schedule(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
-        evaluations = len(rows.i)
+        evaluations, source = len(rows.i), measured.source(NAME, file)
         if file is not None:
-            measured.same_length(NAME, content["steps"], evaluations)
+            measured.same_length(source, content["steps"], evaluations)
         if updates > evaluations:
             raise ValueError(f"bacache: updates={updates}; allowed: up to the {evaluations} evaluations of this run")
-        tables = measured.table(NAME, content["similarities"], stages, lambda s: (s.depth, evaluations, evaluations))
+        tables = measured.table(
+            source,
+            content["similarities"],
+            stages,
+            lambda s: (s.depth, evaluations, evaluations),
+            read=lambda s: np.broadcast_to(np.triu(np.ones(s.shape[-2:]), 1), s.shape),
+            low=-1.0,
+        )
         flags: Schedule = {
             s: {b: np.stack([best_updates(layer, updates) for layer in t], axis=1) for b, t in of.items()}
             for s, of in tables.items()
         }
         if bubble:
-            extents = measured.table(NAME, content["spreads"], stages, lambda s: (s.depth,))
+            extents = measured.table(source, content["spreads"], stages, lambda s: (s.depth,))
             _bubble(flags, extents, bubble, stages)
         return flags
 
-    return planned(NAME, schedule, dtype=dtype)
+    return planned(NAME, schedule, dtype=dtype)._replace(measured=measured.record(NAME, file))
 
 
 def best_updates(similarity: np.ndarray, updates: int) -> np.ndarray:

@@ -65,11 +65,11 @@ def block_caching(
     learned = None if adjust is None else _adjustment(adjust)
 
     def schedule(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
-        evaluations = len(rows.i)
+        evaluations, source = len(rows.i), measured.source(NAME, file)
         if file is not None:
-            measured.same_length(NAME, content["steps"], evaluations)
+            measured.same_length(source, content["steps"], evaluations)
         fresh = np.asarray(rows.fresh, bool)
-        curves = measured.table(NAME, content["changes"], stages, lambda s: (s.depth, evaluations))
+        curves = measured.table(source, content["changes"], stages, lambda s: (s.depth, evaluations), read=behind_first)
         return {s: {b: refreshed(c, threshold, fresh) for b, c in of.items()} for s, of in curves.items()}
 
     def correct(value: Any, where: Where, row: Row) -> Any:
@@ -87,7 +87,12 @@ def block_caching(
             _check(learned, len(rows.i), stages)
         return held.plan(rows, stages)
 
-    return held._replace(plan=plan, learned=learned)
+    return held._replace(plan=plan, learned=learned, measured=measured.record(NAME, file))
+
+
+def behind_first(changes: np.ndarray) -> np.ndarray:
+    """Of changes [L, E], which are read: all but the first evaluation's, before which there is none."""
+    return np.broadcast_to(np.arange(changes.shape[-1]) > 0, changes.shape)
 
 
 def refreshed(changes: np.ndarray, threshold: float, fresh: np.ndarray) -> np.ndarray:
@@ -120,6 +125,8 @@ def _check(learned: Mapping[str, Mapping[str, Any]], evaluations: int, stages: t
                 if f"{branch}.{part}" not in learned[stage]:
                     raise ValueError(f"block_caching: the adjustment of {stage}.{branch} has no {part}")
                 shape = np.shape(learned[stage][f"{branch}.{part}"])
+                if not np.isfinite(learned[stage][f"{branch}.{part}"]).all():
+                    raise ValueError(f"block_caching: {stage}.{branch}.{part} has numbers that are not finite")
                 if len(shape) != 3 or shape[:2] != (depth[stage], evaluations):
                     raise ValueError(
                         f"block_caching: {stage}.{branch}.{part} is {shape}; allowed: ({depth[stage]}, {evaluations}, "

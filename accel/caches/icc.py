@@ -52,6 +52,7 @@ def icc(
         raise ValueError(f"icc: period={period} without factors or file; allowed: 1, or one of them (icc_factors)")
     check_dtype("icc", dtype)
     given = measured.given_or_read("icc", "factors", factors, file, " that save_factors wrote")
+    says = measured.record("icc", file)
     learned = None if given is None else {s: dict(of) for s, of in given.items()}
 
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
@@ -101,7 +102,7 @@ def icc(
         update, inner = compute(inner, dense=increment)
         return gate(update), held, inner, Done(left)
 
-    return Accelerator(name="icc", plan=plan, init=init, branch=branch, learned=learned)
+    return Accelerator(name="icc", plan=plan, init=init, branch=branch, learned=learned, measured=says)
 
 
 def _check_fit(factors: Mapping[str, Mapping[str, Any]], stage: str, name: str, depth: int, k: int, n: int) -> None:

@@ -66,6 +66,7 @@ def lazydit(
         raise ValueError(f"lazydit: threshold={threshold}; allowed: 0 to 1")
     check_dtype("lazydit", dtype)
     given = measured.given_or_read("lazydit", "weights", weights, file)
+    says = measured.record("lazydit", file)
     learned: dict[str, dict[str, Any]] | None = None
     if given is not None:
         learned = {s: {f"{b}.lazy": np.asarray(w, np.float32) for b, w in of.items()} for s, of in given.items()}
@@ -135,7 +136,7 @@ def lazydit(
         shown = {k: a.astype(jnp.float32).reshape(halves, -1).T for k, a in shown.items()}  # [samples, halves]
         return gate(update), held, inner, Done(1.0 - lazy.astype(jnp.float32), shown)
 
-    return Accelerator(name="lazydit", plan=plan, init=init, branch=branch, learned=learned)
+    return Accelerator(name="lazydit", plan=plan, init=init, branch=branch, learned=learned, measured=says)
 
 
 def _mixed(new: jax.Array, old: jax.Array, keep: jax.Array, soft: bool) -> jax.Array:

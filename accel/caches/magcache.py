@@ -4,12 +4,14 @@ A calibration (the JSON file of `difax.accel.caches.measured`) has the key
 
   "ratios": [r_0, ..., r_{steps-1}], r_t = mean over tokens of ||R_t|| / ||R_{t-1}||, r_0 = 1,
 
-R_t being what all blocks together add to the tokens at evaluation t.
+R_t being what all blocks together add to the tokens at evaluation t; and "halves": 2 where the list has two numbers an
+evaluation, of the conditional and of the unconditional half in turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +30,9 @@ RATIOS = {
 
 
 def magcache(
-    ratios: str | Sequence[float] | None = None,
+    ratios: str | Sequence[float] | Sequence[Sequence[float]] | None = None,
     *,
+    halves: int | None = None,
     file: str | None = None,
     threshold: float = 0.06,
     streak: int = 3,
@@ -39,11 +42,17 @@ def magcache(
     """Skips all blocks while the calibrated magnitude of what they add has drifted little since they last ran.
 
     From evaluation int(retention E + 1/2) on: a *= r_t, n += 1, err += |1 - a|; reuse iff err <= threshold and
-    n <= streak: tokens += the whole stack's last residual; else compute, a = 1, n = 0, err = 0.
+    n <= streak: tokens += the whole stack's last residual; else compute, a = 1, n = 0, err = 0. With numbers for both
+    halves of guidance each half has its own a and err, and err <= threshold is asked of every half that is evaluated:
+    the halves run in one batch, and so neither drifts further than its numbers allow.
 
     Args:
-      ratios: r_t, or the name of published ones (`RATIOS`); those of a run of another length are taken at the nearest
-        evaluation, index round(t (len - 1) / (E - 1)).
+      ratios: r_t, above 0, or the name of published ones (`RATIOS`), or two lists, of the conditional and of the
+        unconditional half; those of a run of another length are taken at the nearest evaluation, index
+        round(t (len - 1) / (E - 1)), of the half that they are of.
+      halves: 1: one number an evaluation; 2: two, conditional and unconditional in turn, as the authors publish them
+        for guided models (100 for the 50 steps of Wan 2.1). None: 2 for a list that is not as long as the run and
+        begins with two ones, as those do, and for twice as many numbers as a guided run has evaluations; else 1.
       file: in place of them, a calibration.
       threshold: of the accumulated error, 0 or more (0.06; 0.12 and 0.24 with streaks of 2 to 6 in the authors'
         scripts).
@@ -55,9 +64,9 @@ def magcache(
       An `Accelerator` that remembers one residual of the tokens; its plan is made before the run.
 
     References: Ma et al. 2025. Defaults, rounding and plans are those of diffusers 0.42's `MagCacheConfig`. To FLUX's
-      text tokens, too, the residual is added, where diffusers passes them through unchanged, and both halves of
-      guidance share one list of ratios, where the authors' Wan has two. The authors' FLUX script forces one more
-      evaluation.
+      text tokens, too, the residual is added, where diffusers passes them through unchanged. The authors' Wan decides
+      for each half apart. Sums are in float64, as in the authors' code; diffusers has float32, which may decide
+      otherwise where a sum is the threshold but for rounding. The authors' FLUX script forces one more evaluation.
     """
     if (ratios is None) == (file is None):
         raise ValueError(
@@ -69,30 +78,34 @@ def magcache(
             f"magcache: threshold={threshold}, streak={streak}, retention={retention}; allowed: 0 or more, 0 or more, "
             "and 0 to 1"
         )
-    given = _ratios(ratios if file is None else measured.read("magcache", file, ("ratios",))["ratios"])
+    if halves not in (None, 1, 2):
+        raise ValueError(f"magcache: halves={halves!r}; allowed: 1, 2, or None")
+    given, halves = _ratios(ratios, halves) if file is None else _measured(file, halves)
 
     def schedule(rows: Row, depth: int) -> list[Span | None]:
         evaluations = len(rows.i)
         first = int(retention * evaluations + 0.5)
         fresh = np.asarray(rows.fresh, bool)
+        guided = np.asarray(rows.guided, bool)
         spans: list[Span | None] = []
-        drift, skipped, error = 1.0, 0, 0.0
-        for t, ratio in enumerate(nearest(given, evaluations)):
+        drift, skipped, error = np.float64(1.0), 0, np.float64(0.0)
+        for t, ratio in enumerate(nearest(by_half(given, halves, evaluations, bool(guided.any())), evaluations)):
             reuse = False
             if t >= first:
                 drift, skipped = drift * ratio, skipped + 1
-                error += abs(1 - drift)
-                reuse = t > 0 and not fresh[t] and error <= threshold and skipped <= streak
+                error = error + abs(1 - drift)
+                seen = error if guided[t] else error[:1]
+                reuse = t > 0 and not fresh[t] and bool((seen <= threshold).all()) and skipped <= streak
             if not reuse:
-                drift, skipped, error = 1.0, 0, 0.0
+                drift, skipped, error = np.float64(1.0), 0, np.float64(0.0)
             spans.append((0, depth) if reuse else None)
         return spans
 
-    return planned_span("magcache", schedule, dtype=dtype)
+    return planned_span("magcache", schedule, dtype=dtype)._replace(measured=measured.record("magcache", file))
 
 
 def nearest(ratios: np.ndarray, evaluations: int) -> np.ndarray:
-    """The ratios of a run of another length, each that of the nearest evaluation."""
+    """The ratios [n, ...] of a run of another length, each that of the nearest evaluation."""
     if len(ratios) == evaluations:
         return ratios
     if evaluations == 1:
@@ -100,12 +113,52 @@ def nearest(ratios: np.ndarray, evaluations: int) -> np.ndarray:
     return ratios[np.round(np.arange(evaluations) * (len(ratios) - 1) / (evaluations - 1)).astype(int)]
 
 
-def _ratios(ratios: str | Sequence[float] | None) -> np.ndarray:
+def by_half(ratios: np.ndarray, halves: int | None, evaluations: int, guided: bool) -> np.ndarray:
+    """A list of ratios as [n, halves], by the rule of `magcache`."""
+    if halves is None:
+        pairs = len(ratios) % 2 == 0 and len(ratios) > 2 and bool((ratios[:2] == 1).all())
+        halves = 2 if (pairs and len(ratios) != evaluations) or (guided and len(ratios) == 2 * evaluations) else 1
+    return ratios.reshape(-1, halves)
+
+
+def _ratios(ratios: Any, halves: int | None) -> tuple[np.ndarray, int | None]:
+    """Numbers one after the other, and how many an evaluation has, where that is known."""
     if isinstance(ratios, str):
         if ratios not in RATIOS:
             raise ValueError(f"magcache: ratios={ratios!r}; allowed: numbers, or {', '.join(RATIOS)}")
-        ratios = RATIOS[ratios]
-    array = np.asarray(ratios, np.float64)
-    if array.ndim != 1 or len(array) < 1 or not (array > 0).all():
-        raise ValueError("magcache: ratios must be positive numbers, one for each evaluation of the calibrated run")
-    return array
+        if halves == 2:
+            raise ValueError(
+                f"magcache: halves=2 with ratios={ratios!r}; allowed: 1, or None: they have one number each"
+            )
+        return np.asarray(RATIOS[ratios], np.float64), 1
+    try:
+        array = np.asarray(ratios, np.float64)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.ndim == 2 and len(array) == 2:
+        if halves == 1:
+            raise ValueError("magcache: halves=1 with two lists of ratios; allowed: 2, or None")
+        array, halves = array.T.ravel(), 2
+    if array.ndim != 1 or len(array) < 1 or not (np.isfinite(array) & (array > 0)).all():
+        raise ValueError(
+            "magcache: ratios must be positive numbers, one or two for each evaluation of the calibrated run, or two "
+            "lists of them, as long as each other"
+        )
+    if halves == 2 and len(array) % 2:
+        raise ValueError(f"magcache: halves=2 with {len(array)} ratios; allowed: an even number of them")
+    return array, halves
+
+
+def _measured(file: str, halves: int | None) -> tuple[np.ndarray, int]:
+    content, source = measured.read("magcache", file, ("ratios",)), measured.source("magcache", file)
+    says = content.get("halves", 1)
+    if says not in (1, 2) or halves not in (None, says):
+        raise ValueError(f"{source}: halves={says!r}, of which halves={halves} is asked; allowed: 1 or 2, the same")
+    ratios = measured.numbers(f"{source}: ratios", content["ratios"])
+    if not (ratios > 0).all():
+        raise ValueError(f"{source}: ratios: {ratios.min():g}; allowed: above 0")
+    if len(ratios) != says * content.get("steps", len(ratios) / says):
+        raise ValueError(
+            f"{source}: {len(ratios)} ratios of {content['steps']} evaluations; allowed: {says} for each of them"
+        )
+    return ratios, says

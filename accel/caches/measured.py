@@ -4,26 +4,41 @@ A file is one JSON object, written by `difax calibrate`:
 
   {"technique": "smoothcache",                     the cache that plans from it
    "model": "dit-XL/2", "solver": "ddim",          what was run
+   "stages": {"blocks": {"depth": 28, "branches": ["attn", "mlp"]}},
    "steps": 50,                                    model evaluations of that run
+   "guide": "cfg", "scale": 1.5,                   how it was guided
    "data": "16 samples, seed 0, guidance 1.5",     on what, in words
    "kmax": 3,                                      settings of the technique, if it has some
    "errors": {stage: {branch: nested lists}}}      its table, or several
 
-null in a table is a value that does not exist. Technique, evaluations, stages and branches must be those of the run;
-the rest tells a reader what the numbers are worth.
+null in a table is a value that does not exist. Technique, stages and branches must be those of the run, and evaluations
+and depth where the table has them; what else differs is warned of by `compare`. An .npz file of learned arrays says the
+same of itself in the comment of its archive.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from difax.core.contracts import Stage
-from difax.core.files import check_finite, check_object, place_of, read_arrays, read_json, save_arrays
+from difax.core.files import (
+    check_finite,
+    check_object,
+    parse_json,
+    place_of,
+    read_arrays,
+    read_comment,
+    read_json,
+    save_arrays,
+)
 
 
 def load(technique: str, file: str) -> Any:
@@ -44,7 +59,8 @@ def read(technique: str, file: str, tables: tuple[str, ...]) -> dict[str, Any]:
     """The JSON object of a calibration.
 
     Raises:
-      ValueError: as `load`, or a file of another technique, or one without a table that is asked for.
+      ValueError: as `load`, or a file of another technique, or one without a table that is asked for, or with numbers
+        that are not finite in it.
     """
     where = f"{technique}: file={file!r}"
     content = check_object(load(technique, file), where, technique=str)
@@ -54,6 +70,10 @@ def read(technique: str, file: str, tables: tuple[str, ...]) -> dict[str, Any]:
         if key not in content:
             raise ValueError(f"{where} has no {key!r}; it has {', '.join(sorted(content))[:160]}")
     check_object(content, where, **{key: KINDS[key] for key in KINDS if key in content})
+    for key in tables:
+        number = _not_finite(content[key])
+        if number is not None:
+            raise ValueError(f"{where}: {key} has {number}; allowed: finite numbers, or null")
     for key in NUMBERS & content.keys():
         numbers = content[key]
         if not numbers or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in numbers):
@@ -96,6 +116,132 @@ def arrays(technique: str, file: str, key: str = "file", wrote: str = "") -> dic
     return found
 
 
+def _not_finite(value: Any) -> float | None:
+    """The first number of a JSON value that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((found for found in map(_not_finite, parts) if found is not None), None)
+
+
+def source(technique: str, file: str | None) -> str:
+    """What errors begin with: the technique, and the file if the numbers came from one."""
+    return technique if file is None else f"{technique}: file={file!r}"
+
+
+def numbers(what: str, given: Any) -> np.ndarray:
+    """A list of numbers as float64 [n].
+
+    Args:
+      what: what errors begin with.
+
+    Raises:
+      ValueError: no list of one or more finite numbers.
+    """
+    try:
+        array = np.asarray(given if isinstance(given, np.ndarray) else list(given))
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.ndim != 1 or not len(array) or array.dtype.kind not in "iuf":
+        raise ValueError(f"{what}: {_short(given)}; allowed: a list of one or more numbers")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        at = int(np.argmin(np.isfinite(array)))
+        raise ValueError(f"{what}: {array[at]} at {at}; allowed: finite numbers")
+    return array
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+class MeasuredElsewhere(UserWarning):
+    """A cache plans from what was measured in another run."""
+
+
+def record(technique: str, file: str | None) -> tuple[Mapping[str, Any], ...]:
+    """What a calibration says of itself, for `Accelerator.measured`: () for no file, or one that says nothing.
+
+    Returns:
+      (one mapping,) with "technique" and "file", and of `SAYS` the keys that the file has.
+    """
+    if file is None:
+        return ()
+    if pathlib.Path(file).suffix == ".npz":
+        comment = read_comment(file)
+        content = parse_json(comment, f"{source(technique, file)}: its comment") if comment else {}
+    else:
+        content = load(technique, file)
+    content = check_object(content, source(technique, file))
+    found = {key: content[key] for key in SAYS if key in content}
+    return ({"technique": technique, "file": file, **found},) if found else ()
+
+
+SAYS = ("model", "stages", "solver", "steps", "guide", "scale")
+
+
+def says_of(stages: tuple[Stage, ...]) -> dict[str, Any]:
+    """The stages of a model as a calibration records them."""
+    return {s.name: {"depth": s.depth, "branches": list(s.branches)} for s in stages}
+
+
+def compare(
+    records: tuple[Mapping[str, Any], ...],
+    *,
+    model: str,
+    stages: tuple[Stage, ...],
+    solver: str,
+    steps: int,
+    guide: str,
+    scale: float,
+) -> None:
+    """Holds what calibrations say of themselves against a run.
+
+    Args:
+      records: of `record`.
+      model, stages: the network's. solver, guide, scale: of the run. steps: its evaluations.
+
+    Warns:
+      MeasuredElsewhere: one line for each file whose model's size, solver, evaluations or guidance are not the run's.
+
+    Raises:
+      ValueError: a file of a model of other stages or branches.
+    """
+    guidance = {"guide": guide, "scale": scale}
+    for said in records:
+        begins = f"{source(said['technique'], said['file'])} was measured on {said.get('model', 'another model')}"
+        theirs, ours = _branches(said.get("stages")), {s.name: list(s.branches) for s in stages}
+        if theirs is not None and theirs != ours:
+            raise ValueError(f"{begins}, with {_listed(theirs)}; allowed: one of {model}, with {_listed(ours)}")
+        now = {"model": model, "solver": solver, "steps": steps, **(guidance if guide != said.get("guide") else {})}
+        if guide == said.get("guide") and guide != "none":
+            now["scale"] = scale
+        other = [key for key, value in now.items() if key in said and said[key] != value]
+        if other:
+            there = ", ".join(f"{WORDS[key]} {_short(said[key])}" for key in other)
+            here = ", ".join(f"{now[key]}" for key in other)
+            warnings.warn(
+                f"{source(said['technique'], said['file'])} was measured in another run ({there}; here: {here})",
+                MeasuredElsewhere,
+                stacklevel=3,
+            )
+
+
+WORDS = {"model": "model", "solver": "solver", "steps": "evaluations", "guide": "guidance", "scale": "scale"}
+
+
+def _branches(stages: Any) -> dict[str, list[str]] | None:
+    """{stage: branches} of what a file says, None where it says nothing of that kind."""
+    if not isinstance(stages, Mapping) or not all(isinstance(of, Mapping) for of in stages.values()):
+        return None
+    return {str(name): [str(b) for b in of.get("branches", ())] for name, of in stages.items()}
+
+
+def _listed(stages: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{name} ({', '.join(branches)})" for name, branches in stages.items())
+
+
 def by_stage_arrays(technique: str, file: str, wrote: str = "") -> dict[str, dict[str, np.ndarray]]:
     """{stage: {name: array}} of an .npz file whose arrays are named "stage.name".
 
@@ -127,12 +273,15 @@ def given_or_read(
     return given if file is None else by_stage_arrays(technique, file, wrote)
 
 
-def save_by_stage(path: str | pathlib.Path, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes the .npz that `by_stage_arrays` reads, in float32."""
-    save_arrays(path, {f"{stage}.{n}": np.float32(a) for stage, of in arrays.items() for n, a in of.items()})
+def save_by_stage(
+    path: str | pathlib.Path, arrays: Mapping[str, Mapping[str, np.ndarray]], says: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the .npz that `by_stage_arrays` reads, in float32, with what it says of itself (`record`)."""
+    flat = {f"{stage}.{n}": np.float32(a) for stage, of in arrays.items() for n, a in of.items()}
+    save_arrays(path, flat, comment=json.dumps(says) if says else "")
 
 
-def same_length(technique: str, steps: int, evaluations: int) -> None:
+def same_length(technique: str, steps: Any, evaluations: int) -> None:
     """Refuses what was measured over another number of evaluations."""
     if steps != evaluations:
         raise ValueError(f"{technique}: measured over {steps} evaluations; allowed: the {evaluations} of this run")
@@ -142,8 +291,12 @@ def by_stage(technique: str, given: Mapping[str, Any], stages: tuple[Stage, ...]
     """{stage: {branch: value}} of the same, or of {branch: value}, which speaks of every stage that has the branch.
 
     Raises:
-      ValueError: a stage or branch that the model does not have (with the nearest match).
+      ValueError: a stage or branch that the model does not have (with the nearest match), or no mapping.
     """
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"{technique}: {_short(given)}; allowed: {{branch: numbers}}, or {{stage: {{branch: numbers}}}}"
+        )
     if all(isinstance(value, Mapping) for value in given.values()):
         for stage in given:
             _known(technique, "stage", stage, [s.name for s in stages])
@@ -163,32 +316,44 @@ def table(
     given: Mapping[str, Any],
     stages: tuple[Stage, ...],
     shape: Callable[[Stage], tuple[int | None, ...]],
+    *,
+    read: Callable[[np.ndarray], np.ndarray] = np.ones_like,
+    low: float = 0.0,
 ) -> dict[str, dict[str, np.ndarray]]:
     """A table as float64 arrays, null as nan.
 
     Args:
-      shape: stage -> the shape of one branch's numbers; None is any length.
+      technique: what errors begin with (`source`).
+      shape: stage -> the shape of one branch's numbers; None is any length, 1 or more.
+      read: an array -> which of its numbers are read, which may not be null (all).
+      low: least of the numbers that are read (0).
 
     Raises:
-      ValueError: names that the model does not have, or numbers of another shape.
+      ValueError: names that the model does not have, no numbers at all, numbers of another shape, and such that are not
+        finite or below `low`.
     """
     nested = by_stage(technique, given, stages)
+    if not any(nested.values()):
+        raise ValueError(f"{technique}: an empty table; allowed: numbers of one branch or more")
     arrays: dict[str, dict[str, np.ndarray]] = {}
     for stage in stages:
         arrays[stage.name] = {}
-        for branch, numbers in nested[stage.name].items():
-            want = shape(stage)
+        for branch, found in nested[stage.name].items():
+            want, what = shape(stage), f"{technique}: the numbers of {stage.name}.{branch}"
             try:
-                array = np.asarray(numbers, np.float64)
+                array = np.asarray(found, np.float64)
             except (TypeError, ValueError):
-                raise ValueError(f"{technique}: the numbers of {stage.name}.{branch} are no table") from None
-            fits = array.ndim == len(want) and all(w in (None, n) for w, n in zip(want, array.shape, strict=True))
+                raise ValueError(f"{what} are no table") from None
+            fits = array.ndim == len(want) and all(
+                n == w if w is not None else n > 0 for w, n in zip(want, array.shape, strict=True)
+            )
             if not fits:
                 allowed = " x ".join("any" if w is None else str(w) for w in want)
-                raise ValueError(
-                    f"{technique}: the numbers of {stage.name}.{branch} are {' x '.join(map(str, array.shape))}; "
-                    f"allowed: {allowed}"
-                )
+                raise ValueError(f"{what} are {' x '.join(map(str, array.shape))}; allowed: {allowed}")
+            bad = np.argwhere(read(array).astype(bool) & ~(np.isfinite(array) & (array >= low)))
+            if len(bad):
+                at = tuple(int(i) for i in bad[0])
+                raise ValueError(f"{what} have {array[at]:g} at {list(at)}; allowed: finite numbers of {low:g} or more")
             arrays[stage.name][branch] = array
     return arrays
 

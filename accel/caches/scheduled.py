@@ -49,31 +49,33 @@ def scheduled(
         where, forecast = found.get("where", where), found.get("forecast", forecast)
         order = found.get("order", order)
     assert schedule is not None
-    if not set(schedule) <= {0, 1}:
-        raise ValueError(f"scheduled: schedule={tuple(schedule)}; allowed: 1 (compute) and 0 (fill)")
+    source, says = measured.source("scheduled", file), measured.record("scheduled", file)
+    flags_given = np.asarray([*schedule]) if isinstance(schedule, (Sequence, np.ndarray)) else np.zeros(0)
+    if flags_given.ndim != 1 or not len(flags_given) or not np.isin(flags_given, (0, 1)).all():
+        raise ValueError(f"{source}: schedule={schedule!r}; allowed: a list of 1 (compute) and 0 (fill)")
     if where not in PLACES:
-        raise ValueError(f"scheduled: where={where!r}; allowed: {', '.join(PLACES)}")
-    fill, full = forecasting("scheduled", forecast, order), np.asarray(schedule, bool)
+        raise ValueError(f"{source}: where={where!r}; allowed: {', '.join(PLACES)}")
+    fill, full = forecasting(source, forecast, order), np.asarray(schedule, bool)
 
     if where == "stack":
 
         def spans(rows, depth):
-            measured.same_length("scheduled", len(full), len(rows.i))
+            measured.same_length(source, len(full), len(rows.i))
             return [None if f else (0, depth) for f in full]
 
-        return planned_span("scheduled", spans, fill, dtype=dtype)
+        return planned_span("scheduled", spans, fill, dtype=dtype)._replace(measured=says)
 
     def flags(rows, stages):
-        measured.same_length("scheduled", len(full), len(rows.i))
+        measured.same_length(source, len(full), len(rows.i))
         return everywhere(full, stages)
 
-    return planned("scheduled", flags, fill, dtype=dtype)
+    return planned("scheduled", flags, fill, dtype=dtype)._replace(measured=says)
 
 
 def forecasting(name: str, forecast: str, order: int) -> Fill:
     """The fill of a name and an order."""
     if forecast not in FORECASTS:
         raise ValueError(f"{name}: forecast={forecast!r}; allowed: {', '.join(FORECASTS)}")
-    if order < 1:
+    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
         raise ValueError(f"{name}: order={order}; allowed: 1 or more")
     return {"hold": hold, "taylor": lambda: taylor(order), "newton": lambda: newton(order)}[forecast]()

@@ -68,14 +68,24 @@ def smoothcache(
     def flags(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
         evaluations = len(rows.i)
         if schedule is not None:
-            return _checked(schedule, evaluations, stages)
+            return _checked(measured.source(NAME, file), schedule, evaluations, stages)
         assert errors is not None
-        if steps is not None:
-            measured.same_length(NAME, steps, evaluations)
-        curves = measured.table(NAME, errors, stages, lambda stage: (evaluations, None))
+        source = measured.source(NAME, file)
+        if file is not None:
+            measured.same_length(source, steps, evaluations)
+        curves = measured.table(source, errors, stages, lambda stage: (evaluations, None), read=lambda e: ~np.isnan(e))
+        for stage, branch, e in ((s, b, e) for s, of in curves.items() for b, e in of.items()):
+            if within(e).any() and np.isnan(e[within(e)]).all():
+                raise ValueError(f"{source}: the numbers of {stage}.{branch} are null; allowed: an error or more")
         return {s: {b: greedy(e, alpha) for b, e in of.items()} for s, of in curves.items()}
 
-    return planned(NAME, flags, dtype=dtype)
+    return planned(NAME, flags, dtype=dtype)._replace(measured=measured.record(NAME, file))
+
+
+def within(errors: np.ndarray) -> np.ndarray:
+    """Of errors [E, kmax], which are of two evaluations of the run: i + k < E."""
+    i, k = np.indices(errors.shape)
+    return np.asarray(i + k + 1 < len(errors))
 
 
 def greedy(errors: np.ndarray, alpha: float) -> np.ndarray:
@@ -103,20 +113,32 @@ def _published(file: str) -> dict[str, Any] | None:
             layers.setdefault(branch, {})[int(layer)] = steps
         else:
             whole[key] = steps
+    for branch, of in layers.items():
+        lengths = {len(steps) if isinstance(steps, list) else -1 for steps in of.values()}
+        if sorted(of) != list(range(len(of))) or len(lengths) > 1 or -1 in lengths:
+            raise ValueError(
+                f"{measured.source(NAME, file)}: the schedules of {branch} are of the layers "
+                f"{', '.join(map(str, sorted(of)))}; allowed: one of each layer from 0 on, lists of one length"
+            )
     return whole | {b: np.transpose([of[i] for i in sorted(of)]) for b, of in layers.items()}
 
 
-def _checked(schedule: Mapping[str, Any], evaluations: int, stages: tuple[Stage, ...]) -> Schedule:
+def _checked(source: str, schedule: Mapping[str, Any], evaluations: int, stages: tuple[Stage, ...]) -> Schedule:
     depth = {s.name: s.depth for s in stages}
-    nested = measured.by_stage(NAME, schedule, stages)
+    nested = measured.by_stage(source, schedule, stages)
+    if not any(nested.values()):
+        raise ValueError(f"{source}: an empty schedule; allowed: one of a branch or more")
     checked: Schedule = {}
     for stage, of in nested.items():
         checked[stage] = {}
         for branch, steps in of.items():
-            flags = np.asarray(steps)
+            try:
+                flags = np.asarray(steps)
+            except ValueError:  # lists of different lengths
+                flags = np.zeros(0)
             if flags.shape not in {(evaluations,), (evaluations, depth[stage])} or not np.isin(flags, (0, 1)).all():
                 raise ValueError(
-                    f"smoothcache: the schedule of {branch} is {' x '.join(map(str, flags.shape))}; allowed: 1 and 0 "
+                    f"{source}: the schedule of {branch} is {' x '.join(map(str, flags.shape))}; allowed: 1 and 0 "
                     f"for each of the run's {evaluations} evaluations, or of its {depth[stage]} layers too"
                 )
             checked[stage][branch] = flags.astype(bool)

@@ -64,7 +64,7 @@ def teacache(
         force[[0, -1]] = COMPUTE
         return rule(rows, force, threshold)
 
-    return gated(
+    made = gated(
         "teacache",
         rules,
         transform=lambda d: jnp.polyval(jnp.asarray(polynomial, d.dtype), d),
@@ -73,19 +73,21 @@ def teacache(
         per_sample=per_sample,
         dtype=dtype,
     )
+    return made._replace(measured=measured.record("teacache", file))
 
 
 def _polynomial(coefficients: str | tuple[float, ...] | None, file: str | None) -> tuple[float, ...]:
     if file is not None:
         if coefficients is not None:
             raise ValueError("teacache: coefficients and file were both given; allowed: one of them")
-        return tuple(measured.read("teacache", file, ("coefficients",))["coefficients"])
+        content = measured.read("teacache", file, ("coefficients",))
+        return tuple(
+            measured.numbers(f"{measured.source('teacache', file)}: coefficients", content["coefficients"]).tolist()
+        )
     if coefficients is None:
         return (1.0, 0.0)
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENTS:
             raise ValueError(f"teacache: coefficients={coefficients!r}; allowed: numbers, or {', '.join(COEFFICIENTS)}")
         return COEFFICIENTS[coefficients]
-    if not coefficients:
-        raise ValueError("teacache: coefficients=(); allowed: one or more numbers, highest power first")
-    return tuple(float(c) for c in coefficients)
+    return tuple(measured.numbers("teacache: coefficients, highest power first", coefficients).tolist())

@@ -10,7 +10,7 @@ Time: t in [0, 1], 1 = pure noise, 0 = data. What a network is told about t is `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -319,6 +319,7 @@ class Accelerator(NamedTuple):
     name: for messages. branches: the branches that `branch` acts on; None is all.
     learned: {stage: {name: array [L, ...]}}, fitted parameters, which become `params["accelerator"]`
         (`difax.core.stack.with_learned`) and reach block and branch, layer by layer, as `where.learned`.
+    measured: what each file that it plans from says of itself (`difax.accel.caches.measured.record`).
     plan(rows, stages) -> Plan, on the host.
     guide(guide) -> guide: how the unconditional half is produced.
     init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "along": {name: pytree}, "block": {stage: pytree
@@ -354,6 +355,7 @@ class Accelerator(NamedTuple):
     block: Callable[..., Any] | None = None
     branch: Callable[..., Any] | None = None
     learned: dict[str, dict[str, Any]] | None = None
+    measured: tuple[Mapping[str, Any], ...] = ()
 
 
 class Trace(NamedTuple):

@@ -476,6 +476,19 @@ def read_arrays(
         return {name: array.read() for name, array in found.items()}
 
 
+def read_comment(path: str | os.PathLike) -> str:
+    """The comment of an .npz file's archive, "" for none.
+
+    Raises:
+      ValueError: as `opened_arrays`, or a comment that is no text.
+    """
+    with opened_arrays(path), opened(path) as file, zipfile.ZipFile(file) as archive:
+        try:
+            return archive.comment.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"{named(path)}: the comment of its archive is no text; allowed: UTF-8") from None
+
+
 def check_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
     """Raises ValueError for the first array of floats that has NaN or an infinity."""
     for name, array in arrays.items():
@@ -528,8 +541,13 @@ def writable(
     return target
 
 
-def save_arrays(path: str | os.PathLike, arrays: Mapping[str, Any], compressed: bool = False) -> None:
+def save_arrays(
+    path: str | os.PathLike, arrays: Mapping[str, Any], compressed: bool = False, comment: str = ""
+) -> None:
     """Writes an .npz file, which appears whole or not at all; equal arrays give equal bytes.
+
+    Args:
+      comment: of the archive, up to 64 KiB (`read_comment`).
 
     Raises:
       ValueError: the file cannot be written.
@@ -539,6 +557,7 @@ def save_arrays(path: str | os.PathLike, arrays: Mapping[str, Any], compressed: 
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+        archive.comment = comment.encode()
 
 
 def is_alive(pid: int) -> bool:

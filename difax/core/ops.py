@@ -17,6 +17,15 @@ from difax.core.qtensor import QTensor, quantized_dot
 MASKED = -1e30  # the logit of a pair that does not attend: finite, so that a row of nothing else stays finite
 
 
+def narrowed(tree: Any, dtype: Any) -> Any:
+    """A tree as a run in the precision of its samples takes it: float64 as `dtype`, int64 as int32, else as it is.
+
+    Where jax has 64 bits, what the host or a program around hands in has them; the run's types are its samples'.
+    """
+    to = {"float64": jnp.dtype(dtype), "int64": jnp.dtype("int32")}
+    return jax.tree.map(lambda a: jnp.asarray(a, to.get(str(jnp.result_type(a)))), tree)
+
+
 def weight_gradients(x_MK: jax.Array, dy_MN: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x^T dy and the sum of dy over rows, as JAX differentiates x w + b."""
     return x_MK.T @ dy_MN, dy_MN.sum(0)

@@ -36,6 +36,7 @@ from difax.core.contracts import (
 )
 from difax.core.cost import count
 from difax.core.guidance import unguided
+from difax.core.ops import narrowed
 from difax.core.process import Process
 from difax.core.shapes import first_layer, memory_for, trunk_spec
 from difax.core.trunk import neutral, reference_attention, run_trunk
@@ -113,14 +114,17 @@ def make_sampler(
 
     Args of the sampler:
       params: the model's parameters.
-      x: [B, ...] initial noise, float32 (`initial_noise`).
+      x: [B, ...] initial noise, float32 (`initial_noise`); float64, where jax has 64 bits, runs all of it in them.
       keys: [B] one key per sample (`difax.core.noise.sample_keys`).
       cond: the model's condition, leaves lead with [B] (labels, int32).
       rows: `make_rows`.
       scale: guidance scale, a scalar (1 is unguided).
 
+    Rows, conditions and scale in 64 bits are narrowed to the precision of x, so that a program that has asked jax for
+    64 bits draws a float32 model as any other does.
+
     Returns:
-      The jitted function; it returns samples [B, ...] float32 and the `Trace` of what was computed.
+      The jitted function; it returns samples [B, ...] in the dtype of x and the `Trace` of what was computed.
     """
     if prediction not in process_.PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; allowed: {', '.join(process_.PREDICTIONS)}")
@@ -134,6 +138,7 @@ def make_sampler(
         planner = "none" if accelerator.plan is no_plan else accelerator.name
         if rows.plan.owner != planner:
             raise ValueError(f"the rows were laid out for {rows.plan.owner}, the sampler runs {planner}: see make_rows")
+        rows, cond, scale = narrowed((rows, cond, scale), x.dtype)
         null = model.null(cond)
         known = None
         if ahead:

@@ -159,6 +159,7 @@ def stack(*accelerators: Accelerator, one_clock: bool = False) -> Accelerator:
         block=wrapped("block"),
         branch=of_branch if branching else None,
         learned=_merged([a.learned for a in members if a.learned is not None]),
+        measured=tuple(said for a in members for said in a.measured),
     )
 
 

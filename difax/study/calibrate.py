@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.accel.caches.measured import save_by_stage
+from difax.accel.caches.measured import save_by_stage, says_of
 from difax.accel.caches.scheduled import scheduled
 from difax.accel.fit import CALIBRATIONS, FITS
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
@@ -87,7 +87,7 @@ def calibrate_to(
     if technique in FITS:
         arrays = fit(technique, sampler, samples, batch, progress, **settings)
         if out is not None:
-            save_by_stage(pathlib.Path(out), arrays)
+            save_by_stage(pathlib.Path(out), arrays, {"technique": technique, **about(sampler, samples)})
         return {"technique": technique, **about(sampler, samples), "arrays": arrays}
     if technique == "scheduled":
         content = search(sampler, settings.pop("budget", 0.4), samples, progress, **settings)
@@ -291,8 +291,11 @@ def about(sampler: Sampler, samples: int) -> dict[str, Any]:
     run = sampler.run
     return {
         "model": run.model.name,
+        "stages": says_of(run.model.stages),
         "solver": run.described.get("solver", ""),
         "steps": len(run.rows.i),
+        "guide": run.described.get("guide", ""),
+        "scale": run.scale,
         "data": f"{samples} samples, seed {sampler.seed}, guidance {run.described.get('guide', '')} {run.scale:g}",
     }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from difax.core.contracts import Classifier, Level, Model
 from difax.core.grids import shift_time
-from difax.core.ops import trainable
+from difax.core.ops import narrowed, trainable
 from difax.core.process import (
     Process,
     convert,
@@ -65,11 +65,11 @@ def flow_loss(
         time_key, noise_key, drop_key = jax.random.split(key, 3)
         x0 = scale_image(batch["image"])
         if times == "uniform":
-            t = jax.random.uniform(time_key, x0.shape[:1])
+            t = jax.random.uniform(time_key, x0.shape[:1], x0.dtype)
         else:
-            t = jax.nn.sigmoid(jax.random.normal(time_key, x0.shape[:1]))
+            t = jax.nn.sigmoid(jax.random.normal(time_key, x0.shape[:1], x0.dtype))
         t = shift_time(t, process.shift)
-        eps = jax.random.normal(noise_key, x0.shape)
+        eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
         level = _like(process.level(t, jnp), x0)
         cond = _drop_labels(model, batch["label"], label_dropout, drop_key)
         x = level.alpha * x0 + level.sigma * eps
@@ -115,10 +115,10 @@ def ddpm_loss(
     def loss(params: Any, batch: Any, key: jax.Array):
         step_key, noise_key, drop_key = jax.random.split(key, 3)
         x0 = scale_image(batch["image"])
-        k = jax.random.randint(step_key, x0.shape[:1], 0, steps)
+        k = jax.random.randint(step_key, x0.shape[:1], 0, steps, jnp.int32)
         at = {name: _like(jnp.asarray(table)[k], x0) for name, table in tables.items()}
         level = Level(at["alpha"], at["sigma"], at["alpha_dot"], at["sigma_dot"])
-        eps = jax.random.normal(noise_key, x0.shape)
+        eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
         cond = _drop_labels(model, batch["label"], label_dropout, drop_key)
         x = level.alpha * x0 + level.sigma * eps
         output = forward(model, trainable(params), x, k.astype(jnp.float32), cond, unroll=unroll).astype(jnp.float32)
@@ -160,7 +160,7 @@ def cross_entropy(model: Classifier, *, label_smoothing: float = 0.0, flip: floa
         image = scale_image(_augment(batch["image"], key, flip, shift))
         weights = trainable(params)
         logits = model.logits(weights, model.features(weights, image))
-        onehot = jax.nn.one_hot(batch["label"], model.classes)
+        onehot = jax.nn.one_hot(batch["label"], model.classes, dtype=logits.dtype)
         target_BC = (1 - label_smoothing) * onehot + label_smoothing / model.classes
         value = -jnp.mean(jnp.sum(target_BC * jax.nn.log_softmax(logits), axis=-1))
         return value, {"accuracy": jnp.mean(jnp.argmax(logits, -1) == batch["label"])}
@@ -172,11 +172,11 @@ def _augment(image: jax.Array, key: jax.Array, flip: float, shift: int) -> jax.A
     """Mirrors each image [B, H, W, C] with probability `flip` and moves it by up to `shift` pixels each way."""
     flip_key, shift_key = jax.random.split(key)
     if flip:
-        mirrored = jax.random.bernoulli(flip_key, flip, (len(image), 1, 1, 1))
+        mirrored = jax.random.bernoulli(flip_key, jnp.float32(flip), (len(image), 1, 1, 1))
         image = jnp.where(mirrored, image[:, :, ::-1], image)
     if shift:
         padded = jnp.pad(image, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
-        corner = jax.random.randint(shift_key, (len(image), 2), 0, 2 * shift + 1)
+        corner = jax.random.randint(shift_key, (len(image), 2), 0, 2 * shift + 1, jnp.int32)
         crop = lambda one, at: jax.lax.dynamic_slice(one, (at[0], at[1], 0), image.shape[1:])  # noqa: E731
         image = jax.vmap(crop)(padded, corner)
     return image
@@ -230,12 +230,13 @@ def _discretised_log_likelihood(x0, mean, log_std) -> jax.Array:
 
 
 def _drop_labels(model: Model, label: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    dropped = jax.random.bernoulli(key, rate, label.shape)
+    dropped = jax.random.bernoulli(key, jnp.float32(rate), label.shape)
     return jnp.where(dropped, model.null(label), label)
 
 
 def _like(value: Any, x: jax.Array) -> Any:
-    return jax.tree.map(lambda a: a.reshape(-1, *([1] * (x.ndim - 1))), value)
+    """Numbers [B] beside x [B, ...], in the precision of x where jax has 64 bits."""
+    return jax.tree.map(lambda a: a.reshape(-1, *([1] * (x.ndim - 1))), narrowed(value, x.dtype))
 
 
 def _check(rate: float, unroll: int | bool) -> None:

@@ -107,6 +107,7 @@ def schedule(options: TrainOptions) -> optax.Schedule:
     """Linear warm-up, constant, linear decay at the end."""
 
     def rate(step):
+        step = jnp.asarray(step, jnp.float32)
         up = jnp.minimum(1.0, (step + 1) / max(options.warmup, 1))
         down = jnp.minimum(1.0, (options.steps - step) / max(options.decay, 1)) if options.decay else 1.0
         return options.learning_rate * up * down
@@ -132,7 +133,8 @@ def make_step(loss: Loss, options: TrainOptions) -> Callable[..., tuple[TrainSta
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
         updates, inner = transform.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(options.ema, (1 + state.step) / (10 + state.step))
+        step = state.step.astype(jnp.float32)
+        decay = jnp.minimum(options.ema, (1 + step) / (10 + step))
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
         metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, ema, inner), metrics
