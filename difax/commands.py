@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from difax.core.files import append_line
+from difax.core.shell import check_xla_flags
+
 LISTS = (
     "models",
     "processes",
@@ -79,18 +82,22 @@ def _start(options: argparse.Namespace) -> Callable[..., None]:
     """Chooses the device and checks what can be checked at once; returns the function that writes a line of --log."""
     if getattr(options, "random_init", False) and options.weights:
         raise ValueError("--random-init and --weights exclude each other")
-    if options.platform:
+    check_xla_flags()
+    if getattr(options, "platform", None):
         from difax.core.device import choose_platform
 
         choose_platform(options.platform)
-    if not options.log:
+    elif os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
+        from difax.core.device import check_platforms
+
+        check_platforms()
+    if not getattr(options, "log", None):
         return lambda event, **fields: None
     path = writable(options.log, (".jsonl", ".json", ".log"), "--log", made=getattr(options, "workdir", None))
 
     def log(event: str, **fields: Any) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with open(path, "a") as file:
-            file.write(json.dumps({"time": now, "command": options.command, "event": event, **fields}) + "\n")
+        append_line(path, json.dumps({"time": now, "command": options.command, "event": event, **fields}))
 
     return log
 
@@ -232,10 +239,10 @@ def profile(options: argparse.Namespace) -> int:
 
 
 def calibrate(options: argparse.Namespace) -> int:
+    log = _start(options)
     from difax.registry import choose
     from difax.study.calibrate import TECHNIQUES, check_settings, ending
 
-    log = _start(options)
     if not options.cache:
         raise ValueError(f"--cache is missing; allowed: {', '.join(TECHNIQUES)}")
     technique = choose("calibration", options.cache, TECHNIQUES)
@@ -288,23 +295,28 @@ def train(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
+    log = _start(options)
     out = writable(options.out, (".safetensors",))
     from difax.registry import make
     from difax.training.train import read_run, restore_ema
     from difax.weights.checkpoint import save_safetensors
 
-    config = read_run(options.workdir)
+    read_run(options.workdir)  # is it one
+    dtype, options.dtype, options.weights = options.dtype, None, options.workdir  # of the file, not of the model
+    config = _config(options, None)
     import jax
     import jax.numpy as jnp
 
     step, params = restore_ema(options.workdir, make("model", config["model"]).init)
-    params = jax.tree.map(lambda a: jnp.asarray(a).astype(options.dtype), params)
+    params = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), params)
     save_safetensors(out, params, {"config": config, "step": step})
-    print(f"{out}: {out.stat().st_size} bytes, step {step}, {options.dtype}")
+    log("export", step=step, out=str(out))
+    print(f"{out}: {out.stat().st_size} bytes, step {step}, {dtype}")
     return 0
 
 
 def convert(options: argparse.Namespace) -> int:
+    _start(options)
     import absl.logging
     import jax.numpy as jnp
 

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
+import platform
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from difax.core.lock import alive
+from difax.core.shell import undone
+
+# of a machine or a process that has no more of something, which no other request would change
+EXHAUSTED = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOMEM", "EMFILE", "ENFILE", "EAGAIN")
+    if hasattr(errno, name)
+}
 
 
 class FromData(str):
@@ -30,20 +44,71 @@ def read_json(path: str | os.PathLike) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Gives a name beside `path` to write to, which is renamed to `path` at the end, or removed after an error.
+    """Gives a name beside `path` for a file or folder, which is renamed to `path` at the end, or removed after an error
+    or a signal; what a killed process left beside it goes first.
 
     Raises:
-      ValueError: the file cannot be written.
+      ValueError: it cannot be written there.
+      OSError: the machine has no more room for it (`EXHAUSTED`), with the path.
     """
     path = pathlib.Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    remove_left(path.parent)
+    end = f".{_HOST}.{os.getpid()}.part"
+    aside = path.with_name(f".{_shortened(path.name, 254 - len(end))}{end}")
+    with undone(lambda: remove(aside)):
+        try:
+            remove(aside)
+            yield aside
+            os.replace(aside, path)
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from None
+            raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:64] or "host"
+_LEFT = re.compile(rf"\..+\.{_HOST}\.(\d+)\.part")
+_searched: set[pathlib.Path] = set()
+
+
+def remove_left(folder: pathlib.Path) -> None:
+    """Removes what processes of this machine that are no more were writing in a folder, once in a process."""
+    if folder.absolute() in _searched:
+        return
+    _searched.add(folder.absolute())
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            left = _LEFT.fullmatch(entry.name)
+            if left and not alive(int(left[1])):
+                remove(pathlib.Path(entry.path))
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a file, or a folder with all that is in it, also if someone else still writes there; nothing if it is not
+    there."""
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        if not os.path.lexists(path):
+            return
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _shortened(name: str, room: int) -> str:
+    return name.encode()[:room].decode(errors="ignore")
+
+
+def append_line(path: str | os.PathLike, text: str) -> None:
+    """Appends a line in one write, so that processes that append to the same file do not mix their lines."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        yield aside
-        os.replace(aside, path)
+        left = memoryview((text + "\n").encode())
+        while left:
+            left = left[os.write(file, left) :]
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from None
     finally:
-        aside.unlink(missing_ok=True)
+        os.close(file)
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
