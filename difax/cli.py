@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import difax
 from difax import commands
-from difax.core.files import EXHAUSTED
+from difax.core.files import EXHAUSTED, NoRoom
 from difax.core.shell import INTERRUPTED, StreamError, streams
 
 FAILED, ASKED = 1, 2  # exit codes: of a run that failed, and of a mistake in what was asked
@@ -100,7 +100,7 @@ def explained(error: BaseException) -> tuple[str, int] | None:
 
 def _of_the_system(error: OSError) -> str:
     """The file and what is wrong with it; where the error names none, the function that had to do with it."""
-    if isinstance(error, StreamError):
+    if isinstance(error, (StreamError, NoRoom)):
         return str(error.strerror)
     name = error.filename
     if name is None:

@@ -44,12 +44,23 @@ def read_json(path: str | os.PathLike) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Gives a name beside `path` for a file or folder, which is renamed to `path` at the end, or removed after an error
-    or a signal; what a killed process left beside it goes first.
+    """Gives a name beside `path` to write a file or a folder to, which is renamed to `path` at the end.
 
     Raises:
-      ValueError: it cannot be written there.
-      OSError: the machine has no more room for it (`EXHAUSTED`), with the path.
+      ValueError: it cannot be written there (`unwritable`).
+    """
+    with beside(path) as aside:
+        yield aside
+        os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def beside(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Gives a hidden name beside `path` for a file or a folder, which is removed after the block, an error or a signal;
+    what killed processes left in that folder goes first.
+
+    Raises:
+      ValueError: it cannot be written there (`unwritable`).
     """
     path = pathlib.Path(path)
     remove_left(path.parent)
@@ -59,11 +70,21 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         try:
             remove(aside)
             yield aside
-            os.replace(aside, path)
         except OSError as error:
-            if error.errno in EXHAUSTED:
-                raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from None
-            raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+            raise unwritable(path, error) from None
+
+
+class NoRoom(OSError, ValueError):
+    """A file that cannot be written since the machine has no more room for it (`EXHAUSTED`)."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def unwritable(path: str | os.PathLike, error: OSError) -> Exception:
+    """What is raised where a file cannot be written: a ValueError, which is a `NoRoom` where only room is missing."""
+    text = f"cannot write {path}: {error.strerror or error}"
+    return NoRoom(error.errno, text) if error.errno in EXHAUSTED else ValueError(text)
 
 
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:64] or "host"
@@ -100,13 +121,16 @@ def _shortened(name: str, room: int) -> str:
 
 def append_line(path: str | os.PathLike, text: str) -> None:
     """Appends a line in one write, so that processes that append to the same file do not mix their lines."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise unwritable(path, error) from None
     try:
         left = memoryview((text + "\n").encode())
         while left:
             left = left[os.write(file, left) :]
     except OSError as error:
-        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from None
+        raise unwritable(path, error) from None
     finally:
         os.close(file)
 

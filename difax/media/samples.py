@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,8 +59,7 @@ def save_samples(path: str | os.PathLike, samples: np.ndarray, columns: int, arr
 
 
 def _save_folder(path: pathlib.Path, samples: np.ndarray) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as aside:
         aside.mkdir()
         for i, sample in enumerate(samples):
             if sample.ndim == 3:
@@ -71,13 +69,6 @@ def _save_folder(path: pathlib.Path, samples: np.ndarray) -> None:
             frames.mkdir()
             for j, frame in enumerate(sample):
                 save_png(frames / f"{j:05d}.png", image_grid(to_uint8(frame)[None], 1, gap=0))
-        if path.is_dir():
-            path.rmdir()  # it is empty
-        aside.rename(path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_latents(path: str, n: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -13,6 +13,7 @@ import difflib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -27,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from difax.core.contracts import Params
-from difax.core.files import from_data
+from difax.core.files import from_data, replacing
 
 FLOATS = ("F32", "F16", "BF16")
 # what safetensors calls the dtypes of parameters
@@ -179,19 +180,16 @@ def save_safetensors(path: str | os.PathLike, params: Params, metadata: Mapping[
         if not hasattr(leaf, "dtype"):
             raise ValueError(f"cannot write {name}: {type(leaf).__name__} is no array")
         flat[name] = np.asarray(leaf, order="C")  # safetensors reads the buffer, whatever the strides
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     header = {_METADATA: json.dumps(dict(metadata), sort_keys=True)} if metadata else None
-    try:
+    with replacing(path) as aside:
         aside.touch()
         mode = aside.stat().st_mode  # the library's own files are readable by their owner only
-        save_file(flat, aside, header)
+        try:
+            save_file(flat, aside, header)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, str(error)) from error
         aside.chmod(mode)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write {path}: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def check_shapes(where: str, params: Params, spec: Params) -> None:

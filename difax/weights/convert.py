@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import future, type_handlers
 
 from difax.core.contracts import Params
+from difax.core.files import beside
 from difax.weights.checkpoint import Streamed
 from difax.weights.published import Foreign, opened_parameters
 
@@ -91,15 +91,9 @@ def convert(path: str | os.PathLike, target: str | os.PathLike, found: Foreign, 
         raise ValueError(f"{target}: the folder {target.parent} does not exist or is not writable")
     with opened_parameters(path, found, dtype) as parameters:
         tree = unflatten_dict(parameters, sep="/")
-        aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            with _checkpointer(streaming=True) as checkpointer:
-                checkpointer.save(aside, tree)
-            os.replace(aside, target)
-        except OSError as error:
-            raise ValueError(f"{target}: cannot be written ({error.strerror or error})") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with beside(target) as aside, _checkpointer(streaming=True) as checkpointer:
+            checkpointer.save(aside / "whole", tree)  # orbax writes beside it first, in `aside` too
+            os.replace(aside / "whole", target)
         sizes = [int(np.prod(p.shape)) for p in parameters.values()]
         each = [p.dtype.itemsize * s // (p.layers or 1) for p, s in zip(parameters.values(), sizes, strict=True)]
         total = sum(p.dtype.itemsize * s for p, s in zip(parameters.values(), sizes, strict=True))
