@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from difax.core.files import append_line
+from difax.core.lock import locked
 from difax.core.shell import check_xla_flags
 
 LISTS = (
@@ -195,21 +196,22 @@ def pareto(options: argparse.Namespace) -> int:
     gin = [f"--gin_file {f}" for f in options.gin_file] + [f"--gin_param {shlex.quote(p)}" for p in options.gin_param]
     flags = " ".join([*base, *weights, *gin, *(shlex.quote(f"--config.{s}") for s in options.set)])
     sweep = Sweep(flags, config, asked, pathlib.Path(options.out), judge, tell, eyes, options.weights, test)
-    if options.search:
-        goal = Goal(options.quality, options.speedup, options.floor)
-        print(summary(search(sweep, goal, options.trials), goal))
-        rows = sweep.rows()
-    else:
-        rows = sweep.measure(methods)
-    for row in rows:
-        log("row", **row)
-    print(json.dumps(rows) if options.json else table(rows, options.quality))
-    report = write_report(options.out, quality=options.quality, command=options.command)
-    heading = title(sweep_of(sweep.out))
-    if options.figure:
-        figure(rows, options.quality, options.figure, heading=heading)
-    if options.sheet:
-        sheet(rows, read_images(sweep.out, rows), options.sheet, options.quality, heading=heading)
+    with locked(sweep.out, "difax pareto"):
+        if options.search:
+            goal = Goal(options.quality, options.speedup, options.floor)
+            print(summary(search(sweep, goal, options.trials), goal))
+            rows = sweep.rows()
+        else:
+            rows = sweep.measure(methods)
+        for row in rows:
+            log("row", **row)
+        print(json.dumps(rows) if options.json else table(rows, options.quality))
+        report = write_report(options.out, quality=options.quality, command=options.command)
+        heading = title(sweep_of(sweep.out))
+        if options.figure:
+            figure(rows, options.quality, options.figure, heading=heading)
+        if options.sheet:
+            sheet(rows, read_images(sweep.out, rows), options.sheet, options.quality, heading=heading)
     tell(f"the report is {report}")
     for method, why in sweep.failed.items():
         print(f"difax: error: {method} failed, and is tried again by the same command: {why}", file=sys.stderr)
