@@ -1,8 +1,19 @@
-"""`python -m difax` is the command line of `difax.cli`."""
+"""`python -m difax` and `difax`: the command line of `difax.cli` as a process of its own."""
 
 import sys
+from typing import NoReturn
 
-from difax.cli import main
+from difax.core.shell import end_at_signals, open_streams
+
+
+def run() -> NoReturn:
+    """Runs the command that the process was started with, and ends the process with its exit code."""
+    open_streams()
+    end_at_signals()  # before what takes time to import
+    from difax.cli import main
+
+    sys.exit(main())
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -7,33 +7,133 @@ import contextlib
 import os
 import shlex
 import sys
+import tempfile
+import traceback
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+import difax
 from difax import commands
-from difax.accel.caches.measured import MeasuredElsewhere
+from difax.core.shell import INTERRUPTED, StreamError, streams
+from difax.core.writing import EXHAUSTED, NoRoom
+
+FAILED, ASKED = 1, 2  # exit codes: of a run that failed, and of a mistake in what was asked
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 for a failed run, 2 for a mistake in what was asked."""
+    """Runs one command and returns its exit code: 0, 1 for a failed run, 2 for a mistake in what was asked.
+
+    Whatever goes wrong is one line on stderr. What nobody foresaw also leaves a file with the traceback, which the line
+    names; `--traceback`, anywhere, shows every traceback instead.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    shown = "--traceback" in arguments
+    with streams():
+        options = None
+        try:
+            options = _parsed([a for a in arguments if a != "--traceback"])
+            code = 0
+            if options is not None:
+                options.command = shlex.join(["difax", *arguments])
+                with _warnings_as_lines():
+                    code = options.run(options)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+            return 0
+        except BaseException as error:
+            if shown:
+                traceback.print_exc()
+            text, code = explained(error) or (_unforeseen(error, getattr(options, "log", None), shown), FAILED)
+            print(f"difax: error: {' '.join(text.split())}", file=sys.stderr)
+            return code
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace | None:
+    """The flags of a command; None where help or the version was asked for, and told.
+
+    Raises:
+      ValueError: what the parser refuses, and a path or a name that is empty: it would be the current folder.
+    """
     try:
         options = _parser().parse_args(_join_overrides(arguments))
-        options.command = shlex.join(["difax", *arguments])
-        with _warnings_as_lines():
-            code = options.run(options)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, FileNotFoundError) as error:
-        return _fail(str(error), 2)
-    except FloatingPointError as error:
-        return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except SystemExit:
+        return None
+    for name, value in vars(options).items():
+        if name != "set" and "" in (value if isinstance(value, list) else [value]):
+            flag = name if name in ("source", "target", "kind") else f"--{name}"
+            raise ValueError(f"{flag} is empty; allowed: a path or a name")
+    return options
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code of an error that was to be expected; None of any other."""
+    text = str(error) or type(error).__name__
+    names = {t.__name__ for t in type(error).__mro__}
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, FloatingPointError):
+        return text, FAILED
+    if isinstance(error, MemoryError):
+        return f"out of memory ({text}), in {_place(error)}", FAILED
+    if names & {"JaxRuntimeError", "XlaRuntimeError"}:  # jax need not be imported yet
+        return f"{'out of memory: ' * ('RESOURCE_EXHAUSTED' in text)}{text[:400]}", FAILED
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return f"no such device here: {text}", ASKED
+    if isinstance(error, OSError) and (error.strerror or error.filename):
+        return _of_the_system(error), FAILED if error.errno in EXHAUSTED else ASKED
+    if isinstance(error, UnicodeError):
+        return f"not text in UTF-8 ({text}), in {_place(error)}", ASKED
+    if isinstance(error, KeyError):
+        return f"the key {text} is missing, in {_place(error)}", ASKED
+    if isinstance(error, RecursionError):
+        return f"nested too deeply ({text}), in {_place(error)}", ASKED
+    if isinstance(error, (EOFError, zipfile.BadZipFile, zlib.error)) or "SafetensorError" in names:
+        return f"a damaged file ({text}), in {_place(error)}", ASKED
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "difax").startswith("difax"):
+        return f"a package is missing: {text}, in {_place(error)}", FAILED
+    if isinstance(error, (OSError, ValueError, NotImplementedError)):
+        return text, ASKED
+    return None
+
+
+def _of_the_system(error: OSError) -> str:
+    """The file and what is wrong with it; where the error names none, the function that had to do with it."""
+    if isinstance(error, (StreamError, NoRoom)):
+        return str(error.strerror)
+    name = error.filename
+    if name is None:
+        return f"{error.strerror}, in {_place(error)}"
+    return f"{os.fsdecode(name) if isinstance(name, bytes) else name}: {error.strerror or error}"
+
+
+def _place(error: BaseException) -> str:
+    """The function of difax that an error came out of."""
+    frames = [f for f, _ in traceback.walk_tb(error.__traceback__)]
+    within = [f for f in frames if f.f_globals.get("__name__", "").partition(".")[0] == "difax"]
+    frame = (within or frames or [sys._getframe()])[-1]
+    return f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
+
+
+def _unforeseen(error: BaseException, log: str | None, shown: bool) -> str:
+    """The line about an error that nobody foresaw, with the file that its traceback is in."""
+    about = f"{type(error).__name__}: {str(error)[:400]} (in {_place(error)}); that is a fault of difax"
+    kept = None if shown else _keep("".join(traceback.format_exception(error)), log)
+    return about if kept is None else f"{about}; the traceback is in {kept}"
+
+
+def _keep(text: str, log: str | None) -> str | None:
+    """Writes a text to a new file beside --log or in the temporary folder; None where neither can be written."""
+    for folder in [*([os.path.dirname(os.path.abspath(log))] if log else []), None]:
+        with contextlib.suppress(OSError):
+            number, path = tempfile.mkstemp(".txt", "difax-traceback-", folder)
+            with open(number, "w", errors="backslashreplace") as file:
+                file.write(text)
+            return path
+    return None
 
 
 @contextlib.contextmanager
@@ -43,18 +143,12 @@ def _warnings_as_lines() -> Iterator[None]:
         others = warnings.showwarning
 
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-            if not issubclass(category, MeasuredElsewhere):
+            if category.__module__.partition(".")[0] != "difax":
                 return others(message, category, *where, **more)
             print(f"difax: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
         warnings.showwarning = show
-        warnings.simplefilter("default", MeasuredElsewhere)
         yield
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"difax: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,9 +179,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Fast Diffusion Transformers in JAX.",
         epilog="Any key of the configuration can be set by --config.SECTION.KEY=VALUE.",
     )
+    traced = "show where an error came from, not its line alone"
+    parser.add_argument("--version", action="version", version=f"difax {difax.__version__}")
+    parser.add_argument("--traceback", action="store_true", help=traced)
     added = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    common = _Parser(add_help=False)
+    every = _Parser(add_help=False)
+    every.add_argument("--traceback", action="store_true", help=traced)
+    common = _Parser(add_help=False, parents=[every])
     common.add_argument("--config", metavar="NAME[:ARG]", help="a name of `difax list configs`, or a .py file")
     common.add_argument("--gin_file", action="append", default=[], metavar="FILE", help="gin bindings")
     common.add_argument("--gin_param", action="append", default=[], metavar="BINDING", help="one gin binding")
@@ -226,7 +325,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--json", action="store_true", help="print the parts as JSON")
     profile.set_defaults(run=commands.profile)
 
-    convert = added.add_parser("convert", help="turn a published safetensors checkpoint into an orbax one")
+    convert = added.add_parser(
+        "convert", parents=[every], help="turn a published safetensors checkpoint into an orbax one"
+    )
     convert.add_argument("source", metavar="SRC", help=".safetensors file, its .index.json, or their folder")
     convert.add_argument("target", metavar="DST", help="folder that does not exist yet")
     convert.add_argument("--model", metavar="NAME", help="dit, flux, pixart or wan (default: by the tensors' names)")
@@ -242,7 +343,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--json", action="store_true", help="print the result as JSON")
     convert.set_defaults(run=commands.convert)
 
-    listing = added.add_parser("list", help="what there is, one line each")
+    listing = added.add_parser("list", parents=[every], help="what there is, one line each")
     listing.add_argument("kind", nargs="?", help=f"one of {', '.join(commands.LISTS)}")
     listing.add_argument("--systems", action="store_true", help="published systems, and what difax has of each")
     listing.add_argument("--category", help="of --systems: one of them, such as caching")

@@ -12,6 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from difax.core.lock import locked
+from difax.core.shell import check_xla_flags
+from difax.core.writing import append_line
+
 LISTS = (
     "models",
     "processes",
@@ -77,18 +81,22 @@ def _start(options: argparse.Namespace) -> Callable[..., None]:
     """Chooses the device and checks what can be checked at once; returns the function that writes a line of --log."""
     if getattr(options, "random_init", False) and options.weights:
         raise ValueError("--random-init and --weights exclude each other")
-    if options.platform:
+    check_xla_flags()
+    if getattr(options, "platform", None):
         from difax.core.device import choose_platform
 
         choose_platform(options.platform)
-    if not options.log:
+    elif os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
+        from difax.core.device import check_platforms
+
+        check_platforms()
+    if not getattr(options, "log", None):
         return lambda event, **fields: None
     path = writable(options.log, (".jsonl", ".json", ".log"), "--log", made=getattr(options, "workdir", None))
 
     def log(event: str, **fields: Any) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with open(path, "a") as file:
-            file.write(json.dumps({"time": now, "command": options.command, "event": event, **fields}) + "\n")
+        append_line(path, json.dumps({"time": now, "command": options.command, "event": event, **fields}))
 
     return log
 
@@ -186,21 +194,22 @@ def pareto(options: argparse.Namespace) -> int:
     gin = [f"--gin_file {f}" for f in options.gin_file] + [f"--gin_param {shlex.quote(p)}" for p in options.gin_param]
     flags = " ".join([*base, *weights, *gin, *(shlex.quote(f"--config.{s}") for s in options.set)])
     sweep = Sweep(flags, config, asked, pathlib.Path(options.out), judge, tell, eyes, options.weights, test)
-    if options.search:
-        goal = Goal(options.quality, options.speedup, options.floor)
-        print(summary(search(sweep, goal, options.trials), goal))
-        rows = sweep.rows()
-    else:
-        rows = sweep.measure(methods)
-    for row in rows:
-        log("row", **row)
-    print(json.dumps(rows) if options.json else table(rows, options.quality))
-    report = write_report(options.out, quality=options.quality, command=options.command)
-    heading = title(sweep_of(sweep.out))
-    if options.figure:
-        figure(rows, options.quality, options.figure, heading=heading)
-    if options.sheet:
-        sheet(rows, read_images(sweep.out, rows), options.sheet, options.quality, heading=heading)
+    with locked(sweep.out, "difax pareto"):
+        if options.search:
+            goal = Goal(options.quality, options.speedup, options.floor)
+            print(summary(search(sweep, goal, options.trials), goal))
+            rows = sweep.rows()
+        else:
+            rows = sweep.measure(methods)
+        for row in rows:
+            log("row", **row)
+        print(json.dumps(rows) if options.json else table(rows, options.quality))
+        report = write_report(options.out, quality=options.quality, command=options.command)
+        heading = title(sweep_of(sweep.out))
+        if options.figure:
+            figure(rows, options.quality, options.figure, heading=heading)
+        if options.sheet:
+            sheet(rows, read_images(sweep.out, rows), options.sheet, options.quality, heading=heading)
     tell(f"the report is {report}")
     for method, why in sweep.failed.items():
         print(f"difax: error: {method} failed, and is tried again by the same command: {why}", file=sys.stderr)
@@ -230,10 +239,10 @@ def profile(options: argparse.Namespace) -> int:
 
 
 def calibrate(options: argparse.Namespace) -> int:
+    log = _start(options)
     from difax.registry import choose
     from difax.study.calibrate import TECHNIQUES, check_settings, ending
 
-    log = _start(options)
     if not options.cache:
         raise ValueError(f"--cache is missing; allowed: {', '.join(TECHNIQUES)}")
     technique = choose("calibration", options.cache, TECHNIQUES)
@@ -286,6 +295,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
+    log = _start(options)
     out = writable(options.out, (".safetensors",))
     from difax.registry import make
     from difax.training.train import restore_ema
@@ -293,7 +303,7 @@ def export(options: argparse.Namespace) -> int:
 
     if not (pathlib.Path(options.workdir) / "checkpoints").is_dir():
         raise ValueError(f"{options.workdir}: no training run there (no checkpoints/)")
-    options.weights = options.workdir
+    dtype, options.dtype, options.weights = options.dtype, None, options.workdir  # of the file, not of the model
     config = _config(options, None)
     import jax
     import jax.numpy as jnp
@@ -301,13 +311,15 @@ def export(options: argparse.Namespace) -> int:
     from difax.config import plain
 
     step, params = restore_ema(options.workdir, make("model", config["model"]).init)
-    params = jax.tree.map(lambda a: jnp.asarray(a).astype(options.dtype), params)
+    params = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), params)
     save_safetensors(out, params, {"config": plain(config), "step": step})
-    print(f"{out}: {out.stat().st_size} bytes, step {step}, {options.dtype}")
+    log("export", step=step, out=str(out))
+    print(f"{out}: {out.stat().st_size} bytes, step {step}, {dtype}")
     return 0
 
 
 def convert(options: argparse.Namespace) -> int:
+    _start(options)
     import absl.logging
     import jax.numpy as jnp
 

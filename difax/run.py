@@ -38,7 +38,7 @@ from difax.report import format_table
 from difax.study import calibrate as calibrate_
 from difax.study import profile as profile_
 from difax.training.data import CLASS_NAMES, check_images, data_section
-from difax.training.train import TrainState
+from difax.training.train import TrainState, Unfit, check_folder
 from difax.training.train import train as train_
 from difax.weights.conditions import check_conditions, labelled, load_conditions, random_conditions
 
@@ -464,11 +464,16 @@ def train(
     """
     given = dict(config) if isinstance(config, Mapping) else load_config(os.fspath(config))
     whole = override(given, keyword_settings(settings))
-    if minutes is not None and not minutes > 0:
+    check_folder(workdir, resume)
+    if minutes is not None and not 0 < minutes < float("inf"):
         raise ValueError(f"--minutes={minutes}; allowed: > 0")
     if data is not None:
         whole["data"] = data_section(os.fspath(data), whole.get("data", {}))
-    task, options = build_task(whole, previewer), build_options(whole)
+    task = build_task(whole, previewer)
+    try:
+        options = build_options(whole)
+    except Unfit as error:  # what is wrong by itself is told first
+        options = error
     # weights, their average, two moments and a gradient, float32 each
     check_memory(
         f"training {shown(whole['model']['name'])}",
@@ -478,6 +483,8 @@ def train(
     )
     images = build_data(whole, "train")
     check_images(images, task.input_shape, task.classes)
+    if isinstance(options, Unfit):
+        raise options
     if images.names:
         whole["data"] = {**whole["data"], "names": list(images.names)}
     return train_(task, images, options, workdir, plain(whole), resume, progress, minutes, log)

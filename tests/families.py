@@ -27,7 +27,7 @@ FAMILIES = {
     "calibration": ("fit",),
     "study": ("metrics", "networks", "pareto", "pareto_report", "pareto_search", "profile", "experiments", "peers"),
     "front door": ("run", "outside", "readme", "colab"),
-    "commands": ("cli", "catalogue"),
+    "commands": ("cli", "catalogue", "interrupts"),
     "settings": ("fuzz_settings", "settings"),
     "packaging": ("packaging",),
 }

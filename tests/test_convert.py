@@ -20,10 +20,11 @@ from safetensors.numpy import load_file, save_file
 from difax.build import build_setup, find_weights, load_weights, recognise, settings_of
 from difax.cli import main
 from difax.config import configuration, load_config, override
+from difax.core import writing
 from difax.core.trunk import forward
 from difax.models import MODELS
 from difax.weights.conditions import random_conditions
-from difax.weights.convert import SETTINGS, _aside, check_target, converted_model, is_converted, load_converted
+from difax.weights.convert import SETTINGS, check_target, converted_model, is_converted, load_converted
 from difax.weights.published import load_foreign, opened_parameters
 from tests.families import some
 
@@ -326,13 +327,10 @@ def test_what_a_killed_process_left_goes_at_the_next_start_and_a_live_ones_stays
     target = tmp_path / "dst"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    names = {pid: tmp_path / _aside(target, pid) for pid in (dead.pid, os.getppid())}
-    for left in (*names.values(), tmp_path / _aside(tmp_path / "other", dead.pid)):
-        (left / "weights").mkdir(parents=True)
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".dst.{writing._HOST}.{pid}.part" / "weights").mkdir(parents=True)
     check_target(target)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [names[os.getppid()].name, _aside(tmp_path / "other", dead.pid)]
-    )
+    assert [p.name for p in tmp_path.iterdir()] == [f".dst.{writing._HOST}.{os.getppid()}.part"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), OSError(28, "No space left on device")])

@@ -31,7 +31,7 @@ SECONDS, BYTES = 20, 2 * 2**30
 SAMPLE = 300  # cases of the default run
 
 SMOKE = load_config("fmnist_smoke") | {"steps": STEPS, "weights": "random"}
-SMOKE["model"] |= {"depth": 2, "width": 16, "size": 8, "patch": 2}
+SMOKE["model"] = SMOKE["model"] | {"depth": 2, "width": 16, "size": 8, "patch": 2}
 DDPM = load_config("fmnist_smoke:ddpm") | {"steps": STEPS}
 DDPM["model"] |= {"depth": 2, "width": 16, "size": 8, "patch": 2}
 CNN = load_config("fmnist_cnn")

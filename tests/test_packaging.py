@@ -95,7 +95,7 @@ def test_the_wheel_holds_exactly_the_checkout(wheel):
         entry_points = archive.read(next(n for n in names if n.endswith("/entry_points.txt"))).decode()
     assert {name for name in names if ".dist-info/" not in name} == files
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    assert "difax = difax.cli:main" in entry_points
+    assert "difax = difax.__main__:run" in entry_points
 
 
 def test_the_wheel_works_in_another_folder(wheel, tmp_path, user_env):

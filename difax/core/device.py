@@ -23,13 +23,24 @@ def choose_platform(name: str) -> None:
     if name not in PLATFORMS:
         raise ValueError(f"--platform {name}; allowed: {', '.join(PLATFORMS)}")
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(name, name))
-    try:
-        there = jax.devices()[0].platform
-    except (RuntimeError, AssertionError) as error:  # the latter where jaxlib knows the name and has no plugin
-        why = " ".join(str(error).split())
-        raise ValueError(f"--platform {name}: no such device here ({why[:160] or 'no plugin'}); {_HOW[name]}") from None
+    there = _devices(f"--platform {name}", _HOW[name])[0].platform
     if there != name:
         raise ValueError(f"--platform {name}: JAX was started on {there} before; allowed: a new process")
+
+
+def check_platforms() -> None:
+    """Whether what JAX_PLATFORMS asks for is there; ValueError if not."""
+    names = os.environ.get("JAX_PLATFORMS")
+    if names and names != "cpu":
+        _devices(f"JAX_PLATFORMS={names}", "allowed: cpu, what is installed, or nothing")
+
+
+def _devices(asked: str, how: str) -> list[Any]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where jaxlib knows the name and has no plugin
+        why = " ".join(str(error).split())
+        raise ValueError(f"{asked}: no such device here ({why[:160] or 'no plugin'}); {how}") from None
 
 
 _HOW = {

@@ -22,6 +22,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from difax.core.writing import replacing
+
 TEXT = 64 * 2**20  # bytes of a text
 VALUES = 2**22  # values of a JSON text, which take some hundred bytes each
 DEPTH = 64  # of a JSON text
@@ -217,24 +219,6 @@ def read_object(path: str | os.PathLike, allowed: str = "a JSON object", finite:
       ValueError: as `read_json` and `check_object`.
     """
     return check_object(read_json(path, allowed, finite), named(path), **kinds)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Gives a name beside `path` to write to, which is renamed to `path` at the end, or removed after an error.
-
-    Raises:
-      ValueError: the file cannot be written.
-    """
-    path = pathlib.Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield aside
-        os.replace(aside, path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_rows(path: str | os.PathLike, **kinds: Any) -> list[dict[str, Any]]:
@@ -558,14 +542,3 @@ def save_arrays(
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
         archive.comment = comment.encode()
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs, whoever's it is."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True

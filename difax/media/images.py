@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from difax.core.files import replacing
+from difax.core.writing import replacing
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from difax.core.files import check_finite, named, opened_arrays, save_arrays, why, writable
+from difax.core.files import check_finite, named, opened_arrays, save_arrays, writable
+from difax.core.writing import replacing
 from difax.media.images import image_grid, picture, save_png, to_uint8, write_png
 
 SUFFIXES = (".png", ".npz", "")  # the last is a folder
@@ -48,8 +48,7 @@ def save_samples(path: str | os.PathLike, samples: np.ndarray, columns: int, arr
 
 
 def _save_folder(path: pathlib.Path, samples: np.ndarray) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as aside:
         aside.mkdir()
         for i, sample in enumerate(samples):
             if sample.ndim == 3:
@@ -59,13 +58,6 @@ def _save_folder(path: pathlib.Path, samples: np.ndarray) -> None:
             frames.mkdir()
             for j, frame in enumerate(sample):
                 write_png(frames / f"{j:05d}.png", image_grid(to_uint8(frame)[None], 1, gap=0))
-        if path.is_dir():
-            path.rmdir()  # it is empty
-        aside.rename(path)
-    except OSError as error:
-        raise ValueError(f"{named(path)}: cannot be written ({why(error)})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_latents(path: str, n: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -20,9 +20,9 @@ from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, un
 from difax.build import Setup
 from difax.core.contracts import Accelerator, Params, Trace
 from difax.core.cost import model_cost
-from difax.core.files import replacing
 from difax.core.sample import rounded
 from difax.core.stack import with_learned
+from difax.core.writing import replacing
 from difax.registry import choose
 
 Progress = Callable[[str], None]

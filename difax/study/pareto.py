@@ -27,7 +27,8 @@ from difax.core.contracts import Params, Trace
 from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import averaged, strip
 from difax.core.device import device_name, peak_memory, processor, versions
-from difax.core.files import replacing, save_arrays
+from difax.core.files import save_arrays
+from difax.core.writing import append_line, replacing
 from difax.media.images import to_uint8
 from difax.program import Program
 from difax.study.calibrate import Sampler, calibrate_to, ending
@@ -187,8 +188,7 @@ class Sweep:
         return self.rows()
 
     def _append(self, row: dict[str, Any]) -> None:
-        with open(self.out / "rows.jsonl", "a") as file:
-            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        append_line(self.out / "rows.jsonl", json.dumps(_finite(row), allow_nan=False))
 
     def _row(self, name: str, method: Method) -> dict[str, Any]:
         about = {

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from difax.core.files import place_of, replacing
+from difax.core.files import place_of
+from difax.core.writing import replacing
 from difax.media.images import drawing
 from difax.study.catalogue import System, systems
 from difax.study.folder import read_image_file, read_measured, read_sweep

@@ -6,6 +6,7 @@ checkpoint, so a run that is killed and resumed has the losses of the uninterrup
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,10 +24,17 @@ import orbax.checkpoint as ocp
 
 from difax.core import mesh as mesh_
 from difax.core.files import check_object, named, place_of, read_object
+from difax.core.lock import LOCK, locked
+from difax.core.shell import undone
+from difax.core.writing import append_line, remove, replacing, unwritable
 from difax.training.checkpoints import open_checkpoints, restored
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
 from difax.weights.checkpoint import check_shapes
+
+
+class Unfit(ValueError):
+    """Settings that are allowed each, and not together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +84,7 @@ class TrainOptions:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}; allowed: 0 <= {name} < 1")
         if self.warmup + self.decay > self.steps:
-            raise ValueError(
-                f"train.warmup + train.decay = {self.warmup + self.decay} exceeds train.steps={self.steps}"
-            )
+            raise Unfit(f"train.warmup + train.decay = {self.warmup + self.decay} exceeds train.steps={self.steps}")
 
 
 class Task(NamedTuple):
@@ -124,7 +130,11 @@ def optimizer(options: TrainOptions) -> optax.GradientTransformation:
 
 
 def make_step(loss: Loss, options: TrainOptions) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted update (state, batch) -> (state, metrics); the state is donated."""
+    """The jitted update (state, batch) -> (state, metrics); the state is donated.
+
+    Among the metrics are the loss and the norms of the gradient and of the update: where all are finite, so are weights
+    that were.
+    """
     transform = optimizer(options)
     root = jax.random.key(options.seed)
 
@@ -136,7 +146,8 @@ def make_step(loss: Loss, options: TrainOptions) -> Callable[..., tuple[TrainSta
         step = state.step.astype(jnp.float32)
         decay = jnp.minimum(options.ema, (1 + step) / (10 + step))
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-        metrics = {"loss": value, **metrics, "gradient_norm": optax.tree.norm(gradient)}
+        norms = {"gradient_norm": optax.tree.norm(gradient), "update_norm": optax.tree.norm(updates)}
+        metrics = {"loss": value, **metrics, **norms}
         return TrainState(state.step + 1, params, ema, inner), metrics
 
     return jax.jit(update, donate_argnums=0)
@@ -152,6 +163,7 @@ def train(
     progress: bool = True,
     minutes: float | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainState:
     """Trains a task and writes checkpoints, samples and logs into a folder.
 
@@ -164,25 +176,57 @@ def train(
       config: the run's whole configuration as plain JSON, compared on resume and stored beside the checkpoints.
       resume: continue from the last checkpoint of `workdir`.
       progress: show a progress bar on stderr.
-      minutes: stop with a checkpoint after so long, to be resumed; None trains to the end.
+      minutes: stop with a checkpoint after so long, to be resumed; from the end of the first step on, since compilation
+        is before it, and without the previews. None trains to the end.
       log: is called with every line of log.jsonl.
+      clock: seconds, for `minutes`.
 
     Returns:
       The last state.
 
     Raises:
-      ValueError: a folder that is not empty, holds no run, or another configuration; bad mesh or batch.
-      FloatingPointError: a non-finite loss, with its step; the last good checkpoint stays.
+      ValueError: a folder that is not empty, holds no run, another configuration or a damaged checkpoint, or that
+        another process writes to; bad mesh or batch.
+      FloatingPointError: a loss, gradient, update or weight that is not finite, with its step, before anything of it is
+        kept; the last good checkpoint stays.
     """
+    check_folder(workdir, resume)
     folder = pathlib.Path(workdir).absolute()
     mesh = mesh_.data_mesh(options.devices)
     split = mesh_.batch_sharding(mesh, options.batch)
     whole = mesh_.replicated(mesh)
     indices = batches(len(data.image), options.batch, options.seed)
-    _prepare(folder, config, options, resume)
+    _check_config(folder, config, resume)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    with locked(folder, "difax train"), undone(lambda: _remove_unfinished(folder)):
+        _remove_unfinished(folder)
+        check_folder(folder, resume)  # another process may have been here before the lock was ours
+        _check_config(folder, config, resume)
+        if not resume:
+            _write_json(folder / "config.json", config)
+        (folder / "samples").mkdir(exist_ok=True)
+        return _train(task, data, options, folder, config, progress, minutes, log, clock, (indices, split, whole))
 
+
+def _train(
+    task: Task,
+    data: Images,
+    options: TrainOptions,
+    folder: pathlib.Path,
+    config: dict[str, Any],
+    progress: bool,
+    minutes: float | None,
+    log: Callable[[dict[str, Any]], None] | None,
+    clock: Callable[[], float],
+    placed: tuple[Any, Any, Any],
+) -> TrainState:
+    """`train` in a folder that is ours and prepared; placed: rows of a step, shardings of a batch and of the state."""
+    indices, split, whole = placed
     transform = optimizer(options)
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    deadline: float | None = None
 
     def init() -> TrainState:
         params = task.init(jax.random.fold_in(jax.random.key(options.seed), 0))
@@ -213,18 +257,54 @@ def train(
                 state, metrics = update(state, jax.device_put(batch, split))
                 done = step + 1
                 recorder.add(done, metrics)
-                last = done == options.steps or (deadline is not None and time.monotonic() > deadline)
+                if minutes is not None and deadline is None:
+                    jax.block_until_ready(state)
+                    deadline = clock() + 60 * minutes
+                last = done == options.steps or (deadline is not None and clock() >= deadline)
                 save = last or done % options.checkpoint_every == 0
                 if save or done % options.log_every == 0:
-                    recorder.flush()  # raises at a non-finite loss, so that only good states are saved
+                    recorder.flush()  # raises where something is not finite, so that only good states are saved
                 if save:
+                    _check_finite(folder, done, state)
                     checkpoints.save(done, args=ocp.args.StandardSave(state))
                 if task.preview and (last or done % options.sample_every == 0):
+                    begun = clock()
                     recorder.picture(done, task.preview(state.ema))
+                    deadline = None if deadline is None else deadline + clock() - begun
                 if last:
                     break
         checkpoints.wait_until_finished()
     return state
+
+
+def _check_finite(folder: pathlib.Path, step: int, state: TrainState) -> None:
+    """FloatingPointError with the first weight, average or moment of a state that is not finite."""
+    bad = not_finite(state)
+    if bad:
+        raise FloatingPointError(f"{bad[0]} is not finite after step {step}; {_kept(folder)}")
+
+
+def _kept(folder: pathlib.Path) -> str:
+    return f"checkpoints up to the last good one are kept in {folder / 'checkpoints'}"
+
+
+@jax.jit
+def _finite(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), tree)
+
+
+def not_finite(tree: Any) -> list[str]:
+    """Paths of the arrays of a tree that hold an infinity or a nan."""
+    found = jax.tree_util.tree_leaves_with_path(jax.device_get(_finite(tree)))
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, finite in found if not finite]
+
+
+def _remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes checkpoints that were being written: orbax renames those that are whole."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder / "checkpoints")):
+            if ".orbax-checkpoint-tmp" in entry.name:
+                remove(pathlib.Path(entry.path))
 
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -256,7 +336,7 @@ def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) ->
       (step, params).
 
     Raises:
-      ValueError: no checkpoint there, or one of another shape (names the tensor).
+      ValueError: no checkpoint there, a damaged one, or one of another shape (names the tensor).
     """
     with _checkpoints(workdir) as checkpoints:
         latest = _latest(workdir, checkpoints)
@@ -270,7 +350,7 @@ def _checkpoints(workdir: str | os.PathLike) -> ocp.CheckpointManager:
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"{workdir}: no training run there (no checkpoints/)")
-    return open_checkpoints(workdir)
+    return open_checkpoints(workdir, options=ocp.CheckpointManagerOptions(read_only=True))
 
 
 def _latest(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager) -> int:
@@ -289,8 +369,8 @@ class _Recorder:
 
         self.folder, self.options, self.start, self.tell = folder, options, start, tell
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
-        _truncate_log(folder / "log.jsonl", start)
-        self.log = open(folder / "log.jsonl", "a")
+        self.path = folder / "log.jsonl"
+        _truncate_log(self.path, start)
         self.events = SummaryWriter(str(folder / "events"), purge_step=start or None)
         self.bar = tqdm(
             total=options.steps,
@@ -308,24 +388,21 @@ class _Recorder:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
         self.events.close()
-        self.log.close()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.pending.append((step, metrics))
         self.bar.update()
 
     def flush(self) -> None:
-        """Reads the pending metrics, refuses a non-finite loss, and logs the steps that are due."""
+        """Reads the pending metrics, refuses what is not finite, and logs the steps that are due."""
         if not self.pending:
             return
         fetched = [(step, {k: float(v) for k, v in m.items()}) for step, m in jax.device_get(self.pending)]
         self.pending = []
         for step, metrics in fetched:
-            if not np.isfinite(metrics["loss"]):
-                raise FloatingPointError(
-                    f"loss is {metrics['loss']} at step {step}; checkpoints up to the last good one are kept in "
-                    f"{self.folder / 'checkpoints'}"
-                )
+            for name in ("loss", "gradient_norm", "update_norm"):
+                if not np.isfinite(metrics[name]):
+                    raise FloatingPointError(f"{name} is {metrics[name]} at step {step}; {_kept(self.folder)}")
         now = time.perf_counter()
         step = fetched[-1][0]
         rate = (step - self.last) * self.options.batch / (now - self.clock)
@@ -335,12 +412,11 @@ class _Recorder:
             if step % self.options.log_every == 0 or step == self.options.steps:
                 metrics = {**metrics, "learning_rate": float(np.asarray(schedule(self.options)(step - 1)))}
                 row = {"step": step, **metrics, "images_per_second": rate}
-                self.log.write(json.dumps(row) + "\n")
+                append_line(self.path, json.dumps(row))
                 if self.tell is not None:
                     self.tell(row)
                 for name, value in metrics.items():
                     self.events.add_scalar(name, value, step)
-        self.log.flush()
 
     def picture(self, step: int, image: np.ndarray) -> None:
         from difax.media.images import save_png
@@ -349,19 +425,39 @@ class _Recorder:
         self.events.add_image("samples", image, step, dataformats="HW" if image.ndim == 2 else "HWC")
 
 
-def _prepare(folder: pathlib.Path, config: dict[str, Any], options: TrainOptions, resume: bool) -> None:
+def check_folder(workdir: str | os.PathLike, resume: bool) -> None:
+    """Whether a run may begin in a folder, or go on there; writes nothing.
+
+    Raises:
+      ValueError: an empty path, a folder that is not empty or cannot be made; on resume, no run there.
+    """
+    if not os.fspath(workdir):
+        raise ValueError("workdir is empty; allowed: a path")
+    folder = pathlib.Path(workdir).absolute()
     if resume:
-        difference = _first_difference(_fixed(read_run(folder)), _fixed(config))
-        if difference:
-            raise ValueError(f"{folder} holds a run of another configuration: {difference}")
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; give a new folder, or resume it")
-    try:
-        (folder / "samples").mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
-    _write_json(folder / "config.json", config)
+        read_run(folder)
+        for name in ("samples", "events", "checkpoints"):
+            if (folder / name).exists() and not (folder / name).is_dir():
+                raise ValueError(f"{folder / name}: is no folder; remove it to go on")
+    elif folder.exists():
+        if not folder.is_dir() or any(map(_counts, folder.iterdir())):
+            raise ValueError(f"{folder} exists and is not empty; give a new folder, or resume it")
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"{folder}: cannot be written ({there} is {'not writable' if there.is_dir() else 'no folder'})"
+        )
+
+
+def _counts(path: pathlib.Path) -> bool:
+    """Whether a file in a folder says that something is there: not what a run that was killed at once left."""
+    return path.name != LOCK and not path.name.endswith(".part")
+
+
+def _check_config(folder: pathlib.Path, config: dict[str, Any], resume: bool) -> None:
+    difference = _first_difference(_fixed(read_run(folder)), _fixed(config)) if resume else None
+    if difference:
+        raise ValueError(f"{folder} holds a run of another configuration: {difference}")
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
@@ -394,24 +490,24 @@ def _check_schedule(folder: pathlib.Path, latest: int, options: TrainOptions) ->
 
 
 def _truncate_log(path: pathlib.Path, start: int) -> None:
-    """Drops the lines of steps that a killed run logged after its last checkpoint: they will come again."""
+    """Drops the lines of steps that a killed run logged after its last checkpoint, which will come again, and lines
+    that cannot be read, of which those in the middle are told."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept, broken = [], []
+    lines = path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= start:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break  # the line that was being written when the run was killed
-    _write_text(path, "".join(kept))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken.append(number)
+    if broken and broken != [len(lines)]:  # the last one was being written when the run was killed
+        print(f"difax: warning: {path}: line {broken[0]} is damaged and dropped, {len(broken)} in all", file=sys.stderr)
+    with replacing(path) as aside:
+        aside.write_text("".join(kept))
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")

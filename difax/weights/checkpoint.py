@@ -37,6 +37,7 @@ from safetensors.numpy import save_file
 
 from difax.core.contracts import Params
 from difax.core.files import from_data
+from difax.core.writing import replacing
 
 # what safetensors calls the dtypes of parameters
 FP8 = {"F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2}
@@ -259,19 +260,16 @@ def save_safetensors(path: str | os.PathLike, params: Params, metadata: Mapping[
         if not hasattr(leaf, "dtype"):
             raise ValueError(f"cannot write {name}: {type(leaf).__name__} is no array")
         flat[name] = np.asarray(leaf, order="C")  # safetensors reads the buffer, whatever the strides
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     header = {_METADATA: json.dumps(dict(metadata), sort_keys=True)} if metadata else None
-    try:
+    with replacing(path) as aside:
         aside.touch()
         mode = aside.stat().st_mode  # the library's own files are readable by their owner only
-        save_file(flat, aside, header)
+        try:
+            save_file(flat, aside, header)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, str(error)) from error
         aside.chmod(mode)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write {path}: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def equal_copies(path: str | os.PathLike, table: Mapping[str, Source], layers: Mapping[str, int]) -> bool:

@@ -7,11 +7,11 @@ of the file in memory, however large the model.
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import json
 import os
 import pathlib
 import shutil
-import socket
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,8 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import future, type_handlers
 
 from difax.core.contracts import Params
-from difax.core.files import is_alive, read_json
+from difax.core.files import read_json
+from difax.core.writing import beside, remove_left, unwritable
 from difax.weights.checkpoint import Streamed
 from difax.weights.published import Foreign, opened_parameters
 
@@ -94,22 +95,8 @@ def check_target(target: str | os.PathLike) -> pathlib.Path:
         raise ValueError(f"{path}: exists already; allowed: a folder that does not exist yet")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: the folder {path.parent} does not exist or is not writable")
-    remove_stale(path)
+    remove_left(path.parent)
     return path
-
-
-def _aside(target: pathlib.Path, pid: int | None = None) -> str:
-    """The name of the folder in which a process makes a target, or the pattern of those of all on this machine."""
-    short = f"{zlib.crc32(os.fsencode(target.name)):08x}"
-    return f".difax-{short}-{socket.gethostname()[:60]}-{'*' if pid is None else pid}.part"
-
-
-def remove_stale(target: pathlib.Path) -> None:
-    """Removes what processes that were killed on this machine left of a target."""
-    for left in target.parent.glob(_aside(target)):
-        pid = left.name.removesuffix(".part").rpartition("-")[2]
-        if pid.isdigit() and not is_alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def convert(path: str | os.PathLike, target: str | os.PathLike, found: Foreign, dtype: Any = None) -> dict[str, Any]:
@@ -139,23 +126,18 @@ def convert(path: str | os.PathLike, target: str | os.PathLike, found: Foreign, 
         free = shutil.disk_usage(target.parent).free
         if total > free:
             raise ValueError(f"{target}: needs {total} bytes, {free} are free there")
-        aside = target.with_name(_aside(target, os.getpid()))
-        made = aside / "weights"  # orbax writes beside it first
         try:
-            aside.mkdir()
-            with _checkpointer(streaming=True) as checkpointer:
-                checkpointer.save(made, unflatten_dict(parameters, sep="/"))
-            _write_settings(made, found)
-            os.replace(made, target)
-        except OSError as error:
-            raise ValueError(f"{target}: cannot be written ({error.strerror or error})") from None
+            with beside(target) as aside:
+                made = aside / "weights"  # orbax writes beside it first, in `aside` too
+                with _checkpointer(streaming=True) as checkpointer:
+                    checkpointer.save(made, unflatten_dict(parameters, sep="/"))
+                _write_settings(made, found)
+                os.replace(made, target)
         except ValueError as error:
             # a full disk reaches here as tensorstore's own error
             if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
-                raise ValueError(f"{target}: cannot be written (no space left on the device)") from None
+                raise unwritable(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
             raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
         return {
             "parameters": sum(sizes),
             "tensors": sum(p.layers or 1 for p in parameters.values()),

@@ -1,0 +1,113 @@
+"""One process at a time in a folder, and whether a process is still there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from difax.core.shell import undone
+
+LOCK = ".difax.lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # file systems that have none
+
+
+def alive(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike, what: str) -> Iterator[None]:
+    """Keeps other processes out of a folder that is there, for the block.
+
+    The kernel holds the lock, and lets go of it when the process dies, however it does. The file says who it is, for
+    others, and for file systems that do not share locks between machines.
+
+    Args:
+      folder: to write to. what: holds it, as others are told, such as "difax train".
+
+    Raises:
+      ValueError: another process holds it (its number, machine and since when), or one of another machine may.
+    """
+    path = pathlib.Path(folder) / LOCK
+    file, sure = _opened(path)
+
+    def release() -> None:
+        path.unlink(missing_ok=True)
+
+    try:
+        _check(path, _owner(file), sure)
+        me = {"what": what, "pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        with undone(release):
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps(me).encode(), 0)
+            yield
+    finally:
+        os.close(file)
+
+
+def _opened(path: pathlib.Path) -> tuple[int, bool]:
+    """A descriptor of the file, and whether the kernel's lock is on it, which some file systems do not have."""
+    while True:
+        file, sure = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _owner(file)
+            os.close(file)
+            raise ValueError(
+                f"{path.parent}: {_words(owner)} writes there; allowed: another folder, or later"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(file)
+                raise
+            sure = False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file, sure
+        os.close(file)  # whoever held it has just removed it
+
+
+def _owner(file: int) -> dict[str, Any]:
+    try:
+        owner = json.loads(os.pread(file, 4096, 0))
+    except ValueError:  # empty, or cut off
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _refusal(path: pathlib.Path, owner: dict[str, Any]) -> str:
+    return f"{path.parent}: {_words(owner)} writes there; allowed: another folder, or later"
+
+
+def _words(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    get = lambda key: str(owner.get(key, "?"))[:80]  # noqa: E731
+    return f"{get('what')} (process {get('pid')} on {get('host')}, since {get('since')})"
+
+
+def _check(path: pathlib.Path, owner: dict[str, Any], sure: bool) -> None:
+    """Whether what the file says was left behind by a process that is no more."""
+    pid, host = owner.get("pid"), owner.get("host")
+    if host is not None and host != platform.node():
+        raise ValueError(
+            f"{path.parent}: {_words(owner)} writes there, or did when it ended; if that process is gone, remove {path}"
+        )
+    if not sure and isinstance(pid, int) and pid != os.getpid() and alive(pid):
+        raise ValueError(_refusal(path, owner))

@@ -1,0 +1,189 @@
+"""What a process owes to the shell that started it: streams that may be closed or full, signals that end it at once.
+
+A signal cannot wait for Python: XLA compiles for minutes without returning to it, threads of orbax write on, and an
+exception that lands in the middle of an import is swallowed or turned into another. So a thread of its own ends the
+process as soon as a signal comes, with one line and without what was half-written; the main thread does nothing more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+INTERRUPTED = 130  # the exit code of a process that was told to end
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+_LIMIT = 2.0  # seconds after a signal in which the process is over, whatever becomes of what it removes
+
+_under_way: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Calls `undo` after the block, and also where a signal ends the process within it.
+
+    Args:
+      undo: removes what nobody shall find; quick, imports nothing, and may be called twice.
+    """
+    _under_way.append(undo)
+    try:
+        yield
+    finally:
+        _under_way.remove(undo)
+        undo()
+
+
+def end_at_signals() -> None:
+    """Lets SIGINT, SIGTERM and SIGHUP end this process with one line on stderr and exit code 130.
+
+    For a process that is difax's own, before anything heavy is imported. What is `undone` is so, in two seconds at
+    most. A signal that the parent had ignored (nohup) stays so.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def told(number: int, frame: Any) -> None:
+        with contextlib.suppress(OSError):
+            os.write(writing, bytes([number]))  # should another loop of events have taken the wakeup
+        while True:  # the main thread must not go on: it would stumble over what is removed, and say so
+            time.sleep(60)
+
+    def watch() -> None:
+        while True:
+            for number in os.read(reading, 1):
+                if number in kept:
+                    _end(kept[number])
+
+    kept = {int(n): word for n, word in SIGNALS.items() if signal.getsignal(n) is not signal.SIG_IGN}
+    threading.Thread(target=watch, name="difax-signals", daemon=True).start()
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in kept:
+        signal.signal(number, told)
+
+
+def _end(word: str) -> None:
+    limit = threading.Timer(_LIMIT, os._exit, [INTERRUPTED])
+    limit.daemon = True
+    limit.start()
+    with contextlib.suppress(OSError):
+        shown, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)  # nothing follows the line: threads of C++ would tell what they miss
+        start = "\n" if getattr(sys.stderr, "open_line", False) else ""
+        os.write(shown, f"{start}difax: error: {word}\n".encode())
+    for undo in reversed(_under_way.copy()):
+        with contextlib.suppress(Exception):
+            undo()
+    os._exit(INTERRUPTED)
+
+
+class StreamError(OSError):
+    """Standard output that cannot be written."""
+
+
+class Stream:
+    """Standard output or standard error, which may be closed, full, or know fewer letters than a text has.
+
+    Args:
+      stream: what stands there, or None.
+      heard: whether the run has failed if nobody can read it (`StreamError`, or BrokenPipeError where a reader such as
+        head has seen enough); else what cannot be written is dropped.
+    """
+
+    def __init__(self, stream: TextIO | None, heard: bool):
+        self.stream, self.heard, self.open_line = stream, heard, False
+
+    def write(self, text: str) -> int:
+        if self.stream is not None and text:
+            self.open_line = not text.endswith("\n")
+            with self._errors():
+                try:
+                    self.stream.write(text)
+                except UnicodeEncodeError:
+                    letters = self.stream.encoding or "ascii"
+                    self.stream.write(text.encode(letters, "backslashreplace").decode(letters))
+        return len(text)
+
+    def flush(self) -> None:
+        if self.stream is not None:
+            with self._errors():
+                self.stream.flush()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._drop()
+            if self.heard and isinstance(error, BrokenPipeError):
+                raise
+            if self.heard:
+                raise StreamError(error.errno, f"cannot write to stdout: {error.strerror}") from None
+
+    def _drop(self) -> None:
+        """What is left in a buffer goes nowhere, so that the end of the process does not stumble over it again."""
+        stream, self.stream = self.stream, None
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        if self.stream is None and name in ("isatty", "writable"):
+            return lambda: False
+        return getattr(self.stream if self.stream is not None else sys.__stderr__, name)
+
+
+@contextlib.contextmanager
+def streams() -> Iterator[None]:
+    """Standard output and standard error as `Stream`s, in the block."""
+    with contextlib.redirect_stdout(Stream(sys.stdout, True)), contextlib.redirect_stderr(Stream(sys.stderr, False)):
+        yield
+
+
+def open_streams() -> None:
+    """Gives a process whose standard streams are closed empty ones: a file would take their place otherwise."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+
+
+def check_xla_flags() -> None:
+    """Lets a child find out whether XLA takes XLA_FLAGS: it aborts the process that has one it does not know.
+
+    Only before jaxlib is imported, in a process without other threads than ours.
+
+    Raises:
+      ValueError: a flag or a value that XLA does not take, in its words.
+    """
+    flags = os.environ.get("XLA_FLAGS")
+    if not flags or "jaxlib" in sys.modules:
+        return
+    from jaxlib import xla_client
+
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.alarm(20)
+        os.dup2(writing, 2)
+        xla_client.CompileOptions()  # reads them
+        os._exit(0)
+    os.close(writing)
+    with open(reading, errors="replace") as told:
+        text = told.read(2**20)
+    if os.waitpid(child, 0)[1]:  # it aborts, or exits, by the version
+        lines = [line.partition("] ")[2] for line in text.splitlines() if re.match(r"[EF]\d{4} ", line)]
+        why = lines[0][:200] if lines else "XLA does not start with them"
+        raise ValueError(f"XLA_FLAGS={flags}: {why}")
