@@ -294,6 +294,20 @@ def test_bootstrap_of_a_distance_lies_around_it():
     assert found.low < found.value < found.high
 
 
+@pytest.mark.parametrize("shape", [(4, 2), (23, 2), (60, 5)])
+def test_draws_that_share_their_work_are_those_of_the_definition(shape, monkeypatch):
+    """Estimate and interval of every figure, draw by draw, and where the kept neighbours do not suffice."""
+    rng = np.random.default_rng(7)
+    samples, real = rng.normal(size=shape), 1.3 * rng.normal(size=(shape[0] + 3, shape[1])) + 0.2
+    figures = {name: figure for name, figure in FEATURE_FIGURES.items() if figure.each is not None}
+    assert set(figures) == {"kernel", "precision", "recall"}
+    for near in (40, 2):
+        monkeypatch.setattr("difax.study.metrics.NEAR", near)
+        for figure in figures.values():
+            whole = bootstrap(samples, lambda rows, of=figure.of: of(rows, real), 50, figure.bounds)
+            np.testing.assert_allclose(figure.interval(samples, real, 50), whole, rtol=1e-12, atol=1e-13)
+
+
 LABELLED = Images(np.zeros((70, 2, 2, 1), np.uint8), RNG.permutation(np.repeat(np.arange(10, dtype=np.int32), 7)))
 
 
