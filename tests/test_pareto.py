@@ -11,9 +11,10 @@ import time
 import numpy as np
 import pytest
 
+import difax
 from difax.cli import main
 from difax.commands import writable
-from difax.config import checkpoint_config, load_config, override, parse_value
+from difax.config import load_config, override, parse_value
 from difax.core.files import read_rows
 from difax.study.frontier import BASELINE, frontier, line, table
 from difax.study.methods import FAMILIES, METHODS, chosen
@@ -28,8 +29,8 @@ def sweep(small_weights):
     """(folder, steps=4, options=SHORT, ...) -> a sweep of the small model."""
 
     def made(folder, steps=4, options=SHORT, **keys):
-        config = override(checkpoint_config(small_weights), [("steps", steps)])
-        return Sweep(f"--weights {small_weights}", config, options, folder, weights=small_weights, **keys)
+        run = difax.load(small_weights, steps=steps)
+        return Sweep(f"--weights {small_weights}", run, options, folder, **keys)
 
     return made
 
@@ -207,14 +208,29 @@ def test_methods_are_chosen_by_name_family_and_settings():
         (["--budget", "-1"], "--budget=-1.0; allowed: above 0"),
         (["--quality", "pnsr"], "did you mean psnr"),
         (["--figure", "elsewhere/a.png"], "the folder elsewhere does not exist"),
-        (["--config", "wan_tiny", "--no-judge"], "takes no labels"),
         (["--methods", "stepz=3", "--no-judge"], "config section"),
+        (["--methods", "cache.name=fora,cache.intervl=3"], "--methods cache.name=fora,cache.intervl=3: unknown key"),
+        (["--methods", "cache.name=fora,cache.interval=0"], "interval=0"),
+        (["--methods", "steps=0"], "--methods steps=0: "),
+        (["--methods", "steps="], "'steps='; allowed: KEY=VALUE"),
+        (["--methods", "steps=2,steps=3"], "steps is set twice"),
+        (["--methods", "model.size=14"], "--methods model.size=14: "),
+        (["--quality", "lpips"], "--network lpips=FILE"),
+        (["--quality", "agreement", "--no-judge"], "--judge NAME"),
+        (["--quality", "fid", "--no-judge"], "--network inception=FILE"),
+        (["--cache", "fora"], "fora among --methods"),
+        (["--labels", "77"], "label 77; allowed: 0 ... 9"),
+        (["--cond", "a.safetensors"], "takes labels"),
+        (["--config", "wan_tiny", "--labels", "1"], "takes no labels"),
+        (["--config", "wan_tiny", "--quality", "agreement"], "it needs a judge"),
+        (["--random-init", "--weights", "w"], "exclude each other"),
     ],
 )
-def test_mistakes_are_one_line(arguments, match, tmp_path, capsys):
+def test_mistakes_are_one_line_and_make_no_folder(arguments, match, tmp_path, capsys):
     assert main(["pareto", *arguments, "--out", str(tmp_path / "p"), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert match in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pictures_may_lie_where_the_sweep_makes_folders(tmp_path):

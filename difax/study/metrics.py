@@ -159,8 +159,8 @@ def _radii(x_NF: np.ndarray, k: int) -> np.ndarray:
 
 def _precisions(samples_NF: np.ndarray, real_NF: np.ndarray, draws_RN: np.ndarray, k: int = 3) -> np.ndarray:
     """The precision of each draw of samples: whether one lies among the real ones is its own affair."""
-    inside = (_squared(samples_NF, real_NF) <= _radii(real_NF, k)[None]).any(1)
-    return inside[draws_RN].mean(1)
+    inside_N = np.asarray(_squared(samples_NF, real_NF) <= _radii(real_NF, k)[None]).any(1)
+    return np.asarray(inside_N)[draws_RN].mean(1)
 
 
 NEAR = 40  # neighbours of a sample that are kept in order; all but surely a draw has k of them
@@ -330,6 +330,21 @@ def normalise_features(features_NF: np.ndarray, scale: FeatureScale) -> np.ndarr
     return (np.asarray(features_NF, np.float64)[:, scale.keep] - scale.mean) / scale.std
 
 
+Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def framewise(measure: Measure) -> Measure:
+    """A measure of pairs of images [N, H, W, C] for pairs of videos [N, F, H, W, C] too: the mean over frames."""
+
+    def measured(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        if a.ndim != 5:
+            return np.asarray(measure(a, b))
+        frames = (x.reshape(-1, *x.shape[2:]) for x in (a, b))
+        return np.asarray(measure(*frames)).reshape(a.shape[:2]).mean(1)
+
+    return measured
+
+
 def psnr(a: np.ndarray, b: np.ndarray, peak: float = 2.0) -> float:
     """Peak signal-to-noise ratio 10 log10(peak^2 / mean (a - b)^2) in dB; inf for equal images.
 
@@ -422,7 +437,10 @@ def relative_error(a: np.ndarray, b: np.ndarray, order: int = 1) -> np.ndarray:
     if order not in (1, 2):
         raise ValueError(f"relative_error: order={order}; allowed: 1, 2")
     flat_a, flat_b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    return np.linalg.norm(flat_a - flat_b, order, axis=1) / np.linalg.norm(flat_b, order, axis=1)
+    apart, size = np.linalg.norm(flat_a - flat_b, order, axis=1), np.linalg.norm(flat_b, order, axis=1)
+    # of an image that is zero everywhere
+    nothing = np.where(apart > 0, np.inf, 0.0)
+    return np.divide(apart, size, out=nothing, where=size > 0)
 
 
 def _similarities(name: str, a: np.ndarray, b: np.ndarray, peak: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
