@@ -181,7 +181,7 @@ def facts(sweep: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[s
     dates = sorted(d for r in rows if (d := r.get("date")))
     methods = sum("speed" in r and r["method"] != BASELINE for r in rows)
     return [
-        f"{methods} methods",
+        f"{methods} method{'s' if methods != 1 else ''}",
         f"{sweep.get('seeds', '?')} images each, {sweep.get('batch', '?')} at a time",
         f"on {sweep.get('device', 'an unknown device')}",
         *(
@@ -346,7 +346,7 @@ def sheet(
     shown = [m for m in (BASELINE, *methods) if m in of and m in images]
     if BASELINE not in shown or len(shown) < least:
         raise ValueError(
-            f"no images of {', '.join((BASELINE, *methods))} that can be compared; allowed: methods that were measured"
+            f"no images of {', '.join(methods)} beside the baseline's; allowed: methods that were measured"
         )
     base = _still(images[BASELINE])[0][:SHEET_IMAGES]
     height = 0.62 * len(shown) + 0.7
@@ -429,19 +429,26 @@ def _scatter(axes: Any, points: list[dict[str, Any]], control: list[float], qual
         axes.annotate(CONTROL, (1, value), xycoords=axes.get_yaxis_transform(), **above)
     legend = {"ncols": 8, "frameon": False, "handletextpad": 0.1, "columnspacing": 1.6}
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.115), **legend)
-    _name(axes, [names[i] for i in best], np.stack([x[best], y[best]], 1), np.stack([x, y], 1))
+    at = np.stack([x, y], 1)
+    others = [i for i in range(len(points)) if i not in best] if len(points) <= FEW else []
+    _name(axes, [names[i] for i in [*best, *others]], at[[*best, *others]], at, at[best])
 
 
-def _name(axes: Any, names: list[str], at: np.ndarray, points: np.ndarray) -> None:
+FEW = 8  # methods that all have their names on the picture
+
+
+def _name(axes: Any, names: list[str], at: np.ndarray, points: np.ndarray, best: np.ndarray) -> None:
     """Writes each name beside its point, where it covers no other name, and the fewest points and bits of the line.
 
     Args:
-      at: [n, 2], the points of the frontier from left to right, with a step between each two; points: all of them.
+      at: [n, 2], the points that have names; points: all of them; best: those of the frontier from left to right, with
+        a step between each two.
     """
     axes.figure.draw_without_rendering()
     pixels = axes.transData.transform(at)
     dots = axes.figure.dpi / 72
-    points = np.concatenate([axes.transData.transform(points), *_stairs(pixels, 14 * dots)])
+    stairs = _stairs(axes.transData.transform(best), 14 * dots)
+    points = np.concatenate([axes.transData.transform(points), *stairs])
     frame, taken = axes.get_window_extent(), []
     r = 4 * dots
     for name, (px, py) in zip(names, pixels, strict=True):
