@@ -156,11 +156,21 @@ def pareto(options: argparse.Namespace) -> int:
     from difax.config import override, parse_value
     from difax.core.extras import needs
     from difax.registry import choose
-    from difax.study.frontier import QUALITIES, lost, table
+    from difax.study.frontier import NETWORK_FIGURES, QUALITIES, lost, table
     from difax.study.judge import FIGURES, suits
     from difax.study.methods import METHODS, chosen
+    from difax.study.metrics import FEATURE_FIGURES
     from difax.study.networks import check_networks, make_eyes, read_prompts, real_images
-    from difax.study.pareto import Options, Sweep, described, refuse_other
+    from difax.study.pareto import (
+        Options,
+        Sweep,
+        check_methods,
+        check_quality,
+        described,
+        enough,
+        measures,
+        refuse_other,
+    )
     from difax.study.pareto_report import figure, read_images, sheet, sweep_of, title, write_report
     from difax.study.pareto_search import Goal, search, summary
     from difax.training.data import data_section
@@ -188,9 +198,14 @@ def pareto(options: argparse.Namespace) -> int:
     model = run.setup.model
     asked = Options(options.seeds, options.batch, options.turns, options.seed, options.budget)
     refuse_other(options.out, described(run, cond, asked))
+    check_methods(run, written)
     data = data_section(options.data, config.get("data", {})) if options.data else config.get("data", {})
     judge = test = None
-    if not options.no_judge and labelled(model) and (options.judge or suits(model, data)):
+    judged = not options.no_judge and labelled(model) and bool(options.judge or suits(model, data))
+    there = [*measures(model), *(FIGURES if judged else ()), *(NETWORK_FIGURES if options.network else ())]
+    check_quality(options.quality, there, asked.seeds)
+    if judged:
+        enough(asked.seeds, FEATURE_FIGURES, "a judge", "--no-judge")
         judge = _judge(options, data, tell)
     elif data and (options.data or options.network) and labelled(model):
         test = build_data({"data": data}, "test")
@@ -202,8 +217,7 @@ def pareto(options: argparse.Namespace) -> int:
     eyes = make_eyes(options.network, real, prompts)
     out = pathlib.Path(options.out)
     sweep = Sweep(_flags(options), run, asked, out, judge, tell, eyes, test, cond)
-    sweep.check_quality(options.quality)
-    sweep.check(written)
+    check_quality(options.quality, sweep.qualities(), asked.seeds)
     if options.search:
         goal = Goal(options.quality, options.speedup, options.floor)
         print(summary(search(sweep, goal, options.trials), goal))

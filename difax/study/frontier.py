@@ -52,6 +52,7 @@ BROUGHT = {
     "clip_score": "--network clip=FOLDER",
     "image_reward": "--network image_reward=FILE",
 }
+NETWORK_FIGURES = tuple(q for q, how in BROUGHT.items() if how.startswith("--network"))
 SHOWN = ("psnr", "ssim", "lpips", "agreement", "frechet", "kernel", "lite0_kernel", "fid", "clip_score", "image_reward")
 
 

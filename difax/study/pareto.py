@@ -20,7 +20,8 @@ import pathlib
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -40,7 +41,17 @@ from difax.study.calibrate import ending
 from difax.study.frontier import BASELINE, BROUGHT, CONTROL, finite, line
 from difax.study.judge import FIGURES, Judge, compared, halves
 from difax.study.methods import Method
-from difax.study.metrics import FEATURE_FIGURES, WINDOW, bootstrap, framewise, ms_ssim, psnr, relative_error, ssim
+from difax.study.metrics import (
+    FEATURE_FIGURES,
+    WINDOW,
+    Measure,
+    bootstrap,
+    framewise,
+    ms_ssim,
+    psnr,
+    relative_error,
+    ssim,
+)
 from difax.study.networks import Eyes, figures, seen
 from difax.training.data import Images, check_images
 from difax.weights.conditions import labelled
@@ -126,12 +137,7 @@ class Sweep:
             another size, conditions that do not fit, or a folder of another sweep; nothing is written then.
         """
         self.name, self.run, self.options, self.out, self.tell = name, run, options, out, tell
-        cache = run.config.get("cache", {}).get("name", "none")
-        if cache != "none":
-            raise ValueError(
-                f"cache {shown(cache)}: methods are compared with the sampler without a cache; allowed: --cache none, "
-                f"and {shown(cache)} among --methods"
-            )
+        check_methods(run, {})
         self.cond = run.conditions(cond)
         model, count = run.setup.model, len(jax.tree.leaves(self.cond)[0])
         self.index = np.arange(options.seeds) % count  # of the condition that each image has
@@ -166,7 +172,7 @@ class Sweep:
                     f"{model.name} draws {model.input_shape} of {model.classes} classes; the judge knows "
                     f"{knows.input_shape} of {knows.classes} (--no-judge)"
                 )
-            self._enough(FEATURE_FIGURES, "a judge", "--no-judge")
+            enough(seeds, FEATURE_FIGURES, "a judge", "--no-judge")
             halves(judge.test, seeds, knows.classes, self.labels)
         if eyes.networks and (self.latents or len(model.input_shape) != 3):
             what = "latents" if self.latents else "videos"
@@ -175,60 +181,19 @@ class Sweep:
             eyes = Eyes({})
         for name, network in eyes.networks.items():
             if network.kind == "features":
-                self._enough(network.figures, f"network {name}", "no such network")
+                enough(seeds, network.figures, f"network {name}", "no such network")
         return judge, eyes
-
-    def _enough(self, measures: Any, what: str, otherwise: str) -> None:
-        least = max(FEATURE_FIGURES[measure].least for measure in measures)
-        if self.options.seeds < least:
-            raise ValueError(
-                f"--seeds={self.options.seeds}: {what} compares sets of {least} images or more; allowed: {least} or "
-                f"more, or {otherwise}"
-            )
 
     def qualities(self) -> tuple[str, ...]:
         """The figures that a measured method will have (`difax.study.frontier.QUALITIES`)."""
-        found = list(self._measures())
+        found = list(measures(self.run.setup.model))
         if self.judge is not None:
             found += [f for f in FIGURES if f != "frechet" or self.options.seeds >= 2 * self.judge.width]
         return (*found, *figures(self.eyes, self.options.seeds))
 
-    def check_quality(self, quality: str) -> None:
-        """Refuses a figure that no measured method will have, and says what brings it."""
-        there = self.qualities()
-        if quality in there:
-            return
-        brought = BROUGHT.get(quality)
-        if quality in ("frechet", "lite0_frechet", "fid") and (self.judge or self.eyes.networks):
-            brought = "more --seeds, two for each feature, and its judge or network"
-        how = f"; it needs {brought}" if brought else ""
-        raise ValueError(
-            f"--quality {quality}: nothing here will have it{how}; allowed with {self.options.seeds} images of "
-            f"{self.run.setup.model.name}: {', '.join(there)}"
-        )
-
-    def check(self, methods: Mapping[str, Method]) -> None:
-        """Builds methods without measuring them.
-
-        Raises:
-          ValueError: one that cannot be built; names it.
-        """
-        for name, method in methods.items():
-            try:
-                self._accelerated(method)
-            except (ValueError, NotImplementedError) as error:
-                raise ValueError(f"--methods {name}: {' '.join(str(error).split())}") from None
-
     def _accelerated(self, method: Method, calibrated: pathlib.Path | None = None) -> Opened:
         """The run with a method's settings."""
-        settings = {**method.settings, **({} if calibrated is None else {"cache.file": str(calibrated)})}
-        run, own = self.run.replace(**settings), self.run.setup.model
-        if run.setup.model.input_shape != own.input_shape:
-            raise ValueError(
-                f"{own.name} draws {own.input_shape}, and with these settings {run.setup.model.input_shape}; allowed: "
-                "settings that draw the same images"
-            )
-        return run
+        return accelerated(self.run, method, {} if calibrated is None else {"cache.file": str(calibrated)})
 
     def _claim(self) -> None:
         """Makes the folder and writes what it is of, or checks that it is the same."""
@@ -397,26 +362,9 @@ class Sweep:
         moved = [run_bytes(cost, trace, batch, run.guide.together) for trace in traces]
         return run_cost(model_cost(*parts), averaged(traces)), statistics.mean(moved) / batch
 
-    def _measures(self) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
-        """What compares images [N, ...] with the unaccelerated ones, by name."""
-        peak = self.range[1] - self.range[0] or 1.0
-        large = min(self.run.setup.model.input_shape[-3:-1]) >= WINDOW
-
-        def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-            return np.asarray([min(psnr(x, y, peak), PSNR_LIMIT) for x, y in zip(a, b, strict=True)])
-
-        return {
-            "psnr": framewise(decibels),
-            "ssim": framewise(lambda a, b: ssim(a, b, peak)),
-            **({"ms_ssim": framewise(lambda a, b: ms_ssim(a, b, peak))} if large else {}),
-            "relative_l1": lambda a, b: relative_error(a, b, 1),
-            "relative_l2": lambda a, b: relative_error(a, b, 2),
-        }
-
     def _quality(self, images: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            name: list(bootstrap(measure(images, wanted))) for name, measure in self._measures().items()
-        }
+        compare = measures(self.run.setup.model, self.range[1] - self.range[0] or 1.0)
+        found: dict[str, Any] = {name: list(bootstrap(of(images, wanted))) for name, of in compare.items()}
         if self.judge is not None:
             assert self.labels is not None
             found |= compared(self.judge, to_uint8(images), self.labels)
@@ -470,6 +418,92 @@ class Sweep:
 
     def _file(self, technique: str) -> pathlib.Path:
         return self.out / "calibrated" / f"{technique}{ending(technique)}"
+
+
+def measures(model: Any, peak: float = 2.0) -> dict[str, Measure]:
+    """What compares images [N, ...] that a model draws with the unaccelerated ones, by name.
+
+    Args:
+      peak: width of their range.
+    """
+
+    def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.asarray([min(psnr(x, y, peak), PSNR_LIMIT) for x, y in zip(a, b, strict=True)])
+
+    large = min(model.input_shape[-3:-1]) >= WINDOW
+    return {
+        "psnr": framewise(decibels),
+        "ssim": framewise(lambda a, b: ssim(a, b, peak)),
+        **({"ms_ssim": framewise(lambda a, b: ms_ssim(a, b, peak))} if large else {}),
+        "relative_l1": lambda a, b: relative_error(a, b, 1),
+        "relative_l2": lambda a, b: relative_error(a, b, 2),
+    }
+
+
+def accelerated(run: Opened, method: Method, more: Mapping[str, Any] = MappingProxyType({})) -> Opened:
+    """The run with a method's settings, and more of them.
+
+    Raises:
+      ValueError: settings that a model cannot have, or that draw other images.
+    """
+    found, own = run.replace(**method.settings, **more), run.setup.model
+    if found.setup.model.input_shape != own.input_shape:
+        raise ValueError(
+            f"{own.name} draws {own.input_shape}, and with these settings {found.setup.model.input_shape}; allowed: "
+            "settings that draw the same images"
+        )
+    return found
+
+
+def check_methods(run: Opened, methods: Mapping[str, Method]) -> None:
+    """Builds the baseline and methods without reading weights.
+
+    Raises:
+      ValueError: a baseline with a cache, or a method that cannot be built; names it.
+    """
+    cache = run.config.get("cache", {}).get("name", "none")
+    if cache != "none":
+        raise ValueError(
+            f"cache {shown(cache)}: methods are compared with the sampler without a cache; allowed: --cache none, "
+            f"and {shown(cache)} among --methods"
+        )
+    for name, method in methods.items():
+        try:
+            accelerated(run, method)
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"--methods {name}: {' '.join(str(error).split())}") from None
+
+
+def check_quality(quality: str, there: Collection[str], seeds: int) -> None:
+    """Refuses a figure that no measured method will have, and says what brings it.
+
+    Args:
+      there: the figures that there will be (`Sweep.qualities`).
+    """
+    if quality in there:
+        return
+    how = BROUGHT[quality]
+    if quality in DISTANCES:
+        how += ", and two images for each feature (--seeds)"
+    raise ValueError(
+        f"--quality {quality}: nothing here will have it of {seeds} images; it needs {how}; allowed: {', '.join(there)}"
+    )
+
+
+DISTANCES = ("frechet", "lite0_frechet", "fid")  # which need a covariance
+
+
+def enough(seeds: int, compared: Collection[str], what: str, otherwise: str) -> None:
+    """Refuses fewer images than figures of sets need.
+
+    Args:
+      compared: keys of `FEATURE_FIGURES`. what: wants them. otherwise: what else is allowed.
+    """
+    least = max(FEATURE_FIGURES[figure].least for figure in compared)
+    if seeds < least:
+        raise ValueError(
+            f"--seeds={seeds}: {what} compares sets of {least} images or more; allowed: {least} or more, or {otherwise}"
+        )
 
 
 def described(run: Opened, cond: Any, options: Options) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from difax.core.extras import needs
 from difax.study.frontier import QUALITIES
 from difax.study.methods import Method
-from difax.study.pareto import Sweep
+from difax.study.pareto import Sweep, check_quality
 
 CACHES = ("none", "fora", "taylorseer", "teacache", "fbcache")
 
@@ -107,7 +107,7 @@ def search(sweep: Sweep, goal: Goal, trials: int = 30, keep: int = 3) -> list[di
     sampler = optuna.samplers.TPESampler(n_startup_trials=min(20, trials // 2), seed=0)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     small = _rung(sweep, rungs[0])
-    small.check_quality(goal.quality)
+    check_quality(goal.quality, small.qualities(), rungs[0])
     found: dict[str, tuple[dict[str, Any], Score]] = {}
     for number in range(trials):
         trial: Any = study.ask()
