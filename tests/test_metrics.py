@@ -13,6 +13,7 @@ from difax.study.metrics import (
     agreement,
     bootstrap,
     feature_scale,
+    framewise,
     frechet_distance,
     kernel_distance,
     ms_ssim,
@@ -233,6 +234,19 @@ def test_relative_error():
         relative_error(a, b, 3)
 
 
+def test_a_measure_of_videos_is_the_mean_over_their_frames():
+    a, b = RNG.normal(size=(2, 3, 4, 6, 6, 2))
+    of = framewise(lambda x, y: np.abs(x - y).max((1, 2, 3)))
+    want = [np.mean([np.abs(x - y).max() for x, y in zip(*pair, strict=True)]) for pair in zip(a, b, strict=True)]
+    np.testing.assert_allclose(of(a, b), want)
+    np.testing.assert_allclose(of(a[:, 0], b[:, 0]), np.abs(a[:, 0] - b[:, 0]).max((1, 2, 3)))
+
+
+def test_the_error_of_images_that_are_zero():
+    zero, one = np.zeros((2, 4, 4, 1)), np.stack([np.zeros((4, 4, 1)), np.ones((4, 4, 1))])
+    np.testing.assert_array_equal(relative_error(one, zero, 2), [0.0, np.inf])
+
+
 def test_kernel_distance_is_the_sum_over_pairs():
     a, b = A[:7], B[:9]
     k = lambda x, y: (x @ y / F + 1) ** 3  # noqa: E731
@@ -324,3 +338,11 @@ def test_reference_and_control_are_disjoint_and_have_the_classes_of_the_samples(
 def test_reference_and_control_refuse(n):
     with pytest.raises(ValueError, match=f"{n} samples; allowed: 1 to 30"):
         halves(LABELLED, n, 10)
+
+
+def test_reference_and_control_of_other_labels():
+    labels = np.asarray([3, 3, 7])
+    for rows in halves(LABELLED, 3, 10, labels):
+        np.testing.assert_array_equal(LABELLED.label[rows], labels)
+    with pytest.raises(ValueError, match="4 samples, 4 of them of label 3; allowed: 3, half of its real images"):
+        halves(LABELLED, 4, 10, np.full(4, 3))
