@@ -310,7 +310,7 @@ def test_random_weights_need_no_conditions(tmp_path, capsys):
     command += ["--seeds", "1", "--batch", "1", "--turns", "1", "--quiet", "--out", str(tmp_path / "p")]
     assert main(command) == 1
     told = capsys.readouterr()
-    assert "error: attend.name=cudnn: refused: " in told.err and "| baseline |" in told.out
+    assert "error: attend.name=cudnn: refused: " in told.err and "| **baseline** |" in told.out
     assert json.loads((tmp_path / "p" / "sweep.json").read_text())["weights"] == "random"
 
 
