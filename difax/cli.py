@@ -195,22 +195,27 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--log", metavar="FILE.jsonl", help="append what happens as lines of JSON")
     common.add_argument("--platform", metavar="NAME", help="cpu, gpu or tpu (default: what JAX finds)")
 
-    sample = added.add_parser("sample", parents=[common], help="draw images and say what they cost")
+    opened = _Parser(add_help=False)
     for name in commands.NAMED:
-        sample.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
-    sample.add_argument("--steps", type=int, help="solver steps")
-    sample.add_argument("--scale", type=float, help="guidance scale")
-    sample.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
-    sample.add_argument("--layout", metavar="NAME", help="of the weights: stacked, or unstacked (blocks written out)")
-    sample.add_argument(
+        opened.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
+    opened.add_argument("--steps", type=int, help="solver steps")
+    opened.add_argument("--scale", type=float, help="guidance scale")
+    opened.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
+    opened.add_argument("--layout", metavar="NAME", help="of the weights: stacked, or unstacked (blocks written out)")
+    opened.add_argument(
         "--conditioning", metavar="NAME", help="what no image goes into: at each evaluation, or ahead of all of them"
     )
-    sample.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
+    opened.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
+    opened.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
+    opened.add_argument("--weights", metavar="PATH", help="a training run, a .safetensors file, a published checkpoint")
+    opened.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
+    from_weights = [common, opened]
+
+    sample = added.add_parser("sample", parents=from_weights, help="draw images and say what they cost")
     sample.add_argument("--repeat", type=int, default=1, help="rows of the labels, each with other noise")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the run; image i depends on (seed, i) alone")
-    sample.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
-    sample.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
-    sample.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
+    sample.add_argument(
+        "--seed", type=int, default=0, help="seed of the run: image i depends on it, on i and on its label"
+    )
     sample.add_argument("--latents", metavar="FILE.npz", help="to begin from, as --out FILE.npz writes them")
     sample.add_argument(
         "--out",
@@ -243,17 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=commands.export)
 
     calibrate = added.add_parser(
-        "calibrate", parents=[common], help="measure what a cache plans from, fit what it has learned, or search a plan"
+        "calibrate",
+        parents=from_weights,
+        help="measure what a cache plans from, fit what it has learned, or search a plan",
     )
-    for name in commands.NAMED:
-        calibrate.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
-    calibrate.add_argument("--steps", type=int, help="solver steps")
-    calibrate.add_argument("--scale", type=float, help="guidance scale")
-    calibrate.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
-    calibrate.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
-    calibrate.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
-    calibrate.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
-    calibrate.add_argument("--random-init", action="store_true", help="random weights, to try the command")
     calibrate.add_argument("--samples", type=int, default=16, help="samples to draw (default: %(default)s)")
     calibrate.add_argument("--batch", type=int, default=4, help="samples at a time (default: %(default)s)")
     calibrate.add_argument("--seed", type=int, default=0, help="seed of the samples")
@@ -263,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", required=True, metavar="FILE", help="for the cache's file=...")
     calibrate.set_defaults(run=commands.calibrate)
 
-    pareto = added.add_parser("pareto", parents=[common], help="measure methods on the same work, side by side")
+    pareto = added.add_parser("pareto", parents=from_weights, help="measure methods on the same work, side by side")
     pareto.add_argument(
         "--methods",
         nargs="+",
@@ -278,7 +276,6 @@ def _parser() -> argparse.ArgumentParser:
     pareto.add_argument("--turns", type=int, default=3, help="batches that are timed (default: %(default)s)")
     pareto.add_argument("--seed", type=int, default=0, help="seed of the images")
     pareto.add_argument("--budget", type=float, metavar="MINUTES", help="begin no more methods after so long")
-    pareto.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder, with its own settings")
     pareto.add_argument("--data", metavar="PATH", help="real images: a folder of them, an .npz, or a data set's files")
     pareto.add_argument(
         "--judge",
@@ -308,16 +305,8 @@ def _parser() -> argparse.ArgumentParser:
     pareto.add_argument("--json", action="store_true", help="print the rows as JSON")
     pareto.set_defaults(run=commands.pareto)
 
-    profile = added.add_parser("profile", parents=[common], help="where the seconds of a step go, part by part")
-    for name in commands.NAMED:
-        profile.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
-    profile.add_argument("--steps", type=int, help="solver steps")
-    profile.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
-    profile.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
+    profile = added.add_parser("profile", parents=from_weights, help="where the seconds of a step go, part by part")
     profile.add_argument("--repeat", type=int, default=1, help="rows of the labels")
-    profile.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
-    profile.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
-    profile.add_argument("--random-init", action="store_true", help="random weights")
     profile.add_argument("--seed", type=int, default=0, help="seed of the samples")
     profile.add_argument("--turns", type=int, default=5, help="of which the median is taken (default: %(default)s)")
     profile.add_argument("--figure", metavar="FILE.png", help="the parts as a picture (needs difax[plot])")

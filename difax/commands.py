@@ -156,44 +156,74 @@ def pareto(options: argparse.Namespace) -> int:
         raise ValueError("--search needs one of --speedup and --floor, which need --search")
     if options.no_judge and options.judge:
         raise ValueError("--no-judge and --judge exclude each other")
+    import numpy as np
+
     from difax.build import build_data
     from difax.config import override, parse_value
-    from difax.registry import check_name, choose
-    from difax.study.frontier import QUALITIES, table
-    from difax.study.judge import make_judge
+    from difax.core.extras import needs
+    from difax.registry import choose
+    from difax.study.frontier import NETWORK_FIGURES, QUALITIES, lost, table
+    from difax.study.judge import FIGURES, suits
     from difax.study.methods import METHODS, chosen
-    from difax.study.networks import NETWORKS, make_eyes, read_prompts, real_images
-    from difax.study.pareto import Options, Sweep
+    from difax.study.metrics import FEATURE_FIGURES
+    from difax.study.networks import check_networks, make_eyes, read_prompts, real_images
+    from difax.study.pareto import (
+        Options,
+        Sweep,
+        check_methods,
+        check_quality,
+        described,
+        enough,
+        measures,
+        refuse_other,
+    )
     from difax.study.pareto_report import figure, read_images, sheet, sweep_of, title, write_report
     from difax.study.pareto_search import Goal, search, summary
     from difax.training.data import data_section
+    from difax.weights.conditions import labelled
 
     choose("quality", options.quality, QUALITIES)
+    makeable(options.out, "--out")
     for flag in ("figure", "sheet"):
         if getattr(options, flag):
             writable(getattr(options, flag), (".png",), f"--{flag}", made=options.out)
+            needs(f"--{flag}", "matplotlib")
+    if options.search:
+        needs("--search", "optuna")
     methods = chosen(options.methods, parse_value)
-    for name in methods.keys() - METHODS.keys():  # what a user wrote is refused before hours of measuring
-        override(config, list(methods[name].settings.items()))
-    for network in options.network:
-        check_name("network", network.partition("=")[0], NETWORKS)
+    written = {name: method for name, method in methods.items() if name not in METHODS}
+    for name, method in written.items():  # what a user wrote is refused before hours of measuring
+        _named(f"--methods {name}", lambda method=method: override(config, list(method.settings.items())))
+    check_networks(options.network)
+    prompts = read_prompts(options.prompts)
     tell = _tell(options, log)
+    run = _run(options, config)
+    cond = _cond(options, run)
+    if run.full_size:
+        tell("random weights of the whole size do not fit into memory: a reduced size is measured")
+    model = run.setup.model
+    asked = Options(options.seeds, options.batch, options.turns, options.seed, options.budget)
+    refuse_other(options.out, described(run, cond, asked))
+    check_methods(run, written)
     data = data_section(options.data, config.get("data", {})) if options.data else config.get("data", {})
     judge = test = None
-    if not options.no_judge and (options.judge or data.get("name", "fashion_mnist") == "fashion_mnist"):
-        judge = make_judge(options.judge, data or None)
-    elif data and (options.data or options.network):
+    judged = not options.no_judge and labelled(model) and bool(options.judge or suits(model, data))
+    there = [*measures(model), *(FIGURES if judged else ()), *(NETWORK_FIGURES if options.network else ())]
+    check_quality(options.quality, there, asked.seeds)
+    if judged:
+        enough(asked.seeds, FEATURE_FIGURES, "a judge", "--no-judge")
+        judge = _judge(options, data, tell)
+    elif data and (options.data or options.network) and labelled(model):
         test = build_data({"data": data}, "test")
     if judge is None and not options.no_judge:
-        tell("no judge of these images is named (--judge): agreement and distances in its features are left out")
-    real = real_images(options.real, options.seeds, judge, test) if options.network else None
-    eyes = make_eyes(options.network, real, read_prompts(options.prompts))
-    asked = Options(options.seeds, options.batch, options.turns, options.seed, options.budget)
-    base = [] if options.weights and not options.config else [f"--config {options.config or 'fmnist_dit'}"]
-    weights = [f"--weights {shlex.quote(options.weights)}"] if options.weights else []
-    gin = [f"--gin_file {f}" for f in options.gin_file] + [f"--gin_param {shlex.quote(p)}" for p in options.gin_param]
-    flags = " ".join([*base, *weights, *gin, *(shlex.quote(f"--config.{s}") for s in options.set)])
-    sweep = Sweep(flags, config, asked, pathlib.Path(options.out), judge, tell, eyes, options.weights, test)
+        why = "there is no judge of these images (--judge)" if labelled(model) else f"{model.name} takes no labels"
+        tell(f"{why}: {', '.join(FIGURES)} are left out")
+    labels = np.asarray(cond)[np.arange(asked.seeds) % len(cond)] if labelled(model) else None
+    real = real_images(options.real, asked.seeds, judge, test, labels) if options.network else None
+    eyes = make_eyes(options.network, real, prompts)
+    out = pathlib.Path(options.out)
+    sweep = Sweep(_flags(options), run, asked, out, judge, tell, eyes, test, cond)
+    check_quality(options.quality, sweep.qualities(), asked.seeds)
     with locked(sweep.out, "difax pareto"):
         if options.search:
             goal = Goal(options.quality, options.speedup, options.floor)
@@ -213,7 +243,49 @@ def pareto(options: argparse.Namespace) -> int:
     tell(f"the report is {report}")
     for method, why in sweep.failed.items():
         print(f"difax: error: {method} failed, and is tried again by the same command: {why}", file=sys.stderr)
-    return 1 if sweep.failed else 0
+    wrong = [(r["method"], "images that are not finite") for r in rows if r["method"] in methods and lost(r)]
+    wrong += [(r["method"], f"refused: {r['refused']}") for r in rows if r["method"] in written and "refused" in r]
+    for method, why in wrong:
+        print(f"difax: error: {method}: {why}", file=sys.stderr)
+    return 1 if sweep.failed or wrong else 0
+
+
+def _judge(options: argparse.Namespace, data: dict[str, Any], tell: Callable[[str], None]) -> Any:
+    """The judge that was named, or the one that suits the images, if its data set is on this machine."""
+    from difax.study.judge import make_judge
+
+    try:
+        return make_judge(options.judge, data or None)
+    except FileNotFoundError as error:
+        if options.judge or options.data:
+            raise
+        tell(f"the judge of these images needs its data set: {' '.join(str(error).split())}")
+        return None
+
+
+def _named(what: str, work: Callable[[], Any]) -> Any:
+    """What `work` gives; its refusal names what was asked for."""
+    try:
+        return work()
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _flags(options: argparse.Namespace) -> str:
+    """The flags of a command that say which run it is about, as `difax sample` takes them."""
+    from difax.config import SHORT
+
+    words = []
+    if options.config or not (options.weights or options.gin_file or options.gin_param):
+        words += ["--config", options.config or "fmnist_dit"]
+    words += [word for file in options.gin_file for word in ("--gin_file", file)]
+    words += [word for binding in options.gin_param for word in ("--gin_param", binding)]
+    for flag in ("weights", "labels", "cond", *SHORT):
+        if getattr(options, flag, None) is not None:
+            words += [f"--{flag}", str(getattr(options, flag))]
+    words += ["--random-init"] if options.random_init else []
+    words += [f"--config.{setting}" for setting in options.set]
+    return shlex.join(words)
 
 
 def profile(options: argparse.Namespace) -> int:
@@ -221,8 +293,13 @@ def profile(options: argparse.Namespace) -> int:
     for name in ("turns", "repeat"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}={getattr(options, name)}; allowed: 1 or more")
+    from difax.core.extras import needs
+
     if options.figure:
         writable(options.figure, (".png",), "--figure")
+        needs("--figure", "matplotlib")
+    if options.perfetto is not None:
+        makeable(options.perfetto, "--perfetto")
     from difax.study.profile import as_json, draw_profile, format_profile, perfetto
 
     run = _run(options, config)
@@ -379,3 +456,23 @@ def writable(path: str, suffixes: tuple[str, ...], flag: str = "--out", made: st
     from difax.core.files import writable
 
     return writable(path, suffixes, flag, made)
+
+
+def makeable(path: str, flag: str) -> pathlib.Path:
+    """Checks before any work that files can be written into a folder, which is there or can be made; returns it.
+
+    Raises:
+      ValueError: no name, something that is no folder there or above, or a folder that is not writable.
+    """
+    target = pathlib.Path(path)
+    if not path.strip():
+        raise ValueError(f"{flag} {path!r}: no name; allowed: a folder's")
+    try:
+        there = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror}; allowed: a folder's name") from None
+    if not there.is_dir():
+        raise ValueError(f"{flag} {path}: {there} is no folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{flag} {path}: the folder {there} is not writable")
+    return target

@@ -229,7 +229,8 @@ class Run:
 
         Args:
           cond: as `conditions` takes it.
-          seed: 0 ... 2^32 - 1; sample i depends on (seed, i), its condition and its latents, never on the batch.
+          seed: 0 ... 2^32 - 1; sample i depends on (seed, i), its condition and its latents, not on the batch; with an
+            online cache, which takes one decision for the batch, only if `per_sample=True`.
           repeat: how often the conditions are gone through, each time with other noise.
           latents: [n, ...] to begin from, in place of noise of the seed.
           progress: a bar on stderr, at the price of a callback per step.

@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom, at toy size."""
 
 import pathlib
+import sys
 
 import nbformat
 import pytest
@@ -19,6 +20,25 @@ def test_notebook(path, user_env, data_dir, tmp_path, monkeypatch):
     text = "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
     for word in ("GFLOPs per image", "root mean square difference", '"step": 6'):
         assert word in text
+
+
+def test_the_notebook_clones_and_installs_what_no_index_has(tmp_path, monkeypatch):
+    """Its first cell, where difax is not installed: from the address that is set, and from nowhere without one."""
+    ran: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda command, check: ran.append(command))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cell = next(c.source for c in nbformat.read(NOTEBOOKS[0], as_version=4).cells if c.cell_type == "code")
+    monkeypatch.delenv("DIFAX_SOURCE", raising=False)
+    with pytest.raises(ValueError, match="set SOURCE"):
+        exec(cell, {})
+    assert ran == []
+    monkeypatch.setenv("DIFAX_SOURCE", "https://example.org/difax.git")
+    exec(cell, {})
+    clone = str(tmp_path / "difax_clone")
+    assert ran[0] == ["git", "clone", "--depth", "1", "https://example.org/difax.git", clone]
+    assert ran[1][1:] == ["-m", "pip", "install", "-q", "-e", clone] and sys.path[0] == clone
 
 
 def test_there_is_a_quickstart():

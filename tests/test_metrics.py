@@ -13,6 +13,7 @@ from difax.study.metrics import (
     agreement,
     bootstrap,
     feature_scale,
+    framewise,
     frechet_distance,
     kernel_distance,
     ms_ssim,
@@ -233,6 +234,19 @@ def test_relative_error():
         relative_error(a, b, 3)
 
 
+def test_a_measure_of_videos_is_the_mean_over_their_frames():
+    a, b = RNG.normal(size=(2, 3, 4, 6, 6, 2))
+    of = framewise(lambda x, y: np.abs(x - y).max((1, 2, 3)))
+    want = [np.mean([np.abs(x - y).max() for x, y in zip(*pair, strict=True)]) for pair in zip(a, b, strict=True)]
+    np.testing.assert_allclose(of(a, b), want)
+    np.testing.assert_allclose(of(a[:, 0], b[:, 0]), np.abs(a[:, 0] - b[:, 0]).max((1, 2, 3)))
+
+
+def test_the_error_of_images_that_are_zero():
+    zero, one = np.zeros((2, 4, 4, 1)), np.stack([np.zeros((4, 4, 1)), np.ones((4, 4, 1))])
+    np.testing.assert_array_equal(relative_error(one, zero, 2), [0.0, np.inf])
+
+
 def test_kernel_distance_is_the_sum_over_pairs():
     a, b = A[:7], B[:9]
     k = lambda x, y: (x @ y / F + 1) ** 3  # noqa: E731
@@ -294,6 +308,20 @@ def test_bootstrap_of_a_distance_lies_around_it():
     assert found.low < found.value < found.high
 
 
+@pytest.mark.parametrize("shape", [(4, 2), (23, 2), (60, 5)])
+def test_draws_that_share_their_work_are_those_of_the_definition(shape, monkeypatch):
+    """Estimate and interval of every figure, draw by draw, and where the kept neighbours do not suffice."""
+    rng = np.random.default_rng(7)
+    samples, real = rng.normal(size=shape), 1.3 * rng.normal(size=(shape[0] + 3, shape[1])) + 0.2
+    figures = {name: figure for name, figure in FEATURE_FIGURES.items() if figure.each is not None}
+    assert set(figures) == {"kernel", "precision", "recall"}
+    for near in (40, 2):
+        monkeypatch.setattr("difax.study.metrics.NEAR", near)
+        for figure in figures.values():
+            whole = bootstrap(samples, lambda rows, of=figure.of: of(rows, real), 50, figure.bounds)
+            np.testing.assert_allclose(figure.interval(samples, real, 50), whole, rtol=1e-12, atol=1e-13)
+
+
 LABELLED = Images(np.zeros((70, 2, 2, 1), np.uint8), RNG.permutation(np.repeat(np.arange(10, dtype=np.int32), 7)))
 
 
@@ -310,3 +338,11 @@ def test_reference_and_control_are_disjoint_and_have_the_classes_of_the_samples(
 def test_reference_and_control_refuse(n):
     with pytest.raises(ValueError, match=f"{n} samples; allowed: 1 to 30"):
         halves(LABELLED, n, 10)
+
+
+def test_reference_and_control_of_other_labels():
+    labels = np.asarray([3, 3, 7])
+    for rows in halves(LABELLED, 3, 10, labels):
+        np.testing.assert_array_equal(LABELLED.label[rows], labels)
+    with pytest.raises(ValueError, match="4 samples, 4 of them of label 3; allowed: 3, half of its real images"):
+        halves(LABELLED, 4, 10, np.full(4, 3))

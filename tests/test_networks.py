@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 
+import difax
 from difax.cli import main
-from difax.config import checkpoint_config, override
 from difax.study.frontier import CONTROL, QUALITIES, table
 from difax.study.metrics import kernel_distance
 from difax.study.networks import NETWORKS, Eyes, Network, make_eyes, read_prompts, real_images, seen
@@ -73,20 +73,20 @@ def test_no_frechet_distance_of_few_images():
 
 
 def test_a_sweep_with_networks(small_weights, tmp_path):
-    config = override(checkpoint_config(small_weights), [("steps", 2)])
+    run = difax.load(small_weights, steps=2)
     real = RNG.integers(0, 256, (2, 2, 28, 28, 1), dtype=np.uint8)
     toys = {k: v for k, v in TOYS.items() if k != "features"}
     features = {"frechet": "fid", "kernel": "kid"}
     toys["features"] = Network("features", features, lambda a: a[:, 10:12, 10, 0] / 255)
     eyes = Eyes(toys, (real[0], real[1]), ("a", "b"))
-    sweep = Sweep("x", config, Options(2, 2, 1), tmp_path, eyes=eyes, weights=small_weights)
+    sweep = Sweep("x", run, Options(2, 2, 1), tmp_path, eyes=eyes)
     rows = {row["method"]: row for row in sweep.measure({})}
     assert set(rows[CONTROL]["quality"]) == {"kid"}
     assert rows["baseline"]["quality"]["lpips"] == [0, 0, 0] and rows["baseline"]["quality"]["clip_score"] == [1, 1, 1]
     assert "LPIPS" in table(list(rows.values()))
     assert json.loads((tmp_path / "sweep.json").read_text())["networks"] == list(toys)
     with pytest.raises(ValueError, match="another sweep"):
-        Sweep("x", config, Options(2, 2, 1), tmp_path, weights=small_weights)
+        Sweep("x", run, Options(2, 2, 1), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_calibrations_and_sweeps_load_no_code(here, capsys):
     del images
     write_report(here / "sweep")
     with pytest.raises(ValueError, match="holds another sweep"):
-        difax.study.pareto.Sweep("x", load_config("fmnist_dit"), difax.study.pareto.Options(1, 1, 1), here / "sweep")
+        difax.study.pareto.Sweep("x", difax.load("fmnist_dit"), difax.study.pareto.Options(1, 1, 1), here / "sweep")
     assert not ran(here)
 
 

@@ -1,5 +1,6 @@
 """The sweep: rows that can be trusted, resumed and compared."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -7,17 +8,27 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
+import difax
+import difax.build
+import difax.run
 from difax.cli import main
 from difax.commands import writable
-from difax.config import checkpoint_config, load_config, override, parse_value
+from difax.config import load_config, override, parse_value
 from difax.core.files import read_rows
-from difax.study.frontier import BASELINE, frontier, line, table
+from difax.study.frontier import BASELINE, CONTROL, frontier, line, table
 from difax.study.methods import FAMILIES, METHODS, chosen
-from difax.study.pareto import Options, Sweep, slug
+from difax.study.pareto import Options, Sweep, Timed, described, slug
+from difax.weights.checkpoint import save_safetensors
+from difax.weights.conditions import random_conditions
+from tests.families import some
+from tests.toys import randomise
 
 LOW, HIGH = (f"cache.name=teacache,cache.threshold={t}" for t in (0.5, 9.0))
 SHORT = Options(seeds=3, batch=2, turns=1)
@@ -28,8 +39,8 @@ def sweep(small_weights):
     """(folder, steps=4, options=SHORT, ...) -> a sweep of the small model."""
 
     def made(folder, steps=4, options=SHORT, **keys):
-        config = override(checkpoint_config(small_weights), [("steps", steps)])
-        return Sweep(f"--weights {small_weights}", config, options, folder, weights=small_weights, **keys)
+        run = difax.load(small_weights, steps=steps)
+        return Sweep(f"--weights {small_weights}", run, options, folder, **keys)
 
     return made
 
@@ -195,6 +206,8 @@ def test_methods_are_chosen_by_name_family_and_settings():
         "steps": 12,
         "cache.name": "fora",
     }
+    written = chosen(["solver=heun,cache.name=x,cache.at=(1, 2),dtype=bfloat16"], parse_value).popitem()[1].settings
+    assert written == {"solver.name": "heun", "cache.name": "x", "cache.at": (1, 2), "model.dtype": "bfloat16"}
     with pytest.raises(ValueError, match="did you mean 'fora 3'"):
         chosen(["forra 3"], parse_value)
 
@@ -207,14 +220,29 @@ def test_methods_are_chosen_by_name_family_and_settings():
         (["--budget", "-1"], "--budget=-1.0; allowed: above 0"),
         (["--quality", "pnsr"], "did you mean psnr"),
         (["--figure", "elsewhere/a.png"], "the folder elsewhere does not exist"),
-        (["--config", "wan_tiny", "--no-judge"], "takes no labels"),
         (["--methods", "stepz=3", "--no-judge"], "config section"),
+        (["--methods", "cache.name=fora,cache.intervl=3"], "--methods cache.name=fora,cache.intervl=3: unknown key"),
+        (["--methods", "cache.name=fora,cache.interval=0"], "interval=0"),
+        (["--methods", "steps=0"], "--methods steps=0: "),
+        (["--methods", "steps="], "'steps='; allowed: KEY=VALUE"),
+        (["--methods", "steps=2,steps=3"], "steps is set twice"),
+        (["--methods", "model.size=14"], "--methods model.size=14: "),
+        (["--quality", "lpips"], "--network lpips=FILE"),
+        (["--quality", "agreement", "--no-judge"], "--judge NAME"),
+        (["--quality", "fid", "--no-judge"], "--network inception=FILE"),
+        (["--cache", "fora"], "fora among --methods"),
+        (["--labels", "77"], "label 77; allowed: 0 ... 9"),
+        (["--cond", "a.safetensors"], "takes labels"),
+        (["--config", "wan_tiny", "--labels", "1"], "takes no labels"),
+        (["--config", "wan_tiny", "--quality", "agreement"], "it needs a judge"),
+        (["--random-init", "--weights", "w"], "exclude each other"),
     ],
 )
-def test_mistakes_are_one_line(arguments, match, tmp_path, capsys):
+def test_mistakes_are_one_line_and_make_no_folder(arguments, match, tmp_path, capsys):
     assert main(["pareto", *arguments, "--out", str(tmp_path / "p"), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert match in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pictures_may_lie_where_the_sweep_makes_folders(tmp_path):
@@ -223,6 +251,157 @@ def test_pictures_may_lie_where_the_sweep_makes_folders(tmp_path):
         assert writable(str(picture), (".png",), "--figure", made=str(out)) == picture
     with pytest.raises(ValueError, match="does not exist"):
         writable(str(out / "more" / "a.png"), (".png",), "--figure", made=str(out))
+
+
+def embeddings(model, n=2):
+    """Conditions of a model that takes embeddings, as `--cond` reads them."""
+    return flatten_dict(random_conditions(model, n, seed=3), sep="/")
+
+
+MODELS = {  # configuration: frames of a sample
+    "wan_tiny": 5,
+    "flux_tiny": None,
+    "pixart_tiny": None,
+}
+
+
+@pytest.mark.parametrize("config", some(MODELS, "wan_tiny"))
+def test_models_that_take_embeddings_and_draw_latents_or_videos(config, tmp_path, capsys):
+    """With weights and conditions from files; what a judge would say is left out by name."""
+    run = difax.load(config, weights="random")
+    weights, cond, out = tmp_path / "w.safetensors", tmp_path / "c.safetensors", tmp_path / "p"
+    save_safetensors(weights, randomise(run.params), {"config": run.config})
+    save_file({k: np.asarray(v) for k, v in embeddings(run.setup.model).items()}, cond)
+    command = ["pareto", "--weights", str(weights), "--cond", str(cond), "--solver", "euler", "--steps", "2"]
+    command += ["--methods", "steps=1", "--seeds", "3", "--batch", "2", "--turns", "1", "--out", str(out)]
+    assert main(command) == 0
+    told = capsys.readouterr().err
+    assert "takes no labels: agreement, frechet, kernel, precision, recall are left out" in told
+    rows = {row["method"]: row for row in read_rows(out / "rows.jsonl")}
+    found = rows["steps=1"]
+    assert set(found["quality"]) >= {"psnr", "ssim", "relative_l1", "relative_l2"} and CONTROL not in rows
+    assert not {"agreement", "frechet"} & set(found["quality"]) and 0 < found["quality"]["psnr"][0] < 100
+    # what is compared is what sample draws, of the conditions in turn
+    opened = [difax.load(weights, solver="euler", steps=n) for n in (1, 2)]
+    one, two = (run.sample(str(cond), repeat=2).images[:3] for run in opened)
+    np.testing.assert_allclose(found["range"], [two.min(), two.max()], rtol=1e-5)
+    frames = [(a, b) for a, b in zip(one, two, strict=True)]
+    if MODELS[config]:
+        assert one.shape[1] == MODELS[config]
+        frames = [pair for a, b in frames for pair in zip(a, b, strict=True)]
+    errors = np.asarray([np.mean((a - b) ** 2, dtype=np.float64) for a, b in frames])
+    wanted = 10 * np.log10((two.max() - two.min()) ** 2 / errors)
+    np.testing.assert_allclose(found["quality"]["psnr"][0], wanted.mean(), rtol=1e-3)
+    kept = np.load(out / "images" / f"{slug(BASELINE)}.npz")["images"]
+    scaled = np.round(255 * (two[..., :3] - two.min()) / (two.max() - two.min()))
+    assert kept.dtype == np.uint8 and np.abs(kept - scaled).max() <= 1
+    page = (out / "report.html").read_text()
+    assert "channels 1 to 3 of 4 of the latents" in page and "latents: PSNR and SSIM by the range" in page
+    # the same command finds all that it has, another condition is another sweep
+    assert main([*command, "--json"]) == 0 and len(json.loads(capsys.readouterr().out)) == 2
+    save_file({k: np.asarray(v) + 1 for k, v in embeddings(run.setup.model).items()}, cond)
+    assert main(command) == 2 and "conditions: 2 of" in capsys.readouterr().err
+    assert main([*found["command"].split()[1:], "--out", str(tmp_path / "x.png"), "--no-compile-cache"]) == 0
+
+
+def test_random_weights_need_no_conditions(tmp_path, capsys):
+    """And a method that a user wrote, which turns out not to suit the model, is said in the exit code."""
+    command = ["pareto", "--config", "flux_tiny", "--random-init", "--steps", "1", "--methods", "attend.name=cudnn"]
+    command += ["--seeds", "1", "--batch", "1", "--turns", "1", "--quiet", "--out", str(tmp_path / "p")]
+    assert main(command) == 1
+    told = capsys.readouterr()
+    assert "error: attend.name=cudnn: refused: " in told.err and "| **baseline** |" in told.out
+    assert json.loads((tmp_path / "p" / "sweep.json").read_text())["weights"] == "random"
+
+
+@pytest.fixture
+def lossy(monkeypatch):
+    """Methods by the name of their cache, whose images come out broken."""
+    whole, names = Timed.draw, set()
+
+    def draw(self, index):
+        samples, trace, seconds = whole(self, index)
+        if self.setup.described["cache"] in names:
+            samples = samples.copy()
+            samples[0, 0, 0] = np.nan
+        return samples, trace, seconds
+
+    monkeypatch.setattr(Timed, "draw", draw)
+    return names
+
+
+def test_images_that_are_not_finite_are_marked_and_compared_with_nothing(small_weights, tmp_path, lossy, capsys):
+    lossy.add("fora")
+    out = tmp_path / "p"
+    command = ["pareto", "--weights", small_weights, "--no-judge", "--steps", "2", "--methods", "cache.name=fora"]
+    command += ["--seeds", "3", "--batch", "2", "--turns", "1", "--quiet", "--out", str(out)]
+    if importlib.util.find_spec("matplotlib"):
+        command += ["--figure", str(out / "a.png"), "--sheet", str(out / "b.png")]
+    assert main(command) == 1
+    told = capsys.readouterr()
+    assert "cache.name=fora: images that are not finite" in told.err and told.err.count("\n") == 1
+    rows = {row["method"]: row for row in read_rows(out / "rows.jsonl")}
+    assert rows["cache.name=fora"]["not_finite"] == 2 and rows["cache.name=fora"]["quality"] == {}
+    assert [r["method"] for r in frontier(list(rows.values()))] == [BASELINE]
+    assert [x for x in told.out.splitlines() if "fora" in x][0].endswith("| 2 images are not finite |")
+    assert '"not_finite": 2' in (out / "report.html").read_text()
+
+
+def test_a_baseline_that_is_not_finite_makes_no_folder(small_weights, tmp_path, lossy, capsys):
+    lossy.add("none")
+    command = ["pareto", "--weights", small_weights, "--no-judge", "--steps", "1", "--methods", "steps=1"]
+    assert main([*command, "--seeds", "1", "--batch", "1", "--quiet", "--out", str(tmp_path / "p")]) == 1
+    assert "1 of 1 images of the baseline are not finite" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, package, extra",
+    [
+        (["pareto", "--figure", "a.png"], "matplotlib", "plot"),
+        (["pareto", "--sheet", "a.png"], "matplotlib", "plot"),
+        (["pareto", "--search", "--speedup", "2"], "optuna", "search"),
+        (["pareto", "--network", "lpips=x.pt"], "torch", "features"),
+        (["pareto", "--network", "clip=x"], "transformers", "features"),
+        (["profile", "--figure", "a.png"], "matplotlib", "plot"),
+    ],
+)
+def test_missing_packages_are_missed_before_anything_is_read(flags, package, extra, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("matplotlib", "optuna", "torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None if name == package else types.ModuleType(name))
+    monkeypatch.setattr(difax.run, "load", lambda *a, **k: pytest.fail("something was opened"))
+    assert main([*flags, "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert f"needs {package}, of the extra {extra}: pip install 'difax[{extra}]'" in told and told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        (["--seeds", "2"], "--seeds=2: a judge compares sets of 4 images or more"),
+        (["--seeds", "4", "--steps", "3"], "holds another sweep (another configuration)"),
+        (["--seeds", "5"], "seeds: 4 there, 5 here"),
+        (["--seeds", "4", "--batch", "3"], "batch: 4 there, 3 here"),
+        (["--seeds", "4", "--labels", "1,2"], "labels: None there, [1, 2] here"),
+        (["--seeds", "4", "--random-init"], "weights: fmnist_dit (embedded) there, random here"),
+    ],
+)
+def test_another_sweep_is_refused_before_weights_or_a_judge_are_read(flags, match, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "p"
+    if "2" not in flags[:2]:
+        run = difax.load("fmnist_dit", steps=2)
+        out.mkdir()
+        there = described(run, run.conditions(), Options(4, 4, 1))
+        (out / "sweep.json").write_text(json.dumps({**there, "judged": True}))
+    monkeypatch.setattr(difax.build, "load_native", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("difax.study.judge.make_judge", lambda *a, **k: pytest.fail("a judge was made"))
+    flags = flags if "--batch" in flags else [*flags, "--batch", "4"]
+    flags = flags if "--steps" in flags else [*flags, "--steps", "2"]
+    assert main(["pareto", *flags, "--out", str(out), "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert match in told and told.count("\n") == 1
+    assert [p.name for p in out.iterdir()] == ["sweep.json"] if out.exists() else "2" in flags
 
 
 @pytest.mark.slow

@@ -438,12 +438,23 @@ def seen(request, sweep, tmp_path_factory):
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine")
     folder = tmp_path_factory.mktemp("browser")
-    page = folder / "page.html"
     text = sweep[2].replace("<head>", f"<head>{LISTEN}", 1).replace("</body>", f"{PERFORM}</body>")
     if request.param < 500:  # no window is narrower than that
-        style = f"border: 0; width: {request.param}px; height: 844px"
-        frame = f'<iframe style="{style}" srcdoc="{html.escape(text)}"></iframe>'
-        text = f'<!doctype html><meta charset="utf-8"><body>{frame}'
+        text = f'<!doctype html><meta charset="utf-8"><body>{framed(text, request.param)}'
+    (found,) = in_browser(folder, text)
+    assert found["told"] == []
+    return found
+
+
+def framed(text: str, width: int) -> str:
+    return f'<iframe style="border: 0; width: {width}px; height: 844px" srcdoc="{html.escape(text)}"></iframe>'
+
+
+def in_browser(folder: pathlib.Path, text: str) -> list[dict]:
+    """What a page and those in its frames found."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    page = folder / "page.html"
     page.write_text(text)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
     flags += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
@@ -452,11 +463,88 @@ def seen(request, sweep, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-2000:]
     shutil.rmtree(folder / "profile", ignore_errors=True)
     assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
-    content = re.search(r'<pre id="found">([^<]*)</pre>', done.stdout)
-    assert content, done.stdout[-2000:]
-    found = json.loads(base64.b64decode(content[1]))
-    assert found["told"] == []
-    return found
+    contents = re.findall(r'<pre id="found">([^<]*)</pre>', done.stdout)
+    assert contents, done.stdout[-2000:]
+    return [json.loads(base64.b64decode(content)) for content in contents]
+
+
+# Where names, bars and columns lie, for pages of few methods
+MEASURE = """<script>
+setTimeout(() => {
+  const found = {told, width: innerWidth, struck: [], beyond: [], meeting: []};
+  const all = (s) => [...document.querySelectorAll(s)];
+  try {
+    const plot = document.getElementById("plot"), names = all("#plot .name"), bars = all("#plot .bar");
+    const box = (e) => { const b = e.getBBox(); return [b.x, b.y + 2, b.x + b.width, b.y + b.height - 2]; };
+    const meet = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+    const line = (e) => ["x1", "y1", "x2", "y2"].map((k) => e[k].baseVal.value);
+    const { min, max } = Math;
+    const lines = bars.map(line).map(([a, b, c, d]) => [min(a, c), min(b, d), max(a, c), max(b, d)]);
+    const wider = ([a, b, c, d]) => [a - 0.5, b - 0.5, c + 0.5, d + 0.5];
+    const [w, h] = [plot.viewBox.baseVal.width, plot.viewBox.baseVal.height];
+    found.names = names.map((t) => t.lastChild.textContent);
+    for (const t of names) {
+      const by = lines.find((l) => meet(box(t), wider(l)));
+      if (by) found.struck.push([t.textContent, box(t), by]);
+      if (names.some((o) => o !== t && meet(box(o), box(t)))) found.meeting.push(t.textContent);
+    }
+    found.beyond = lines.filter((l) => l[0] < 40 || l[2] > w - 12 || l[1] < 32 || l[3] > h - 46);
+    found.bars = lines.length;
+    found.lengths = lines.map((l) => Math.max(l[2] - l[0], l[3] - l[1]));
+    const scroll = document.querySelector(".scroll"), heads = all("#table thead th");
+    const edge = scroll.getBoundingClientRect().right;
+    found.overflows = scroll.scrollWidth > scroll.clientWidth + 1;
+    found.hint = document.getElementById("more").hidden ? "" : document.getElementById("more").textContent;
+    found.seen = heads.filter((th) => th.getBoundingClientRect().right <= edge + 1).map((th) => th.textContent);
+    scroll.scrollLeft = 150;
+    found.first = heads[0].getBoundingClientRect().left - scroll.getBoundingClientRect().left;
+    scroll.scrollLeft = 0;
+  } catch (error) { told.push(`${error} ${error.stack}`); }
+  const pre = document.createElement("pre");
+  pre.id = "found";
+  pre.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(found))));
+  top.document.body.append(pre);
+}, 300);
+</script>"""
+FEW = ["fora 3", "dbcache F1 W4 0.12 MC3 taylor", "steps 12", "int8_w8a8", "taylorseer 3, order 1"]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """What is to be seen of reports of one to five methods, on a desk and on a phone: {(methods, width): found}."""
+    pages, order = [], []
+    for count in range(1, len(FEW) + 1):
+        rng = np.random.default_rng(count)
+        rows = [fake_row(BASELINE, "baseline", {}, rng, PSNR_LIMIT, 1.0)]
+        rows[0]["quality"]["psnr"] = [PSNR_LIMIT] * 3
+        for i, name in enumerate(FEW[:count]):
+            row = fake_row(name, METHODS[name].family, METHODS[name].settings, rng, 38 - 2.5 * i, 1.3 + 0.7 * i)
+            row["quality"]["psnr"] = [38 - 2.5 * i, 35 - 2.5 * i, 42 - 2.5 * i]
+            row["speed"]["turns"] = [0.8 * (1.3 + 0.7 * i), 1.2 * (1.3 + 0.7 * i)]
+            rows.append(row)
+        text = report({"config": {}}, rows, {}).replace("<head>", f"<head>{LISTEN}", 1)
+        for width in (390, 1280):
+            pages.append(framed(text.replace("</body>", f"{MEASURE}</body>"), width))
+            order.append((count, width))
+    found = in_browser(tmp_path_factory.mktemp("few"), f'<!doctype html><meta charset="utf-8"><body>{"".join(pages)}')
+    assert len(found) == len(order)
+    by_size = {(len(f["names"]) - 1, f["width"]): f for f in found}
+    assert by_size.keys() == set(order) and all(f["told"] == [] for f in found)
+    return by_size
+
+
+def test_names_of_few_methods_are_struck_by_nothing_and_bars_stay_within(few):
+    for (count, width), found in few.items():
+        assert found["bars"] == 2 * (count + 1), (count, width)
+        assert found["struck"] == found["meeting"] == found["beyond"] == [], (count, width)
+        assert sorted(found["lengths"])[2] > 5  # they are there: all but those of the baseline have a length
+
+
+def test_a_phone_shows_a_quality_and_says_that_the_table_goes_on(few):
+    for (count, width), found in few.items():
+        assert found["seen"][:2] == ["Method", "PSNR"], (count, width)
+        assert found["overflows"] == ("more column" in found["hint"]) and abs(found["first"]) < 1
+        assert width == 1280 or found["overflows"]
 
 
 def judged_by(rows: list[dict], quality: str, cost: str) -> dict[str, str]:

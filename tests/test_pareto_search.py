@@ -1,6 +1,7 @@
 """The search for a composition, on a made-up world in which the best one is known; and once on the real one."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,7 +32,7 @@ class World:
     def __init__(self, options=None, seen=None):
         self.options = options or Options(seeds=54)
         self.seen = {} if seen is None else seen
-        self.config = {"steps": STEPS, "guide": {"name": "cfg"}}
+        self.run = SimpleNamespace(config={"steps": STEPS, "guide": {"name": "cfg"}})
         self.tell = lambda text: None
         self.failed = {}
 
@@ -49,6 +50,9 @@ class World:
     @staticmethod
     def fails(settings):
         return False
+
+    def qualities(self):
+        return ("psnr", "frechet")
 
 
 @pytest.fixture

@@ -77,6 +77,12 @@ def teacache(traces: Sequence[Trace], degree: int = 4) -> dict[str, Any]:
     y = np.concatenate([np.asarray(t.metric["output"], np.float64).ravel() for t in traces])
     there = np.isfinite(x) & np.isfinite(y)
     x, y = x[there], y[there]
+    if len(x) <= degree or y.var() == 0:  # a head of zeros, as random weights may have, has no change
+        what = "all alike" if len(x) > degree else "too few"
+        raise ValueError(
+            f"teacache: {len(x)} changes of the network's output, {what}; allowed: more than {degree}, that differ "
+            "(more samples or steps, trained weights)"
+        )
     coefficients = np.polyfit(x, y, degree)
     left = y - np.polyval(coefficients, x)
     return {

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from difax.core.extras import needs
 from difax.core.writing import replacing
 
 
@@ -70,11 +71,10 @@ def drawing(path: str | os.PathLike, size: tuple[float, float], font: float = 9,
     Raises:
       ValueError: matplotlib is missing (the extra `plot`).
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a figure needs matplotlib, of the extra plot: pip install 'difax[plot]'") from None
+    needs("a figure", "matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context({"font.size": font, "text.parse_math": False}), replacing(path) as aside:
         drawn = Figure(figsize=size, dpi=200, facecolor="white", **options)
         yield drawn

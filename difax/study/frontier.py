@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
+
+import numpy as np
 
 BASELINE, CONTROL = "baseline", "real images"
 
@@ -39,6 +42,17 @@ QUALITIES = {
     "clip_score": Quality("CLIP score", "", 2, True),
     "image_reward": Quality("ImageReward", "", 2, True),
 }
+# what brings a quality that not every sweep has
+BROUGHT = {
+    "ms_ssim": "images of 11 pixels or more",
+    **dict.fromkeys(("agreement", "frechet", "kernel", "precision", "recall"), "a judge of these images: --judge NAME"),
+    **dict.fromkeys((q for q in QUALITIES if q.startswith("lite0_")), "--network efficientnet_lite0"),
+    **dict.fromkeys(("fid", "kid", "inception_precision", "inception_recall"), "--network inception=FILE"),
+    "lpips": "--network lpips=FILE",
+    "clip_score": "--network clip=FOLDER",
+    "image_reward": "--network image_reward=FILE",
+}
+NETWORK_FIGURES = tuple(q for q, how in BROUGHT.items() if how.startswith("--network"))
 SHOWN = ("psnr", "ssim", "lpips", "agreement", "frechet", "kernel", "lite0_kernel", "fid", "clip_score", "image_reward")
 
 
@@ -80,7 +94,10 @@ def table(rows: list[dict[str, Any]], quality: str = "psnr") -> str:
         "dominated by",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in sorted(frontier(rows, quality), key=lambda r: -r["speed"]["ratio"]):
+    compared = sorted(frontier(rows, quality), key=lambda r: -r["speed"]["ratio"])
+    names = {row["method"] for row in compared}
+    beside = [{**r, "dominated_by": lost(r)} for r in rows if "speed" in r and r["method"] not in names]
+    for row in [*compared, *beside]:
         best = row["dominated_by"] is None
         cells = [
             f"**{row['method']}**" if best else row["method"],
@@ -104,10 +121,21 @@ def _heading(quality: str) -> str:
     return f"{label} {unit}" if "features" in unit else label
 
 
+def finite(value: Any) -> Any:
+    """Without the infinities and nans that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
 def _finite_figure(row: dict[str, Any], quality: str) -> list[float] | None:
     """[value, low, high], or None where there is none, such as that of images that are not finite."""
     found = row.get("quality", {}).get(quality)
-    return found if found and None not in found else None
+    return found if found and all(x is not None and math.isfinite(x) for x in found) else None
 
 
 def _figure(row: dict[str, Any], quality: str) -> str:
@@ -118,9 +146,16 @@ def _figure(row: dict[str, Any], quality: str) -> str:
     return value if row["method"] == BASELINE and quality in ("psnr", "ssim", "ms_ssim") else f"{value} [{low}, {high}]"
 
 
+def lost(row: dict[str, Any]) -> str:
+    """What is said of a method whose images are not all finite; "" for the others."""
+    count = row.get("not_finite")
+    return f"{count} images are not finite" if count else ""
+
+
 def line(row: dict[str, Any]) -> str:
     """One measurement for people."""
     if "refused" in row:
         return f"{row['method']}: not for this model ({row['refused'][:90]})"
     found = f"PSNR {_figure(row, 'psnr') or 'not finite'}, SSIM {_figure(row, 'ssim') or 'not finite'}"
+    found = lost(row) or found
     return f"{row['method']}: FLOPs x{row['cost']['ratio']:.2f}, seconds x{row['speed']['ratio']:.2f}, {found}"

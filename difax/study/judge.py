@@ -16,7 +16,7 @@ import numpy as np
 
 from difax.build import build_data, embedded_weights, load_weights
 from difax.config import checkpoint_config, load_config
-from difax.core.contracts import Classifier, Params
+from difax.core.contracts import Classifier, Model, Params
 from difax.registry import choose, is_outside, load_outside, make
 from difax.study.metrics import (
     FEATURE_FIGURES,
@@ -33,6 +33,7 @@ CLASSIFIER = "fmnist_cnn"
 SCALE_IMAGES = 10_000
 BATCH = 500
 RESAMPLES = 200
+FIGURES = ("agreement", *FEATURE_FIGURES)  # what a judge says of a set of images
 
 
 class Judge(NamedTuple):
@@ -85,6 +86,14 @@ def make_judge(which: str | None = None, data: Mapping[str, Any] | None = None) 
     return judge_of(classifier, params, train, test)
 
 
+def suits(model: Model, data: Mapping[str, Any]) -> bool:
+    """Whether the classifier that ships knows what a model draws: Fashion-MNIST, which a configuration without data
+    may draw."""
+    knows = make("model", load_config(CLASSIFIER)["model"])
+    fits = (knows.input_shape, knows.classes) == (model.input_shape, model.classes)
+    return fits and data.get("name", "fashion_mnist") == "fashion_mnist"
+
+
 def judge_of(classifier: Classifier, params: Params, train: Images, test: Images) -> Judge:
     """A judge of a classifier and its data: features standardised by training images, test images to compare with."""
     scale = feature_scale(examine(classifier, params, train.image[:SCALE_IMAGES])[1])
@@ -110,16 +119,26 @@ def examine(classifier: Classifier, params: Params, images: np.ndarray) -> tuple
     return np.concatenate(labels), np.concatenate(features)
 
 
-def halves(images: Images, n: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two disjoint sets of n images each, with the classes of n samples that go round them: reference, control.
+def halves(images: Images, n: int, classes: int, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two disjoint sets of n images each, with the classes of n samples: reference, control.
+
+    Args:
+      labels: [n], of the samples; None is 0, 1, 2, ... in turn.
 
     Raises:
       ValueError: more than half of the images of some class.
     """
-    most = min(int(np.sum(images.label == c)) for c in range(classes)) // 2 * classes
-    if not 0 < n <= most:
-        raise ValueError(f"{n} samples; allowed: 1 to {most}, half of the real images")
-    counts = [len(range(c, n, classes)) for c in range(classes)]
+    there = np.bincount(images.label, minlength=classes)[:classes]
+    if labels is None:
+        most = int(there.min()) // 2 * classes
+        if not 0 < n <= most:
+            raise ValueError(f"{n} samples; allowed: 1 to {most}, half of the real images")
+        labels = np.arange(n) % classes
+    counts = np.bincount(labels, minlength=classes)
+    for c in np.flatnonzero(2 * counts > there):
+        raise ValueError(
+            f"{n} samples, {counts[c]} of them of label {c}; allowed: {there[c] // 2}, half of its real images"
+        )
     rows = [np.flatnonzero(images.label == c)[: 2 * count] for c, count in enumerate(counts)]
     return np.concatenate([r[::2] for r in rows]), np.concatenate([r[1::2] for r in rows])
 
@@ -145,13 +164,13 @@ def compared(judge: Judge, images: np.ndarray | None, labels: np.ndarray) -> dic
 
     Args:
       images: uint8 [n, H, W, C]; None is the control, as many real images of the same classes.
-      labels: [n], that were asked for, 0, 1, 2, ... in turn.
+      labels: [n], that were asked for.
 
     Returns:
       {"agreement", "frechet", "kernel", "precision", "recall"}: [value, low, high] each; frechet is None for fewer than
       two samples per feature.
     """
-    reference, control = halves(judge.test, len(labels), judge.classifier.classes)
+    reference, control = halves(judge.test, len(labels), judge.classifier.classes, labels)
     if images is None:
         right, features = judge.predicted[control] == judge.test.label[control], judge.features[control]
     else:

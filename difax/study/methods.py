@@ -7,9 +7,11 @@ refused by its factory and reported with the reason. `calibrated` names the file
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from difax.config import SHORT
 from difax.registry import REGISTRIES
 
 FAMILIES = ("steps", "solver", "guidance", "cache", "attention", "quantisation", "together")
@@ -171,8 +173,7 @@ def chosen(wanted: Sequence[str], parse: Any) -> dict[str, Method]:
         elif name in known:
             found[name] = Method(known[name], {f"{_KEYS[known[name]]}.name": name})
         elif "=" in name:
-            pairs = (setting.partition("=") for setting in name.split(","))
-            found[name] = Method("together", {k.strip(): parse(v.strip()) for k, _, v in pairs})
+            found[name] = Method("together", _written(name, parse))
         else:
             near = difflib.get_close_matches(name, [*METHODS, *FAMILIES, *known, "all"], 1, 0.4)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -182,3 +183,17 @@ def chosen(wanted: Sequence[str], parse: Any) -> dict[str, Method]:
                 f"steps=12,cache.name=fora, and {', '.join(map(repr, METHODS))}"
             )
     return found
+
+
+def _written(text: str, parse: Any) -> dict[str, Any]:
+    """Settings "steps=12,cache.name=fora" by key; a comma within a value, as in (1, 2), parts nothing."""
+    settings: dict[str, Any] = {}
+    for setting in re.split(r",(?=[^,=()\[\]]+=)", text):
+        key, equals, value = (part.strip() for part in setting.partition("="))
+        key = SHORT.get(key, key)
+        if not key or not equals or not value:
+            raise ValueError(f"method {text!r}: {setting.strip()!r}; allowed: KEY=VALUE, with commas between several")
+        if key in settings:
+            raise ValueError(f"method {text!r}: {key} is set twice; allowed: once")
+        settings[key] = parse(value)
+    return settings

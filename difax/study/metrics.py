@@ -98,14 +98,18 @@ def kernel_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
     """
     a_NF, b_NF = _feature_sets("kernel_distance", a_NF, b_NF, 2)
 
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1) ** 3
+    within = _without_diagonal(_cubic(a_NF, a_NF)) + _without_diagonal(_cubic(b_NF, b_NF))
+    return within - 2 * float(_cubic(a_NF, b_NF).mean())
 
-    def within(x: np.ndarray) -> float:
-        k_NN = kernel(x, x)
-        return float((k_NN.sum() - np.trace(k_NN)) / (len(x) * (len(x) - 1)))
 
-    return within(a_NF) + within(b_NF) - 2 * float(kernel(a_NF, b_NF).mean())
+def _cubic(x_NF: np.ndarray, y_MF: np.ndarray) -> np.ndarray:
+    """The cubic kernel of each pair [N, M]."""
+    return (x_NF @ y_MF.T / x_NF.shape[1] + 1) ** 3
+
+
+def _without_diagonal(k_NN: np.ndarray) -> float:
+    """The mean over pairs of different rows."""
+    return float((k_NN.sum() - np.trace(k_NN)) / (len(k_NN) * (len(k_NN) - 1)))
 
 
 class PrecisionRecall(NamedTuple):
@@ -131,18 +135,76 @@ def precision_recall(samples_NF: np.ndarray, real_NF: np.ndarray, k: int = 3) ->
     References: Kynkaanniemi et al. 2019, arXiv:1904.06991.
     """
     samples_NF, real_NF = _feature_sets("precision_recall", samples_NF, real_NF, k + 1)
+    across = _squared(samples_NF, real_NF)
+    precision = (across <= _radii(real_NF, k)[None]).any(1).mean()
+    return PrecisionRecall(float(precision), float((across <= _radii(samples_NF, k)[:, None]).any(0).mean()))
 
-    def squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.maximum((x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T, 0.0)
 
-    def radii(x: np.ndarray) -> np.ndarray:
-        apart = squared(x, x)
-        np.fill_diagonal(apart, -1.0)  # itself, the nearest of all
-        return np.partition(apart, k, axis=1)[:, k]
+def _squared(x_NF: np.ndarray, y_MF: np.ndarray) -> np.ndarray:
+    """Squared distances [N, M]."""
+    return np.maximum((x_NF**2).sum(1)[:, None] + (y_MF**2).sum(1)[None] - 2 * x_NF @ y_MF.T, 0.0)
 
-    across = squared(samples_NF, real_NF)
-    precision = (across <= radii(real_NF)[None]).any(1).mean()
-    return PrecisionRecall(float(precision), float((across <= radii(samples_NF)[:, None]).any(0).mean()))
+
+def _own(x_NF: np.ndarray) -> np.ndarray:
+    """Squared distances within a set, each row being nearest to itself."""
+    apart = _squared(x_NF, x_NF)
+    np.fill_diagonal(apart, -1.0)
+    return apart
+
+
+def _radii(x_NF: np.ndarray, k: int) -> np.ndarray:
+    """Squared distance of each row to its k-th neighbour."""
+    return np.partition(_own(x_NF), k, axis=1)[:, k]
+
+
+def _precisions(samples_NF: np.ndarray, real_NF: np.ndarray, draws_RN: np.ndarray, k: int = 3) -> np.ndarray:
+    """The precision of each draw of samples: whether one lies among the real ones is its own affair."""
+    inside_N = np.asarray(_squared(samples_NF, real_NF) <= _radii(real_NF, k)[None]).any(1)
+    return np.asarray(inside_N)[draws_RN].mean(1)
+
+
+NEAR = 40  # neighbours of a sample that are kept in order; all but surely a draw has k of them
+
+
+def _recalls(samples_NF: np.ndarray, real_NF: np.ndarray, draws_RN: np.ndarray, k: int = 3) -> np.ndarray:
+    """The recall of each draw of samples, whose balls are as wide as to the k-th neighbour in the draw.
+
+    A sample's neighbours are put in order once. In a draw its ball ends at the neighbour up to which more than k rows,
+    itself included, were drawn; so a real image needs, of each sample, only the neighbour whose distance reaches it.
+    """
+    n, near = len(samples_NF), min(NEAR, len(samples_NF))
+    apart = _own(samples_NF)
+    order_Nn = np.argsort(apart, axis=1, kind="stable")[:, :near]
+    reach_Nn = np.take_along_axis(apart, order_Nn, 1)
+    reach_Nn[:, 0] = 0.0  # itself, as often as it is drawn
+    across_NM = _squared(samples_NF, real_NF)
+    # the first neighbour whose ball holds the real image; `near` is none of those that are kept
+    needed_NM = np.stack([np.searchsorted(r, a) for r, a in zip(reach_Nn, across_NM, strict=True)])
+    sample, real = np.nonzero(needed_NM < near)
+    needed = needed_NM[sample, real]
+    found = np.zeros(len(draws_RN))
+    for r, draw in enumerate(draws_RN):
+        times = np.bincount(draw, minlength=n)
+        full_Nn = np.cumsum(times[order_Nn], axis=1) > k
+        last = np.where(full_Nn.any(1), full_Nn.argmax(1), near)
+        held = np.zeros(len(real_NF), bool)
+        held[real[(times[sample] > 0) & (needed <= last[sample])]] = True
+        for i in np.flatnonzero((times > 0) & (last == near)):  # its ball is wider than those that are kept
+            rest = np.argsort(apart[i], kind="stable")
+            held |= across_NM[i] <= apart[i, rest[np.argmax(np.cumsum(times[rest]) > k)]]
+        found[r] = held.mean()
+    return found
+
+
+def _kernel_distances(samples_NF: np.ndarray, real_NF: np.ndarray, draws_RN: np.ndarray) -> np.ndarray:
+    """The kernel distance of each draw of samples, by how often each was drawn."""
+    n = draws_RN.shape[1]
+    times_RN = np.stack([np.bincount(draw, minlength=len(samples_NF)) for draw in draws_RN]).astype(float)
+    own_NN, real_MM = _cubic(samples_NF, samples_NF), _cubic(real_NF, real_NF)
+    # of the n drawn rows, each with itself is left out
+    within = ((times_RN @ own_NN) * times_RN).sum(1) - times_RN @ np.diagonal(own_NN)
+    across = times_RN @ _cubic(samples_NF, real_NF).mean(1) / n
+    return within / (n * (n - 1)) + _without_diagonal(real_MM) - 2 * across
 
 
 def _feature_sets(name: str, a_NF: np.ndarray, b_NF: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,9 +251,17 @@ def bootstrap(
     values = np.asarray(values)
     if not len(values):
         raise ValueError("bootstrap: no samples; allowed: 1 or more")
-    rng, figure = np.random.default_rng(0), of or (lambda rows: float(np.mean(rows)))
-    estimate = figure(values)
-    drawn = np.asarray([figure(values[rng.integers(len(values), size=len(values))]) for _ in range(resamples)])
+    figure = of or (lambda rows: float(np.mean(rows)))
+    drawn = [figure(values[draw]) for draw in _draws(len(values), resamples)]
+    return _centred(figure(values), np.asarray(drawn), bounds)
+
+
+def _draws(n: int, resamples: int) -> np.ndarray:
+    """Which rows each draw has [resamples, n]: the same ones at every call."""
+    return np.random.default_rng(0).integers(n, size=(resamples, n))
+
+
+def _centred(estimate: float, drawn: np.ndarray, bounds: tuple[float, float]) -> Interval:
     if not np.all(np.isfinite(drawn)):  # such as the PSNR of equal images
         return Interval(estimate, float(drawn.min()), float(drawn.max()))
     ends = np.clip(estimate + np.quantile(drawn - drawn.mean(), (0.025, 0.975)), *bounds)
@@ -199,21 +269,33 @@ def bootstrap(
 
 
 class FeatureFigure(NamedTuple):
-    """A figure of two sets of features: of(samples, real) -> the figure; bounds: what it cannot leave."""
+    """A figure of two sets of features.
+
+    of(samples, real) -> the figure; least: rows that a set needs; bounds: what the figure cannot leave;
+    each(samples, real, draws [R, N]) -> the figure of each draw of the samples [R], where what the draws have in common
+    can be worked out once; None is `of` draw by draw.
+    """
 
     of: Callable[[np.ndarray, np.ndarray], float]
+    least: int = 2
     bounds: tuple[float, float] = (-np.inf, np.inf)
+    each: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None
 
     def interval(self, samples_NF: np.ndarray, real_NF: np.ndarray, resamples: int) -> Interval:
         """The figure with its bootstrap interval over samples."""
-        return bootstrap(samples_NF, lambda rows: self.of(rows, real_NF), resamples, self.bounds)
+        if self.each is None:
+            return bootstrap(samples_NF, lambda rows: self.of(rows, real_NF), resamples, self.bounds)
+        samples_NF, real_NF = (np.asarray(x, np.float64) for x in (samples_NF, real_NF))
+        estimate = self.of(samples_NF, real_NF)
+        drawn = self.each(samples_NF, real_NF, _draws(len(samples_NF), resamples))
+        return _centred(estimate, drawn, self.bounds)
 
 
 FEATURE_FIGURES = {
     "frechet": FeatureFigure(frechet_distance),
-    "kernel": FeatureFigure(kernel_distance),
-    "precision": FeatureFigure(lambda samples, real: precision_recall(samples, real).precision, (0.0, 1.0)),
-    "recall": FeatureFigure(lambda samples, real: precision_recall(samples, real).recall, (0.0, 1.0)),
+    "kernel": FeatureFigure(kernel_distance, each=_kernel_distances),
+    "precision": FeatureFigure(lambda a, b: precision_recall(a, b).precision, 4, (0.0, 1.0), _precisions),
+    "recall": FeatureFigure(lambda a, b: precision_recall(a, b).recall, 4, (0.0, 1.0), _recalls),
 }
 
 
@@ -246,6 +328,21 @@ def feature_scale(real_NF: np.ndarray) -> FeatureScale:
 def normalise_features(features_NF: np.ndarray, scale: FeatureScale) -> np.ndarray:
     """(features - mean)/std of the kept ones, so that no feature counts more because its unit is larger."""
     return (np.asarray(features_NF, np.float64)[:, scale.keep] - scale.mean) / scale.std
+
+
+Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def framewise(measure: Measure) -> Measure:
+    """A measure of pairs of images [N, H, W, C] for pairs of videos [N, F, H, W, C] too: the mean over frames."""
+
+    def measured(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        if a.ndim != 5:
+            return np.asarray(measure(a, b))
+        frames = (x.reshape(-1, *x.shape[2:]) for x in (a, b))
+        return np.asarray(measure(*frames)).reshape(a.shape[:2]).mean(1)
+
+    return measured
 
 
 def psnr(a: np.ndarray, b: np.ndarray, peak: float = 2.0) -> float:
@@ -340,7 +437,10 @@ def relative_error(a: np.ndarray, b: np.ndarray, order: int = 1) -> np.ndarray:
     if order not in (1, 2):
         raise ValueError(f"relative_error: order={order}; allowed: 1, 2")
     flat_a, flat_b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    return np.linalg.norm(flat_a - flat_b, order, axis=1) / np.linalg.norm(flat_b, order, axis=1)
+    apart, size = np.linalg.norm(flat_a - flat_b, order, axis=1), np.linalg.norm(flat_b, order, axis=1)
+    # of an image that is zero everywhere
+    nothing = np.where(apart > 0, np.inf, 0.0)
+    return np.divide(apart, size, out=nothing, where=size > 0)
 
 
 def _similarities(name: str, a: np.ndarray, b: np.ndarray, peak: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:

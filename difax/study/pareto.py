@@ -1,28 +1,34 @@
 """`difax pareto`: every method on the same work, in one resumable sweep, with what is dominated and what is not.
 
-All methods draw the same images: sample i has noise i and label i of the run's. Each batch of a method is timed, in
+All methods draw the same images: sample i has noise i and, in turn, the run's conditions. Each batch is timed, in
 turns with the unaccelerated sampler, both compiled ahead of time; what is drawn is compared with the unaccelerated
 images of the same noise and, where the data set is there, judged against real ones. A row of JSON is appended as soon
 as a method is measured, so that a sweep that is killed goes on where it stopped.
 
 Methods whose programs are the same text share a compilation: a sweep of thresholds compiles once.
+
+Any model is measured. Of latents (neither 1 nor 3 channels) PSNR and SSIM take the range of the unaccelerated ones as
+their peak, and the pictures that are kept are three channels in that range; of videos they are means over frames.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
+import shlex
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from difax.build import Setup, build_setup, load_weights
-from difax.config import override, plain
+from difax.build import Setup
+from difax.config import plain
 from difax.core.contracts import Params, Trace
 from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import averaged, strip
@@ -31,14 +37,26 @@ from difax.core.files import save_arrays
 from difax.core.writing import append_line, replacing
 from difax.media.images import to_uint8
 from difax.program import Program
-from difax.study.calibrate import Sampler, calibrate_to, ending
+from difax.registry import shown
+from difax.study.calibrate import ending
 from difax.study.folder import read_measured, read_sweep
-from difax.study.frontier import BASELINE, CONTROL, line
-from difax.study.judge import Judge, compared
+from difax.study.frontier import BASELINE, BROUGHT, CONTROL, finite, line
+from difax.study.judge import FIGURES, Judge, compared, halves
 from difax.study.methods import Method
-from difax.study.metrics import WINDOW, bootstrap, ms_ssim, psnr, relative_error, ssim
-from difax.study.networks import Eyes, seen
+from difax.study.metrics import (
+    FEATURE_FIGURES,
+    WINDOW,
+    Measure,
+    bootstrap,
+    framewise,
+    ms_ssim,
+    psnr,
+    relative_error,
+    ssim,
+)
+from difax.study.networks import Eyes, figures, seen
 from difax.training.data import Images, check_images
+from difax.weights.conditions import labelled
 
 CALIBRATION_SEED, CALIBRATION_SAMPLES = 1_000_000, 20
 QUEUED = 3  # runs of a batch that are timed together on an accelerator
@@ -57,18 +75,33 @@ class Options(NamedTuple):
     budget: float | None = None
 
 
+class Opened(Protocol):
+    """What a sweep needs of a `difax.Run`."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def setup(self) -> Setup: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def prepared(self) -> Params: ...
+    def conditions(self, cond: Any = None) -> Any: ...
+    def replace(self, **settings: Any) -> Opened: ...
+    def calibrate(self, technique: str, out: Any = None, cond: Any = None, **settings: Any) -> dict[str, Any]: ...
+
+
 class Timed:
     """One method's program, and its timed draws."""
 
-    def __init__(self, run: Setup, params: Params, options: Options, compiled: dict[str, Any]):
-        self.run, self.options = run, options
-        self.params = jax.block_until_ready(run.prepare(params))
-        self.program = Program(run, self.params, self.inputs(0), compiled)
+    def __init__(self, run: Opened, cond: Any, options: Options, compiled: dict[str, Any]):
+        self.setup, self.cond, self.options = run.setup, cond, options
+        self.params = run.prepared
+        self.program = Program(run.setup, self.params, self.inputs(0), compiled)
 
     def inputs(self, index: int) -> tuple[jax.Array, jax.Array, Any]:
-        """Noise, keys and labels of a batch; the last one is filled up with samples that are not counted."""
-        labels = np.arange(self.run.model.classes, dtype=np.int32)
-        return self.run.inputs(self.options.seed, self.options.batch, labels, index * self.options.batch)
+        """Noise, keys and conditions of a batch; the last one is filled up with samples that are not counted."""
+        return self.setup.inputs(self.options.seed, self.options.batch, self.cond, index * self.options.batch)
 
     def draw(self, index: int) -> tuple[np.ndarray, Trace, float]:
         """Samples, trace and seconds of a batch; on an accelerator those of one of several queued runs, so that they
@@ -78,74 +111,100 @@ class Timed:
         start = time.perf_counter()
         out = [self.program(*given) for given in inputs]
         samples, trace = jax.block_until_ready(out)[-1]
-        seconds = (time.perf_counter() - start) / queued
+        seconds = max(time.perf_counter() - start, 1e-9) / queued  # a clock may stand still
         return np.asarray(samples), jax.tree.map(np.asarray, trace), seconds
 
 
 class Sweep:
-    """A folder of measurements of one configuration."""
+    """A folder of measurements of one configuration, which is made when the baseline is drawn."""
 
     def __init__(
         self,
         name: str,
-        config: Mapping[str, Any],
+        run: Opened,
         options: Options,
         out: pathlib.Path,
         judge: Judge | None = None,
         tell: Tell = lambda text: None,
         eyes: Eyes | None = None,
-        weights: str | None = None,
         test: Images | None = None,
+        cond: Any = None,
     ):
-        """name: what follows `difax sample` in a command, the flags that change it included; config: what that gives.
-        judge, eyes: what else than the unaccelerated images the images are compared with. weights: a path, or None for
-        those of the configuration. test: real images that the model should fit, or None."""
-        self.name, self.config, self.options, self.out = name, dict(config), options, out
-        self.judge, self.eyes, self.tell = judge, eyes or Eyes({}), tell
-        run = build_setup(config)
-        if not run.model.classes:
-            raise ValueError(f"difax pareto: {run.model.name} takes no labels; allowed: a model that does")
-        model, self.params, self.weights = load_weights(config, run.model, weights)
-        self.run = run._replace(model=model)
-        if test is not None:
+        """name: what follows `difax sample` in a command, the flags that change it included; run: what that opens.
+        judge, eyes: what else than the unaccelerated images the images are compared with, where the model draws what
+        they can see. test: real images that the model should fit, or None. cond: as `Run.conditions` takes it.
+
+        Raises:
+          ValueError: a baseline with a cache, judges that do not fit or too few images for them, real images of
+            another size, conditions that do not fit, or a folder of another sweep; nothing is written then.
+        """
+        self.name, self.run, self.options, self.out, self.tell = name, run, options, out, tell
+        check_methods(run, {})
+        self.cond = run.conditions(cond)
+        model, count = run.setup.model, len(jax.tree.leaves(self.cond)[0])
+        self.index = np.arange(options.seeds) % count  # of the condition that each image has
+        self.labels = np.asarray(self.cond)[self.index] if labelled(model) else None
+        self.latents = model.input_shape[-1] not in (1, 3)
+        self.judge, self.eyes = self._judges(judge, eyes or Eyes({}))
+        if test is not None and self.labels is not None:
             check_images(test, model.input_shape, model.classes)
-        if judge is not None and judge.classifier.input_shape != model.input_shape:
-            raise ValueError(
-                f"{model.name} draws {model.input_shape}; the judge knows {judge.classifier.input_shape} (--no-judge)"
-            )
         self.compiled: dict[str, Any] = {}
         self.failed: dict[str, str] = {}  # methods that raised what no refusal is, and what
         self.baseline: Timed | None = None
         self.wanted: np.ndarray | None = None
+        self.range = (-1.0, 1.0)  # of the images; of latents, that of the baseline's once they are drawn
         self.uncached = (0.0, 0.0)  # operations and bytes of the baseline, once its images are drawn
-        out.mkdir(parents=True, exist_ok=True)
-        self._claim()
-
-    def _claim(self) -> None:
-        """Writes what the folder is of, or checks that it is the same."""
-        here = {
-            "config": plain(self.config),
-            "seeds": self.options.seeds,
-            "batch": self.options.batch,
-            "seed": self.options.seed,
-            "device": device_name(),
-            "jax": jax.__version__,
+        self.described = {
+            **described(run, self.cond, options),
             "judged": self.judge is not None,
             **({"networks": list(self.eyes.networks)} if self.eyes.networks else {}),
         }
+        refuse_other(out, self.described)
+
+    def _judges(self, judge: Judge | None, eyes: Eyes) -> tuple[Judge | None, Eyes]:
+        """Those that can see what the model draws; what is left out is told by name."""
+        model, seeds = self.run.setup.model, self.options.seeds
+        if judge is not None and self.labels is None:
+            self.tell(f"{model.name} takes no labels: {', '.join(FIGURES)} of a judge are left out")
+            judge = None
+        if judge is not None:
+            knows = judge.classifier
+            if knows.input_shape != model.input_shape or knows.classes != model.classes:
+                raise ValueError(
+                    f"{model.name} draws {model.input_shape} of {model.classes} classes; the judge knows "
+                    f"{knows.input_shape} of {knows.classes} (--no-judge)"
+                )
+            enough(seeds, FEATURE_FIGURES, "a judge", "--no-judge")
+            halves(judge.test, seeds, knows.classes, self.labels)
+        if eyes.networks and (self.latents or len(model.input_shape) != 3):
+            what = "latents" if self.latents else "videos"
+            left = ", ".join(name for network in eyes.networks.values() for name in network.figures.values())
+            self.tell(f"{model.name} draws {what}, which no network sees: {left} are left out")
+            eyes = Eyes({})
+        for name, network in eyes.networks.items():
+            if network.kind == "features":
+                enough(seeds, network.figures, f"network {name}", "no such network")
+        return judge, eyes
+
+    def qualities(self) -> tuple[str, ...]:
+        """The figures that a measured method will have (`difax.study.frontier.QUALITIES`)."""
+        found = list(measures(self.run.setup.model))
+        if self.judge is not None:
+            found += [f for f in FIGURES if f != "frechet" or self.options.seeds >= 2 * self.judge.width]
+        return (*found, *figures(self.eyes, self.options.seeds))
+
+    def _accelerated(self, method: Method, calibrated: pathlib.Path | None = None) -> Opened:
+        """The run with a method's settings."""
+        return accelerated(self.run, method, {} if calibrated is None else {"cache.file": str(calibrated)})
+
+    def _claim(self) -> None:
+        """Makes the folder and writes what it is of, or checks that it is the same."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        refuse_other(self.out, self.described)
         path = self.out / "sweep.json"
         if not path.exists():
             with replacing(path) as aside:
-                pathlib.Path(aside).write_text(json.dumps(here, indent=1) + "\n")
-            return
-        there = read_sweep(self.out)
-        other = [k for k in here | there if there.get(k) != here.get(k)]
-        if other:
-            differences = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in other if k != "config")
-            raise ValueError(
-                f"{self.out} holds another sweep ({differences or 'another configuration'}); allowed: the same one, or "
-                "another --out"
-            )
+                pathlib.Path(aside).write_text(json.dumps(self.described, indent=1) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """What is measured; a line that a killed process left half-written is dropped."""
@@ -155,7 +214,11 @@ class Sweep:
         """Measures what the folder does not have yet: baseline, control and methods. Returns all rows.
 
         A method that fails is named in `failed` and gets no row, so that the sweep goes on, and tries it again when it
-        is started again. Nothing is measured without the baseline, whose failure is raised.
+        is started again. Nothing is measured, and no folder made, without the baseline, whose failure is raised.
+
+        Raises:
+          ValueError: a baseline that is refused, or a folder that has a method with other settings.
+          FloatingPointError: a baseline whose images are not finite.
         """
         todo = {BASELINE: Method("baseline", {}), **methods}
         there = {row["method"]: row["settings"] for row in self.rows()}
@@ -164,6 +227,9 @@ class Sweep:
                 raise ValueError(f"{self.out} has {name!r} with other settings, {settings}; allowed: another --out")
         left = {n: m for n, m in todo.items() if n not in there}
         start = time.monotonic()
+        if left:
+            self._wanted(self._baseline())
+        self._claim()
         if (self.judge is not None or self.eyes.real is not None) and CONTROL not in there:
             self._append({"method": CONTROL, "family": "control", "settings": {}, "quality": self._control()})
         for done, (name, method) in enumerate(left.items()):
@@ -174,7 +240,7 @@ class Sweep:
                 )
                 break
             try:
-                row = _finite(self._row(name, method))
+                row = finite(self._row(name, method))
             except Exception as error:
                 if name == BASELINE:
                     raise
@@ -188,7 +254,7 @@ class Sweep:
         return self.rows()
 
     def _append(self, row: dict[str, Any]) -> None:
-        append_line(self.out / "rows.jsonl", json.dumps(_finite(row), allow_nan=False))
+        append_line(self.out / "rows.jsonl", json.dumps(finite(row), allow_nan=False))
 
     def _row(self, name: str, method: Method) -> dict[str, Any]:
         about = {
@@ -199,21 +265,15 @@ class Sweep:
             "command": self._command(method),
         }
         try:
-            settings = list(method.settings.items())
-            if method.calibrated:
-                settings.append(("cache.file", str(self._calibrated(method.calibrated))))
-            config = override(self.config, settings)
-            run = build_setup(config, None if "model.dtype" in method.settings else self.run.model)
-            program = Timed(run, self.params, self.options, self.compiled)
+            run = self._accelerated(method, self._calibrated(method.calibrated) if method.calibrated else None)
+            program = self._baseline() if name == BASELINE else Timed(run, self.cond, self.options, self.compiled)
         except (ValueError, NotImplementedError) as error:
             return {**about, "refused": " ".join(str(error).split())}
-        if name == BASELINE:
-            self.baseline = program
         measured = self._measured(name, program)
         return {
             **about,
             **measured,
-            "config": plain(config),
+            "config": plain(run.config),
             "device": device_name(),
             "processor": processor(),
             "jax": jax.__version__,
@@ -223,13 +283,12 @@ class Sweep:
 
     def _baseline(self) -> Timed:
         if self.baseline is None:
-            self.baseline = Timed(self.run, self.params, self.options, self.compiled)
+            self.baseline = Timed(self.run, self.cond, self.options, self.compiled)
         return self.baseline
 
     def _measured(self, name: str, program: Timed) -> dict[str, Any]:
         baseline, options = self._baseline(), self.options
-        batches = -(-options.seeds // options.batch)
-        wanted = self._wanted(baseline, batches)
+        batches, wanted = self._batches(), self._wanted(baseline)
         drawn = [program.draw(0)[:2]]  # not timed: the first run touches its memory
         turns = []
         for index in range(1, max(batches, options.turns + 1)):
@@ -248,8 +307,9 @@ class Sweep:
         # the baseline is the unit: what its turns against itself are off from 1 is the machine's noise
         ratio = 1.0 if name == BASELINE else statistics.median(b / a for a, b in turns)
         self._save_images(name, together)
+        lost = _lost(together)
         return {
-            "evaluations": len(program.run.rows.i),
+            "evaluations": len(program.setup.rows.i),
             "cost": {
                 "gflops_per_image": cost / 1e9,
                 "ratio": uncached / cost,
@@ -266,52 +326,75 @@ class Sweep:
                 "shared_compilation": program.program.shared,
                 "peak_memory_mib": peak_memory(program.program.compiled) / 2**20,
             },
-            "quality": self._quality(together, wanted),
+            "quality": {} if lost else self._quality(together, wanted),
+            **({"not_finite": lost} if lost else {}),
+            **({"range": list(self.range), "shown": self._shown()} if self.latents else {}),
             "decisions": decisions(trace),
         }
 
-    def _wanted(self, baseline: Timed, batches: int) -> np.ndarray:
+    def _batches(self) -> int:
+        return -(-self.options.seeds // self.options.batch)
+
+    def _wanted(self, baseline: Timed) -> np.ndarray:
         if self.wanted is None:
             baseline.draw(0)
-            drawn = [baseline.draw(i)[:2] for i in range(batches)]
-            self.wanted = np.concatenate([samples for samples, _ in drawn])[: self.options.seeds]
+            drawn = [baseline.draw(i)[:2] for i in range(self._batches())]
+            wanted = np.concatenate([samples for samples, _ in drawn])[: self.options.seeds]
+            lost = _lost(wanted)
+            if lost:
+                raise FloatingPointError(
+                    f"{lost} of {len(wanted)} images of the baseline are not finite: there is nothing to compare with"
+                )
+            if self.latents:
+                self.range = (float(wanted.min()), float(wanted.max()))
+                self.tell(
+                    f"{self.run.setup.model.name} draws latents: PSNR and SSIM take their range, "
+                    f"{self.range[0]:.3g} to {self.range[1]:.3g}; pictures show {self._shown()}"
+                )
             self.uncached = self._cost(baseline, [trace for _, trace in drawn])
+            self.wanted = wanted
         return self.wanted
 
     def _cost(self, program: Timed, traces: list[Trace]) -> tuple[float, float]:
         """Operations and bytes of one image; the weights' bytes are those of a batch, shared by its images."""
-        run, batch = program.run, self.options.batch
+        run, batch = program.setup, self.options.batch
         parts = (run.model, program.params, run.attention)
         cost = model_bytes(*parts)
         moved = [run_bytes(cost, trace, batch, run.guide.together) for trace in traces]
         return run_cost(model_cost(*parts), averaged(traces)), statistics.mean(moved) / batch
 
-    def _labels(self) -> np.ndarray:
-        return np.arange(self.options.seeds) % self.run.model.classes
-
     def _quality(self, images: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
-        large = min(images.shape[-3:-1]) >= WINDOW
-        each = {
-            "psnr": np.asarray([min(psnr(a, b), PSNR_LIMIT) for a, b in zip(images, wanted, strict=True)]),
-            "ssim": ssim(images, wanted),
-            **({"ms_ssim": ms_ssim(images, wanted)} if large else {}),
-            "relative_l1": relative_error(images, wanted, 1),
-            "relative_l2": relative_error(images, wanted, 2),
-        }
-        found: dict[str, Any] = {name: list(bootstrap(values)) for name, values in each.items()}
+        compare = measures(self.run.setup.model, self.range[1] - self.range[0] or 1.0)
+        found: dict[str, Any] = {name: list(bootstrap(of(images, wanted))) for name, of in compare.items()}
         if self.judge is not None:
-            found |= compared(self.judge, to_uint8(images), self._labels())
-        return found | seen(self.eyes, to_uint8(images), to_uint8(wanted), self._labels())
+            assert self.labels is not None
+            found |= compared(self.judge, to_uint8(images), self.labels)
+        if self.eyes.networks:
+            found |= seen(self.eyes, to_uint8(images), to_uint8(wanted), self.index)
+        return found
 
     def _control(self) -> dict[str, Any]:
-        found = {} if self.judge is None else compared(self.judge, None, self._labels())
+        found = {}
+        if self.judge is not None:
+            assert self.labels is not None
+            found |= compared(self.judge, None, self.labels)
         if self.eyes.real is not None:
             found |= seen(self.eyes, self.eyes.real[1][: self.options.seeds])
         return found
 
+    def _shown(self) -> str:
+        """What a picture of latents is of."""
+        channels = self.run.setup.model.input_shape[-1]
+        which = "channel 1" if channels < 3 else "channels 1 to 3"
+        return f"{which} of {channels} of the latents, {self.range[0]:.3g} (black) to {self.range[1]:.3g}"
+
     def _save_images(self, name: str, images: np.ndarray) -> None:
         folder = self.out / "images"
         folder.mkdir(exist_ok=True)
+        low, high = self.range
+        if self.latents:
+            images = 2 * (images[..., : 3 if images.shape[-1] >= 3 else 1] - low) / (high - low or 1.0) - 1
+        images = np.nan_to_num(images, nan=-1.0, posinf=1.0, neginf=-1.0)
         save_arrays(folder / f"{slug(name)}.npz", {"images": to_uint8(images)}, compressed=True)
 
     def _calibrated(self, technique: str) -> pathlib.Path:
@@ -321,22 +404,150 @@ class Sweep:
             return path
         path.parent.mkdir(exist_ok=True)
         self.tell(f"calibrating {technique}")
-        sampler = Sampler(self.run, self.run.prepare(self.params), np.arange(self.run.model.classes), CALIBRATION_SEED)
-        quiet: Tell = lambda text: None  # noqa: E731
-        if technique == "scheduled":
-            calibrate_to(technique, sampler, path, 10, 10, quiet, budget=0.4, rounds=6)
-        else:
-            calibrate_to(technique, sampler, path, CALIBRATION_SAMPLES, 10, quiet)
+        searched = technique == "scheduled"
+        settings = {"budget": 0.4, "rounds": 6} if searched else {}
+        samples = 10 if searched else CALIBRATION_SAMPLES
+        self.run.calibrate(technique, path, self.cond, samples=samples, batch=10, seed=CALIBRATION_SEED, **settings)
         return path
 
     def _command(self, method: Method) -> str:
-        flags = [f"--config.{k}={_flag(v)}" for k, v in method.settings.items()]
+        flags = [shlex.quote(f"--config.{k}={_flag(v)}") for k, v in method.settings.items()]
         if method.calibrated:
-            flags.append(f"--config.cache.file={self._file(method.calibrated)}")
+            flags.append(shlex.quote(f"--config.cache.file={self._file(method.calibrated)}"))
         return " ".join(["difax sample", self.name, *flags, f"--seed {self.options.seed}"])
 
     def _file(self, technique: str) -> pathlib.Path:
         return self.out / "calibrated" / f"{technique}{ending(technique)}"
+
+
+def measures(model: Any, peak: float = 2.0) -> dict[str, Measure]:
+    """What compares images [N, ...] that a model draws with the unaccelerated ones, by name.
+
+    Args:
+      peak: width of their range.
+    """
+
+    def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.asarray([min(psnr(x, y, peak), PSNR_LIMIT) for x, y in zip(a, b, strict=True)])
+
+    large = min(model.input_shape[-3:-1]) >= WINDOW
+    return {
+        "psnr": framewise(decibels),
+        "ssim": framewise(lambda a, b: ssim(a, b, peak)),
+        **({"ms_ssim": framewise(lambda a, b: ms_ssim(a, b, peak))} if large else {}),
+        "relative_l1": lambda a, b: relative_error(a, b, 1),
+        "relative_l2": lambda a, b: relative_error(a, b, 2),
+    }
+
+
+def accelerated(run: Opened, method: Method, more: Mapping[str, Any] = MappingProxyType({})) -> Opened:
+    """The run with a method's settings, and more of them.
+
+    Raises:
+      ValueError: settings that a model cannot have, or that draw other images.
+    """
+    found, own = run.replace(**method.settings, **more), run.setup.model
+    if found.setup.model.input_shape != own.input_shape:
+        raise ValueError(
+            f"{own.name} draws {own.input_shape}, and with these settings {found.setup.model.input_shape}; allowed: "
+            "settings that draw the same images"
+        )
+    return found
+
+
+def check_methods(run: Opened, methods: Mapping[str, Method]) -> None:
+    """Builds the baseline and methods without reading weights.
+
+    Raises:
+      ValueError: a baseline with a cache, or a method that cannot be built; names it.
+    """
+    cache = run.config.get("cache", {}).get("name", "none")
+    if cache != "none":
+        raise ValueError(
+            f"cache {shown(cache)}: methods are compared with the sampler without a cache; allowed: --cache none, "
+            f"and {shown(cache)} among --methods"
+        )
+    for name, method in methods.items():
+        try:
+            accelerated(run, method)
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"--methods {name}: {' '.join(str(error).split())}") from None
+
+
+def check_quality(quality: str, there: Collection[str], seeds: int) -> None:
+    """Refuses a figure that no measured method will have, and says what brings it.
+
+    Args:
+      there: the figures that there will be (`Sweep.qualities`).
+    """
+    if quality in there:
+        return
+    how = BROUGHT[quality]
+    if quality in DISTANCES:
+        how += ", and two images for each feature (--seeds)"
+    raise ValueError(
+        f"--quality {quality}: nothing here will have it of {seeds} images; it needs {how}; allowed: {', '.join(there)}"
+    )
+
+
+DISTANCES = ("frechet", "lite0_frechet", "fid")  # which need a covariance
+
+
+def enough(seeds: int, compared: Collection[str], what: str, otherwise: str) -> None:
+    """Refuses fewer images than figures of sets need.
+
+    Args:
+      compared: keys of `FEATURE_FIGURES`. what: wants them. otherwise: what else is allowed.
+    """
+    least = max(FEATURE_FIGURES[figure].least for figure in compared)
+    if seeds < least:
+        raise ValueError(
+            f"--seeds={seeds}: {what} compares sets of {least} images or more; allowed: {least} or more, or {otherwise}"
+        )
+
+
+def described(run: Opened, cond: Any, options: Options) -> dict[str, Any]:
+    """What a folder says that it is a sweep of, before anything of the model is read."""
+    leaves, model = [np.asarray(leaf) for leaf in jax.tree.leaves(cond)], run.setup.model
+    if not labelled(model):
+        content = hashlib.sha256(b"".join(a.tobytes() for a in leaves)).hexdigest()[:12]
+        conditions: dict[str, Any] = {"conditions": f"{len(leaves[0])} of {content}"}
+    elif leaves[0].tolist() == list(range(model.classes)):
+        conditions = {}
+    else:
+        conditions = {"labels": leaves[0].tolist()}
+    return {
+        "config": plain(run.config),
+        "weights": run.source,
+        **conditions,
+        "seeds": options.seeds,
+        "batch": options.batch,
+        "seed": options.seed,
+        "device": device_name(),
+        "jax": jax.__version__,
+    }
+
+
+def refuse_other(out: str | os.PathLike, here: Mapping[str, Any]) -> None:
+    """Refuses a folder that holds another sweep; what only one of the two tells of is compared where both have all.
+
+    Args:
+      here: all of what is claimed, or a part (`described`).
+
+    Raises:
+      ValueError: something else is there; names what differs.
+    """
+    if not (pathlib.Path(out) / "sweep.json").exists():
+        return
+    there = read_sweep(out)
+    keys = {**here, **there} if "judged" in here else here
+    other = [k for k in keys if there.get(k) != here.get(k) and (k != "weights" or k in there)]
+    if other:
+        differences = "; ".join(f"{k}: {there.get(k)} there, {here.get(k)} here" for k in other if k != "config")
+        raise ValueError(
+            f"{out} holds another sweep ({differences or 'another configuration'}); allowed: the same one, or "
+            "another --out"
+        )
 
 
 def decisions(trace: Trace) -> dict[str, Any]:
@@ -356,20 +567,13 @@ def slug(name: str) -> str:
     return f"{kept[:60]}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
-def _finite(value: Any) -> Any:
-    """Without the infinities and nans that JSON does not have."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value
-
-
 def _flag(value: Any) -> str:
-    text = str(value).replace(" ", "")
-    return f"'{text}'" if any(c in text for c in "()[]{}") else text
+    return value if isinstance(value, str) else str(value).replace(" ", "")
+
+
+def _lost(images: np.ndarray) -> int:
+    """How many images have values that are not finite."""
+    return int(np.sum(~np.isfinite(images).reshape(len(images), -1).all(1)))
 
 
 def _now() -> str:

@@ -26,7 +26,7 @@ from difax.core.writing import replacing
 from difax.media.images import drawing
 from difax.study.catalogue import System, systems
 from difax.study.folder import read_image_file, read_measured, read_sweep
-from difax.study.frontier import BASELINE, CONTROL, QUALITIES, frontier
+from difax.study.frontier import BASELINE, CONTROL, QUALITIES, finite, frontier
 from difax.study.pareto import PSNR_LIMIT, slug
 
 SHOWN_IMAGES, LEAST_IMAGES = 16, 5
@@ -104,7 +104,7 @@ def report(
     data = {
         "sweep": sweep,
         "rows": rows,
-        "images": sprites(images),
+        "images": sprites(images, {row["method"]: row["shown"] for row in rows if row.get("shown")}),
         "columns": COLUMNS,
         "families": [{"name": n, "marker": look.marker} for n, look in LOOKS.items()],
         "qualities": [
@@ -126,7 +126,7 @@ def report(
         "light": "".join(f"--{n}: {look.light};" for n, look in LOOKS.items()),
         "dark": "".join(f"--{n}: {look.dark};" for n, look in LOOKS.items()),
         # a script element ends at the first "</", whatever its type
-        "data": json.dumps(data).replace("<", "\\u003c"),
+        "data": json.dumps(finite(data), allow_nan=False).replace("<", "\\u003c"),
     }
     template = importlib.resources.files("difax").joinpath("assets/pareto.html").read_text(encoding="utf-8")
     return re.sub(r"@@(\w+)@@", lambda found: filled[found[1]], template)
@@ -169,8 +169,9 @@ def title(sweep: Mapping[str, Any]) -> str:
     """What was accelerated, in a few words."""
     config = sweep.get("config", {})
     model, solver = (config.get(k, {}).get("name", "") for k in ("model", "solver"))
-    weights = config.get("weights")
-    named = f"{model} ({pathlib.Path(weights).name})" if isinstance(weights, str) and weights else model
+    weights = sweep.get("weights") or config.get("weights")
+    name = pathlib.Path(weights).name.removesuffix(" (embedded)") if isinstance(weights, str) else ""
+    named = f"{model} ({name})" if name else model
     return f"{named}, {solver}, {config.get('steps', '?')} steps"
 
 
@@ -179,9 +180,13 @@ def facts(sweep: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[s
     dates = sorted(d for r in rows if (d := r.get("date")))
     methods = sum("speed" in r and r["method"] != BASELINE for r in rows)
     return [
-        f"{methods} methods",
+        f"{methods} method{'s' if methods != 1 else ''}",
         f"{sweep.get('seeds', '?')} images each, {sweep.get('batch', '?')} at a time",
         f"on {sweep.get('device', 'an unknown device')}",
+        *(
+            f"latents: PSNR and SSIM by the range of the baseline's, {low:.3g} to {high:.3g}"
+            for low, high in [r["range"] for r in rows if r["method"] == BASELINE and r.get("range")]
+        ),
         f"jax {sweep.get('jax', '?')}",
         *dates[-1:],
     ]
@@ -201,12 +206,12 @@ def read_images(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> dict
     return found
 
 
-def sprites(images: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def sprites(images: Mapping[str, np.ndarray], shown: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
     """Images by method as PNG in data: URIs, side by side in rows of `COLUMNS`, as many and as large as there is room.
 
     Args:
       images: {method: uint8 [n, H, W, C]}; C = 1 (grey), 3 (RGB), else the first channel. A video [n, F, H, W, C] shows
-        its middle frame.
+        its middle frame. shown: {method: what its images are of}, where that is not the samples as they are.
 
     Returns:
       {method: {"source", "count", "width", "height" of one image, "note": what is not shown, or ""}}.
@@ -214,7 +219,11 @@ def sprites(images: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     flat = {name: _still(batch) for name, batch in images.items()}
     whole = sum(math.prod(b.shape[1:]) * SHOWN_IMAGES * _reduced(b.shape[1:3])[2] ** 2 for b, _ in flat.values())
     count = max(LEAST_IMAGES, min(SHOWN_IMAGES, int(SHOWN_IMAGES * ROOM / whole))) if whole else SHOWN_IMAGES
-    return {name: _sprite(batch[:count], note) for name, (batch, note) in flat.items()}
+    told = {} if shown is None else shown
+    return {
+        name: _sprite(batch[:count], ", ".join(filter(None, (told.get(name), note))))
+        for name, (batch, note) in flat.items()
+    }
 
 
 def _still(batch: np.ndarray) -> tuple[np.ndarray, str]:
@@ -322,11 +331,14 @@ def sheet(
     points = frontier(_measured(rows, quality), quality)
     if methods is None:
         best = sorted((r for r in points if r["dominated_by"] is None), key=lambda r: r["speed"]["ratio"])
-        best = [r["method"] for r in best if r["method"] != BASELINE]
-        methods = [best[i] for i in np.unique(np.linspace(0, len(best) - 1, SHEET_METHODS).round().astype(int))]
+        best = [r["method"] for r in best if r["method"] != BASELINE and r["method"] in images]
+        chosen = np.unique(np.linspace(0, len(best) - 1, min(len(best), SHEET_METHODS)).round().astype(int))
+        methods, least = [best[i] for i in chosen], 1  # the baseline may be all that there is
+    else:
+        least = 2
     of = {r["method"]: r for r in points}
     shown = [m for m in (BASELINE, *methods) if m in of and m in images]
-    if BASELINE not in shown or len(shown) < 2:
+    if BASELINE not in shown or len(shown) < least:
         raise ValueError(
             f"no images of {', '.join(methods)} beside the baseline's; allowed: methods that were measured"
         )
@@ -411,19 +423,26 @@ def _scatter(axes: Any, points: list[dict[str, Any]], control: list[float], qual
         axes.annotate(CONTROL, (1, value), xycoords=axes.get_yaxis_transform(), **above)
     legend = {"ncols": 8, "frameon": False, "handletextpad": 0.1, "columnspacing": 1.6}
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.115), **legend)
-    _name(axes, [names[i] for i in best], np.stack([x[best], y[best]], 1), np.stack([x, y], 1))
+    at = np.stack([x, y], 1)
+    others = [i for i in range(len(points)) if i not in best] if len(points) <= FEW else []
+    _name(axes, [names[i] for i in [*best, *others]], at[[*best, *others]], at, at[best])
 
 
-def _name(axes: Any, names: list[str], at: np.ndarray, points: np.ndarray) -> None:
+FEW = 8  # methods that all have their names on the picture
+
+
+def _name(axes: Any, names: list[str], at: np.ndarray, points: np.ndarray, best: np.ndarray) -> None:
     """Writes each name beside its point, where it covers no other name, and the fewest points and bits of the line.
 
     Args:
-      at: [n, 2], the points of the frontier from left to right, with a step between each two; points: all of them.
+      at: [n, 2], the points that have names; points: all of them; best: those of the frontier from left to right, with
+        a step between each two.
     """
     axes.figure.draw_without_rendering()
     pixels = axes.transData.transform(at)
     dots = axes.figure.dpi / 72
-    points = np.concatenate([axes.transData.transform(points), *_stairs(pixels, 14 * dots)])
+    stairs = _stairs(axes.transData.transform(best), 14 * dots)
+    points = np.concatenate([axes.transData.transform(points), *stairs])
     frame, taken = axes.get_window_extent(), []
     r = 4 * dots
     for name, (px, py) in zip(names, pixels, strict=True):

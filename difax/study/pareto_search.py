@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from difax.core.extras import needs
 from difax.study.frontier import QUALITIES
 from difax.study.methods import Method
-from difax.study.pareto import Sweep
+from difax.study.pareto import Sweep, check_quality
 
 CACHES = ("none", "fora", "taylorseer", "teacache", "fbcache")
 
@@ -95,10 +96,9 @@ def search(sweep: Sweep, goal: Goal, trials: int = 30, keep: int = 3) -> list[di
     Raises:
       ValueError: a goal without a bound or with two, or optuna is missing (the extra `search`).
     """
-    try:
-        import optuna
-    except ImportError:
-        raise ValueError("--search needs optuna: pip install 'difax[search]'") from None
+    needs("--search", "optuna")
+    import optuna
+
     if (goal.speedup is None) == (goal.floor is None):
         raise ValueError("--search needs one of --speedup and --floor")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -107,10 +107,11 @@ def search(sweep: Sweep, goal: Goal, trials: int = 30, keep: int = 3) -> list[di
     sampler = optuna.samplers.TPESampler(n_startup_trials=min(20, trials // 2), seed=0)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     small = _rung(sweep, rungs[0])
+    check_quality(goal.quality, small.qualities(), rungs[0])
     found: dict[str, tuple[dict[str, Any], Score]] = {}
     for number in range(trials):
         trial: Any = study.ask()
-        settings = proposed(trial, sweep.config["steps"], sweep.config["guide"]["name"] == "cfg")
+        settings = proposed(trial, sweep.run.config["steps"], sweep.run.config["guide"]["name"] == "cfg")
         row = _measured(small, settings)
         scored = score(row, goal)
         found[name_of(settings)] = settings, scored
@@ -128,7 +129,8 @@ def search(sweep: Sweep, goal: Goal, trials: int = 30, keep: int = 3) -> list[di
 
 def _rung(sweep: Sweep, seeds: int) -> Sweep:
     options = sweep.options._replace(seeds=seeds, batch=min(sweep.options.batch, seeds))
-    return Sweep(sweep.name, sweep.config, options, sweep.out / "search" / str(seeds), sweep.judge, sweep.tell)
+    out = sweep.out / "search" / str(seeds)
+    return Sweep(sweep.name, sweep.run, options, out, sweep.judge, sweep.tell, sweep.eyes, cond=sweep.cond)
 
 
 def _measured(sweep: Sweep, settings: dict[str, Any]) -> dict[str, Any]:
