@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
     sample.add_argument("--repeat", type=int, default=1, help="rows of the labels, each with other noise")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the run; image i depends on (seed, i) alone")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the run, of which image i has the i-th noise")
     sample.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
     sample.add_argument("--weights", metavar="PATH", help=".safetensors file or training folder")
     sample.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")

@@ -14,7 +14,7 @@ FAMILIES = {
     "core": ("process", "grids", "ops", "sampler", "cost", "conditioning"),
     "solvers": ("solvers",),
     "execution": ("executed", "composition"),
-    "caches: contract": ("caches", "caches_rules"),
+    "caches: contract": ("caches", "caches_rules", "batches", "finite"),
     "caches: engine": ("cache_engine",),
     "caches: plans": ("caches_plans", "skip_dit"),
     "caches: gates": ("caches_online",),

@@ -154,6 +154,12 @@ def attend(
     return (o_BTHK, (top_BHT1 + jnp.log(total_BHT1))[..., 0]) if with_lse else o_BTHK
 
 
+def softmax(logits: jax.Array) -> jax.Array:
+    """exp(x - max x) / sum exp(x - max x) over the last axis, without the infinity that JAX's own begins its max with."""
+    p = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    return p / p.sum(-1, keepdims=True)
+
+
 def block_mask(blocks: BlockList, queries: int, keys: int) -> jax.Array:
     """The mask bool [B or 1, H or 1, T, S] that a list of blocks stands for."""
     n = blocks.indices.shape[-1]
