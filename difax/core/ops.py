@@ -155,7 +155,7 @@ def attend(
 
 
 def softmax(logits: jax.Array) -> jax.Array:
-    """exp(x - max x) / sum exp(x - max x) over the last axis, without the infinity that JAX's own begins its max with."""
+    """exp(x - max x) / sum exp(x - max x) over the last axis; JAX's own begins its max with an infinity."""
     p = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     return p / p.sum(-1, keepdims=True)
 
