@@ -142,7 +142,7 @@ def sample(options: argparse.Namespace) -> int:
     table = {**found.table, "out": str(out)}
     log("sample", **table)
     print(json.dumps(table) if options.json else format_table(table))
-    return 0
+    return 0 if table["finite"] else 1
 
 
 def pareto(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from difax.build import Setup
 from difax.core.contracts import Params, Trace
 from difax.core.cost import model_cost, run_cost
-from difax.core.decisions import averaged, inert, summary
+from difax.core.decisions import averaged, inert, known, summary
 from difax.core.device import check_memory, device_name, memory_available, peak_memory
 from difax.core.noise import sample_keys
 from difax.core.qtensor import size_in_bytes
@@ -92,7 +92,9 @@ def draw(
 ) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
-    Samples go through in equal chunks of at most 64; sample i depends on (seed, i), its condition and its latents.
+    Samples go through in equal chunks of at most 64. Sample i depends on (seed, i), its condition and its latents, to
+    rounding, and on nothing else, but for caches that decide in the run: without `per_sample` one decision serves a
+    whole chunk, and depends on all of it.
 
     Args:
       setup, params: what to sample with; params as `Setup.prepare` returns them.
@@ -104,7 +106,8 @@ def draw(
     Returns:
       `Drawn`; its table has steps, evaluations (rows of the scan), network evaluations of one sample (both halves of
       guidance counted), what a cache decided (`difax.core.decisions`), GFLOPs of one sample, compile and run seconds,
-      peak memory. A cache that did nothing is warned of on stderr.
+      peak memory, whether all samples are `finite` and, where they are not, how many are `not_finite`. That, and a
+      cache that did nothing, is warned of on stderr.
     """
     from tqdm import tqdm
 
@@ -131,16 +134,19 @@ def draw(
         images.append(np.asarray(image))
         traces.append(trace)
     bar.close()
-    trace = averaged(traces)
+    trace = known(averaged(traces))
     samples = np.concatenate(images)[:n]
-    if not np.all(np.isfinite(samples)):
-        print("difax: warning: some images are not finite", file=sys.stderr)
+    broken = int(np.sum(~np.isfinite(samples.reshape(n, -1)).all(1)))
+    if broken:
+        print(f"difax: warning: {broken} of {n} images are not finite", file=sys.stderr)
     silent = inert(setup.rows, trace)
     if silent:
         print(f"difax: warning: {silent}", file=sys.stderr)
     gflops = run_cost(model_cost(setup.model, params, setup.attention), trace) / 1e9
     cost = {
         "images": n,
+        "finite": broken == 0,
+        **({"not_finite": broken} if broken else {}),
         "steps": len(setup.times) - 1,
         "evaluations": len(setup.rows.i),
         "network_evaluations": int(np.sum(np.asarray(trace.halves))),

@@ -31,6 +31,7 @@ _ROWS = {
     "quant": "quantisation",
     "dtype": "dtype",
     "images": "images",
+    "not_finite": "images that are not finite",
     "steps": "steps",
     "evaluations": "evaluations",
     "network_evaluations": "network evaluations per image",

@@ -48,7 +48,8 @@ class Result:
 
     images: float32 [N, H, W, C], or videos [N, F, H, W, C], in [-1, 1] (latents, for models of latents).
     trace: what was computed (`difax.Trace`), the mean over the batches.
-    cost: a table {name: value}: evaluations, GFLOPs, seconds, memory, what a cache decided (`difax.program.draw`).
+    cost: a table {name: value}: evaluations, GFLOPs, seconds, memory, what a cache decided, whether all images are
+    `finite` (`difax.program.draw`).
     latents: [N, ...] that the samples began from. cond: their conditions. seed: of the run.
     """
 
@@ -229,8 +230,8 @@ class Run:
 
         Args:
           cond: as `conditions` takes it.
-          seed: 0 ... 2^32 - 1; sample i depends on (seed, i), its condition and its latents, not on the batch; with an
-            online cache, which takes one decision for the batch, only if `per_sample=True`.
+          seed: 0 ... 2^32 - 1; sample i depends on (seed, i), its condition and its latents, and not on its batch but
+            with a cache that decides in the run without `per_sample`: one decision then serves the batch.
           repeat: how often the conditions are gone through, each time with other noise.
           latents: [n, ...] to begin from, in place of noise of the seed.
           progress: a bar on stderr, at the price of a callback per step.

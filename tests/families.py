@@ -15,6 +15,7 @@ FAMILIES = {
     "solvers": ("solvers",),
     "execution": ("executed", "composition", "bits"),
     "caches: contract": ("caches", "caches_rules"),
+    "caches: promises": ("batches", "finite"),
     "caches: engine": ("cache_engine",),
     "caches: plans": ("caches_plans", "skip_dit"),
     "caches: gates": ("caches_online",),

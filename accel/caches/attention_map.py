@@ -13,7 +13,7 @@ import numpy as np
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.planned import Schedule, everywhere, planned
 from difax.core.contracts import Accelerator, Done, Row, Segments, Stage, State, TrunkSpec, Where, no_memory
-from difax.core.ops import MASKED, attended_values
+from difax.core.ops import MASKED, attended_values, softmax
 
 
 def attention_map(
@@ -106,4 +106,4 @@ def _map(q_BTHK: jax.Array, k_BSHK: jax.Array, segments: Segments | None) -> jax
     logits = jnp.einsum("bthk,bshk->bhts", q, k_BSHK, preferred_element_type=jnp.float32)
     if segments is not None:
         logits = jnp.where(segments.q[:, None, :, None] == segments.k[:, None, None, :], logits, MASKED)
-    return jax.nn.softmax(logits, axis=-1)
+    return softmax(logits)

@@ -193,11 +193,13 @@ def gated(
         def compute(memory: State) -> Any:
             out, memory, done = blocks.run(tokens, memory, low, high)
             residual = jax.tree.map(jnp.subtract, out, tokens)
-            if groups == 1:
-                return out, memory, done, *_pushed(state, residual, now, None, fill, dtype)
-            value = _value(state, now, residual, fill)
-            out = jax.tree.map(lambda o, t, v: where_group(reuse, t + v, o), out, tokens, value)
-            return out, memory, done, *_pushed(state, residual, now, ~reuse, fill, dtype)
+            new = _pushed(state, residual, now, fill, dtype)
+            if groups > 1:  # samples that reuse go on as if the span had been filled
+                value = _value(state, now, residual, fill)
+                out = jax.tree.map(lambda o, t, v: where_group(reuse, t + v, o), out, tokens, value)
+                (ring, steps), (old, at) = new, _recalled(state, value, fill, dtype)
+                new = jax.tree.map(partial(where_group, reuse), old, ring), jnp.where(reuse, at, steps)
+            return out, memory, done, *new
 
         def filled(memory: State) -> Any:
             value = _value(state, now, tokens, fill)
@@ -297,17 +299,13 @@ def _value(state: Memory, now: jax.Array, like: Tokens, fill: Fill) -> Tokens:
     return jax.tree.map(one, like, *state.ring)
 
 
-def _pushed(state: Memory, residual: Tokens, now: jax.Array, fresh: Any, fill: Fill, dtype: str | None) -> Any:
-    """The ring and its steps behind a computed evaluation; of the groups that are `fresh` only, None for all."""
+def _pushed(state: Memory, residual: Tokens, now: jax.Array, fill: Fill, dtype: str | None) -> Any:
+    """The ring and its steps behind a computed evaluation."""
     new = stored(residual, dtype)
     ring = (new, *state.ring[: fill.depth - 1])
     if fill.recent:
         ring += (new, *state.ring[fill.depth : fill.depth + fill.recent - 1])
-    steps = jnp.concatenate([jnp.full((1, state.steps.shape[1]), now, jnp.int32), state.steps[:-1]])
-    if fresh is None:
-        return ring, steps
-    select = partial(jax.tree.map, lambda n, o: where_group(fresh, n, o))
-    return select(ring, state.ring), jnp.where(fresh[None], steps, state.steps)
+    return ring, jnp.concatenate([jnp.full((1, state.steps.shape[1]), now, jnp.int32), state.steps[:-1]])
 
 
 def _recalled(state: Memory, value: Tokens, fill: Fill, dtype: str | None) -> Any:

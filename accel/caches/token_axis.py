@@ -84,7 +84,7 @@ def column_sums(q_BTHK: jax.Array, k_BSHK: jax.Array, segments: Segments | None 
         logits = jnp.einsum("brhk,bshk->bhrs", q_BRHK, k_BSHK, preferred_element_type=jnp.float32)
         if segments is not None:
             logits = jnp.where(ids_BR[:, None, :, None] == segments.k[:, None, None, :], logits, ops.MASKED)
-        return total + (jax.nn.softmax(logits, axis=-1) * real_R[None, None, :, None]).sum(2).mean(1), None
+        return total + (ops.softmax(logits) * real_R[None, None, :, None]).sum(2).mean(1), None
 
     parts = (
         jnp.moveaxis(q.reshape(b, blocks, rows, h, width), 1, 0),

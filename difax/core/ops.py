@@ -175,6 +175,12 @@ def attended_values(v_BSHK: jax.Array, segments: Segments | None) -> jax.Array:
     return jnp.where(seen_BS[..., None, None] | jnp.isfinite(v_BSHK), v_BSHK, jnp.zeros((), v_BSHK.dtype))
 
 
+def softmax(logits: jax.Array) -> jax.Array:
+    """exp(x - max x) / sum exp(x - max x) over the last axis; JAX's own begins its max with an infinity."""
+    p = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    return p / p.sum(-1, keepdims=True)
+
+
 def block_mask(blocks: BlockList, queries: int, keys: int) -> jax.Array:
     """The mask bool [B or 1, H or 1, T, S] that a list of blocks stands for."""
     n = blocks.indices.shape[-1]

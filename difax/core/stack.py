@@ -20,7 +20,9 @@ def stack(*accelerators: Accelerator, one_clock: bool = False) -> Accelerator:
     The order of composition is that of the levels, whatever the order of the arguments: guide > output > trunk >
     block > branch; what an outer level fills, an inner one never sees. A static plan inside of a level that leaves
     evaluations out counts those that reach it, and no others (it goes on from where it stopped; at an evaluation that
-    is `fresh` it is where the run is), so that it never mixes what was not computed.
+    is `fresh` it is where the run is), so that it never mixes what was not computed. A gate that decides by samples
+    runs what lies inside for the whole batch: what is remembered there goes by all samples, so that a sample is that of
+    a batch of one only where nothing inside remembers.
 
     Args:
       one_clock: plans that were made for each other count all evaluations.
