@@ -7,6 +7,7 @@ process as soon as a signal comes, with one line and without what was half-writt
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -65,6 +66,25 @@ def end_at_signals() -> None:
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in kept:
         signal.signal(number, told)
+        # the last that is called at exit: what is done has its exit code, while the interpreter is taken down
+        atexit.register(signal.signal, number, signal.SIG_IGN)
+
+
+def silence_threads() -> None:
+    """Lets nothing but the main thread tell of errors: what matters of the others' comes back to it as one of its own,
+    and what they miss after a failure (tensorstore's loops, orbax's files) would be pages.
+
+    For a process that is difax's own.
+    """
+    whole = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            whole(kind, error, trace)
+
+    sys.excepthook = hook
+    threading.excepthook = lambda _: None
+    sys.unraisablehook = lambda _: None
 
 
 def _end(word: str) -> None:

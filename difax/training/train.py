@@ -23,7 +23,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from difax.core import mesh as mesh_
-from difax.core.files import append_line, read_json, remove, replacing, unwritable
+from difax.core.files import append_line, read_json, remove, replacing, unwritable, writing
 from difax.core.lock import LOCK, locked
 from difax.core.shell import undone
 from difax.training.data import Images, batches
@@ -262,14 +262,16 @@ def _train(
                     recorder.flush()  # raises where something is not finite, so that only good states are saved
                 if save:
                     _check_finite(folder, done, state)
-                    checkpoints.save(done, args=ocp.args.StandardSave(state))
+                    with writing(checkpoints.directory):
+                        checkpoints.save(done, args=ocp.args.StandardSave(state))
                 if task.preview and (last or done % options.sample_every == 0):
                     begun = clock()
                     recorder.picture(done, task.preview(state.ema))
                     deadline = None if deadline is None else deadline + clock() - begun
                 if last:
                     break
-        checkpoints.wait_until_finished()
+        with writing(checkpoints.directory):
+            checkpoints.wait_until_finished()
     return state
 
 

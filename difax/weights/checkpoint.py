@@ -13,7 +13,6 @@ import difflib
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -184,11 +183,7 @@ def save_safetensors(path: str | os.PathLike, params: Params, metadata: Mapping[
     with replacing(path) as aside:
         aside.touch()
         mode = aside.stat().st_mode  # the library's own files are readable by their owner only
-        try:
-            save_file(flat, aside, header)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else 0, str(error)) from error
+        save_file(flat, aside, header)
         aside.chmod(mode)
 
 
