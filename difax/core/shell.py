@@ -117,6 +117,7 @@ class Stream:
 
     def __init__(self, stream: TextIO | None, heard: bool):
         self.stream, self.heard, self.open_line = stream, heard, False
+        self.failure: OSError | None = None  # told again by `flush`: who writes help does not listen
 
     def write(self, text: str) -> int:
         if self.stream is not None and text:
@@ -130,6 +131,8 @@ class Stream:
         return len(text)
 
     def flush(self) -> None:
+        if self.failure is not None:
+            raise self.failure
         if self.stream is not None:
             with self._errors():
                 self.stream.flush()
@@ -140,10 +143,11 @@ class Stream:
             yield
         except OSError as error:
             self._drop()
-            if self.heard and isinstance(error, BrokenPipeError):
-                raise
-            if self.heard:
-                raise StreamError(error.errno, f"cannot write to stdout: {error.strerror}") from None
+            if not self.heard:
+                return
+            broken = isinstance(error, BrokenPipeError)
+            self.failure = error if broken else StreamError(error.errno, f"cannot write to stdout: {error.strerror}")
+            raise self.failure from None
 
     def _drop(self) -> None:
         """What is left in a buffer goes nowhere, so that the end of the process does not stumble over it again."""
