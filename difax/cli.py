@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="a folder of images (sub-folders are classes), an .npz, or the data set's files",
     )
-    train.add_argument("--minutes", type=float, help="stop with a checkpoint after so long")
+    train.add_argument("--minutes", type=float, help="stop with a checkpoint so long after the first step")
     train.add_argument("--resume", action="store_true", help="continue the run in DIR")
     train.set_defaults(run=commands.train)
 

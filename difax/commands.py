@@ -82,6 +82,9 @@ def _start(options: argparse.Namespace) -> Callable[..., None]:
     if getattr(options, "random_init", False) and options.weights:
         raise ValueError("--random-init and --weights exclude each other")
     check_xla_flags()
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)  # orbax tells what it raises, and more, on stderr
     if getattr(options, "platform", None):
         from difax.core.device import choose_platform
 
@@ -397,10 +400,8 @@ def export(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     _start(options)
-    import absl.logging
     import jax.numpy as jnp
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of what it skips
     from difax.build import recognise
     from difax.config import parse_value
     from difax.weights.convert import check_target, convert

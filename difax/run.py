@@ -454,15 +454,17 @@ def train(
       workdir: the run's folder; new or empty unless `resume`.
       data: where the data set lies: the folder of its files, a folder of images, or an .npz
         (`difax.training.data.data_section`); None is what the configuration says.
-      resume: continue from the last checkpoint. minutes: stop with a checkpoint after so long.
+      resume: continue from the last checkpoint. minutes: stop with a checkpoint after so long, from the end of the
+        first step on and without the previews.
       progress: a bar on stderr. log: is called with every line of log.jsonl.
 
     Returns:
       The last state.
 
     Raises:
-      ValueError: a configuration, folder or data that do not fit, before anything is written.
-      FloatingPointError: a non-finite loss, with its step; the last good checkpoint stays.
+      ValueError: a configuration, folder or data that do not fit, before anything is written; another process that
+        trains there.
+      FloatingPointError: a loss, gradient or weight that is not finite, with its step; the last good checkpoint stays.
     """
     given = dict(config) if isinstance(config, Mapping) else load_config(os.fspath(config))
     whole = override(given, keyword_settings(settings))

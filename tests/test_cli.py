@@ -1,7 +1,15 @@
 """The command line: what it does, and that every mistake is one line on stderr, exit code 2 and nothing written."""
 
+import errno
+import gzip
+import io
 import json
+import os
 import pathlib
+import subprocess
+import sys
+import tempfile
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +18,7 @@ import pytest
 
 import difax
 import difax.build
+from difax import commands
 from difax.build import build_setup
 from difax.cli import main
 from difax.config import config_names, gin_settings, load_config, override
@@ -17,6 +26,7 @@ from difax.models.dit import dit
 from difax.registry import REGISTRIES
 from difax.run import parse_labels
 from difax.weights.checkpoint import save_safetensors
+from tests.families import some
 from tests.toys import randomise
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -77,6 +87,11 @@ REFUSALS = {
     "no weights": (["sample", "--config", "fmnist_smoke"], ["--weights", "--random-init"]),
     "weights file": (["sample", "--weights", "nothing.safetensors"], ["nothing.safetensors"]),
     "both weights": (["sample", "--weights", "a.safetensors", "--random-init"], ["exclude"]),
+    "empty out": (["sample", "--out", ""], ["--out is empty"]),
+    "empty workdir": (["train", "--config", "fmnist_smoke", "--workdir", ""], ["--workdir is empty"]),
+    "empty log": (["pareto", "--log="], ["--log is empty"]),
+    "empty source": (["convert", "", "dst"], ["source is empty"]),
+    "empty config": (["calibrate", "--config", "", "--out", "x.json"], ["--config is empty"]),
     "out suffix": (["sample", "--out", "a.jpg"], ["a.jpg", ".png"]),
     "out folder": (["sample", "--out", "none/a.png"], ["none", "does not exist"]),
     "seed": (["sample", "--seed", "-1"], ["--seed=-1"]),
@@ -108,6 +123,185 @@ def test_refusal(name, here, capsys):
     for word in wanted:
         assert word in err, err
     assert list(here.iterdir()) == []
+
+
+class JaxRuntimeError(RuntimeError):
+    """As jax names what XLA raises."""
+
+
+# what a command raises -> the exit code, and what the one line must name
+ERRORS = {
+    "mistake": (ValueError("steps=0; allowed: 1 or more"), 2, ["steps=0"]),
+    "permission": (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, ["a/b: Permission denied"]),
+    "existing file": (FileExistsError(errno.EEXIST, "File exists", "a/b"), 2, ["a/b: File exists"]),
+    "no folder": (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"), 2, ["a/b: No such file"]),
+    "a file for a folder": (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 2, ["a/b: Not a directory"]),
+    "a folder for a file": (IsADirectoryError(errno.EISDIR, "Is a directory", b"a/b"), 2, ["a/b: Is a directory"]),
+    "name too long": (OSError(errno.ENAMETOOLONG, "File name too long", "a/b"), 2, ["a/b: File name too long"]),
+    "full disk": (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1, ["a/b: No space left on device"]),
+    "full disk without a name": (OSError(errno.ENOSPC, "No space left on device"), 1, ["No space left", "in difax."]),
+    "input and output": (OSError(errno.EIO, "Input/output error", "a/b"), 1, ["a/b: Input/output error"]),
+    "gzip": (gzip.BadGzipFile("Not a gzipped file (b'ab')"), 2, ["Not a gzipped file"]),
+    "zip": (zipfile.BadZipFile("File is not a zip file"), 2, ["damaged", "File is not a zip file"]),
+    "end of file": (EOFError("No data left in file"), 2, ["damaged", "No data left in file"]),
+    "deep": (RecursionError("maximum recursion depth exceeded"), 2, ["nested too deeply"]),
+    "key": (KeyError("model"), 2, ["the key 'model' is missing"]),
+    "letters": (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, ["not text in UTF-8"]),
+    "memory": (MemoryError("Unable to allocate 8.00 TiB"), 1, ["out of memory", "8.00 TiB"]),
+    "memory of a device": (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, ["out of memory", "RESOURCE"]),
+    "XLA": (JaxRuntimeError("INTERNAL: no\nkernel"), 1, ["INTERNAL: no kernel"]),
+    "no device": (RuntimeError("Unable to initialize backend 'x': none"), 2, ["no such device", "backend 'x'"]),
+    "not a number": (FloatingPointError("loss is nan at step 3"), 1, ["loss is nan at step 3"]),
+    "package": (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, ["package is missing", "'torch'"]),
+    "interrupted": (KeyboardInterrupt(), 130, ["interrupted"]),
+    "cannot": (NotImplementedError("no attention takes this call"), 2, ["no attention takes this call"]),
+}
+BUGS = {
+    "type": TypeError("unsupported operand\ntype(s)"),
+    "attribute": AttributeError("'NoneType' object has no attribute 'x'"),
+    "exit": SystemExit("in the middle"),
+    "assertion": AssertionError(),
+    "module of its own": ModuleNotFoundError("No module named 'difax.x'", name="difax.x"),
+}
+
+
+def raises(monkeypatch, error: BaseException) -> None:
+    def raising(options):
+        raise error
+
+    monkeypatch.setattr(commands, "list_names", raising)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_expected_error_is_one_line(name, here, capsys, monkeypatch):
+    error, wanted, words = ERRORS[name]
+    raises(monkeypatch, error)
+    code, out, err = run(capsys, "list")
+    assert (code, out) == (wanted, "")
+    assert err.startswith("difax: error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err, err
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_what_nobody_foresaw_leaves_its_traceback(name, here, capsys, monkeypatch):
+    raises(monkeypatch, BUGS[name])
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
+    code, out, err = run(capsys, "list")
+    assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("difax: error: ")
+    (path,) = here.iterdir()
+    assert err.endswith(f"the traceback is in {path}\n")
+    assert "in raising" in path.read_text() and type(BUGS[name]).__name__ in path.read_text()
+
+
+@pytest.mark.parametrize("arguments", [["--traceback", "list"], ["list", "--traceback"]])
+def test_traceback_is_shown_instead(arguments, here, capsys, monkeypatch):
+    for error in (TypeError("odd"), ValueError("asked")):
+        raises(monkeypatch, error)
+        monkeypatch.setattr(tempfile, "tempdir", str(here))
+        code, _, err = run(capsys, *arguments)
+        assert code == (1 if isinstance(error, TypeError) else 2)
+        assert "in raising" in err and err.splitlines()[-1].startswith("difax: error: ")
+    assert list(here.iterdir()) == []
+
+
+def test_the_traceback_lies_beside_the_log_and_may_fail(here, capsys, monkeypatch):
+    def raising(options):
+        raise TypeError("odd")
+
+    monkeypatch.setattr(commands, "profile", raising)
+    (here / "logs").mkdir()
+    code, _, err = run(capsys, "profile", "--log", "logs/a.jsonl")
+    (path,) = (here / "logs").iterdir()
+    assert code == 1 and str(path) in err
+    monkeypatch.setattr(tempfile, "tempdir", str(here / "none"))
+    code, _, err = run(capsys, "profile", "--log", "none/a.jsonl")
+    assert code == 1 and err.count("\n") == 1 and "TypeError: odd" in err and "traceback is in" not in err
+
+
+def test_version_and_help(capsys):
+    assert run(capsys, "--version") == (0, f"difax {difax.__version__}\n", "")
+    for command in ("sample", "train", "export", "calibrate", "pareto", "profile", "convert", "list"):
+        code, out, err = run(capsys, command, "--help")
+        assert (code, err) == (0, "") and f"usage: difax {command}" in out and "--traceback" in out
+    code, out, err = run(capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "COMMAND" in err
+
+
+class Broken(io.StringIO):
+    """A stream that cannot be written, as soon as it is written or when it is flushed."""
+
+    def __init__(self, number: int, late: bool):
+        super().__init__()
+        self.number, self.late = number, late
+
+    def write(self, text):
+        if self.late:
+            return len(text)
+        raise OSError(self.number, os.strerror(self.number))
+
+    def flush(self):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("number, code", [(errno.EPIPE, 0), (errno.ENOSPC, 1)])
+def test_a_stdout_that_cannot_be_written(number, code, late, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken(number, late))
+    assert main(["list", "solvers"]) == code
+    said = "" if code == 0 else "difax: error: cannot write to stdout: No space left on device\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("stream", [None, Broken(errno.ENOSPC, False), Broken(errno.EPIPE, True)])
+def test_a_stderr_that_cannot_be_written_changes_no_exit_code(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["list", "solver"]) == 2
+
+
+def test_a_stdout_that_is_closed_or_knows_few_letters(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["list", "solvers"]) == 0
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(commands, "list_names", lambda options: print("a \u2192 b") or 0)
+    assert main(["list"]) == 0 and raw.getvalue() == b"a \\u2192 b\n"
+
+
+STREAMS = {
+    "full": ("list solvers >/dev/full", 1, "difax: error: cannot write to stdout: No space left on device\n"),
+    "closed": ("list solvers >&-", 0, ""),
+    "all closed": ("list solvers >&- 2>&- <&-", 0, ""),
+    "no stderr": ("list solver 2>/dev/full", 2, ""),
+    "help": ("--help >/dev/full", 1, "difax: error: cannot write to stdout: No space left on device\n"),
+    "XLA_FLAGS": ("sample", 2, "difax: error: XLA_FLAGS=--xla_nope=1: Unknown flag in XLA_FLAGS: --xla_nope=1\n"),
+}
+
+
+@pytest.mark.parametrize("name", some(STREAMS, "full", "XLA_FLAGS"))
+def test_a_process_and_its_shell(name, tmp_path, user_env):
+    command, code, said = STREAMS[name]
+    env = user_env | ({"XLA_FLAGS": "--xla_nope=1"} if name == "XLA_FLAGS" else {})
+    shell = f"{sys.executable} -m difax {command}"
+    done = subprocess.run(shell, shell=True, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", some(["cuda", "nonsense", "tpu,nonsense"], "cuda"))
+def test_a_platform_that_is_not_there(name, tmp_path, user_env):
+    done = subprocess.run(
+        [sys.executable, "-m", "difax", "sample"],
+        env=user_env | {"JAX_PLATFORMS": name},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0 and name == "cuda":
+        pytest.skip("this machine has one")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"JAX_PLATFORMS={name}: no such device here" in done.stderr
 
 
 def _native(path, width=64):

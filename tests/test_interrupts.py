@@ -1,19 +1,25 @@
 """Processes that are told to end, or killed: one line or none, the exit code, nothing half-written, and the same
 command goes on. What counts is the outcome, not when it came."""
 
+import errno
+import fcntl
 import json
 import os
 import pathlib
+import platform
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from safetensors.numpy import load_file
 
-from difax.core.writing import replacing
+from difax.cli import main
+from difax.core.lock import LOCK, locked
+from difax.core.writing import append_line, replacing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -149,6 +155,55 @@ def test_what_a_killed_process_left_goes_and_what_lives_stays(tmp_path):
         aside.write_text("whole")
     there = {p.name for p in tmp_path.iterdir()}
     assert there == {long, names["alive"], names["elsewhere"], names["someone's"]}
+
+
+def test_a_lock_without_the_kernels(tmp_path, monkeypatch):
+    """Some file systems have none: then the process that the file names counts, as long as it lives."""
+
+    def none(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    path = tmp_path / LOCK
+    owner = {"what": "difax pareto", "pid": os.getppid(), "host": platform.node(), "since": "now"}
+    path.write_text(json.dumps(owner))
+    with pytest.raises(ValueError, match=rf"difax pareto \(process {os.getppid()} on .*since now\) writes there"):
+        with locked(tmp_path, "difax train"):
+            pass
+    for left in (json.dumps(owner | {"pid": 2**22 + 1}), json.dumps(owner)[:20], "[]", ""):
+        path.write_text(left)
+        with locked(tmp_path, "difax train"):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert not path.exists()
+
+
+def test_a_sweep_is_that_of_one_process(tmp_path, small_weights, capsys):
+    command = ["pareto", "--weights", small_weights, "--set", "steps=1", "--methods", "steps=2", "--no-judge"]
+    (tmp_path / "sweep").mkdir()
+    with locked(tmp_path / "sweep", "difax pareto"):
+        assert main([*command, "--seeds", "1", "--quiet", "--out", str(tmp_path / "sweep")]) == 2
+    said = capsys.readouterr().err
+    assert "difax pareto (process" in said and said.count("\n") == 1
+    assert not (tmp_path / "sweep" / "rows.jsonl").exists()
+
+
+def test_lines_of_several_writers_stay_whole(tmp_path):
+    path = tmp_path / "log.jsonl"
+    texts = [str(n) * 20_000 for n in range(4)]
+    writers = [threading.Thread(target=lambda t=t: [append_line(path, t) for _ in range(20)]) for t in texts]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert sorted(path.read_text().splitlines()) == sorted(texts * 20)
+
+
+def test_main_leaves_the_handlers_of_whoever_calls_it(capsys):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    streams = sys.stdout, sys.stderr, sys.excepthook, threading.excepthook, sys.unraisablehook
+    assert main(["list", "solvers"]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    assert (sys.stdout, sys.stderr, sys.excepthook, threading.excepthook, sys.unraisablehook) == streams
 
 
 # command -> arguments, and what it leaves when it is done

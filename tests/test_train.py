@@ -1,9 +1,11 @@
 """Training: exact resume after kill -9, data parallelism, refusals, and the files of a run."""
 
 import gzip
+import itertools
 import json
 import os
 import pathlib
+import platform
 import shutil
 import signal
 import subprocess
@@ -17,9 +19,11 @@ import pytest
 from difax.build import build_options, build_task
 from difax.cli import main
 from difax.config import load_config, override
+from difax.core.lock import locked
 from difax.program import previewer
-from difax.training.data import batches, fashion_mnist, read_idx
-from difax.training.train import TrainOptions, restore_ema, schedule, train
+from difax.training.data import Images, batches, fashion_mnist, read_idx
+from difax.training.train import Task, TrainOptions, restore_ema, schedule, train
+from tests.families import some
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = [
@@ -215,10 +219,217 @@ def test_slices_of_a_run_are_the_run(tmp_path, data_dir):
     options, data, task = build_options(config), fashion_mnist("train", data_dir), build_task(config)
     steps = []
     while not steps or steps[-1] < options.steps:
-        state = train(task, data, options, tmp_path / "parts", config, bool(steps), progress=False, minutes=0.0001)
+        clock = itertools.count(step=3600).__next__
+        state = train(
+            task, data, options, tmp_path / "parts", config, bool(steps), progress=False, minutes=1, clock=clock
+        )
         steps.append(int(state.step))
     assert steps == [1, 2, 3]
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+# A model of three numbers on images of three: what the loop does, without the seconds of compiling a network.
+PLAIN = {"train": {"steps": 8}}
+
+
+def plain_data(black: int | None = None) -> Images:
+    image = np.full((64, 2, 2, 1), 200, np.uint8)
+    if black is not None:
+        image[black] = 0
+    return Images(image, np.zeros(64, np.int32))
+
+
+def plain_loss(params, batch, key):
+    """Finite at a black image, where its slope is not."""
+    x = batch["image"].astype("float32").reshape(len(batch["image"]), -1)[:, :3] / 255
+    return jax.numpy.mean((jax.numpy.sqrt(((params["w"][None] * x) ** 2).sum(-1)) - 1.0) ** 2), {}
+
+
+def plain_init(key):
+    return {"w": jax.numpy.ones((3,))}
+
+
+def plain_train(folder, resume=False, data=None, task=None, clock=None, minutes=None, **options):
+    options = TrainOptions(**{"steps": 8, "batch": 8, "log_every": 1, "checkpoint_every": 1, "devices": 1, **options})
+    task = task or Task(plain_init, plain_loss)
+    config = {"train": {"steps": options.steps}}
+    more = {} if clock is None else {"clock": clock, "minutes": minutes}
+    return train(task, data or plain_data(), options, folder, config, resume, progress=False, **more)
+
+
+def kept(folder) -> list[int]:
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("seed, every", [(0, 1), (5, 2)])
+def test_nothing_is_kept_of_a_gradient_that_is_not_finite(seed, every, tmp_path):
+    """The loss of that step is finite, and the weights after it are not."""
+    data, at = plain_data(40), next(s for s in range(8) if 40 in batches(64, 8, seed)(s)) + 1
+    last = (at - 1) // every * every
+    for resume in (False, True):
+        with pytest.raises(FloatingPointError, match=f"gradient_norm is nan at step {at};"):
+            plain_train(tmp_path / "run", resume, data, seed=seed, checkpoint_every=every, log_every=8)
+        assert max(kept(tmp_path / "run")) == last
+        step, weights = restore_ema(tmp_path / "run", plain_init)
+        assert step == last and np.all(np.isfinite(weights["w"]))
+
+
+BAD = {
+    "an update that overflows": (
+        {"learning_rate": 1e38, "weight_decay": 1e3},
+        plain_init,
+        "update_norm is (inf|nan) at step 1",
+    ),
+    "a weight that nobody asks": (
+        {},
+        lambda key: {"w": jax.numpy.ones((3,)), "unused": jax.numpy.array([1.0, jax.numpy.inf])},
+        "params/unused is not finite after step 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_nothing_is_kept_of_weights_that_are_not_finite(name, tmp_path):
+    options, init, message = BAD[name]
+    with pytest.raises(FloatingPointError, match=message):
+        plain_train(tmp_path / "run", task=Task(init, plain_loss), **options)
+    assert kept(tmp_path / "run") == []
+
+
+def test_minutes_are_those_of_training(tmp_path):
+    """On a clock of which the first step takes an hour (it compiles), every other a second, and a preview an hour."""
+    now = [0.0]
+
+    def preview(params):
+        now[0] += 3600
+        return np.zeros((2, 2), np.uint8)
+
+    def clock():
+        now[0] += 1 if now[0] else 3600
+        return now[0]
+
+    task = Task(plain_init, plain_loss, preview)
+    state = plain_train(tmp_path / "run", task=task, clock=clock, minutes=5.5 / 60, sample_every=1, checkpoint_every=8)
+    # each step asks the clock once, each preview twice, of which the second is not counted: 1, 3, 5 and 7 seconds
+    assert int(state.step) == 4 and now[0] > 4 * 3600
+
+
+def damage(name: str, step: pathlib.Path) -> None:
+    files = [p for p in step.rglob("*") if p.is_file()]
+    if name == "emptied":
+        for path in files:
+            path.write_bytes(b"")
+    elif name == "metadata":
+        for path in files:
+            if "METADATA" in path.name or path.suffix == ".json":
+                path.write_text("{")
+    elif name == "cut":
+        for path in files:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif name == "gone":
+        for path in files:
+            path.unlink()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    plain_train(folder, steps=3)
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", some(["emptied", "metadata", "cut", "gone"], "emptied", "cut"))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it(name, copy):
+    damage(name, copy / "checkpoints" / "3")
+    for read in (lambda: restore_ema(copy, plain_init), lambda: plain_train(copy, True, steps=4)):
+        with pytest.raises(ValueError, match=r"run.checkpoints.3: .*remove that folder to go on from step 2"):
+            read()
+    shutil.rmtree(copy / "checkpoints" / "3")
+    assert int(plain_train(copy, True, steps=4).step) == 4
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(copy, monkeypatch):
+    import difax.training.train as module
+
+    monkeypatch.setattr(module, "not_finite", lambda tree: ["ema/w"])
+    with pytest.raises(ValueError, match="checkpoints.3: ema/w is not finite; remove that folder"):
+        restore_ema(copy, plain_init)
+
+
+def test_a_damaged_log_goes_on(copy, capsys):
+    """Lines that cannot be read go: silently the last one, which was being written, and by number in the middle."""
+    log = copy / "log.jsonl"
+    lines = log.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    log.write_text("\n".join([*lines, lines[2][:20]]))
+    for folder in ("samples", "events"):
+        shutil.rmtree(copy / folder)
+    assert int(plain_train(copy, True, steps=4).step) == 4
+    assert sorted(losses(copy)) == [1, 2, 3, 4] and capsys.readouterr().err == ""
+    whole = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([whole[0], b"\xff\x00{", b"[3]", *whole[1:]]) + b"\n")
+    assert int(plain_train(copy, True, steps=5).step) == 5
+    assert sorted(losses(copy)) == [1, 2, 3, 4, 5] and "line 2 is damaged" in capsys.readouterr().err
+
+
+def test_what_a_killed_run_left_goes(copy):
+    half = copy / "checkpoints" / "4.orbax-checkpoint-tmp-17" / "default"
+    half.mkdir(parents=True)
+    (half / "x").write_text("half")
+    (copy / ".difax.lock").write_text(json.dumps({"what": "difax train", "pid": 2**22 + 1, "host": platform.node()}))
+    assert int(plain_train(copy, True, steps=4).step) == 4
+    assert sorted(p.name for p in copy.iterdir()) == ["checkpoints", "config.json", "events", "log.jsonl", "samples"]
+    assert kept(copy) == [3, 4]
+
+
+def test_one_process_at_a_time(copy):
+    before = (copy / "log.jsonl").read_text()
+    with locked(copy, "difax train"):
+        with pytest.raises(ValueError, match=rf"difax train \(process {os.getpid()} on .*, since 20.*\) writes there"):
+            plain_train(copy, True, steps=4)
+    assert (copy / "log.jsonl").read_text() == before and not (copy / ".difax.lock").exists()
+    owner = {"what": "difax train", "pid": 1, "host": "elsewhere", "since": "2026-01-01"}
+    (copy / ".difax.lock").write_text(json.dumps(owner))
+    with pytest.raises(ValueError, match="process 1 on elsewhere.*if that process is gone, remove .*difax.lock"):
+        plain_train(copy, True, steps=4)
+    assert json.loads((copy / ".difax.lock").read_text()) == owner
+
+
+def test_a_folder_that_cannot_be_a_run(copy, tmp_path):
+    (copy / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="config.json: not the configuration of a run"):
+        plain_train(copy, True)
+    with pytest.raises(ValueError, match="workdir is empty"):
+        plain_train("")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".difax.lock").write_text("")  # of one that was killed before it had begun
+    assert int(plain_train(tmp_path / "new", steps=1).step) == 1
+
+
+def test_folder_flags_and_data_come_before_what_does_not_fit_together(tmp_path, data_dir, capsys):
+    """Each mistake is named while those behind it are still there, and nothing is made."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    wrong = {
+        "--workdir": (str(tmp_path / "full"), str(tmp_path / "run"), "not empty"),
+        "--minutes": ("0", "1", "--minutes=0.0"),
+        "--data": (str(tmp_path / "none"), str(data_dir), str(tmp_path / "none")),
+        "--config.train.steps": ("3", "8", "train.warmup + train.decay = 5 exceeds train.steps=3"),
+        "--config.train.batch": ("65", "8", "batch=65"),
+    }
+    now = {flag: bad for flag, (bad, _, _) in wrong.items()}
+    for flag, (_, good, word) in wrong.items():
+        arguments = [word for pair in now.items() for word in pair]
+        assert main(["train", "--config", "fmnist_smoke", "--config.train.devices=1", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert word in err and err.count("\n") == 1, err
+        now[flag] = good
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
 
 
 def test_schedule():

@@ -7,6 +7,7 @@ process as soon as a signal comes, with one line and without what was half-writt
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -65,6 +66,25 @@ def end_at_signals() -> None:
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     for number in kept:
         signal.signal(number, told)
+        # the last that is called at exit: what is done has its exit code, while the interpreter is taken down
+        atexit.register(signal.signal, number, signal.SIG_IGN)
+
+
+def silence_threads() -> None:
+    """Lets nothing but the main thread tell of errors: what matters of the others' comes back to it as one of its own,
+    and what they miss after a failure (tensorstore's loops, orbax's files) would be pages.
+
+    For a process that is difax's own.
+    """
+    whole = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            whole(kind, error, trace)
+
+    sys.excepthook = hook
+    threading.excepthook = lambda _: None
+    sys.unraisablehook = lambda _: None
 
 
 def _end(word: str) -> None:
@@ -97,6 +117,7 @@ class Stream:
 
     def __init__(self, stream: TextIO | None, heard: bool):
         self.stream, self.heard, self.open_line = stream, heard, False
+        self.failure: OSError | None = None  # told again by `flush`: who writes help does not listen
 
     def write(self, text: str) -> int:
         if self.stream is not None and text:
@@ -110,6 +131,8 @@ class Stream:
         return len(text)
 
     def flush(self) -> None:
+        if self.failure is not None:
+            raise self.failure
         if self.stream is not None:
             with self._errors():
                 self.stream.flush()
@@ -120,10 +143,11 @@ class Stream:
             yield
         except OSError as error:
             self._drop()
-            if self.heard and isinstance(error, BrokenPipeError):
-                raise
-            if self.heard:
-                raise StreamError(error.errno, f"cannot write to stdout: {error.strerror}") from None
+            if not self.heard:
+                return
+            broken = isinstance(error, BrokenPipeError)
+            self.failure = error if broken else StreamError(error.errno, f"cannot write to stdout: {error.strerror}")
+            raise self.failure from None
 
     def _drop(self) -> None:
         """What is left in a buffer goes nowhere, so that the end of the process does not stumble over it again."""

@@ -47,11 +47,9 @@ def beside(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     end = f".{_HOST}.{os.getpid()}.part"
     aside = path.with_name(f".{_shortened(path.name, 254 - len(end))}{end}")
     with undone(lambda: remove(aside)):
-        try:
+        with writing(path):
             remove(aside)
             yield aside
-        except OSError as error:
-            raise unwritable(path, error) from None
 
 
 class NoRoom(OSError, ValueError):
@@ -67,6 +65,28 @@ def unwritable(path: str | os.PathLike, error: OSError) -> Exception:
     return NoRoom(error.errno, text) if error.errno in EXHAUSTED else ValueError(text)
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Says of what the system refuses in the block that `path` cannot be written, also where a library that is not of
+    Python tells it in its own words.
+
+    Raises:
+      ValueError: as `unwritable`.
+    """
+    try:
+        yield
+    except NoRoom:
+        raise
+    except Exception as error:
+        number = _OS_ERROR.search(str(error))
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from None
+        if number is None:
+            raise
+        raise unwritable(path, OSError(int(number[1]), os.strerror(int(number[1])))) from None
+
+
+_OS_ERROR = re.compile(r"os[ _]error(?:_code)?[ =']+(\d+)")  # of safetensors, and of tensorstore
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:64] or "host"
 _LEFT = re.compile(rf"\..+\.{_HOST}\.(\d+)\.part")
 _searched: set[pathlib.Path] = set()
@@ -101,15 +121,11 @@ def _shortened(name: str, room: int) -> str:
 
 def append_line(path: str | os.PathLike, text: str) -> None:
     """Appends a line in one write, so that processes that append to the same file do not mix their lines."""
-    try:
+    with writing(path):
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise unwritable(path, error) from None
-    try:
-        left = memoryview((text + "\n").encode())
-        while left:
-            left = left[os.write(file, left) :]
-    except OSError as error:
-        raise unwritable(path, error) from None
-    finally:
-        os.close(file)
+        try:
+            left = memoryview((text + "\n").encode())
+            while left:
+                left = left[os.write(file, left) :]
+        finally:
+            os.close(file)

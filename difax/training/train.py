@@ -26,7 +26,7 @@ from difax.core import mesh as mesh_
 from difax.core.files import check_object, named, place_of, read_object
 from difax.core.lock import LOCK, locked
 from difax.core.shell import undone
-from difax.core.writing import append_line, remove, replacing, unwritable
+from difax.core.writing import append_line, remove, replacing, unwritable, writing
 from difax.training.checkpoints import open_checkpoints, restored
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
@@ -266,14 +266,16 @@ def _train(
                     recorder.flush()  # raises where something is not finite, so that only good states are saved
                 if save:
                     _check_finite(folder, done, state)
-                    checkpoints.save(done, args=ocp.args.StandardSave(state))
+                    with writing(checkpoints.directory):
+                        checkpoints.save(done, args=ocp.args.StandardSave(state))
                 if task.preview and (last or done % options.sample_every == 0):
                     begun = clock()
                     recorder.picture(done, task.preview(state.ema))
                     deadline = None if deadline is None else deadline + clock() - begun
                 if last:
                     break
-        checkpoints.wait_until_finished()
+        with writing(checkpoints.directory):
+            checkpoints.wait_until_finished()
     return state
 
 

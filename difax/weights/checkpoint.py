@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from difax.core.contracts import Params
@@ -264,11 +262,7 @@ def save_safetensors(path: str | os.PathLike, params: Params, metadata: Mapping[
     with replacing(path) as aside:
         aside.touch()
         mode = aside.stat().st_mode  # the library's own files are readable by their owner only
-        try:
-            save_file(flat, aside, header)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else 0, str(error)) from error
+        save_file(flat, aside, header)
         aside.chmod(mode)
 
 

@@ -7,7 +7,6 @@ of the file in memory, however large the model.
 from __future__ import annotations
 
 import concurrent.futures
-import errno
 import json
 import os
 import pathlib
@@ -26,7 +25,7 @@ from orbax.checkpoint import future, type_handlers
 
 from difax.core.contracts import Params
 from difax.core.files import read_json
-from difax.core.writing import beside, remove_left, unwritable
+from difax.core.writing import beside, remove_left
 from difax.weights.checkpoint import Streamed
 from difax.weights.published import Foreign, opened_parameters
 
@@ -126,18 +125,13 @@ def convert(path: str | os.PathLike, target: str | os.PathLike, found: Foreign, 
         free = shutil.disk_usage(target.parent).free
         if total > free:
             raise ValueError(f"{target}: needs {total} bytes, {free} are free there")
-        try:
-            with beside(target) as aside:
-                made = aside / "weights"  # orbax writes beside it first, in `aside` too
-                with _checkpointer(streaming=True) as checkpointer:
-                    checkpointer.save(made, unflatten_dict(parameters, sep="/"))
-                _write_settings(made, found)
-                os.replace(made, target)
-        except ValueError as error:
-            # a full disk reaches here as tensorstore's own error
-            if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
-                raise unwritable(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
-            raise
+        with beside(target) as aside:
+            aside.mkdir()
+            made = aside / "weights"  # orbax writes beside it first, in `aside` too
+            with _checkpointer(streaming=True) as checkpointer:
+                checkpointer.save(made, unflatten_dict(parameters, sep="/"))
+            _write_settings(made, found)
+            os.replace(made, target)
         return {
             "parameters": sum(sizes),
             "tensors": sum(p.layers or 1 for p in parameters.values()),
