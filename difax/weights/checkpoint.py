@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
