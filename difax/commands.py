@@ -293,8 +293,8 @@ def export(options: argparse.Namespace) -> int:
 
     if not (pathlib.Path(options.workdir) / "checkpoints").is_dir():
         raise ValueError(f"{options.workdir}: no training run there (no checkpoints/)")
-    options.weights = options.workdir
-    config = _config(options, None)
+    asked = argparse.Namespace(**{**vars(options), "weights": options.workdir, "dtype": None})  # that of the file
+    config = _config(asked, None)
     import jax
     import jax.numpy as jnp
 

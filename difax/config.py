@@ -33,7 +33,7 @@ from difax.build import (
 from difax.core.contracts import Model
 from difax.registry import REGISTRIES, check_name, choose, make, shown
 from difax.training.train import read_run
-from difax.weights.checkpoint import read_metadata, tensor_shapes
+from difax.weights.checkpoint import Source, read_metadata, tensor_shapes
 from difax.weights.convert import is_converted
 
 # the configuration that a published checkpoint is sampled with where none is named
@@ -197,11 +197,12 @@ def _fitting(path: str) -> str:
     """Which of difax's configurations have a model of the shapes of a file whose own one is lost, as words."""
     if is_run(path) or is_converted(path):
         return ""
-    shapes, fit = tensor_shapes(path), []
+    fit = []
     for name in config_names():
         model = make("model", load_config(name)["model"])
         spec = jax.tree.map(lambda a: a.shape, jax.eval_shape(model.init, jax.random.key(0)))
-        if flatten_dict(spec, sep="/") == shapes:
+        spec = flatten_dict(spec, sep="/")
+        if tensor_shapes(path, [{p: Source((p,)) for p in spec}]) == spec:
             fit.append(name)
     return f" (its tensors fit {', '.join(fit)})" if fit else " (its tensors fit none of those that difax brings along)"
 
@@ -358,6 +359,7 @@ def _typed(path: str, value: Any, before: Any) -> Any:
         raise ValueError(f"config key {path}={value!r}; it is {type(before).__name__} ({before!r})")
     if isinstance(before, float) and isinstance(value, int):
         return float(value)
-    if isinstance(before, (int, float, str)) and not isinstance(value, type(before)):
+    kind = str if isinstance(before, str) else type(before)  # a text out of a file of data is one like any other
+    if isinstance(before, (int, float, str)) and not isinstance(value, kind):
         raise ValueError(f"config key {path}={value!r}; it is {type(before).__name__} ({before!r})")
     return value

@@ -22,7 +22,7 @@ FAMILIES = {
     "attention": ("attention",),
     "quantisation": ("qtensor",),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions"),
-    "weights": ("safetensors", "convert"),
+    "weights": ("safetensors", "convert", "opened"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),
     "study": ("metrics", "networks", "pareto", "pareto_report", "pareto_search", "profile", "experiments", "peers"),

@@ -129,6 +129,11 @@ def tensor_shapes(path: str | os.PathLike, tables: Iterable[Mapping[str, Source]
     return {name: t.shape for name, t in (tensors if best is None else _network(path, tensors, _keys(best))).items()}
 
 
+def tensor_types(path: str | os.PathLike) -> dict[str, np.dtype | None]:
+    """Types of all tensors at `path`, from the headers alone; None for one that numpy has no type for."""
+    return {name: np.dtype(CODES[t.dtype]) if t.dtype in CODES else None for name, t in _opened(path).items()}
+
+
 def load_safetensors(
     path: str | os.PathLike,
     spec: Params,
@@ -261,6 +266,20 @@ def save_safetensors(path: str | os.PathLike, params: Params, metadata: Mapping[
         raise ValueError(f"cannot write {path}: {error}") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def equal_copies(path: str | os.PathLike, table: Mapping[str, Source], layers: Mapping[str, int]) -> bool:
+    """Whether the layers of a file repeat the parameters of a table; reads them, up to the first that differs.
+
+    Tensors that are missing or of another shape are for `load_safetensors` to refuse, and count as equal.
+    """
+    tensors = _network(path, _opened(path), _keys(table))
+    for source in table.values():
+        copies = (tensors[name].read() for names in _expand(source, layers) for name in names if name in tensors)
+        first = next(copies, None)
+        if first is not None and any(copy.shape == first.shape and not _same(copy, first) for copy in copies):
+            return False
+    return True
 
 
 def check_shapes(where: str, params: Params, spec: Params) -> None:
@@ -590,7 +609,8 @@ def _check_tensors(p: str, source: Source, want: Any, row: list[list[str]], tens
     unfolded = len(axes) == len(parts[0])
     kind = np.dtype(want.dtype)
     # any float serves a float parameter; an integer one must be exactly what it is
-    codes = FLOATS if jnp.issubdtype(kind, jnp.floating) else (f"{kind.kind.upper()}{8 * kind.itemsize}",)
+    whole = "BOOL" if kind.kind == "b" else f"{kind.kind.upper()}{8 * kind.itemsize}"
+    codes = FLOATS if jnp.issubdtype(kind, jnp.floating) else (whole,)
     for name, part in ((name, part) for names in row for name, part in zip(names, parts, strict=True)):
         file, shape, dtype = tensors[name].file, tensors[name].shape, tensors[name].dtype
         expected = tuple(part[axes.index(i)] for i in range(len(axes))) if unfolded else None
@@ -657,10 +677,15 @@ def _check_copies(names: list[str], tensors: Mapping[str, _Tensor]) -> None:
     first = tensors[names[0]].read()
     for name in names[1:]:
         copy = tensors[name].read()
-        coarser = max(first.dtype, copy.dtype, key=lambda dtype: float(jnp.finfo(dtype).eps))
-        if not np.array_equal(copy.astype(coarser), first.astype(coarser)):
+        if not _same(copy, first):
             difference = np.abs(copy.astype(np.float32) - first.astype(np.float32)).max()
             raise ValueError(
                 f"{tensors[name].file}: tensor {name!r} must equal {names[0]!r} (one embedder, "
                 f"repeated in every layer); they differ by {difference:.3g}"
             )
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two float arrays are equal, in the coarser of their dtypes."""
+    coarser = max(one.dtype, other.dtype, key=lambda dtype: float(jnp.finfo(dtype).eps))
+    return np.array_equal(one.astype(coarser), other.astype(coarser))
