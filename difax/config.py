@@ -10,6 +10,7 @@ import ast
 import importlib.util
 import inspect
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -156,7 +157,7 @@ def checkpoint_config(path: str, settings: Sequence[tuple[str, Any]] = ()) -> di
         tool has written, or what an older `difax convert` wrote); the message says which configurations fit.
     """
     folder = pathlib.Path(path)
-    if not folder.exists():
+    if not os.path.exists(path):
         raise ValueError(f"{path}: no such file or folder")
     if is_run(path) and (folder / "config.json").is_file():
         return _whole(folder / "config.json", read_run(folder))

@@ -182,6 +182,13 @@ def test_a_damaged_configuration_is_one_line(tmp_path, capsys, case):
         opened(str(tmp_path / "w.safetensors"), SMALL)
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "nul\0", "no/such", ""])
+def test_a_place_that_cannot_be(name):
+    for base in (None, "fmnist_smoke"):
+        with pytest.raises(ValueError):
+            opened(name or "none", base)
+
+
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 FACTORY = """

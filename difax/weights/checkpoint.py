@@ -484,8 +484,7 @@ def _network(path: Any, tensors: Mapping[str, _Tensor], keys: set[str]) -> dict[
     inside = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
     scaled = dict(inside)
     eighths = {name for name, t in inside.items() if t.dtype in FP8}
-    if eighths:
-        scaled.pop(MARKER, None)
+    scaled.pop(MARKER, None)
     for name in eighths:
         base = name.removesuffix("weight")
         if base == name:
