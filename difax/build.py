@@ -408,7 +408,7 @@ def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None,
 
 def is_run(path: str | os.PathLike) -> bool:
     """Whether a folder is that of a training run."""
-    return (pathlib.Path(path) / "checkpoints").is_dir()
+    return os.path.isdir(os.path.join(path, "checkpoints"))
 
 
 def published_kind(path: str | os.PathLike) -> str | None:
@@ -437,7 +437,7 @@ def stored_model(path: str | os.PathLike) -> dict[str, Any] | None:
       ValueError: a damaged file.
     """
     if is_run(path):
-        config = read_run(path) if (pathlib.Path(path) / "config.json").is_file() else {}
+        config = read_run(path) if os.path.isfile(os.path.join(path, "config.json")) else {}
         section = config.get("model") if isinstance(config, Mapping) else None
     elif is_converted(path):
         section = converted_model(path)

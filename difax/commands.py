@@ -383,18 +383,18 @@ def export(options: argparse.Namespace) -> int:
 
     if not (pathlib.Path(options.workdir) / "checkpoints").is_dir():
         raise ValueError(f"{options.workdir}: no training run there (no checkpoints/)")
-    dtype, options.dtype, options.weights = options.dtype, None, options.workdir  # of the file, not of the model
-    config = _config(options, None)
+    asked = argparse.Namespace(**{**vars(options), "weights": options.workdir, "dtype": None})  # that of the file
+    config = _config(asked, None)
     import jax
     import jax.numpy as jnp
 
     from difax.config import plain
 
     step, params = restore_ema(options.workdir, make("model", config["model"]).init)
-    params = jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), params)
+    params = jax.tree.map(lambda a: jnp.asarray(a).astype(options.dtype), params)
     save_safetensors(out, params, {"config": plain(config), "step": step})
     log("export", step=step, out=str(out))
-    print(f"{out}: {out.stat().st_size} bytes, step {step}, {dtype}")
+    print(f"{out}: {out.stat().st_size} bytes, step {step}, {options.dtype}")
     return 0
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -38,7 +39,7 @@ from difax.core.annotations import brief
 from difax.core.contracts import Model
 from difax.registry import REGISTRIES, check_name, choose, make, shown
 from difax.training.train import read_run
-from difax.weights.checkpoint import read_metadata, tensor_shapes
+from difax.weights.checkpoint import Source, read_metadata, tensor_shapes
 from difax.weights.convert import is_converted
 
 # the configuration that a published checkpoint is sampled with where none is named
@@ -208,7 +209,7 @@ def checkpoint_config(path: str, settings: Sequence[tuple[str, Any]] = ()) -> di
         tool has written, or what an older `difax convert` wrote); the message says which configurations fit.
     """
     folder = pathlib.Path(path)
-    if not folder.exists():
+    if not os.path.exists(path):
         raise ValueError(f"{path}: no such file or folder")
     if is_run(path) and (folder / "config.json").is_file():
         return _whole(folder / "config.json", read_run(folder))
@@ -249,11 +250,12 @@ def _fitting(path: str) -> str:
     """Which of difax's configurations have a model of the shapes of a file whose own one is lost, as words."""
     if is_run(path) or is_converted(path):
         return ""
-    shapes, fit = tensor_shapes(path), []
+    fit = []
     for name in config_names():
         model = make("model", load_config(name)["model"])
         spec = jax.tree.map(lambda a: a.shape, jax.eval_shape(model.init, jax.random.key(0)))
-        if flatten_dict(spec, sep="/") == shapes:
+        spec = flatten_dict(spec, sep="/")
+        if tensor_shapes(path, [{p: Source((p,)) for p in spec}]) == spec:
             fit.append(name)
     return f" (its tensors fit {', '.join(fit)})" if fit else " (its tensors fit none of those that difax brings along)"
 

@@ -411,7 +411,7 @@ def _is_checkpoint(what: str) -> bool:
     path = pathlib.Path(what)
     if what.partition(":")[0] in config_names() or ".py" in (path.suffix.partition(":")[0], path.suffix):
         return False
-    return path.is_dir() or path.suffix in (".safetensors", ".json")
+    return os.path.exists(what) or path.suffix in (".safetensors", ".json")
 
 
 def parse_labels(words: Sequence[Any], classes: int, names: Sequence[str] = ()) -> list[int]:

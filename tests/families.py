@@ -23,7 +23,7 @@ FAMILIES = {
     "attention": ("attention",),
     "quantisation": ("qtensor",),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "settings", "sizes"),
-    "weights": ("safetensors", "convert"),
+    "weights": ("safetensors", "convert", "opened"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),
     "study": ("metrics", "networks", "pareto", "pareto_report", "pareto_search", "profile", "experiments", "peers"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -40,8 +41,11 @@ DIT = ["--geometry", "heads=4", "--geometry", "size=8"]
 def shard(name: str, folder: Path, drop: str | None = None, parts: int = 3) -> Path:
     """A golden file cut into shards with an index, without one of its tensors."""
     tensors = load_file(GOLDEN / f"{name}.safetensors")
-    names = [n for n in tensors if n != drop]
-    where = {}
+    return shards({n: a for n, a in tensors.items() if n != drop}, folder, parts)
+
+
+def shards(tensors: dict[str, np.ndarray], folder: Path, parts: int = 3) -> Path:
+    names, where = list(tensors), {}
     for i in range(parts):
         file = f"model-{i + 1:05}-of-{parts:05}.safetensors"
         some = names[i::parts]
@@ -198,7 +202,7 @@ def check_same_network(one: Any, other: Any) -> None:
     assert np.abs(a).max() > 0 and np.abs(a - b).max() <= 1e-6 * np.abs(a).max()
 
 
-@pytest.mark.parametrize("case", some(SOURCES, "dit diffusers", "pixart sigma"))
+@pytest.mark.parametrize("case", some(SOURCES, "dit diffusers"))
 def test_what_is_converted_is_the_network_that_is_read(tmp_path, case):
     name, geometry = SOURCES[case]
     source = GOLDEN / f"{name}.safetensors"
@@ -209,6 +213,76 @@ def test_what_is_converted_is_the_network_that_is_read(tmp_path, case):
     arguments = set(inspect.signature(MODELS[kind]).parameters) - {"dtype"}
     assert stored is not None and set(stored) == {"name", *arguments} and stored["name"] == kind
     check_same_network(opened(tmp_path / "dst"), opened(source, told(geometry)))
+
+
+def _prefix(tensors):
+    beside = {"first_stage_model.x": np.ones(3, np.float32), "cond_stage_model.y.weight": np.ones((3, 3), np.float16)}
+    return {f"model.diffusion_model.{name}": a for name, a in tensors.items()} | beside
+
+
+def _eighths(tensors, suffix):
+    """Weights of two axes or more in fp8, those of blocks with a scale of one number, of which every row has its own
+    in the last spelling; biases in bfloat16."""
+    written = {"scaled_fp8": np.zeros(0, ml_dtypes.float8_e4m3fn)}
+    for name, a in tensors.items():
+        written[name] = a.astype(ml_dtypes.bfloat16)
+        if name.endswith(".weight") and a.ndim > 1:
+            written[name] = a.astype(ml_dtypes.float8_e4m3fn)
+            if "block" in name and "emb" not in name:
+                scale = np.linspace(0.5, 1.5, len(a)) if suffix == "weight_scale_inv" else np.float32(0.7)
+                written[name.removesuffix("weight") + suffix] = np.asarray(scale, np.float32)
+    return written
+
+
+FORMS = {
+    "bf16": lambda tensors: {name: a.astype(ml_dtypes.bfloat16) for name, a in tensors.items()},
+    "prefix": _prefix,
+    "fp8, comfy": lambda tensors: _prefix(_eighths(tensors, "scale_weight")),
+    "fp8, compressed": lambda tensors: _eighths(tensors, "weight_scale"),
+    "fp8, rows": lambda tensors: _eighths(tensors, "weight_scale_inv"),
+    "fp8": lambda tensors: {name: a.astype(ml_dtypes.float8_e4m3fn) for name, a in tensors.items()},
+    "mixed": lambda tensors: {n: a.astype(ml_dtypes.bfloat16 if "0." in n else np.float32) for n, a in tensors.items()},
+}
+
+
+def meant(written, names):
+    """What a file says of its network's tensors, in float32: values times the scales beside them."""
+    found = {}
+    for full, a in written.items():
+        base, scales = full.removesuffix("weight"), ("scale_weight", "weight_scale", "weight_scale_inv")
+        scale = next((written[base + suffix] for suffix in scales if base + suffix in written), np.float32(1))
+        name = full.removeprefix("model.diffusion_model.")
+        if name in names:
+            found[name] = a.astype(np.float32) * scale.reshape(-1, *[1] * (a.ndim - 1))
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", some(SOURCES, "dit original"))
+def test_forms_of_a_file_convert_to_what_is_read(tmp_path, case, form):
+    """Values as the file says them, in shards: read, converted, and the same values in a plain file of float32."""
+    name, geometry = SOURCES[case]
+    tensors = {n: a.astype(np.float32) for n, a in load_file(GOLDEN / f"{name}.safetensors").items()}
+    tensors = {n: a for n, a in tensors.items() if not n.startswith("pos_embed.pos_embed") and n != "pos_embed"}
+    written = FORMS[form](tensors)
+    (tmp_path / "src").mkdir()
+    shards(written, tmp_path / "src")
+    wanted = meant(written, tensors)
+    assert wanted.keys() == tensors.keys()
+    save_file(wanted, tmp_path / "plain.safetensors")
+    settings = told(geometry)
+    model, params = opened(tmp_path / "src", settings)
+    plain = opened(tmp_path / "plain.safetensors", settings)
+    assert settings_of(model) == settings_of(plain[0])
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda a: np.asarray(a, np.float32), params), plain[1])
+    flags = [f"--geometry={k}={v}" for k, v in geometry.items()]
+    assert main(["convert", str(tmp_path / "src"), str(tmp_path / "dst"), *flags]) == 0
+    other = opened(tmp_path / "dst")
+    assert settings_of(other[0]) == settings_of(model)
+    jax.tree.map(np.testing.assert_array_equal, other[1], params)
+    (one,) = {str(a.dtype) for a in jax.tree.leaves(params)}
+    assert {str(a.dtype) for a in jax.tree.leaves(other[1])} == {one}
+    assert one == ("bfloat16" if form in ("bf16", "fp8") else "float32")
 
 
 PIPELINES = Path(__file__).parents[2] / "shared" / "pipelines"

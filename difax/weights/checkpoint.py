@@ -276,9 +276,8 @@ def equal_copies(path: str | os.PathLike, table: Mapping[str, Source], layers: M
     for source in (source for source in table.values() if source.shared):
         copies = (tensors[name].read() for names in _expand(source, layers) for name in names if name in tensors)
         first = next(copies, None)
-        for copy in copies:
-            if first is not None and copy.shape == first.shape and not np.array_equal(copy, first):
-                return False
+        if first is not None and any(copy.shape == first.shape and not _same(copy, first) for copy in copies):
+            return False
     return True
 
 
@@ -484,8 +483,7 @@ def _network(path: Any, tensors: Mapping[str, _Tensor], keys: set[str]) -> dict[
     inside = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
     scaled = dict(inside)
     eighths = {name for name, t in inside.items() if t.dtype in FP8}
-    if eighths:
-        scaled.pop(MARKER, None)
+    scaled.pop(MARKER, None)
     for name in eighths:
         base = name.removesuffix("weight")
         if base == name:
@@ -677,10 +675,15 @@ def _check_copies(names: list[str], tensors: Mapping[str, _Tensor]) -> None:
     first = tensors[names[0]].read()
     for name in names[1:]:
         copy = tensors[name].read()
-        coarser = max(first.dtype, copy.dtype, key=lambda dtype: float(jnp.finfo(dtype).eps))
-        if not np.array_equal(copy.astype(coarser), first.astype(coarser)):
+        if not _same(copy, first):
             difference = np.abs(copy.astype(np.float32) - first.astype(np.float32)).max()
             raise ValueError(
                 f"{tensors[name].file}: tensor {name!r} must equal {names[0]!r} (one embedder, "
                 f"repeated in every layer); they differ by {difference:.3g}"
             )
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two float arrays are equal, in the coarser of their dtypes."""
+    coarser = max(one.dtype, other.dtype, key=lambda dtype: float(jnp.finfo(dtype).eps))
+    return np.array_equal(one.astype(coarser), other.astype(coarser))

@@ -160,7 +160,7 @@ def _checksum(file: pathlib.Path) -> int:
 
 def is_converted(path: str | os.PathLike) -> bool:
     """Whether a folder is an orbax checkpoint of parameters."""
-    return any((pathlib.Path(path) / name).is_file() for name in (SETTINGS, "_METADATA"))
+    return any(os.path.isfile(os.path.join(path, name)) for name in (SETTINGS, "_METADATA"))
 
 
 def converted_model(path: str | os.PathLike) -> dict[str, Any] | None:
