@@ -39,7 +39,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     base: str | None = options.config
     if options.gin_file or options.gin_param:
         gin_base, settings = gin_settings(options.gin_file, options.gin_param)
-        base = base or gin_base
+        base = gin_base if base is None else base
     for setting in options.set:
         key, _, value = setting.partition("=")
         settings.append((key, parse_value(value, key)))
@@ -49,7 +49,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     weights = getattr(options, "weights", None)
     if base is None and weights:
         return override(checkpoint_config(weights, settings), settings)
-    base = base or default
+    base = default if base is None else base
     if base is None:
         raise ValueError("which configuration? Give --config NAME (see difax list configs)")
     return override(load_config(base), settings)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difax.core.annotations import LARGEST
 from difax.core.contracts import Context, Model, Params, Stage
 from difax.core.ops import attend
 from difax.models.layers import (
@@ -248,6 +249,8 @@ def _check(c: DiTConfig) -> None:
     for name in ("depth", "width", "heads", "patch", "channels", "classes", "mlp_ratio"):
         if getattr(c, name) < 1:
             raise ValueError(f"dit: {name}={getattr(c, name)}; allowed: 1 or more")
+    if c.classes > LARGEST - 1:
+        raise ValueError(f"dit: classes={c.classes}; allowed: up to {LARGEST - 1}, beside the null label")
     if c.width % c.heads or c.width % 4:
         raise ValueError(f"dit: width={c.width} must be divisible by heads={c.heads} and by 4")
     if min(c.size) < 1 or c.size[0] % c.patch or c.size[1] % c.patch:

@@ -168,7 +168,7 @@ def _hint(value: Any, annotation: Any) -> str:
     if isinstance(value, float) and value.is_integer() and _fit(int(value), annotation, LARGEST, False)[0]:
         return f" ({int(value)}, without a fraction, would be one)"
     if _fit(1, annotation, LARGEST, False)[0] and not _fit(0.5, annotation, LARGEST, False)[0]:
-        most = next((most for most in (LARGEST, SEEDS) if _fit(most, annotation, LARGEST, False)[0]), LARGEST)
+        most = next((most for most in (SEEDS, LARGEST) if _fit(most, annotation, LARGEST, False)[0]), LARGEST)
         return f"; at most {most}" if isinstance(value, int) and abs(value) > most else ""
     return f"; at most {LARGEST_FLOAT:.4g}" if abs(value) > LARGEST_FLOAT and value not in (math.inf, -math.inf) else ""
 

@@ -22,6 +22,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from difax.core import mesh as mesh_
+from difax.core.annotations import Seed
 from difax.core.files import read_json
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
@@ -53,7 +54,7 @@ class TrainOptions:
     b2: float = 0.999
     clip: float = 1.0
     ema: float = 0.999
-    seed: int = 0
+    seed: Seed = 0
     log_every: int = 50
     sample_every: int = 1000
     checkpoint_every: int = 500
@@ -65,9 +66,11 @@ class TrainOptions:
         for name in ("steps", "batch", "log_every", "sample_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}; allowed: 1 or more")
-        for name in ("warmup", "decay", "weight_decay"):
+        for name in ("warmup", "decay", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}; allowed: 0 or more")
+        if self.devices is not None and self.devices < 1:
+            raise ValueError(f"train.devices={self.devices}; allowed: 1 or more, or none for all")
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}; allowed: > 0")
