@@ -23,7 +23,7 @@ def model_dtype(name: str, dtype: str | type | np.dtype) -> np.dtype:
     except TypeError:  # a type that no array has
         found = getattr(dtype, "__name__", str(dtype))
     if found not in DTYPES:
-        raise ValueError(f"{name}: dtype={found!r}; allowed: {', '.join(DTYPES)}")
+        raise ValueError(f"{name}: dtype={found}; allowed: {', '.join(DTYPES)}")
     return jnp.dtype(found)
 
 

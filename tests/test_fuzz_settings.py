@@ -11,6 +11,7 @@ import math
 import random
 import resource
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,9 @@ STEPS = 4
 SECONDS, BYTES = 20, 2 * 2**30
 SAMPLE = 300  # cases of the default run
 
-SMOKE = load_config("fmnist_smoke") | {"steps": STEPS, "weights": "random"}
+SMOKE: dict[str, Any] = {**load_config("fmnist_smoke"), "steps": STEPS, "weights": "random"}
 SMOKE["model"] |= {"depth": 2, "width": 16, "size": 8, "patch": 2}
-DDPM = load_config("fmnist_smoke:ddpm") | {"steps": STEPS}
+DDPM: dict[str, Any] = {**load_config("fmnist_smoke:ddpm"), "steps": STEPS}
 DDPM["model"] |= {"depth": 2, "width": 16, "size": 8, "patch": 2}
 CNN = load_config("fmnist_cnn")
 CNN["model"] |= {"width": 4, "size": 8}

@@ -69,8 +69,6 @@ class TrainOptions:
         for name in ("warmup", "decay", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}; allowed: 0 or more")
-        if self.devices is not None and self.devices < 1:
-            raise ValueError(f"train.devices={self.devices}; allowed: 1 or more, or none for all")
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}; allowed: > 0")
