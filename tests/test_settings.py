@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import pathlib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import difax
+import difax.program
 from difax.build import build_options, build_setup
 from difax.cli import main
 from difax.config import gin_settings, load_config, override, parse_value
@@ -43,6 +45,9 @@ ANNOTATIONS = [
     (np.ndarray, (np.zeros(3), jax.numpy.zeros(3)), ([0.0], 3), "an array"),
     (Callable[..., Any], (len,), ("len", 3), "a function"),
     (str | os.PathLike, ("a",), (3, None), "a path"),
+    (pathlib.Path, ("a", pathlib.Path("a")), (3, None), "a Path"),
+    (np.float32, (np.float32(1),), ("a",), "a float32"),
+    (Annotated[int, 5], (6,), ("a",), "an integer"),
     (dict, ({1: 2},), ([1],), "a mapping"),
     (Any, (3, None, NAN), (), "anything"),
     (Annotated[int, "of pixels"], (3,), (0.5,), "an integer"),
@@ -306,6 +311,9 @@ def test_repeats_seeds_and_training_beyond_memory(monkeypatch, tmp_path):
     ):
         with pytest.raises(ValueError, match=named):
             run.sample(**settings)
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="sampling dit.*, 10 at once .* are needed"):
+        patched.setattr(difax.program, "memory_available", lambda: 0)
+        run.sample()
     with pytest.raises(ValueError, match="training model dit .*width=131072.* of memory are needed"):
         difax.train(SMOKE, tmp_path / "w", model={"width": 2**17})
     assert not (tmp_path / "w").exists()
