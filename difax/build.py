@@ -19,7 +19,7 @@ import numpy as np
 from difax.accel.attention import attention, first_of
 from difax.accel.caches import measured
 from difax.core import grids
-from difax.core.annotations import annotations_of, brief, check_arguments, check_value
+from difax.core.annotations import annotations_of, brief, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
 from difax.core.device import check_memory
 from difax.core.noise import sample_keys
@@ -30,7 +30,7 @@ from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.stack import stack, with_learned
 from difax.core.trunk import unstack
 from difax.models import CHECKPOINTS, MODELS
-from difax.registry import REGISTRIES, check_name, choose, make, shown
+from difax.registry import REGISTRIES, check_name, choose, is_outside, make, resolved, shown
 from difax.training.data import Images
 from difax.training.train import Task, TrainOptions, last_step, read_run, restore_ema
 from difax.weights.checkpoint import check_shapes, load_native, read_metadata, tensor_shapes
@@ -136,18 +136,10 @@ EXAMPLES = {"train": "steps=1000", "reduced": "model"}
 def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
     """Builds process, seams and (unless given) the model of a configuration; every refusal is a ValueError."""
     check_config(config)
+    model = _sampled(config) if model is None else model
     for key in ("process", "prediction", "solver", "grid", "steps", "guide", "scale"):
         if key not in config:
             raise ValueError(f"config section {key} is missing; a sampling run needs it")
-    if model is None:
-        if "model" not in config:
-            raise ValueError("config section model is missing; a sampling run needs it")
-        model = make("model", config["model"])
-    if not isinstance(model, Model):
-        named = [name for name, factory in MODELS.items() if annotations_of(factory).get("return") is Model]
-        raise ValueError(
-            f"model {shown(config['model']['name'])} is a classifier, which draws nothing; allowed: {', '.join(named)}"
-        )
     process = make_process(config["process"], model)
     prediction = choose("prediction", config["prediction"], PREDICTIONS)
     solver = make("solver", config["solver"])
@@ -157,18 +149,17 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
     rules = make("quant", config.get("quant", {"name": "none"}), model)
     if rules:
         with _naming("quant", config):
-            jax.eval_shape(
-                functools.partial(quantize_params, rules=rules), jax.eval_shape(model.init, jax.random.key(0))
-            )
+            shapes = jax.eval_shape(model.init, jax.random.key(0))
+            jax.eval_shape(lambda params: quantize_params(params, rules), shapes)  # before any weight is read
     layout = choose("layout", config.get("layout", "stacked"), LAYOUTS)
     conditioning = choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
     depth = sum(stage.depth for stage in model.stages)
     if layout == "unstacked" and depth > MOST_UNSTACKED:
         raise ValueError(f"layout=unstacked writes out {depth} blocks; allowed: up to {MOST_UNSTACKED}, or stacked")
     size = 4 * math.prod(model.input_shape) + size_in_bytes(model.cond)
-    check_memory(
-        f"one sample of {model.name}, {'x'.join(map(str, model.input_shape))},", 4 * size, None, "a smaller one"
-    )
+    check_memory(f"one sample of {described(config, 'model')}", 4 * size, None, "a smaller size")
+    if "data" in config and isinstance(data := config["data"].get("name"), str) and not is_outside(data):
+        resolved("data", config["data"], 0, ("split",))  # which names the classes; it is not read
     make_grid = make("grid", config["grid"])
     with _naming("grid", config):
         times = grids.make_times(make_grid, process, config["steps"])
@@ -177,19 +168,19 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
         f"the tables of steps={config['steps']} and {depth} blocks",
         2 * len(times) * (ROW_BYTES + SITE_BYTES * sites),
         None,
-        "fewer steps",
+        "fewer steps, or a smaller model.depth",
     )
     with _naming("cache" if "cache" in config else "solver", config), np.errstate(all="ignore"):
         rows = make_rows(solver, guide, process, times, accelerator, model.stages)
     _check_rows(rows, config)
-    described = {k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
+    names = {k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
     measured.compare(
         accelerator.measured,
         model=model.name,
         stages=model.stages,
-        solver=described["solver"],
+        solver=names["solver"],
         steps=len(rows.i),
-        guide=described["guide"],
+        guide=names["guide"],
         scale=float(config["scale"]),
     )
     if prediction in ("eps", "score") and not np.all(rows.level.alpha > 0):
@@ -213,8 +204,21 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
         times=times,
         rows=rows,
         scale=float(config["scale"]),
-        described=described,
+        described=names,
     )
+
+
+def _sampled(config: Mapping[str, Any]) -> Model:
+    """The model of a configuration, which must be one that draws."""
+    if "model" not in config:
+        raise ValueError("config section model is missing; a sampling run needs it")
+    model = make("model", config["model"])
+    if not isinstance(model, Model):
+        named = [name for name, factory in MODELS.items() if annotations_of(factory).get("return") is Model]
+        raise ValueError(
+            f"model {shown(config['model']['name'])} is a classifier, which draws nothing; allowed: {', '.join(named)}"
+        )
+    return model
 
 
 # bytes of an evaluation in the tables of a run: of its own numbers, and of a plan for each branch of each block
@@ -231,8 +235,14 @@ def _naming(section: str, config: Mapping[str, Any]) -> Iterator[None]:
         name = shown(config[section].get("name", ""))
         if section in str(error) or any(part and part in str(error) for part in name.replace("+", ",").split(",")):
             raise
-        keys = ", ".join(f"{k}={brief(v)}" for k, v in config[section].items() if k != "name")
-        raise ValueError(f"{section} {name}{f' ({keys})' if keys else ''}: {error}") from None
+        raise ValueError(f"{described(config, section)}: {error}") from None
+
+
+def described(config: Mapping[str, Any], section: str) -> str:
+    """A section as a message shows it: "cache fora (interval=3)"."""
+    keys = ", ".join(f"{k}={brief(v)}" for k, v in config.get(section, {}).items() if k != "name")
+    name = shown(config.get(section, {}).get("name", ""))
+    return f"{section} {name}{f' ({keys})' if keys else ''}"
 
 
 def _check_rows(rows: Row, config: Mapping[str, Any]) -> None:
@@ -240,10 +250,8 @@ def _check_rows(rows: Row, config: Mapping[str, Any]) -> None:
     numbers = lambda tree: [a for a in jax.tree.leaves(tree) if np.issubdtype(np.asarray(a).dtype, np.floating)]  # noqa: E731
     finite = all(np.isfinite(a).all() for a in numbers(rows._replace(plan=())))
     if not finite or any(np.isnan(a).any() for a in numbers(rows.plan.values)):
-        what = ", ".join(
-            f"{key} {brief(dict(config[key]))}" for key in ("process", "solver", "grid", "guide") if key in config
-        )
-        what = what if not finite else f"cache {brief(dict(config['cache']))}"
+        sections = ("process", "solver", "grid", "guide") if not finite else ("cache",)
+        what = ", ".join(described(config, section) for section in sections)
         raise ValueError(f"{what}: the tables of this run are not finite; allowed: values nearer the defaults")
 
 
@@ -325,12 +333,13 @@ def build_data(config: Mapping[str, Any], split: str) -> Images:
 def build_options(config: Mapping[str, Any]) -> TrainOptions:
     """The training options of a configuration."""
     check_config(config)
-    section = dict(config.get("train", {}))
-    for key in section:
-        choose("key of train", key, TrainOptions.__dataclass_fields__)
+    section, known = dict(config.get("train", {})), annotations_of(TrainOptions)
+    for key, value in section.items():
+        field = TrainOptions.__dataclass_fields__[choose("key of train", key, TrainOptions.__dataclass_fields__)]
+        section[key] = check_value(f"train.{key}", value, known[key], field.default)
     if "steps" not in section:
         raise ValueError("train.steps is missing; training needs it")
-    return TrainOptions(**check_arguments("train", TrainOptions, section))
+    return TrainOptions(**section)
 
 
 def embedded_weights() -> list[str]:

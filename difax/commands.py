@@ -44,7 +44,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     base: str | None = options.config
     if options.gin_file or options.gin_param:
         gin_base, settings = gin_settings(options.gin_file, options.gin_param)
-        base = base or gin_base
+        base = gin_base if base is None else base
     for setting in options.set:
         key, _, value = setting.partition("=")
         settings.append((key, parse_value(value, key)))
@@ -54,7 +54,8 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     weights = getattr(options, "weights", None)
     if weights in (RANDOM, *embedded_weights()):
         weights = None
-    return configuration(base or (None if weights else default), weights or None, settings)
+    base = default if base is None and not weights else base
+    return configuration(base, weights or None, settings)
 
 
 def _run(options: argparse.Namespace, config: dict[str, Any]) -> Any:

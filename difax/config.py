@@ -130,7 +130,9 @@ def _running(where: str, code: Callable[[], Any]) -> Any:
     """What a configuration's code returns; whatever it raises, or its exit, is one line that names the file."""
     try:
         return code()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         said = " ".join(str(error).split())
         refused = isinstance(error, ValueError) and said.startswith("config ")
         raise ValueError(said if refused else f"config {where}: {type(error).__name__}: {said}"[:500]) from None

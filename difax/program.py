@@ -51,8 +51,9 @@ class Program:
         text = hashlib.sha256(f"{lowered.in_tree}{lowered.as_text()}".encode()).hexdigest()
         self.shared = text in compiled
         if not self.shared:
-            compiled[text] = lowered.compile()
-            _check_program(setup, compiled[text], inputs)
+            made = lowered.compile()
+            _check_program(setup, made, inputs)
+            compiled[text] = made
         self.compiled = compiled[text]
         self.compile_seconds = time.perf_counter() - start
 

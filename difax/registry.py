@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from difax.accel.attention import ATTENTIONS
@@ -68,7 +68,7 @@ def choose(kind: str, value: str, allowed: Any) -> str:
         return value
     near = difflib.get_close_matches(value[:100], names, 1, 0.5) if isinstance(value, str) else []
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"unknown {kind} {brief(value)}{hint}; allowed: {', '.join(names)}")
+    raise ValueError(f"unknown {kind} {brief(value)}{hint}; allowed: {', '.join(names) or 'none'}")
 
 
 def is_outside(name: Any) -> bool:
@@ -128,9 +128,9 @@ def load_outside(kind: str, name: str) -> Callable[..., Any]:
         raise ValueError(f"{what}: allowed: package.module:factory or path/to/file.py:factory")
     try:
         module = _run_file(where, what) if where.endswith(".py") else importlib.import_module(where)
-    except ValueError:
+    except (ValueError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -185,15 +185,7 @@ def make(kind: str, section: Mapping[str, Any], *args: Any, **more: Any) -> Any:
         if kind == "quant":
             _check_rules("given", name)
         return name
-    function, name = factory(kind, name), shown(name)
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:  # a type of C that has none
-        raise ValueError(f"{kind} {name} has no signature; allowed: a function that makes one") from None
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in () if takes_any else keys:
-        choose(f"key of {kind} {name}", key, [p for p in list(parameters)[len(args) :] if p not in more])
-    keys = check_arguments(f"{kind} {name}", function, keys)
+    function, name, keys = resolved(kind, {"name": name, **keys}, len(args), more)
     try:
         made = function(*args, **keys, **more)
     except TypeError as error:
@@ -204,6 +196,29 @@ def make(kind: str, section: Mapping[str, Any], *args: Any, **more: Any) -> Any:
         allowed = " or ".join(f"a {t.__name__}" for t in RESULTS[kind])
         raise ValueError(f"{kind} {name} made {_article(type(made).__name__)}; allowed: {allowed}")
     return made
+
+
+def resolved(
+    kind: str, section: Mapping[str, Any], before: int = 0, more: Collection[str] = ()
+) -> tuple[Callable[..., Any], str, dict[str, Any]]:
+    """The factory that a section names, its name as text, and the section's other keys, held against its annotations.
+
+    Args:
+      before: how many arguments of the factory are given by position. more: names of others that are no user's keys.
+
+    Raises:
+      ValueError: as `make`, but for what the factory itself refuses; nothing is made.
+    """
+    keys = {key: value for key, value in section.items() if key != "name"}
+    function, name = factory(kind, section["name"]), shown(section["name"])
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # a type of C that has none
+        raise ValueError(f"{kind} {name} has no signature; allowed: a function that makes one") from None
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in () if takes_any else keys:
+        choose(f"key of {kind} {name}", key, [p for p in list(parameters)[before:] if p not in more])
+    return function, name, check_arguments(f"{kind} {name}", function, keys)
 
 
 def _check_rules(name: str, rules: Any) -> None:

@@ -21,11 +21,12 @@ from difax.build import (
     build_options,
     build_setup,
     build_task,
+    described,
     embedded_weights,
     find_weights,
 )
 from difax.config import config_names, configuration, keyword_settings, load_config, override, plain
-from difax.core.annotations import Seed, check_value
+from difax.core.annotations import OrInfinite, Seed, brief, check_value
 from difax.core.contracts import Params, Trace
 from difax.core.decisions import save_trace
 from difax.core.device import check_memory, memory_available
@@ -33,7 +34,7 @@ from difax.core.qtensor import size_in_bytes
 from difax.media.images import picture
 from difax.media.samples import check_latents, check_output, save_samples
 from difax.program import Drawn, Program, ahead_of_time, check_samples, draw, model_shapes, previewer, weight_bytes
-from difax.registry import choose, shown
+from difax.registry import choose
 from difax.report import format_table
 from difax.study import calibrate as calibrate_
 from difax.study import profile as profile_
@@ -356,6 +357,8 @@ def load(
     """
     check_seed(seed)
     path, given = weights, keyword_settings(settings)
+    if not isinstance(what, (str, os.PathLike, Mapping)):
+        raise ValueError(f"load {brief(what)}: allowed: a configuration, its name or file, or a checkpoint")
     if isinstance(what, Mapping):
         config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in what.items()}
         return _opened(override(config, given), path, seed)
@@ -375,6 +378,7 @@ def _file(weights: Any) -> str | None:
 
 def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = None) -> Run:
     """A configuration with the weights of a path, a name of embedded ones, "random", or (None) its own."""
+    path = check_value("weights", path, str | os.PathLike | None)
     path = None if path is None else os.fspath(path)
     if path == RANDOM or path in embedded_weights():
         config, path = {**config, "weights": path}, None
@@ -397,10 +401,8 @@ def _fitting(config: dict[str, Any], setup: Setup) -> tuple[dict[str, Any], Setu
     if needed <= free:
         return config, setup, {}
     if "reduced" not in config:
-        raise ValueError(
-            f"the weights of {setup.model.name} need {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free, and "
-            "this configuration has no `reduced` size to draw with"
-        )
+        what = f"the weights of {described(config, 'model')}, which has no `reduced` size to draw with"
+        check_memory(what, needed, free, "a smaller model")
     full = ahead_of_time(setup)
     smaller = {**config, **config["reduced"], "model": {**config["model"], **config["reduced"].get("model", {})}}
     return smaller, build_setup(smaller), {"full_size": full}
@@ -409,7 +411,7 @@ def _fitting(config: dict[str, Any], setup: Setup) -> tuple[dict[str, Any], Setu
 def _is_checkpoint(what: str) -> bool:
     """Whether a text names a checkpoint, and no configuration."""
     path = pathlib.Path(what)
-    if what.partition(":")[0] in config_names() or ".py" in (path.suffix.partition(":")[0], path.suffix):
+    if not what or what.partition(":")[0] in config_names() or ".py" in (path.suffix.partition(":")[0], path.suffix):
         return False
     return os.path.exists(what) or path.suffix in (".safetensors", ".json")
 
@@ -466,11 +468,14 @@ def train(
         trains there.
       FloatingPointError: a loss, gradient or weight that is not finite, with its step; the last good checkpoint stays.
     """
+    if not isinstance(config, (str, os.PathLike, Mapping)):
+        raise ValueError(f"train {brief(config)}: allowed: a configuration, its name or its file")
     given = dict(config) if isinstance(config, Mapping) else load_config(os.fspath(config))
     whole = override(given, keyword_settings(settings))
     check_folder(workdir, resume)
-    if minutes is not None and not 0 < minutes < float("inf"):
+    if minutes is not None and not check_value("--minutes", minutes, OrInfinite) > 0:
         raise ValueError(f"--minutes={minutes}; allowed: > 0")
+    check_value("data", data, str | os.PathLike | None)
     if data is not None:
         whole["data"] = data_section(os.fspath(data), whole.get("data", {}))
     task = build_task(whole, previewer)
@@ -480,7 +485,7 @@ def train(
         options = error
     # weights, their average, two moments and a gradient, float32 each
     check_memory(
-        f"training {shown(whole['model']['name'])}",
+        f"training {described(whole, 'model')}",
         5 * size_in_bytes(jax.eval_shape(task.init, jax.random.key(0))),
         memory_available(),
         "a smaller model",

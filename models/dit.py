@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difax.core.annotations import LARGEST
 from difax.core.contracts import Context, Model, Params, Stage
 from difax.core.ops import attend
 from difax.models.layers import (
@@ -295,6 +296,8 @@ def _check(c: DiTConfig) -> None:
         raise ValueError(f"dit: activation={c.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
     if c.base_size is not None and c.base_size < 1:
         raise ValueError(f"dit: base_size={c.base_size}; allowed: 1 or more, or none")
+    if c.classes > LARGEST - 1:
+        raise ValueError(f"dit: classes={c.classes}; allowed: up to {LARGEST - 1}, beside the null label")
     if c.width % c.heads or c.width % 4:
         raise ValueError(f"dit: width={c.width} must be divisible by heads={c.heads} and by 4")
     if min(c.size) < 1 or c.size[0] % c.patch or c.size[1] % c.patch:

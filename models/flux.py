@@ -386,8 +386,8 @@ def _check(c: FluxConfig) -> None:
     if len(c.axes_dim) != 3 or any(d < 2 or d % 2 for d in c.axes_dim) or sum(c.axes_dim) * c.heads != c.width:
         k = c.width // c.heads
         raise ValueError(
-            f"flux: axes_dim={c.axes_dim} of width={c.width} and heads={c.heads}; allowed: three even widths that add "
-            f"up to the head width {k}"
+            f"flux: axes_dim={c.axes_dim}; allowed: three even widths that add up to the head width {k} of "
+            f"width={c.width}, heads={c.heads}"
         )
     if not 0 < c.theta <= 1e12:
         raise ValueError(f"flux: theta={c.theta}; allowed: > 0, up to 1e12")

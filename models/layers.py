@@ -24,7 +24,7 @@ def model_dtype(name: str, dtype: str | type | np.dtype) -> np.dtype:
     except TypeError:  # a type that no array has
         found = getattr(dtype, "__name__", str(dtype))
     if found not in DTYPES:
-        raise ValueError(f"{name}: dtype={found!r}; allowed: {', '.join(DTYPES)}")
+        raise ValueError(f"{name}: dtype={found}; allowed: {', '.join(DTYPES)}")
     return jnp.dtype(found)
 
 
@@ -39,7 +39,8 @@ def check_size(name: str, size: Sequence[int], channels: int, tokens: int, featu
     """
     shown = "x".join(map(str, size))
     needed = 16 * math.prod(size) * channels + 32 * tokens * (features + 1)
-    check_memory(f"{name}: size={shown} with {channels} channels, {tokens} tokens,", needed, None, "a smaller size")
+    what = f"{name}: size={shown} of channels={channels}, {tokens} tokens with {features} features of position each"
+    check_memory(what, needed, None, "a smaller size or width")
 
 
 class Dense(nn.Module):

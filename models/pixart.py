@@ -350,7 +350,8 @@ def _check(c: PixArtConfig) -> None:
     if min(c.size) < 1 or c.size[0] % c.patch or c.size[1] % c.patch:
         raise ValueError(f"pixart: size={c.size[0]}x{c.size[1]} must be divisible by patch={c.patch}")
     if not 0 < c.interpolation_scale <= 1e6:
-        raise ValueError(f"pixart: interpolation_scale={c.interpolation_scale}; allowed: > 0, up to 1e6")
+        what = f"interpolation_scale={c.interpolation_scale}; allowed: > 0, up to 1e6"
+        raise ValueError(f"pixart: base_size={c.base_size}, {what}")
     if c.activation not in ACTIVATIONS:
         raise ValueError(f"pixart: activation={c.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
     if not 0 < c.norm_eps <= 1:

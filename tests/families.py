@@ -22,7 +22,7 @@ FAMILIES = {
     "caches: tokens": ("caches_tokens",),
     "attention": ("attention",),
     "quantisation": ("qtensor",),
-    "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "settings", "sizes"),
+    "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "config_json", "sizes"),
     "weights": ("safetensors", "convert", "opened"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),

@@ -31,9 +31,9 @@ STEPS = 4
 SECONDS, BYTES = 20, 2 * 2**30
 SAMPLE = 300  # cases of the default run
 
-SMOKE: dict[str, Any] = load_config("fmnist_smoke") | {"steps": STEPS, "weights": "random"}
-SMOKE["model"] = SMOKE["model"] | {"depth": 2, "width": 16, "size": 8, "patch": 2}
-DDPM: dict[str, Any] = load_config("fmnist_smoke:ddpm") | {"steps": STEPS}
+SMOKE: dict[str, Any] = {**load_config("fmnist_smoke"), "steps": STEPS, "weights": "random"}
+SMOKE["model"] |= {"depth": 2, "width": 16, "size": 8, "patch": 2}
+DDPM: dict[str, Any] = {**load_config("fmnist_smoke:ddpm"), "steps": STEPS}
 DDPM["model"] |= {"depth": 2, "width": 16, "size": 8, "patch": 2}
 CNN = load_config("fmnist_cnn")
 CNN["model"] |= {"width": 4, "size": 8}

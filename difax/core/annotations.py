@@ -17,8 +17,14 @@ import numpy as np
 
 INFINITE = "or infinite"
 OrInfinite = Annotated[float, INFINITE]  # a number that may be infinite; every other one is finite
+
+
+class AtMost(int):
+    """The largest value of an integer, in an annotation, where it is another than the usual one."""
+
+
 SEEDS = 2**32 - 1
-Seed = Annotated[int, SEEDS]  # an integer with another largest value than the usual one
+Seed = Annotated[int, AtMost(SEEDS)]
 
 LARGEST = 2**31 - 1  # of an integer that says nothing else: sizes and counts are indices of 32 bits on the device
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
@@ -168,7 +174,7 @@ def _hint(value: Any, annotation: Any) -> str:
     if isinstance(value, float) and value.is_integer() and _fit(int(value), annotation, LARGEST, False)[0]:
         return f" ({int(value)}, without a fraction, would be one)"
     if _fit(1, annotation, LARGEST, False)[0] and not _fit(0.5, annotation, LARGEST, False)[0]:
-        most = next((most for most in (LARGEST, SEEDS) if _fit(most, annotation, LARGEST, False)[0]), LARGEST)
+        most = next((most for most in (SEEDS, LARGEST) if _fit(most, annotation, LARGEST, False)[0]), LARGEST)
         return f"; at most {most}" if isinstance(value, int) and abs(value) > most else ""
     return f"; at most {LARGEST_FLOAT:.4g}" if abs(value) > LARGEST_FLOAT and value not in (math.inf, -math.inf) else ""
 
@@ -177,10 +183,9 @@ def _fit(value: Any, annotation: Any, most: int, infinite: bool) -> tuple[bool, 
     """Does a value serve, and the value that serves."""
     origin, of = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        most = next((a for a in of[1:] if isinstance(a, int)), most)
+        most = next((a for a in of[1:] if isinstance(a, AtMost)), most)
         return _fit(value, of[0], most, infinite or INFINITE in of[1:])
-    if isinstance(value, np.generic):
-        value = value.item()
+    raw, value = value, value.item() if isinstance(value, np.generic) else value
     if annotation in (None, type(None)):
         return value is None, value
     if origin in (typing.Union, types.UnionType):
@@ -213,8 +218,10 @@ def _fit(value: Any, annotation: Any, most: int, infinite: bool) -> tuple[bool, 
     if base is collections.abc.Callable:
         return callable(value), value
     if isinstance(base, type):
+        if isinstance(value, str) and hasattr(base, "__fspath__"):  # as a configuration names one
+            return True, value
         try:
-            return isinstance(value, base), value
+            return isinstance(raw, base) or isinstance(value, base), value
         except TypeError:  # a protocol that cannot be asked
             return True, value
     return True, value

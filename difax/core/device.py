@@ -117,7 +117,7 @@ def check_memory(what: str, needed: int, free: int | None = None, instead: str =
     free = host_memory() if free is None else free
     if needed > free:
         needs, there = (f"{n / 2**30:,.1f} GiB" for n in (needed, free))
-        raise ValueError(f"{what} needs {needs}, {there} are free; allowed: {instead}")
+        raise ValueError(f"{what}: {needs} of memory are needed, {there} are free; allowed: {instead}")
 
 
 def peak_memory(program: Any) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from difax.core.contracts import Row
-from difax.core.process import MOST_STEPS, Process, check_shift, log_snr
+from difax.core.process import Process, check_shift, log_snr
 
 Grid = Callable[[Process, int], np.ndarray]
 
@@ -150,6 +150,9 @@ GRIDS = {
     "karras": karras,
     "shifted": shifted,
 }
+
+
+MOST_STEPS = 10_000  # of a run: each is tabulated on the host, and planned for one by one
 
 
 def make_times(grid: Grid, process: Process, n: int) -> np.ndarray:

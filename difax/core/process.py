@@ -377,7 +377,7 @@ def predict(output: jax.Array, kind: str, learn_sigma: bool, x: jax.Array, level
     return Prediction(x0, eps, variance)
 
 
-MOST_STEPS = 100_000  # of a discrete process or a run: every one of them is tabulated on the host
+MOST_STEPS = 100_000  # of a discrete process: each is tabulated on the host
 
 
 def check_shift(name: str, shift: float) -> None:

@@ -23,6 +23,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from difax.core import mesh as mesh_
+from difax.core.annotations import Seed
 from difax.core.files import check_object, named, place_of, read_object
 from difax.core.lock import LOCK, locked
 from difax.core.shell import undone
@@ -62,7 +63,7 @@ class TrainOptions:
     b2: float = 0.999
     clip: float = 1.0
     ema: float = 0.999
-    seed: int = 0
+    seed: Seed = 0
     log_every: int = 50
     sample_every: int = 1000
     checkpoint_every: int = 500
@@ -74,7 +75,7 @@ class TrainOptions:
         for name in ("steps", "batch", "log_every", "sample_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}; allowed: 1 or more")
-        for name in ("warmup", "decay", "weight_decay"):
+        for name in ("warmup", "decay", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)}; allowed: 0 or more")
         for name in ("learning_rate", "clip"):
