@@ -261,6 +261,8 @@ def flow(
         if shape is None or len(shape) < 3:
             raise ValueError(f"flow: shift_by={shift_by!r} needs the shape of a sample, not {shape}; or give shift")
         shift = SHIFTS[shift_by](tuple(shape))
+    if shape is not None and shift_by is None:
+        raise ValueError(f"flow: shape={shape} without a rule that reads it; allowed: none, or shift_by too")
     shift = 1.0 if shift is None else shift
     check_shift("flow", shift)
     if not 0 < time_scale <= 1e6:

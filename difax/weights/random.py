@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from difax.core.contracts import Model, Params
+from difax.core.contracts import Classifier, Model, Params
 
 BIAS = 0.25  # standard deviation of what stands in place of a zero vector
 
@@ -22,7 +22,7 @@ def _noise(leaf: jax.Array, key: jax.Array, std: float) -> jax.Array:
     return (std * jax.random.normal(key, leaf.shape, jnp.float32)).astype(leaf.dtype)
 
 
-def random_weights(model: Model, seed: int = 0) -> Params:
+def random_weights(model: Model | Classifier, seed: int = 0) -> Params:
     """Parameters of a network that does something, as a function of the seed and of each parameter's name.
 
     A parameter that `model.init` leaves at zero becomes normal: a matrix with standard deviation 1/sqrt(inputs), a
@@ -33,7 +33,7 @@ def random_weights(model: Model, seed: int = 0) -> Params:
       seed: 0 ... 2^32 - 1, of `model.init` too.
     """
     params = jax.jit(model.init)(jax.random.key(seed))
-    stacks = {stage.name for stage in model.stages}
+    stacks = {stage.name for stage in getattr(model, "stages", ())}  # a classifier has none
 
     def drawn(path: tuple, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
