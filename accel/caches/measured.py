@@ -189,9 +189,10 @@ WORDS = {"model": "model", "solver": "solver", "steps": "evaluations", "guide": 
 
 def _branches(stages: Any) -> dict[str, list[str]] | None:
     """{stage: branches} of what a file says, None where it says nothing of that kind."""
-    if not isinstance(stages, Mapping) or not all(isinstance(of, Mapping) for of in stages.values()):
+    parts = stages.values() if isinstance(stages, Mapping) else ()
+    if not parts or not all(isinstance(of, Mapping) and isinstance(of.get("branches"), list) for of in parts):
         return None
-    return {str(name): [str(b) for b in of.get("branches", ())] for name, of in stages.items()}
+    return {str(name): [str(b) for b in of["branches"]] for name, of in stages.items()}
 
 
 def _listed(stages: Mapping[str, list[str]]) -> str:
