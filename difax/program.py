@@ -121,7 +121,7 @@ def draw(
     def inputs(chunk: int) -> tuple[jax.Array, jax.Array, Any]:
         x, keys, some = setup.inputs(seed, size, cond, chunk * size)
         if latents is not None:
-            x = jnp.asarray(latents[np.arange(chunk * size, (chunk + 1) * size) % n])
+            x = jnp.asarray(latents[np.arange(chunk * size, (chunk + 1) * size) % n], jnp.float32)
         return x, keys, some
 
     compiled = program(setup, params, inputs(0), on_step=(lambda _: bar.update()) if progress else None)

@@ -13,7 +13,8 @@ BUDGET = 45.0  # seconds of the default run, of one core, on two cores without A
 FAMILIES = {
     "core": ("process", "grids", "ops", "sampler", "cost", "conditioning"),
     "solvers": ("solvers",),
-    "execution": ("executed", "composition", "bits"),
+    "execution": ("executed", "composition"),
+    "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),
     "caches: promises": ("batches", "finite"),
     "caches: engine": ("cache_engine",),

@@ -432,6 +432,25 @@ def test_the_first_that_can_is_chosen_for_each_shape():
     compare("cross", call(both, 9, 6)[0], xla()(q, k, v), TOLERANCE["float32"])
 
 
+def test_a_window_leaves_cross_attention_whole():
+    """Keys that are others than the queries, in number or by the name of the branch, are all attended to."""
+    narrow = attention("window", {"window": {"radius": 1}})
+    named = attention("window", {"window": {"radius": 1, "full": ("text",)}})
+    for branch, t, s, alone, whole in [
+        ("attn", 9, 9, narrow, False),
+        ("cross", 9, 9, narrow, True),
+        ("attn", 9, 6, narrow, True),
+        ("attn", 5, 11, narrow, True),
+        ("text", 9, 9, named, True),
+        ("cross", 9, 9, named, False),
+    ]:
+        q, k, v = inputs(t, s)
+        ids = Segments(jnp.ones((B, t), jnp.int32), (jnp.arange(s)[None] % 3 > 0) * jnp.ones((B, 1), jnp.int32))
+        o, _ = alone.apply(q, k, v, ids, Where("", branch, 0, 1), None, ())
+        error = np.abs(o - xla()(q, k, v, ids)).max()
+        assert (error < 1e-5) == whole, (branch, t, s, error)
+
+
 def test_state_is_that_of_the_chosen_one_and_the_decision_is_made_once():
     square, traces = counting(lambda t, s: t == s)
     chosen = first_of({"square": square, "xla": ATTENTIONS["xla"]()})
@@ -468,7 +487,7 @@ def test_a_refusal_in_init_counts():
 
 
 def test_when_all_decline_every_reason_is_told():
-    chosen = attention("cudnn,window", {"window": {"radius": 1}})
+    chosen = first_of({"cudnn": ATTENTIONS["cudnn"](), "window": stateless(window(radius=1))})
     with pytest.raises(ValueError) as error:
         chosen.init(spec_of(5, 7))
     assert str(error.value) == (

@@ -219,6 +219,46 @@ def test_magcache_takes_the_ratios_of_another_length_at_the_nearest_evaluation(t
     assert "".join(held) == "F..FFF..."  # the ratio 1.2 at 3, 4 and 5
 
 
+def magnitude_skips_of_both(pairs, threshold, streak, retention) -> str:
+    """MagCache of two halves that run in one batch: an evaluation is left out where both would be."""
+    done, last, total = "", 0, np.zeros(2)
+    for t in range(len(pairs)):
+        early = t < max(1, int(retention * len(pairs) + 0.5))
+        total = total + abs(1 - np.prod(pairs[last + 1 : t + 1], axis=0))
+        if early or total.max() > threshold or t - last > streak:
+            done, last, total = done + "F", t, np.zeros(2)
+        else:
+            done += "."
+    return done
+
+
+def test_magcache_takes_lists_of_both_halves_apart():
+    """As the authors publish them: conditional and unconditional in turn, two ones first, taken at the nearest of its
+    own half."""
+    rng = np.random.default_rng(0)
+    pairs = np.concatenate([np.ones((1, 2)), 1 + 0.03 * rng.standard_normal((49, 2))])
+    lists = pairs.ravel().tolist()
+
+    def got(ratios, guide="cfg", steps=50, **settings):
+        cache = magcache(ratios, threshold=0.06, streak=5, **settings)
+        return "".join("F" if s is None else "." for s in spans(cache, steps=steps, guide=guide))
+
+    want = magnitude_skips_of_both(pairs, 0.06, 5, 0.2)
+    assert got(lists) == got(pairs.T.tolist()) == got(lists, halves=2) == want
+    alone = [oracle.magnitude_skips(pairs[:, half], 0.06, 5, 0.2) for half in (0, 1)]
+    assert want not in alone and got(lists, guide="none") == alone[0]  # the conditional half is the only one
+    at = [round(t * 49 / 19) for t in range(20)]
+    assert got(lists, steps=20) == magnitude_skips_of_both(pairs[at], 0.06, 5, 0.2)
+    # twice as many numbers as a guided run has evaluations, with whatever they begin
+    drifting = np.ravel([[1.15, 1.0]] * 20).tolist()
+    assert got(drifting, steps=20) == "F" * 20
+    assert got(drifting[1::2], steps=20) == got(drifting[1::2] + drifting[1::2], steps=20) != "F" * 20
+    # one list where the run has no second half, and where it has as many numbers as the run has evaluations
+    one = 1 + 0.03 * rng.standard_normal(40)
+    assert got(one, "none", 20) == got(nearest(one, 20), "none", 20) == got(one, "cfg", 20, halves=1)
+    assert got(one, "cfg", 40) == got(one, "none", 40)
+
+
 def test_nothing_is_held_where_guidance_begins():
     """The third of six evaluations wakes the unconditional half up."""
     options = {"steps": 6, "guide": "interval", "bounds": (0.1, 0.7)}
@@ -499,6 +539,40 @@ REFUSED = [
     ("magcache", {}, "nothing was given; allowed: the model's ratios .*difax calibrate --cache magcache"),
     ("magcache", {"ratios": "flax"}, "ratios='flax'; allowed: numbers, or flux"),
     ("magcache", {"ratios": [1.0, -1.0]}, "ratios must be positive numbers"),
+    ("magcache", {"ratios": [1.0, float("nan")]}, "ratios must be positive numbers"),
+    ("magcache", {"ratios": [[1.0, 1.0], [1.0]]}, "ratios must be positive numbers"),
+    ("magcache", {"ratios": [[1.0, 1.0]] * 3}, "ratios must be positive numbers"),
+    ("magcache", {"ratios": []}, "ratios must be positive numbers"),
+    ("magcache", {"ratios": [1.0] * 3, "halves": 2}, "halves=2 with 3 ratios; allowed: an even number"),
+    ("magcache", {"ratios": [[1.0], [1.0]], "halves": 1}, "halves=1 with two lists"),
+    ("magcache", {"ratios": "flux", "halves": 2}, "halves=2 with ratios='flux'; allowed: 1"),
+    ("magcache", {"ratios": [1.0], "halves": 3}, "halves=3; allowed: 1, 2"),
+    ("teacache", {"coefficients": ()}, r"coefficients, highest power first: \(\); allowed: a list of one or more"),
+    ("teacache", {"coefficients": (1.0, float("inf"))}, "inf at 1; allowed: finite"),
+    ("smoothcache", {"errors": {}}, "an empty table"),
+    ("smoothcache", {"errors": [0.1] * E}, r"allowed: \{branch: numbers\}"),
+    ("smoothcache", {"errors": {"attn": [[]] * E}}, "blocks.attn are 6 x 0; allowed: 6 x any"),
+    ("smoothcache", {"errors": {"attn": [[float("inf")]] * E}}, r"inf at \[0, 0\]; allowed: finite numbers of 0"),
+    ("smoothcache", {"errors": {"attn": [[-0.1]] * E}}, r"-0.1 at \[0, 0\]; allowed: finite numbers of 0"),
+    ("smoothcache", {"errors": {"attn": [[None]] * E}}, "numbers of blocks.attn are null"),
+    ("smoothcache", {"schedule": {}}, "an empty schedule"),
+    ("smoothcache", {"schedule": {"attn": [[1, 0], [1]]}}, "allowed: 1 and 0"),
+    ("block_caching", {"changes": {"attn": [[None] * E] * 2}}, r"nan at \[0, 1\]; allowed: finite"),
+    ("block_caching", {"changes": {"attn": -ONES}}, "allowed: finite numbers of 0 or more"),
+    ("bacache", {"similarities": {"attn": np.full((2, E, E), np.nan)}, "bubble": 0, "updates": 2}, "nan at .*of -1"),
+    (
+        "bacache",
+        {"similarities": {"attn": np.ones((2, E, E))}, "spreads": {"attn": [1.0]}, "updates": 2},
+        "blocks.attn are 1; allowed: 2",
+    ),
+    ("scheduled", {"schedule": []}, "allowed: a list of 1 .* and 0"),
+    ("scheduled", {"schedule": [[1, 0]] * E}, "allowed: a list of 1 .* and 0"),
+    ("harmonica", {"logits": np.full((E, 2, 2), np.nan)}, "logits of blocks has numbers that are not finite"),
+    ("lazydit", {"weights": {}}, "lazydit: weights: .*none of them empty"),
+    ("lazydit", {"weights": {"blocks": {"attn": np.full((2, E, 16), np.inf)}}}, "blocks.attn has numbers that are not"),
+    ("fastcache", {"weights": {"blocks": {"weight": [[1.0], [1.0, 2.0]]}}}, "allowed: an array of numbers"),
+    ("icc", {"factors": {"blocks": ONES}}, "icc: factors: .*allowed: {stage: {name: array}}"),
+    ("tokencache", {"importance": [1.0, float("nan")], "blocks": 0.5}, "importance: nan at 1; allowed: finite"),
     ("magcache", {"ratios": [1.0], "retention": 1.5}, "retention=1.5; allowed: .* 0 to 1"),
     ("ab_cache", {"order": 0}, "order=0, interval=3, first=0; allowed: 1 or more"),
     ("ab_cache", {"where": "block"}, "where='block'; allowed: branches, output"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 
 from difax import cli
 from difax.accel.caches import CACHES
+from difax.accel.caches.measured import MeasuredElsewhere, save_by_stage
+from difax.accel.caches.measured import record as says_of_itself
 from difax.accel.fit import CALIBRATIONS, FITS, fastcache
 from difax.accel.fit.record import record, record_inputs
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
@@ -298,6 +301,121 @@ def test_calibrate_writes_what_the_cache_reads(technique, small_weights, tmp_pat
     settings += [("cache.updates", 2)] if technique == "bacache" else []
     laid = build_setup(override(checkpoint_config(small_weights), settings)).rows
     assert laid.plan.owner == technique
+
+
+# ---------------------------------------------------------------- what a file says of itself
+
+HERE = {
+    "model": {"name": "dit", "depth": 2, "width": 16, "heads": 2, "patch": 2, "size": 4, "channels": 3, "classes": 5},
+    "process": {"name": "flow"},
+    "prediction": "velocity",
+    "solver": {"name": "euler"},
+    "grid": {"name": "uniform"},
+    "guide": {"name": "cfg"},
+    "steps": 6,
+    "scale": 1.5,
+}
+BLOCKS = {"blocks": {"depth": 2, "branches": ["attn", "mlp"]}}
+SAYS = {
+    "technique": "teacache", "model": "dit-2x16/2", "stages": BLOCKS, "solver": "euler", "steps": 6, "guide": "cfg",
+    "scale": 1.5, "coefficients": [1.0, 0.0],
+}  # fmt: skip
+
+
+def build_with(tmp_path, content, cache="teacache", **sections):
+    """A setup whose cache plans from a file with this content."""
+    file = tmp_path / "table.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return build_setup({**HERE, **sections, "cache": {"name": cache, "file": str(file)}})
+
+
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        ({}, None),
+        ({"model": "dit-4x16/2", "stages": {"blocks": {"depth": 4, "branches": ["attn", "mlp"]}}}, "'dit-4x16/2'"),
+        ({"model": "dit-4x16/2"}, "here: dit-2x16/2"),
+        ({"solver": "heun"}, "solver 'heun'; here: euler"),
+        ({"steps": 50}, "evaluations 50; here: 6"),
+        ({"scale": 4.0}, "scale 4.0; here: 1.5"),
+        ({"guide": "none"}, "guidance 'none'; here: cfg"),
+        ({"steps": 50, "solver": ["a"]}, "evaluations 50; here: .*6"),
+    ],
+)
+def test_a_calibration_of_another_run_is_warned_of(says, words, tmp_path, recwarn):
+    setup = build_with(tmp_path, SAYS | says)
+    told = [str(w.message) for w in recwarn if w.category is MeasuredElsewhere]
+    assert setup.accelerator.measured[0]["model"] == (SAYS | says)["model"]
+    if words is None:
+        assert told == []
+    else:
+        assert len(told) == 1 and "teacache: file=" in told[0] and "table.json" in told[0]
+        assert re.search(words, told[0]), told[0]
+
+
+def test_scale_says_nothing_where_nothing_is_guided(tmp_path, recwarn):
+    build_with(tmp_path, SAYS | {"guide": "none", "scale": 7.0}, guide={"name": "none"})
+    assert not [w for w in recwarn if w.category is MeasuredElsewhere]
+
+
+OTHER = {"double": {"depth": 19, "branches": ["attn", "mlp"]}, "single": {"depth": 38, "branches": ["attn_mlp"]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (SAYS | {"model": "flux-dev", "stages": OTHER}, r"flux-dev, with double \(attn, mlp\); single .*dit-2x16/2"),
+        (SAYS | {"coefficients": []}, "coefficients: .*list of one or more numbers"),
+        (SAYS | {"coefficients": None}, "coefficients: None; allowed: a list"),
+        (SAYS | {"coefficients": {"a": 1.0}}, "coefficients: .*allowed: a list"),
+        (SAYS | {"coefficients": [1.0, float("nan")]}, "coefficients has nan; allowed: finite numbers, or null"),
+        (json.dumps(SAYS).replace("[1.0, 0.0]", "[1.0, 1e999]"), "coefficients has inf; allowed: finite"),
+        (SAYS | {"technique": "magcache"}, "measured for magcache"),
+    ],
+)
+def test_a_calibration_that_cannot_fit_is_refused(content, message, tmp_path):
+    with pytest.raises(ValueError, match=f"(?s)teacache: file='.*table.json'.*{message}"):
+        build_with(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("cache", "table", "message"),
+    [
+        ("magcache", {"ratios": [1.0] * 5}, "5 ratios of 6 evaluations; allowed: 1 for each"),
+        ("magcache", {"ratios": [1.0] * 6, "halves": 2}, "6 ratios of 6 evaluations; allowed: 2 for each"),
+        ("magcache", {"ratios": [1.0, 0.0] * 3}, "ratios: 0; allowed: above 0"),
+        ("magcache", {"ratios": [1.0] * 6, "halves": "x"}, "halves='x'"),
+        ("magcache", {"ratios": [1.0] * 6, "steps": "six"}, "6 ratios of six evaluations"),
+        ("smoothcache", {"errors": {}}, "an empty table"),
+        ("smoothcache", {"errors": {"blocks": {"attn": [[0.1]] * 5}}}, "are 5 x 1; allowed: 6 x any"),
+        ("block_caching", {"changes": {"blocks": {"attn": [[0.1] * 6] * 4}}}, "are 4 x 6; allowed: 2 x 6"),
+        ("scheduled", {"schedule": [1, 0]}, "measured over 2 evaluations; allowed: the 6"),
+        ("scheduled", {"schedule": [1] * 6, "forecast": "taylor", "order": "2"}, "order=2; allowed"),
+    ],
+)
+def test_tables_of_a_file_are_refused_with_its_name(cache, table, message, tmp_path):
+    about = {k: v for k, v in SAYS.items() if k != "coefficients"} | {"technique": cache}
+    with pytest.raises(ValueError, match=f"(?s){cache}: file='.*table.json'.*{message}"):
+        build_with(tmp_path, about | table, cache)
+
+
+def test_the_command_warns_in_one_line(small_weights, tmp_path, capsys):
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps(SAYS))
+    command = ["sample", "--weights", small_weights, *TINY, "--cache", "teacache", f"--config.cache.file={file}"]
+    assert cli.main([*command, "--no-compile-cache", "--out", str(tmp_path / "a.png")]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "table.json" in line]
+    assert len(told) == 1 and told[0].startswith("difax: warning: teacache: file=") and "dit-2x16/2" in told[0]
+
+
+def test_files_of_arrays_say_what_they_are_of(tmp_path):
+    save_by_stage(tmp_path / "a.npz", {"blocks": {"weight": np.ones(2)}}, {"model": "dit-2x16/2", "data": "x"})
+    save_by_stage(tmp_path / "b.npz", {"blocks": {"weight": np.ones(2)}})
+    assert says_of_itself("fastcache", str(tmp_path / "b.npz")) == ()
+    (said,) = says_of_itself("fastcache", str(tmp_path / "a.npz"))
+    assert said == {"technique": "fastcache", "file": str(tmp_path / "a.npz"), "model": "dit-2x16/2"}
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert list(arrays) == ["blocks.weight"]
 
 
 def test_calibrate_writes_the_factors_of_icc(small_weights, tmp_path, capsys):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from difax.accel.attention.chunked import chunked
 from difax.accel.attention.cudnn import cudnn
-from difax.accel.attention.window import window
+from difax.accel.attention.window import windowed
 from difax.accel.attention.xla import xla
 from difax.core.contracts import Attention, AttentionSpec, Level, Row, State, Where
 from difax.core.trunk import stateless
@@ -33,7 +33,7 @@ ATTENTIONS: dict[str, Callable[..., Attention]] = {
     "xla": _lifted(xla),
     "chunked": _lifted(chunked),
     "cudnn": _lifted(cudnn),
-    "window": _lifted(window),
+    "window": windowed,
 }
 
 

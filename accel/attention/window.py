@@ -7,7 +7,7 @@ Beltagy et al., Longformer, 2020, arXiv:2004.05150; Yuan et al., DiTFastAttn, 20
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,36 @@ import jax
 import jax.numpy as jnp
 
 from difax.accel.attention.chunked import chunked, cut, dequantized, each_block, over_heads
-from difax.core.contracts import BlockList, Scales, Segments
+from difax.core.contracts import Attention, BlockList, Scales, Segments, State, Where
 from difax.core.ops import MASKED
+
+
+def windowed(
+    radius: int = 128, prefix: int = 0, block: int = 256, heads: int | None = None, full: Sequence[str] = ("cross",)
+) -> Attention:
+    """Self-attention within a window along the tokens (`window`); cross-attention is full.
+
+    A window says which tokens of one sequence are near to each other; of two sequences, image and text, it says
+    nothing. So a call with another number of keys than queries is full, and so are the branches of `full`, in which
+    queries and keys may come to be as many.
+
+    Args:
+      radius, prefix, block, heads: of `window`.
+      full: branches that attend to all keys: those of cross-attention.
+
+    Returns:
+      An `Attention` that remembers nothing.
+
+    Raises:
+      ValueError: as `window`.
+    """
+    near, every = window(radius, prefix, block, heads), chunked(block, heads=heads)
+
+    def apply(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, where: Where, row: Any, state: State) -> Any:
+        attend = every if q.shape[1] != k.shape[1] or where.branch in full else near
+        return attend(q, k, v, segments), state
+
+    return Attention(init=lambda spec: (), apply=apply)
 
 
 def window(radius: int = 128, prefix: int = 0, block: int = 256, heads: int | None = None) -> Callable[..., Any]:

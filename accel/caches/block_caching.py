@@ -125,8 +125,7 @@ def _check(learned: Mapping[str, Mapping[str, Any]], evaluations: int, stages: t
                 if f"{branch}.{part}" not in learned[stage]:
                     raise ValueError(f"block_caching: the adjustment of {stage}.{branch} has no {part}")
                 shape = np.shape(learned[stage][f"{branch}.{part}"])
-                if not np.isfinite(learned[stage][f"{branch}.{part}"]).all():
-                    raise ValueError(f"block_caching: {stage}.{branch}.{part} has numbers that are not finite")
+                measured.finite(f"block_caching: {stage}.{branch}.{part}", learned[stage][f"{branch}.{part}"])
                 if len(shape) != 3 or shape[:2] != (depth[stage], evaluations):
                     raise ValueError(
                         f"block_caching: {stage}.{branch}.{part} is {shape}; allowed: ({depth[stage]}, {evaluations}, "

@@ -132,8 +132,9 @@ def _ratios(ratios: Any, halves: int | None) -> tuple[np.ndarray, int | None]:
             )
         return np.asarray(RATIOS[ratios], np.float64), 1
     try:
-        array = np.asarray(ratios, np.float64)
-    except (TypeError, ValueError):
+        array = np.asarray(ratios)
+        array = array.astype(np.float64) if array.dtype.kind in "iuf" else np.zeros(0)
+    except ValueError:  # lists of different lengths
         array = np.zeros(0)
     if array.ndim == 2 and len(array) == 2:
         if halves == 1:
@@ -157,8 +158,8 @@ def _measured(file: str, halves: int | None) -> tuple[np.ndarray, int]:
     ratios = measured.numbers(f"{source}: ratios", content["ratios"])
     if not (ratios > 0).all():
         raise ValueError(f"{source}: ratios: {ratios.min():g}; allowed: above 0")
-    if len(ratios) != says * content.get("steps", len(ratios) / says):
+    if "steps" in content and content["steps"] != len(ratios) / says or len(ratios) % says:
         raise ValueError(
-            f"{source}: {len(ratios)} ratios of {content['steps']} evaluations; allowed: {says} for each of them"
+            f"{source}: {len(ratios)} ratios of {content.get('steps')} evaluations; allowed: {says} for each of them"
         )
     return ratios, says

@@ -139,7 +139,7 @@ def numbers(what: str, given: Any) -> np.ndarray:
       ValueError: no list of one or more finite numbers.
     """
     try:
-        array = np.asarray(given if isinstance(given, np.ndarray) else list(given))
+        array = np.asarray(given if isinstance(given, (np.ndarray, Mapping)) else list(given))
     except (TypeError, ValueError):
         array = np.zeros(0)
     if array.ndim != 1 or not len(array) or array.dtype.kind not in "iuf":
@@ -233,9 +233,10 @@ WORDS = {"model": "model", "solver": "solver", "steps": "evaluations", "guide": 
 
 def _branches(stages: Any) -> dict[str, list[str]] | None:
     """{stage: branches} of what a file says, None where it says nothing of that kind."""
-    if not isinstance(stages, Mapping) or not all(isinstance(of, Mapping) for of in stages.values()):
+    parts = stages.values() if isinstance(stages, Mapping) else ()
+    if not parts or not all(isinstance(of, Mapping) and isinstance(of.get("branches"), list) for of in parts):
         return None
-    return {str(name): [str(b) for b in of.get("branches", ())] for name, of in stages.items()}
+    return {str(name): [str(b) for b in of["branches"]] for name, of in stages.items()}
 
 
 def _listed(stages: Mapping[str, list[str]]) -> str:
@@ -266,11 +267,41 @@ def given_or_read(
     """{stage: {name: array}} as it was given, or as `by_stage_arrays` reads it; None where neither was.
 
     Raises:
-      ValueError: both were given, or as `by_stage_arrays`.
+      ValueError: both were given, or as `by_stage_arrays`, or what is no such mapping, empty or not finite.
     """
     if given is not None and file is not None:
         raise ValueError(f"{technique}: {name} and file were both given; allowed: one of them")
-    return given if file is None else by_stage_arrays(technique, file, wrote)
+    if given is None and file is None:
+        return None
+    found = given if file is None else by_stage_arrays(technique, file, wrote)
+    what = source(technique, file) if file is not None else f"{technique}: {name}"
+    if not isinstance(found, Mapping) or not found or not all(isinstance(of, Mapping) and of for of in found.values()):
+        raise ValueError(f"{what}: {_short(found)}; allowed: {{stage: {{name: array}}}}, none of them empty")
+    for stage, arrays in found.items():
+        for key, array in arrays.items():
+            finite(f"{what}: {stage}.{key}", array)
+    return found
+
+
+def finite(what: str, array: Any) -> np.ndarray:
+    """An array of numbers, none of which is nan or infinite.
+
+    Args:
+      what: what errors begin with.
+
+    Raises:
+      ValueError: no array of numbers, an empty one, or one with a number that is not finite.
+    """
+    try:
+        numbers = np.asarray(array)
+    except ValueError:  # lists of different lengths
+        numbers = np.zeros(0, object)
+    # types of their own, as bfloat16 is, are numpy's kind V
+    if numbers.dtype.kind not in "biufV" or not numbers.size:
+        raise ValueError(f"{what} is {_short(array)}; allowed: an array of numbers")
+    if not np.isfinite(numbers.astype(np.float64)).all():
+        raise ValueError(f"{what} has numbers that are not finite")
+    return numbers
 
 
 def save_by_stage(

@@ -103,8 +103,10 @@ def _per_stage(name: str, given: Any, evaluations: int, stages: tuple[Stage, ...
     for stage in stages:
         want = (evaluations, stage.depth, len(stage.branches))
         if stage.name not in given:
-            raise ValueError(f"{name}: no logits for the stage {stage.name}; there are some for {', '.join(given)}")
-        array = np.asarray(given[stage.name], np.float64)
+            raise ValueError(
+                f"{name}: no logits for the stage {stage.name}; there are some for {', '.join(map(str, given))}"
+            )
+        array = measured.finite(f"{name}: logits of {stage.name}", given[stage.name]).astype(np.float64)
         if array.shape != want:
             raise ValueError(
                 f"{name}: the logits of {stage.name} are {array.shape}; allowed: {want}, evaluations of this run, "

@@ -50,8 +50,8 @@ def scheduled(
         order = found.get("order", order)
     assert schedule is not None
     source, says = measured.source("scheduled", file), measured.record("scheduled", file)
-    flags_given = np.asarray([*schedule]) if isinstance(schedule, (Sequence, np.ndarray)) else np.zeros(0)
-    if flags_given.ndim != 1 or not len(flags_given) or not np.isin(flags_given, (0, 1)).all():
+    listed = isinstance(schedule, (list, tuple, np.ndarray)) and len(schedule) > 0
+    if not listed or not all(isinstance(f, (int, float, np.generic)) and f in (0, 1) for f in schedule):
         raise ValueError(f"{source}: schedule={schedule!r}; allowed: a list of 1 (compute) and 0 (fill)")
     if where not in PLACES:
         raise ValueError(f"{source}: where={where!r}; allowed: {', '.join(PLACES)}")

@@ -62,6 +62,7 @@ def tokencache(
     if score is not None and score not in SCORES:
         raise ValueError(f"tokencache: score={score!r}; allowed: {', '.join(SCORES)}")
     table = None if file is None else _read(file)
+    given = None if importance is None else measured.numbers("tokencache: importance", importance)
 
     def schedule(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
         e, depth = len(rows.i), sum(s.depth for s in stages)
@@ -70,9 +71,9 @@ def tokencache(
         if scores is not None:
             weight = np.concatenate([scores[s.name].mean(2) for s in stages], axis=1)
         else:
-            if importance is not None and len(importance) != depth:
-                raise ValueError(f"tokencache: importance of {len(importance)} blocks; the model has {depth}")
-            weight = np.tile(np.zeros(depth) if importance is None else np.asarray(importance, float), (e, 1))
+            if given is not None and len(given) != depth:
+                raise ValueError(f"tokencache: importance of {len(given)} blocks; the model has {depth}")
+            weight = np.tile(np.zeros(depth) if given is None else given, (e, 1))
         pruned = np.argsort(np.argsort(weight, axis=1, kind="stable"), axis=1) < round(blocks * depth)
         full = round_robin(e, intervals, switch)[:, None] | ~pruned
         parts = np.split(full, cuts, axis=1)
@@ -111,5 +112,5 @@ def _at(table: dict[str, np.ndarray], times: np.ndarray, stages: tuple[Stage, ..
                 f"tokencache: {found} for the stage {stage.name}; allowed: [{len(table['times'])}, {stage.depth}, "
                 "tokens], times of the file by blocks of the stage"
             )
-        scores[stage.name] = given[nearest]
+        scores[stage.name] = measured.finite(f"tokencache: predictor of {stage.name}", given)[nearest]
     return scores

@@ -12,6 +12,7 @@ Shape letters: M rows of activations, K inputs, N outputs, G groups of inputs, R
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -46,9 +47,10 @@ ACTIVATIONS = ("int8", "float8_e4m3fn", "float8_e5m2")
 class QTensor:
     """A quantised weight [..., K, N] and what turns it back.
 
-    values: [..., K, N] in the format's dtype; int4: int8 [..., K/2, N], row k in the low and row k + K/2 in the
-        high half of a byte.
-    scale: float32 [..., G, N], G groups of K/G inputs (1: per channel), or [..., 1, 1] (per tensor).
+    values: [..., K', N] in the format's dtype; int4: int8 [..., K'/2, N], row k in the low and row k + K'/2 in the
+        high half of a byte. K' is K, or where groups or bytes do not come out even the next number of rows at which
+        they do; the rows behind K stand for nothing.
+    scale: float32 [..., G, N], G groups of K'/G inputs (1: per channel), or [..., 1, 1] (per tensor).
     zero: as scale, the value that stands for 0; None: symmetric.
     down, up: float32 or bfloat16 [..., K, R] and [..., R, N], added at full precision; or None.
     format: of the values, a key of `FORMATS`. activation: None (weight only), or the format to which the activations
@@ -62,12 +64,18 @@ class QTensor:
     up: jax.Array | None = None
     format: str = flax.struct.field(pytree_node=False, default="int8")
     activation: str | None = flax.struct.field(pytree_node=False, default=None)
+    inputs: int | None = flax.struct.field(pytree_node=False, default=None)  # K where it is not K'
+
+    @property
+    def rows(self) -> int:
+        """K': inputs that there are values for."""
+        return self.values.shape[-2] * FORMATS[self.format].packed
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight that this stands for."""
-        *lead, k, n = self.values.shape
-        return (*lead, k * FORMATS[self.format].packed, n)
+        *lead, _, n = self.values.shape
+        return (*lead, self.rows if self.inputs is None else self.inputs, n)
 
 
 class Quantisation(NamedTuple):
@@ -90,11 +98,12 @@ def quantize(w: jax.Array, how: Quantisation) -> QTensor:
     Args:
       w: [..., K, N].
       how: `format`: a key of `FORMATS`; `activation`: None, or one of `ACTIVATIONS` (dynamic, symmetric, one scale
-        per row); `group`: "tensor", "channel" (one scale per output) or the number of inputs that share one;
+        per row); `group`: "tensor", "channel" (one scale per output) or the number of inputs that share one, of which
+        the last group has what is left (all of them, if K is less);
         `zero_point`: asymmetric, for integers; `rank`: 0 for none (32 in SVDQuant).
 
     Raises:
-      ValueError: an unknown format, a group that does not divide K, a product that the formats do not have.
+      ValueError: an unknown format or group, a product that the formats do not have.
 
     References: Jacob et al. 2018, arXiv:1712.05877; Li et al. (SVDQuant) 2024, arXiv:2411.05007, without its
     smoothing and its iteration.
@@ -109,8 +118,12 @@ def quantize(w: jax.Array, how: Quantisation) -> QTensor:
         up = vh[..., : how.rank, :]
         w = w - down @ up
     *lead, k, n = w.shape
-    groups = k // how.group if isinstance(how.group, int) else 1
-    w_GgN = w.reshape(*lead, groups, k // groups, n)
+    groups = -(-k // how.group) if isinstance(how.group, int) else 1
+    rows = _rows(k, groups, how)
+    # zeros raise no largest value, and a zero point's range holds 0 anyway
+    w = jnp.pad(w, [(0, 0)] * len(lead) + [(0, rows - k), (0, 0)])
+    groups = rows // how.group if groups > 1 and isinstance(how.group, int) else 1
+    w_GgN = w.reshape(*lead, groups, rows // groups, n)
     axes = (-2, -1) if how.group == "tensor" else (-2,)
     if how.zero_point:
         low = jnp.minimum(w_GgN.min(axes, keepdims=True), 0.0)
@@ -121,7 +134,7 @@ def quantize(w: jax.Array, how: Quantisation) -> QTensor:
     else:
         scale, zero = _nonzero(jnp.abs(w_GgN).max(axes, keepdims=True) / f.top), None
         q = _round(w_GgN / scale, f)
-    q = q.reshape(*lead, k, n)
+    q = q.reshape(*lead, rows, n)
     return QTensor(
         values=_pack(q.astype(jnp.int8)) if how.format == "int4" else q.astype(f.dtype),
         scale=scale[..., 0, :],
@@ -130,7 +143,16 @@ def quantize(w: jax.Array, how: Quantisation) -> QTensor:
         up=up,
         format=how.format,
         activation=how.activation,
+        inputs=None if rows == k else k,
     )
+
+
+def _rows(k: int, groups: int, how: Quantisation) -> int:
+    """The least number of rows, k or more, that whole groups and whole bytes hold."""
+    unit = FORMATS[how.format].packed
+    if groups > 1 and isinstance(how.group, int):
+        unit = math.lcm(unit, how.group)
+    return -(-k // unit) * unit
 
 
 def check(how: Quantisation, shape: tuple[int, ...]) -> None:
@@ -149,10 +171,6 @@ def check(how: Quantisation, shape: tuple[int, ...]) -> None:
     k, n = shape[-2:]
     if not (how.group in ("tensor", "channel") or (isinstance(how.group, int) and how.group > 0)):
         raise ValueError(f"group={how.group!r}; allowed: 'tensor', 'channel', or a number of inputs")
-    if isinstance(how.group, int) and k % how.group:
-        raise ValueError(f"group={how.group} does not divide {k} inputs")
-    if k % FORMATS[how.format].packed:
-        raise ValueError(f"format={how.format!r} packs two inputs in a byte; {k} inputs are odd")
     if not 0 <= how.rank <= min(k, n):
         raise ValueError(f"rank={how.rank}; allowed: 0 ... {min(k, n)}")
 
@@ -192,14 +210,16 @@ def _weight_only(x_MK: jax.Array, w: QTensor) -> jax.Array:
     if w.scale.shape[-2] > 1 or w.zero is not None:
         return x_MK @ _scaled(w, x_MK.dtype)
     # one scale per output leaves the product: the weight is only widened
-    y_MN = jnp.matmul(x_MK, _values(w).astype(x_MK.dtype), preferred_element_type=jnp.float32)
+    values = _values(w) if w.inputs is None else _values(w)[: w.inputs]
+    y_MN = jnp.matmul(x_MK, values.astype(x_MK.dtype), preferred_element_type=jnp.float32)
     return y_MN * w.scale
 
 
 def _grouped(xq_MK: jax.Array, w: QTensor) -> jax.Array:
     """sum over groups of (xq . (values - zero)) scale, one product after the other."""
     sums = jnp.int32 if w.activation == "int8" else jnp.float32
-    groups, (k, n) = w.scale.shape[-2], w.shape
+    groups, k, n = w.scale.shape[-2], w.rows, w.shape[-1]
+    xq_MK = jnp.pad(xq_MK, ((0, 0), (0, k - xq_MK.shape[1])))
 
     def product(xq_Mk: jax.Array, q_kN: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
         y_MN = jnp.matmul(xq_Mk, q_kN, preferred_element_type=sums).astype(jnp.float32)
@@ -221,12 +241,12 @@ def _grouped(xq_MK: jax.Array, w: QTensor) -> jax.Array:
 
 def _scaled(w: QTensor, dtype: Any) -> jax.Array:
     """(values - zero) scale, group by group, without the low-rank part."""
-    *lead, k, n = w.shape
-    groups = w.scale.shape[-2]
+    *lead, inputs, n = w.shape
+    k, groups = w.rows, w.scale.shape[-2]
     q = _values(w).astype(jnp.float32).reshape(*lead, groups, k // groups, n)
     if w.zero is not None:
         q = q - w.zero[..., None, :]
-    return (q * w.scale[..., None, :]).reshape(*lead, k, n).astype(dtype)
+    return (q * w.scale[..., None, :]).reshape(*lead, k, n)[..., :inputs, :].astype(dtype)
 
 
 def _values(w: QTensor) -> jax.Array:

@@ -177,7 +177,7 @@ def _augment(image: jax.Array, key: jax.Array, flip: float, shift: int) -> jax.A
     if shift:
         padded = jnp.pad(image, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
         corner = jax.random.randint(shift_key, (len(image), 2), 0, 2 * shift + 1, jnp.int32)
-        crop = lambda one, at: jax.lax.dynamic_slice(one, (at[0], at[1], 0), image.shape[1:])  # noqa: E731
+        crop = lambda one, at: jax.lax.dynamic_slice(one, (*at, jnp.int32(0)), image.shape[1:])  # noqa: E731
         image = jax.vmap(crop)(padded, corner)
     return image
 
