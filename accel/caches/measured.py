@@ -15,15 +15,16 @@ the rest tells a reader what the numbers are worth.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from difax.core.contracts import Stage
-from difax.core.files import check_finite, check_object, place_of, read_arrays, read_json, save_arrays
+from difax.core.files import check_finite, place_of, read_arrays, read_json, replacing
 
 
 def load(technique: str, file: str) -> Any:
@@ -46,54 +47,14 @@ def read(technique: str, file: str, tables: tuple[str, ...]) -> dict[str, Any]:
     Raises:
       ValueError: as `load`, or a file of another technique, or one without a table that is asked for.
     """
-    where = f"{technique}: file={file!r}"
-    content = check_object(load(technique, file), where, technique=str)
-    if content["technique"] != technique:
-        raise ValueError(f"{where} was measured for {content['technique'][:80]}; allowed: {technique}")
+    content = load(technique, file)
+    found = content.get("technique") if isinstance(content, dict) else None
+    if found != technique:
+        raise ValueError(f"{technique}: file={file!r} was measured for {found}; allowed: {technique}")
     for key in tables:
         if key not in content:
-            raise ValueError(f"{where} has no {key!r}; it has {', '.join(sorted(content))[:160]}")
-    check_object(content, where, **{key: KINDS[key] for key in KINDS if key in content})
-    for key in NUMBERS & content.keys():
-        numbers = content[key]
-        if not numbers or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in numbers):
-            raise ValueError(f"{where}: {key!r} is {str(numbers)[:80]}; allowed: a list of one number or more")
+            raise ValueError(f"{technique}: file={file!r} has no {key!r}; it has {', '.join(sorted(content))}")
     return content
-
-
-# what the keys of a file hold, and which of them are lists of numbers
-KINDS: dict[str, Any] = {
-    **dict.fromkeys(("errors", "changes", "similarities", "spreads"), dict),
-    **dict.fromkeys(("coefficients", "ratios", "schedule"), list),
-    **dict.fromkeys(("steps", "kmax", "order"), int),
-    **dict.fromkeys(("model", "solver", "data", "where", "forecast"), str),
-}
-NUMBERS = {"coefficients", "ratios", "schedule"}
-
-
-def arrays(technique: str, file: str, key: str = "file", wrote: str = "") -> dict[str, np.ndarray]:
-    """The arrays of an .npz file that a technique plans from, finite numbers all.
-
-    Args:
-      key: under which the file was named. wrote: what the error says of allowed files.
-
-    Raises:
-      ValueError: no such file, another suffix, or one that is damaged (says how).
-    """
-    where = f"{technique}: {key}={file!r}"
-    if place_of(file) is None or pathlib.Path(file).suffix != ".npz":
-        raise ValueError(f"{where}; allowed: an .npz file{wrote}")
-    try:
-        found = read_arrays(file, f"an .npz file{wrote}")
-    except ValueError as error:
-        raise ValueError(f"{technique}: {key}={error}") from None
-    if not found:
-        raise ValueError(f"{where}: no arrays in it; allowed: an .npz file{wrote}")
-    for name, array in found.items():
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"{where}: the array {name!r} is of {array.dtype}; allowed: numbers")
-    check_finite(found, where)
-    return found
 
 
 def by_stage_arrays(technique: str, file: str, wrote: str = "") -> dict[str, dict[str, np.ndarray]]:
@@ -106,10 +67,8 @@ def by_stage_arrays(technique: str, file: str, wrote: str = "") -> dict[str, dic
       ValueError: no such file, or another suffix.
     """
     found: dict[str, dict[str, np.ndarray]] = {}
-    for key, array in arrays(technique, file, wrote=wrote).items():
-        stage, dot, name = key.partition(".")
-        if not dot:
-            raise ValueError(f"{technique}: file={file!r}: the array {key!r}; allowed: names such as STAGE.NAME")
+    for key, array in finite_arrays(technique, file, wrote=wrote).items():
+        stage, _, name = key.partition(".")
         found.setdefault(stage, {})[name] = array
     return found
 
@@ -129,7 +88,9 @@ def given_or_read(
 
 def save_by_stage(path: str | pathlib.Path, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Writes the .npz that `by_stage_arrays` reads, in float32."""
-    save_arrays(path, {f"{stage}.{n}": np.float32(a) for stage, of in arrays.items() for n, a in of.items()})
+    flat: dict[str, Any] = {f"{stage}.{n}": np.float32(a) for stage, of in arrays.items() for n, a in of.items()}
+    with replacing(path) as aside, open(aside, "wb") as out:
+        np.savez(out, **flat)
 
 
 def same_length(technique: str, steps: int, evaluations: int) -> None:
@@ -199,3 +160,37 @@ def _known(technique: str, kind: str, name: str, allowed: Any) -> None:
         near = difflib.get_close_matches(str(name), names, 1, 0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"{technique}: no {kind} {name!r} in this model{hint}; allowed: {', '.join(names)}")
+
+
+def finite_arrays(technique: str, file: str, key: str = "file", wrote: str = "") -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that a technique plans from: numbers, all of them finite.
+
+    Args:
+      key: under which the file was named. wrote: what the error says of allowed files.
+
+    Raises:
+      ValueError: no such file, another suffix, or one that is damaged or empty (names the array).
+    """
+    where = f"{technique}: {key}={file!r}"
+    if place_of(file) is None or pathlib.Path(file).suffix != ".npz":
+        raise ValueError(f"{where}; allowed: an .npz file{wrote}")
+    try:
+        found = read_arrays(file, f"an .npz file{wrote}")
+    except ValueError as error:
+        raise ValueError(f"{technique}: {key}={error}") from None
+    wrong = [name for name, array in found.items() if array.dtype.kind not in "biuf" or not array.size]
+    if wrong or not found:
+        what = f"the array {wrong[0]!r} is {found[wrong[0]].dtype} {list(found[wrong[0]].shape)}" if wrong else "empty"
+        raise ValueError(f"{where}: {what}; allowed: arrays of numbers")
+    with np.errstate(over="ignore"):
+        check_finite({name: array.astype(np.float32) for name, array in found.items()}, where)  # as it is computed with
+    return found
+
+
+@contextlib.contextmanager
+def naming(file: str | None) -> Iterator[None]:
+    """What is refused of numbers that came from a file names the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (in {file})" if file and file not in str(error) else str(error)) from None
