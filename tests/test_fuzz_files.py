@@ -285,7 +285,8 @@ KINDS = {
     "sweep": Kind(written("sweep.json", json.dumps(SWEEP)), swept, text=True, sound=lambda *_: True),
     "rows of a sweep": Kind(written("rows.jsonl", lines), reported, text=True, sound=finite),
     "images of a sweep": Kind(
-        arrays("x.npz", True, images=rng.integers(0, 9, (4, 4, 4, 1), np.uint8)), read_image_file
+        arrays("x.npz", True, images=rng.integers(0, 9, (4, 4, 4, 1), np.uint8)), read_image_file,
+        sound=lambda found, _: found.dtype == np.uint8 and found.ndim in (4, 5),
     ),
     "configuration of a run": Kind(
         written("config.json", json.dumps({**CONFIG, "train": {"steps": 3}, "data": {}})),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import time
@@ -26,8 +27,10 @@ def readable(read: Callable[[], Any], folder: str | os.PathLike, go_on: str = ""
       ValueError: whatever `read` raises, in a few words, without its traceback.
     """
     said, hooks, fault = absl.logging.get_verbosity(), (sys.unraisablehook, sys.excepthook), None
+    tasks = logging.getLogger("asyncio")
     absl.logging.set_verbosity(absl.logging.FATAL)  # it logs what it then raises, or can do without
-    # and leaves coroutines that fail when they are collected, and reads that call a loop which is closed by then
+    silent, tasks.disabled = tasks.disabled, True  # of tasks whose errors nobody asked for
+    # it leaves coroutines that fail when they are collected, and reads that call a loop which is closed by then
     sys.unraisablehook = sys.excepthook = lambda *_: None
     try:
         return read()
@@ -40,5 +43,6 @@ def readable(read: Callable[[], Any], folder: str | os.PathLike, go_on: str = ""
             time.sleep(LINGERING)
             gc.collect()
         sys.unraisablehook, sys.excepthook = hooks
+        tasks.disabled = silent
         absl.logging.set_verbosity(said)
     raise ValueError(f"{named(folder)}: this checkpoint cannot be read ({fault}){go_on}")
