@@ -384,7 +384,7 @@ def test_pictures_of_other_kinds(tmp_path):
         folder(tmp_path)
     (tmp_path / "a.webp").unlink()
     Image.new("RGB", (4, 1)).save(tmp_path / "a.png", format="GIF")
-    with pytest.raises(ValueError, match=r"a\.png: cannot identify"):
+    with pytest.raises(ValueError, match=r"a\.png: no picture; allowed"):
         folder(tmp_path)
 
 
