@@ -287,6 +287,7 @@ def read_idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
             with gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else contextlib.nullcontext(raw) as file:
                 head = file.read(4 + 4 * dimensions)
                 if len(head) < 4 + 4 * dimensions or head[:4] != bytes([0, 0, 8, dimensions]):
+                    file.read(PIECE)  # of a .gz that is cut off, that is the fault
                     raise ValueError(f"{named(path)}: {'not an idx file' if head else 'empty'}; allowed: {allowed}")
                 shape = tuple(map(int, np.frombuffer(head, ">u4", dimensions, 4)))
                 size = math.prod(shape)
