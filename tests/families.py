@@ -27,6 +27,7 @@ FAMILIES = {
     "weights": ("safetensors", "convert", "opened", "config_json"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),
+    "files": ("files", "fuzz_files"),
     "study": ("metrics", "networks", "pareto", "pareto_report", "pareto_search", "profile", "experiments", "peers"),
     "front door": ("run", "outside", "readme", "colab"),
     "commands": ("cli", "catalogue", "interrupts"),

@@ -84,6 +84,30 @@ def test_refuses_files(tmp_path, capsys, case):
     assert re.search(message, error) and error.count("\n") == 1 and not out.exists(), error
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_embeddings_are_finite_where_no_mask_hides_them(tmp_path, value):
+    model = MODELS["pixart"]
+    cond = random_conditions(model, 2)
+    half = cond["text"].shape[1] // 2
+    cond["mask"][:, half:] = 0
+    cond["text"][:, half:] = value  # an encoder that overflows on padding
+    save_file({k: np.ascontiguousarray(v) for k, v in cond.items()}, tmp_path / "c.safetensors")
+    np.testing.assert_array_equal(load_conditions(model, str(tmp_path / "c.safetensors"))["text"], cond["text"])
+    check_conditions(model, cond)
+    cond["text"][1, 0, 2] = value
+    save_file({k: np.ascontiguousarray(v) for k, v in cond.items()}, tmp_path / "c.safetensors")
+    message = rf"tensor 'text' is {value} at \[1, 0, 2\]; allowed: finite numbers"
+    with pytest.raises(ValueError, match=f"c.safetensors: {message}"):
+        load_conditions(model, str(tmp_path / "c.safetensors"))
+    with pytest.raises(ValueError, match=f"cond: {message}"):
+        check_conditions(model, cond)
+    with pytest.raises(ValueError, match="allowed: one condition or more"):
+        write(tmp_path / "none.safetensors", 0)
+        load_conditions(model, str(tmp_path / "none.safetensors"))
+    with pytest.raises(ValueError, match="cond: .*allowed: arrays of numbers"):
+        check_conditions(model, cond | {"text": "a bag"})
+
+
 def test_video_makes_a_row_of_frames(tmp_path, capsys):
     from PIL import Image
 

@@ -84,7 +84,8 @@ def block_caching(
 
     def plan(rows: Row, stages: tuple[Stage, ...]) -> Plan:
         if learned is not None:
-            _check(learned, len(rows.i), stages)
+            with measured.naming(adjust):
+                _check(learned, len(rows.i), stages)
         return held.plan(rows, stages)
 
     return held._replace(plan=plan, learned=learned, measured=measured.record(NAME, file))
@@ -110,7 +111,7 @@ def refreshed(changes: np.ndarray, threshold: float, fresh: np.ndarray) -> np.nd
 def _adjustment(file: str) -> dict[str, dict[str, Any]]:
     """{stage: {"branch.scale": [L, E, D], "branch.shift": the same}}."""
     learned: dict[str, dict[str, Any]] = {}
-    for key, array in measured.arrays(NAME, file, "adjust").items():
+    for key, array in measured.finite_arrays(NAME, file, "adjust").items():
         stage, _, name = key.partition(".")
         learned.setdefault(stage, {})[name] = jnp.asarray(array, jnp.float32)
     return learned

@@ -18,12 +18,13 @@ same of itself in the comment of its archive.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,58 +63,17 @@ def read(technique: str, file: str, tables: tuple[str, ...]) -> dict[str, Any]:
       ValueError: as `load`, or a file of another technique, or one without a table that is asked for, or with numbers
         that are not finite in it.
     """
-    where = f"{technique}: file={file!r}"
-    content = check_object(load(technique, file), where, technique=str)
-    if content["technique"] != technique:
-        raise ValueError(f"{where} was measured for {content['technique'][:80]}; allowed: {technique}")
+    content = load(technique, file)
+    found = content.get("technique") if isinstance(content, dict) else None
+    if found != technique:
+        raise ValueError(f"{technique}: file={file!r} was measured for {_short(found)}; allowed: {technique}")
     for key in tables:
         if key not in content:
-            raise ValueError(f"{where} has no {key!r}; it has {', '.join(sorted(content))[:160]}")
-    check_object(content, where, **{key: KINDS[key] for key in KINDS if key in content})
-    for key in tables:
+            raise ValueError(f"{technique}: file={file!r} has no {key!r}; it has {_short(sorted(content))}")
         number = _not_finite(content[key])
         if number is not None:
-            raise ValueError(f"{where}: {key} has {number}; allowed: finite numbers, or null")
-    for key in NUMBERS & content.keys():
-        numbers = content[key]
-        if not numbers or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in numbers):
-            raise ValueError(f"{where}: {key!r} is {str(numbers)[:80]}; allowed: a list of one number or more")
+            raise ValueError(f"{technique}: file={file!r}: {key} has {number}; allowed: finite numbers, or null")
     return content
-
-
-# what the keys of a file hold, and which of them are lists of numbers
-KINDS: dict[str, Any] = {
-    **dict.fromkeys(("errors", "changes", "similarities", "spreads"), dict),
-    **dict.fromkeys(("coefficients", "ratios", "schedule"), list),
-    **dict.fromkeys(("steps", "kmax", "order"), int),
-    **dict.fromkeys(("model", "solver", "data", "where", "forecast"), str),
-}
-NUMBERS = {"coefficients", "ratios", "schedule"}
-
-
-def arrays(technique: str, file: str, key: str = "file", wrote: str = "") -> dict[str, np.ndarray]:
-    """The arrays of an .npz file that a technique plans from, finite numbers all.
-
-    Args:
-      key: under which the file was named. wrote: what the error says of allowed files.
-
-    Raises:
-      ValueError: no such file, another suffix, or one that is damaged (says how).
-    """
-    where = f"{technique}: {key}={file!r}"
-    if place_of(file) is None or pathlib.Path(file).suffix != ".npz":
-        raise ValueError(f"{where}; allowed: an .npz file{wrote}")
-    try:
-        found = read_arrays(file, f"an .npz file{wrote}")
-    except ValueError as error:
-        raise ValueError(f"{technique}: {key}={error}") from None
-    if not found:
-        raise ValueError(f"{where}: no arrays in it; allowed: an .npz file{wrote}")
-    for name, array in found.items():
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"{where}: the array {name!r} is of {array.dtype}; allowed: numbers")
-    check_finite(found, where)
-    return found
 
 
 def _not_finite(value: Any) -> float | None:
@@ -253,7 +213,7 @@ def by_stage_arrays(technique: str, file: str, wrote: str = "") -> dict[str, dic
       ValueError: no such file, or another suffix.
     """
     found: dict[str, dict[str, np.ndarray]] = {}
-    for key, array in arrays(technique, file, wrote=wrote).items():
+    for key, array in finite_arrays(technique, file, wrote=wrote).items():
         stage, dot, name = key.partition(".")
         if not dot:
             raise ValueError(f"{technique}: file={file!r}: the array {key!r}; allowed: names such as STAGE.NAME")
@@ -395,3 +355,37 @@ def _known(technique: str, kind: str, name: str, allowed: Any) -> None:
         near = difflib.get_close_matches(str(name), names, 1, 0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"{technique}: no {kind} {name!r} in this model{hint}; allowed: {', '.join(names)}")
+
+
+def finite_arrays(technique: str, file: str, key: str = "file", wrote: str = "") -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that a technique plans from: numbers, all of them finite.
+
+    Args:
+      key: under which the file was named. wrote: what the error says of allowed files.
+
+    Raises:
+      ValueError: no such file, another suffix, or one that is damaged or empty (names the array).
+    """
+    where = f"{technique}: {key}={file!r}"
+    if place_of(file) is None or pathlib.Path(file).suffix != ".npz":
+        raise ValueError(f"{where}; allowed: an .npz file{wrote}")
+    try:
+        found = read_arrays(file, f"an .npz file{wrote}")
+    except ValueError as error:
+        raise ValueError(f"{technique}: {key}={error}") from None
+    wrong = [name for name, array in found.items() if array.dtype.kind not in "biuf" or not array.size]
+    if wrong or not found:
+        what = f"the array {wrong[0]!r} is {found[wrong[0]].dtype} {list(found[wrong[0]].shape)}" if wrong else "empty"
+        raise ValueError(f"{where}: {what}; allowed: arrays of numbers")
+    with np.errstate(over="ignore"):
+        check_finite({name: array.astype(np.float32) for name, array in found.items()}, where)  # as it is computed with
+    return found
+
+
+@contextlib.contextmanager
+def naming(file: str | None) -> Iterator[None]:
+    """What is refused of numbers that came from a file names the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (in {file})" if file and file not in str(error) else str(error)) from None

@@ -80,7 +80,8 @@ def _routed(
         i = np.asarray(rows.i)
         full = (i == 0) | ((len(i) - 1 - i) % 2 == 1) if every_second else i == 0
         flags: Schedule = {}
-        scores = _per_stage(name, given, len(i), stages)
+        with measured.naming(file):
+            scores = _per_stage(name, given, len(i), stages)
         for stage in stages:
             computed = full[:, None, None] | (1 / (1 + np.exp(-scores[stage.name])) > threshold)
             flags[stage.name] = {b: computed[:, :, j] for j, b in enumerate(stage.branches)}
@@ -90,7 +91,7 @@ def _routed(
 
 
 def _stored(name: str, file: str) -> dict[str, np.ndarray]:
-    return measured.arrays(name, file)
+    return measured.finite_arrays(name, file)
 
 
 def _per_stage(name: str, given: Any, evaluations: int, stages: tuple[Stage, ...]) -> dict[str, np.ndarray]:

@@ -67,7 +67,8 @@ def tokencache(
     def schedule(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
         e, depth = len(rows.i), sum(s.depth for s in stages)
         cuts = np.cumsum([s.depth for s in stages])[:-1]
-        scores = None if table is None else _at(table, np.asarray(rows.model_time), stages)
+        with measured.naming(file):
+            scores = None if table is None else _at(table, np.asarray(rows.model_time), stages)
         if scores is not None:
             weight = np.concatenate([scores[s.name].mean(2) for s in stages], axis=1)
         else:
@@ -95,7 +96,7 @@ def round_robin(evaluations: int, intervals: tuple[int, int], switch: float) -> 
 
 
 def _read(file: str) -> dict[str, np.ndarray]:
-    table = {k: np.asarray(a, np.float64) for k, a in measured.arrays("tokencache", file).items()}
+    table = {k: np.asarray(a, np.float64) for k, a in measured.finite_arrays("tokencache", file).items()}
     if table.get("times", np.zeros(0)).ndim != 1 or not len(table.get("times", ())):
         raise ValueError(f"tokencache: {file} has no times; allowed: times [K], and [K, L, N] per stage")
     return table

@@ -182,7 +182,7 @@ def parse_json(text: str, where: str, allowed: str = "JSON", finite: bool = True
 
 
 def _marked(value: Any, key: str, finite: bool, depth: int) -> Any:
-    if depth > DEPTH:
+    if depth >= DEPTH and isinstance(value, (dict, list)):
         raise RecursionError
     if isinstance(value, dict):
         return {k: _marked(part, f"{key}.{k}" if key else k, finite, depth + 1) for k, part in value.items()}

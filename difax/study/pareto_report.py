@@ -202,7 +202,10 @@ def read_images(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> dict
     for row in rows:
         path = folder / "images" / f"{slug(row['method'])}.npz"
         if place_of(path) is not None:
-            found[row["method"]] = read_image_file(path)
+            found[row["method"]] = images = read_image_file(path)
+            first, shape = next((method, list(of.shape[1:])) for method, of in found.items())
+            if list(images.shape[1:]) != shape:
+                raise ValueError(f"{path}: images {list(images.shape[1:])}; allowed: {shape}, as those of {first}")
     return found
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pathlib
-import sys
-from collections.abc import Callable
 from typing import Any
 
-import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from difax.core.files import named, read_object, why
+from difax.core.files import read_object
+from difax.weights.orbax_errors import readable
 
 
 def open_checkpoints(workdir: str | os.PathLike, **options: Any) -> ocp.CheckpointManager:
@@ -29,7 +26,7 @@ def open_checkpoints(workdir: str | os.PathLike, **options: Any) -> ocp.Checkpoi
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
     for file in sorted(folder.glob("*/_CHECKPOINT_METADATA")):
         read_object(file, "what a checkpoint says of itself")
-    return _readable(lambda: ocp.CheckpointManager(folder, **options), folder, "")
+    return readable(lambda: ocp.CheckpointManager(folder, **options), folder, "")
 
 
 def restored(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager, step: int, like: Any = None) -> Any:
@@ -56,22 +53,4 @@ def restored(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager, ste
 
     before = max((s for s in checkpoints.all_steps() if s < step), default=None)
     go_on = "" if before is None else f"; without this folder the run goes on from step {before}"
-    return _readable(read, pathlib.Path(workdir) / "checkpoints" / str(step), go_on)
-
-
-def _readable(read: Callable[[], Any], folder: pathlib.Path, go_on: str) -> Any:
-    """What is read; all that orbax raises or prints of damage becomes one ValueError, without its traceback."""
-    said, hook = absl.logging.get_verbosity(), sys.unraisablehook
-    absl.logging.set_verbosity(absl.logging.FATAL)  # it logs what it then raises, or can do without
-    sys.unraisablehook = lambda _: None  # and leaves coroutines that fail when they are collected
-    try:
-        return read()
-    except MemoryError:
-        raise
-    except Exception as error:
-        fault = why(error)
-    finally:
-        gc.collect()
-        sys.unraisablehook = hook
-        absl.logging.set_verbosity(said)
-    raise ValueError(f"{named(folder)}: this checkpoint cannot be read ({fault}){go_on}")
+    return readable(read, pathlib.Path(workdir) / "checkpoints" / str(step), go_on)

@@ -231,30 +231,33 @@ def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _read_picture(file: pathlib.Path, size: int | None) -> np.ndarray:
     """uint8 [H, W, 1 or 3]; of what is seen through, over white."""
+    allowed = f"a picture ({', '.join(FORMATS)}) of at most {PIXELS:,} pixels"
+    with opened(file, allowed) as raw:
+        try:
+            array = _decoded(raw, size)
+        except Exception as error:  # a library of many formats says in many ways that a file is damaged
+            fault = "no picture" if type(error).__name__ == "UnidentifiedImageError" else why(error)
+            raise ValueError(f"{named(file)}: {fault}; allowed: {allowed}") from None
+    return array if array.ndim == 3 else array[..., None]
+
+
+def _decoded(raw: Any, size: int | None) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    allowed = f"a picture ({', '.join(FORMATS)}) of at most {PIXELS:,} pixels"
-    try:
-        with opened(file, allowed) as bytes_, Image.open(bytes_, formats=FORMATS) as picture:
-            if math.prod(picture.size) > PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels")
-            if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
-                raise ValueError("a moving picture")
-            image = ImageOps.exif_transpose(picture)
-            if image.mode.startswith("I"):  # 16 bits, of which the upper ones are seen
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-            if size is not None:
-                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-            array = np.asarray(image, np.uint8)
-    except Exception as error:  # a library of many formats says in many ways that a file is damaged
-        text = str(error)
-        if text.startswith(named(file)):
-            raise
-        raise ValueError(f"{named(file)}: {why(error)}; allowed: {allowed}") from None
-    return array if array.ndim == 3 else array[..., None]
+    with Image.open(raw, formats=FORMATS) as picture:
+        if math.prod(picture.size) > PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels")
+        if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:  # MPO: a camera's JPEG with a preview
+            raise ValueError("a moving picture")
+        image = ImageOps.exif_transpose(picture)
+        if image.mode.startswith("I"):  # 16 bits, of which the upper ones are seen
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        if size is not None:
+            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        return np.asarray(image, np.uint8)
 
 
 def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -284,6 +287,7 @@ def read_idx(path: pathlib.Path, dimensions: int) -> np.ndarray:
             with gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else contextlib.nullcontext(raw) as file:
                 head = file.read(4 + 4 * dimensions)
                 if len(head) < 4 + 4 * dimensions or head[:4] != bytes([0, 0, 8, dimensions]):
+                    file.read(PIECE)  # of a .gz that is cut off, that is the fault
                     raise ValueError(f"{named(path)}: {'not an idx file' if head else 'empty'}; allowed: {allowed}")
                 shape = tuple(map(int, np.frombuffer(head, ">u4", dimensions, 4)))
                 size = math.prod(shape)

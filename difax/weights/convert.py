@@ -27,6 +27,7 @@ from difax.core.contracts import Params
 from difax.core.files import read_json
 from difax.core.writing import beside, remove_left
 from difax.weights.checkpoint import Streamed
+from difax.weights.orbax_errors import readable
 from difax.weights.published import Foreign, opened_parameters
 
 _CONCURRENT_GB = 1
@@ -242,10 +243,7 @@ def load_converted(path: str | os.PathLike, spec: Params) -> Params:
     path = pathlib.Path(path).absolute()
     _check_files(path)
     with _checkpointer(streaming=False) as checkpointer:
-        try:
-            stored = checkpointer.metadata(path).item_metadata.tree
-        except Exception as error:  # orbax raises what it meets
-            raise ValueError(f"{path}: not an orbax checkpoint ({_first_line(error)})") from None
+        stored = readable(lambda: checkpointer.metadata(path).item_metadata.tree, path)
         shapes = lambda tree: {  # noqa: E731
             jax.tree_util.keystr(p, simple=True, separator="/"): tuple(a.shape)
             for p, a in jax.tree_util.tree_leaves_with_path(tree)
@@ -254,10 +252,7 @@ def load_converted(path: str | os.PathLike, spec: Params) -> Params:
         for name in sorted(here.keys() | wanted.keys()):
             if here.get(name) != wanted.get(name):
                 raise ValueError(f"{path}: parameter {name} is {here.get(name)}, expected {wanted.get(name)}")
-        try:
-            params = checkpointer.restore(path, restore_args=jax.tree.map(_restored, spec))
-        except Exception as error:
-            raise ValueError(f"{path}: damaged ({_first_line(error)})") from None
+        params = readable(lambda: checkpointer.restore(path, restore_args=jax.tree.map(_restored, spec)), path)
     for p, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             name = jax.tree_util.keystr(p, simple=True, separator="/")
