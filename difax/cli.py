@@ -94,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = added.add_parser("sample", parents=from_weights, help="draw images and say what they cost")
     sample.add_argument("--repeat", type=int, default=1, help="rows of the labels, each with other noise")
-    sample.add_argument(
-        "--seed", type=int, default=0, help="seed of the run: image i depends on it, on i and on its label"
-    )
+    sample.add_argument("--seed", type=int, default=0, help="seed of the run: image i depends on it, i and its label")
     sample.add_argument("--latents", metavar="FILE.npz", help="to begin from, as --out FILE.npz writes them")
     sample.add_argument(
         "--out",

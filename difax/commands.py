@@ -232,6 +232,7 @@ def pareto(options: argparse.Namespace) -> int:
     if options.figure:
         figure(rows, options.quality, options.figure, heading=heading)
     if options.sheet:
+        heading = ", ".join([heading, *{r["shown"] for r in rows if r.get("shown")}])
         sheet(rows, read_images(sweep.out, rows), options.sheet, options.quality, heading=heading)
     tell(f"the report is {report}")
     for method, why in sweep.failed.items():
@@ -293,9 +294,10 @@ def profile(options: argparse.Namespace) -> int:
         needs("--figure", "matplotlib")
     if options.perfetto is not None:
         makeable(options.perfetto, "--perfetto")
-    from difax.study.profile import as_json, draw_profile, format_profile, perfetto
+    from difax.study.profile import as_json, check_setup, draw_profile, format_profile, perfetto
 
     run = _run(options, config)
+    check_setup(run.setup)
     cond = _cond(options, run)
     found = run.profile(cond, options.seed, repeat=options.repeat, turns=options.turns)
     log("profile", **as_json(found))

@@ -304,6 +304,22 @@ def test_models_that_take_embeddings_and_draw_latents_or_videos(config, tmp_path
     assert main([*found["command"].split()[1:], "--out", str(tmp_path / "x.png"), "--no-compile-cache"]) == 0
 
 
+def test_a_judge_whose_data_set_is_not_there_is_left_out_by_name(small_weights, tmp_path, monkeypatch, capsys):
+    def nowhere(*args):
+        raise FileNotFoundError("no Fashion-MNIST here")
+
+    monkeypatch.setattr("difax.study.judge.build_data", nowhere)
+    command = ["pareto", "--weights", small_weights, "--steps", "1", "--methods", "cache.name=none", "--turns", "1"]
+    command += ["--seeds", "4", "--batch", "4", "--labels", "2,5", "--out", str(tmp_path / "p")]
+    assert main(command) == 0
+    told = capsys.readouterr().err
+    assert "needs its data set: no Fashion-MNIST here" in told and "precision, recall are left out" in told
+    claim = json.loads((tmp_path / "p" / "sweep.json").read_text())
+    assert claim["judged"] is False and claim["labels"] == [2, 5]
+    assert main([*command, "--judge", "fmnist_cnn", "--out", str(tmp_path / "q")]) == 2
+    assert "no Fashion-MNIST here" in capsys.readouterr().err and not (tmp_path / "q").exists()
+
+
 def test_random_weights_need_no_conditions(tmp_path, capsys):
     """And a method that a user wrote, which turns out not to suit the model, is said in the exit code."""
     command = ["pareto", "--config", "flux_tiny", "--random-init", "--steps", "1", "--methods", "attend.name=cudnn"]
