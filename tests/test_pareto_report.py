@@ -582,7 +582,8 @@ def test_browser_shows_what_was_measured(seen, sweep):
     assert seen["title"] == "dit (fmnist_dit), euler, 50 steps: quality and cost"
     assert seen["line"] == 0 and seen["line_kernel"] == 1 and seen["numbers"] == 0
     kernel = judged_by(rows, "kernel", "flops")
-    assert {n: d for n, d in seen["kernel"].items() if n in kernel} == kernel
+    told = {n: d for n, d in seen["kernel"].items() if n in kernel and n not in broken}
+    assert told == {n: d for n, d in kernel.items() if n not in broken}
     assert "frechet" not in seen["qualities"] and "recall" in seen["qualities"] and "Recall" in seen["heads"]
     caches = [r["method"] for r in rows if r["family"] == "cache"]
     assert set(seen["without"]) == set(kernel) - set(caches) and caches
