@@ -217,6 +217,13 @@ def test_methods_are_chosen_by_name_family_and_settings():
     [
         (["--methods", "nothing"], "unknown method"),
         (["--seeds", "0"], "--seeds=0; allowed: 1 or more"),
+        (["--seeds", "1000000000"], "GiB are free; allowed: "),
+        (["--batch", "1000000000"], "--batch=1000000000: the samples alone take"),
+        (["--turns", "1000000000"], "--turns=1000000000; allowed: 1000 at most"),
+        (["--seed", "-1"], "--seed=-1; allowed: 0 ... 4294967295"),
+        (["--out", ""], "--out '': no name"),
+        (["--out", "x" * 300], "more than 255 letters"),
+        (["--out", __file__], "is no folder"),
         (["--budget", "-1"], "--budget=-1.0; allowed: above 0"),
         (["--quality", "pnsr"], "did you mean psnr"),
         (["--figure", "elsewhere/a.png"], "the folder elsewhere does not exist"),
@@ -239,7 +246,7 @@ def test_methods_are_chosen_by_name_family_and_settings():
     ],
 )
 def test_mistakes_are_one_line_and_make_no_folder(arguments, match, tmp_path, capsys):
-    assert main(["pareto", *arguments, "--out", str(tmp_path / "p"), "--quiet"]) == 2
+    assert main(["pareto", "--out", str(tmp_path / "p"), *arguments, "--quiet"]) == 2
     error = capsys.readouterr().err
     assert match in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
