@@ -97,7 +97,7 @@ def test_parts_that_took_no_time(tmp_path):
 
 def test_weights_and_conditions_of_a_model_of_embeddings(tmp_path, capsys):
     """What sample takes: a file of weights with its settings, and embeddings; and in calibrate too."""
-    run = difax.load("pixart_tiny", weights="random", model={"depth": 1})
+    run = difax.load("pixart_tiny", weights="random", model={"depth": 1, "size": 4})
     weights, cond, out = tmp_path / "w.safetensors", tmp_path / "c.safetensors", tmp_path / "m.json"
     save_safetensors(weights, randomise(run.params), {"config": run.config})
     save_file(flatten_dict(random_conditions(run.setup.model, 2), sep="/"), cond)
