@@ -146,6 +146,10 @@ def pareto(options: argparse.Namespace) -> int:
     _seeds(options)
     if options.budget is not None and not options.budget > 0:
         raise ValueError(f"--budget={options.budget}; allowed: above 0")
+    if options.speedup is not None and not 0 < options.speedup < float("inf"):
+        raise ValueError(f"--speedup={options.speedup}; allowed: above 0")
+    if options.floor is not None and not abs(options.floor) < float("inf"):
+        raise ValueError(f"--floor={options.floor}; allowed: a finite number")
     if options.search == (options.speedup is None and options.floor is None):
         raise ValueError("--search needs one of --speedup and --floor, which need --search")
     if options.no_judge and options.judge:
