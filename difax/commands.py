@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from difax.core.lock import locked
 from difax.core.shell import check_xla_flags
 from difax.core.writing import append_line
 
@@ -151,11 +150,15 @@ def sample(options: argparse.Namespace) -> int:
 
 def pareto(options: argparse.Namespace) -> int:
     log, config = _start(options), _config(options, "fmnist_dit")
-    for name, least in (("seeds", 1), ("batch", 1), ("turns", 1), ("trials", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name}={getattr(options, name)}; allowed: {least} or more")
+    for name, most in (("seeds", None), ("batch", None), ("turns", 1000), ("trials", 10_000)):
+        _counts(options, name, most)
+    _seeds(options)
     if options.budget is not None and not options.budget > 0:
         raise ValueError(f"--budget={options.budget}; allowed: above 0")
+    if options.speedup is not None and not 0 < options.speedup < float("inf"):
+        raise ValueError(f"--speedup={options.speedup}; allowed: above 0")
+    if options.floor is not None and not abs(options.floor) < float("inf"):
+        raise ValueError(f"--floor={options.floor}; allowed: a finite number")
     if options.search == (options.speedup is None and options.floor is None):
         raise ValueError("--search needs one of --speedup and --floor, which need --search")
     if options.no_judge and options.judge:
@@ -206,6 +209,8 @@ def pareto(options: argparse.Namespace) -> int:
     if run.full_size:
         tell("random weights of the whole size do not fit into memory: a reduced size is measured")
     model = run.setup.model
+    _fits(options, "seeds", model, 1)
+    _fits(options, "batch", model, 1)
     asked = Options(options.seeds, options.batch, options.turns, options.seed, options.budget)
     refuse_other(options.out, described(run, cond, asked))
     check_methods(run, written)
@@ -228,22 +233,22 @@ def pareto(options: argparse.Namespace) -> int:
     out = pathlib.Path(options.out)
     sweep = Sweep(_flags(options), run, asked, out, judge, tell, eyes, test, cond)
     check_quality(options.quality, sweep.qualities(), asked.seeds)
-    with locked(sweep.out, "difax pareto"):
-        if options.search:
-            goal = Goal(options.quality, options.speedup, options.floor)
-            print(summary(search(sweep, goal, options.trials), goal))
-            rows = sweep.rows()
-        else:
-            rows = sweep.measure(methods)
-        for row in rows:
-            log("row", **row)
-        print(json.dumps(rows) if options.json else table(rows, options.quality))
-        report = write_report(options.out, quality=options.quality, command=options.command)
-        heading = title(sweep_of(sweep.out))
-        if options.figure:
-            figure(rows, options.quality, options.figure, heading=heading)
-        if options.sheet:
-            sheet(rows, read_images(sweep.out, rows), options.sheet, options.quality, heading=heading)
+    if options.search:
+        goal = Goal(options.quality, options.speedup, options.floor)
+        print(summary(search(sweep, goal, options.trials), goal))
+        rows = sweep.rows()
+    else:
+        rows = sweep.measure(methods)
+    for row in rows:
+        log("row", **row)
+    print(json.dumps(rows) if options.json else table(rows, options.quality))
+    report = write_report(options.out, quality=options.quality, command=options.command)
+    heading = title(sweep_of(sweep.out))
+    if options.figure:
+        figure(rows, options.quality, options.figure, heading=heading)
+    if options.sheet:
+        heading = ", ".join([heading, *{r["shown"] for r in rows if r.get("shown")}])
+        sheet(rows, read_images(sweep.out, rows), options.sheet, options.quality, heading=heading)
     tell(f"the report is {report}")
     for method, why in sweep.failed.items():
         print(f"difax: error: {method} failed, and is tried again by the same command: {why}", file=sys.stderr)
@@ -252,6 +257,33 @@ def pareto(options: argparse.Namespace) -> int:
     for method, why in wrong:
         print(f"difax: error: {method}: {why}", file=sys.stderr)
     return 1 if sweep.failed or wrong else 0
+
+
+def _counts(options: argparse.Namespace, name: str, most: int | None = None) -> None:
+    """Refuses a number of things below 1, or above what anybody waits for."""
+    value = getattr(options, name)
+    if value < 1 or (most is not None and value > most):
+        raise ValueError(f"--{name}={value}; allowed: {'1 or more' if value < 1 else f'{most} at most'}")
+
+
+def _seeds(options: argparse.Namespace) -> None:
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed={options.seed}; allowed: 0 ... {2**32 - 1}")
+
+
+def _fits(options: argparse.Namespace, name: str, model: Any, each: int) -> None:
+    """Refuses so many times `each` samples as cannot lie in memory, before anything is allocated."""
+    import math
+
+    from difax.core.device import memory_available
+
+    value, one = getattr(options, name), 4 * math.prod(model.input_shape)
+    needed, free = 4 * value * each * one, memory_available()  # noise, samples, their copies on the host
+    if needed > free:
+        raise ValueError(
+            f"--{name}={value}: the samples alone take {needed / 2**30:.0f} GiB, {free / 2**30:.1f} GiB are free; "
+            f"allowed: {max(int(free / (4 * each * one)), 1)} at most"
+        )
 
 
 def _judge(options: argparse.Namespace, data: dict[str, Any], tell: Callable[[str], None]) -> Any:
@@ -294,9 +326,11 @@ def _flags(options: argparse.Namespace) -> str:
 
 def profile(options: argparse.Namespace) -> int:
     log, config = _start(options), _config(options, "fmnist_dit")
-    for name in ("turns", "repeat"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}={getattr(options, name)}; allowed: 1 or more")
+    _counts(options, "turns", 1000)
+    _counts(options, "repeat")
+    _seeds(options)
+    import jax
+
     from difax.core.extras import needs
 
     if options.figure:
@@ -304,10 +338,12 @@ def profile(options: argparse.Namespace) -> int:
         needs("--figure", "matplotlib")
     if options.perfetto is not None:
         makeable(options.perfetto, "--perfetto")
-    from difax.study.profile import as_json, draw_profile, format_profile, perfetto
+    from difax.study.profile import as_json, check_setup, draw_profile, format_profile, perfetto
 
     run = _run(options, config)
+    check_setup(run.setup)
     cond = _cond(options, run)
+    _fits(options, "repeat", run.setup.model, len(jax.tree.leaves(cond)[0]))
     found = run.profile(cond, options.seed, repeat=options.repeat, turns=options.turns)
     log("profile", **as_json(found))
     print(json.dumps(as_json(found)) if options.json else format_profile(found))
@@ -333,7 +369,9 @@ def calibrate(options: argparse.Namespace) -> int:
     settings = {k: v for k, v in config.get("cache", {}).items() if k != "name"}
     check_settings(technique, {"samples": options.samples, "batch": options.batch, **settings})
     flags = {k: getattr(options, k) for k in ("budget", "rounds", "rank") if getattr(options, k) is not None}
+    _seeds(options)
     run = _run(options, {k: v for k, v in config.items() if k != "cache"})
+    _fits(options, "samples" if technique == "scheduled" else "batch", run.setup.model, 1)
     content = run.calibrate(
         technique,
         out,
@@ -469,6 +507,8 @@ def makeable(path: str, flag: str) -> pathlib.Path:
     target = pathlib.Path(path)
     if not path.strip():
         raise ValueError(f"{flag} {path!r}: no name; allowed: a folder's")
+    if any(len(os.fsencode(part)) > 255 for part in target.parts):
+        raise ValueError(f"{flag} {path[:60]}...: a name of more than 255 letters; allowed: a shorter one")
     try:
         there = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
     except OSError as error:

@@ -146,6 +146,15 @@ def test_magcache_ratios(features, recorded):
     np.testing.assert_allclose(ratios[1:], want, rtol=1e-4)
 
 
+def test_teacache_needs_changes_that_differ(recorded):
+    """A head of zeros, as random weights may have, gives none."""
+    trace = recorded[1]
+    for filled, why in ((0.0, "all alike"), (np.nan, "too few")):
+        output = np.full_like(trace.metric["output"], filled)
+        with pytest.raises(ValueError, match=f"teacache: .* of the network's output, {why}; allowed: more than 4"):
+            CALIBRATIONS["teacache"].table([trace._replace(metric={**trace.metric, "output": output})])
+
+
 def test_teacache_polynomial_is_the_least_squares_fit(recorded):
     table = CALIBRATIONS["teacache"].table([recorded[1]] * 2)
     x = recorded[1].metric["trunk"]["input"][1:].ravel().astype(np.float64)

@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 import difax
 import difax.build
 import difax.run
-from difax.cli import main
+from difax import commands
+from difax.cli import _join_overrides, _parser, main
 from difax.commands import writable
 from difax.config import load_config, override, parse_value
 from difax.core.files import read_rows
@@ -217,6 +218,16 @@ def test_methods_are_chosen_by_name_family_and_settings():
     [
         (["--methods", "nothing"], "unknown method"),
         (["--seeds", "0"], "--seeds=0; allowed: 1 or more"),
+        (["--seeds", "1000000000"], "GiB are free; allowed: "),
+        (["--batch", "1000000000"], "--batch=1000000000: the samples alone take"),
+        (["--turns", "1000000000"], "--turns=1000000000; allowed: 1000 at most"),
+        (["--seed", "-1"], "--seed=-1; allowed: 0 ... 4294967295"),
+        (["--search", "--speedup", "nan"], "--speedup=nan; allowed: above 0"),
+        (["--search", "--floor", "inf"], "--floor=inf; allowed: a finite number"),
+        (["--budget", "nan"], "--budget=nan; allowed: above 0"),
+        (["--out", ""], "--out '': no name"),
+        (["--out", "x" * 300], "more than 255 letters"),
+        (["--out", __file__], "is no folder"),
         (["--budget", "-1"], "--budget=-1.0; allowed: above 0"),
         (["--quality", "pnsr"], "did you mean psnr"),
         (["--figure", "elsewhere/a.png"], "the folder elsewhere does not exist"),
@@ -239,7 +250,7 @@ def test_methods_are_chosen_by_name_family_and_settings():
     ],
 )
 def test_mistakes_are_one_line_and_make_no_folder(arguments, match, tmp_path, capsys):
-    assert main(["pareto", *arguments, "--out", str(tmp_path / "p"), "--quiet"]) == 2
+    assert main(["pareto", "--out", str(tmp_path / "p"), *arguments, "--quiet"]) == 2
     error = capsys.readouterr().err
     assert match in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -258,17 +269,17 @@ def embeddings(model, n=2):
     return flatten_dict(random_conditions(model, n, seed=3), sep="/")
 
 
-MODELS = {  # configuration: frames of a sample
-    "wan_tiny": 5,
-    "flux_tiny": None,
-    "pixart_tiny": None,
+MODELS = {  # configuration: the smallest of its kind
+    "wan_tiny": {"depth": 1, "size": (3, 4, 6)},
+    "flux_tiny": {"double_depth": 1, "single_depth": 1, "size": 4},
+    "pixart_tiny": {"depth": 1, "size": 4},
 }
 
 
 @pytest.mark.parametrize("config", some(MODELS, "wan_tiny"))
 def test_models_that_take_embeddings_and_draw_latents_or_videos(config, tmp_path, capsys):
     """With weights and conditions from files; what a judge would say is left out by name."""
-    run = difax.load(config, weights="random")
+    run = difax.load(config, weights="random", model=MODELS[config])
     weights, cond, out = tmp_path / "w.safetensors", tmp_path / "c.safetensors", tmp_path / "p"
     save_safetensors(weights, randomise(run.params), {"config": run.config})
     save_file({k: np.asarray(v) for k, v in embeddings(run.setup.model).items()}, cond)
@@ -286,8 +297,8 @@ def test_models_that_take_embeddings_and_draw_latents_or_videos(config, tmp_path
     one, two = (run.sample(str(cond), repeat=2).images[:3] for run in opened)
     np.testing.assert_allclose(found["range"], [two.min(), two.max()], rtol=1e-5)
     frames = [(a, b) for a, b in zip(one, two, strict=True)]
-    if MODELS[config]:
-        assert one.shape[1] == MODELS[config]
+    if one.ndim == 5:
+        assert one.shape[1] == 3
         frames = [pair for a, b in frames for pair in zip(a, b, strict=True)]
     errors = np.asarray([np.mean((a - b) ** 2, dtype=np.float64) for a, b in frames])
     wanted = 10 * np.log10((two.max() - two.min()) ** 2 / errors)
@@ -301,12 +312,32 @@ def test_models_that_take_embeddings_and_draw_latents_or_videos(config, tmp_path
     assert main([*command, "--json"]) == 0 and len(json.loads(capsys.readouterr().out)) == 2
     save_file({k: np.asarray(v) + 1 for k, v in embeddings(run.setup.model).items()}, cond)
     assert main(command) == 2 and "conditions: 2 of" in capsys.readouterr().err
-    assert main([*found["command"].split()[1:], "--out", str(tmp_path / "x.png"), "--no-compile-cache"]) == 0
+    words = found["command"].split()[1:]
+    again = _parser().parse_args(_join_overrides(words))
+    assert (again.weights, again.cond, again.solver, again.steps) == (str(weights), str(cond), "euler", 2)
+    assert again.run is commands.sample and again.set == ["steps=1"]
+
+
+def test_a_judge_whose_data_set_is_not_there_is_left_out_by_name(small_weights, tmp_path, monkeypatch, capsys):
+    def nowhere(*args):
+        raise FileNotFoundError("no Fashion-MNIST here")
+
+    monkeypatch.setattr("difax.study.judge.build_data", nowhere)
+    command = ["pareto", "--weights", small_weights, "--steps", "1", "--methods", "cache.name=none", "--turns", "1"]
+    command += ["--seeds", "4", "--batch", "4", "--labels", "2,5", "--out", str(tmp_path / "p")]
+    assert main(command) == 0
+    told = capsys.readouterr().err
+    assert "needs its data set: no Fashion-MNIST here" in told and "precision, recall are left out" in told
+    claim = json.loads((tmp_path / "p" / "sweep.json").read_text())
+    assert claim["judged"] is False and claim["labels"] == [2, 5]
+    assert main([*command, "--judge", "fmnist_cnn", "--out", str(tmp_path / "q")]) == 2
+    assert "no Fashion-MNIST here" in capsys.readouterr().err and not (tmp_path / "q").exists()
 
 
 def test_random_weights_need_no_conditions(tmp_path, capsys):
     """And a method that a user wrote, which turns out not to suit the model, is said in the exit code."""
     command = ["pareto", "--config", "flux_tiny", "--random-init", "--steps", "1", "--methods", "attend.name=cudnn"]
+    command += [f"--config.model.{key}={value}" for key, value in MODELS["flux_tiny"].items()]
     command += ["--seeds", "1", "--batch", "1", "--turns", "1", "--quiet", "--out", str(tmp_path / "p")]
     assert main(command) == 1
     told = capsys.readouterr()

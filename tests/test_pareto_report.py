@@ -113,6 +113,7 @@ def fake_sweep(folder: pathlib.Path, methods: int = 70, images: int = 64) -> lis
                 "refused": f"no tokens <b>{EVIL}</b>"
             }
     rows[-2]["quality"] = {**rows[-2]["quality"], "psnr": [None, None, None], "ssim": None}
+    rows[-2]["not_finite"] = 3
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = fake_images(rng, (images, 28, 28, 1), 0, None)
     for row in rows:
@@ -275,6 +276,18 @@ def test_what_cannot_be_reported_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no images of difax pareto"):
         write_report(tmp_path / "sweep")
     assert not (tmp_path / "sweep" / "report.html").exists()
+
+
+def test_a_baseline_alone_has_its_pictures(tmp_path):
+    """Where everything else was refused, or nothing was asked for."""
+    pytest.importorskip("matplotlib")
+    rows = [fake_row(BASELINE, "baseline", {}, np.random.default_rng(0), PSNR_LIMIT, 1.0)]
+    rows.append({"method": "fora 2", "family": "cache", "settings": {}, "refused": "why"})
+    rows[0]["quality"]["kernel"] = [float("nan"), 0.0, 1.0]  # as other code may write it: JSON has none
+    figure(rows, "psnr", tmp_path / "a.png")
+    sheet(rows, {BASELINE: np.zeros((2, 8, 8, 1), np.uint8)}, tmp_path / "b.png")
+    assert embedded(report({"config": {}}, rows, {}))["rows"][0]["quality"]["kernel"] == [None, 0.0, 1.0]
+    assert frontier(rows, "kernel") == []
 
 
 def test_a_half_written_row_is_left_out(tmp_path):
@@ -511,9 +524,9 @@ FEW = ["fora 3", "dbcache F1 W4 0.12 MC3 taylor", "steps 12", "int8_w8a8", "tayl
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """What is to be seen of reports of one to five methods, on a desk and on a phone: {(methods, width): found}."""
+    """What is to be seen of reports of none to five methods, on a desk and on a phone: {(methods, width): found}."""
     pages, order = [], []
-    for count in range(1, len(FEW) + 1):
+    for count in range(len(FEW) + 1):
         rng = np.random.default_rng(count)
         rows = [fake_row(BASELINE, "baseline", {}, rng, PSNR_LIMIT, 1.0)]
         rows[0]["quality"]["psnr"] = [PSNR_LIMIT] * 3
@@ -537,7 +550,9 @@ def test_names_of_few_methods_are_struck_by_nothing_and_bars_stay_within(few):
     for (count, width), found in few.items():
         assert found["bars"] == 2 * (count + 1), (count, width)
         assert found["struck"] == found["meeting"] == found["beyond"] == [], (count, width)
-        assert sorted(found["lengths"])[2] > 5  # they are there: all but those of the baseline have a length
+        assert (
+            count == 0 or sorted(found["lengths"])[2] > 5
+        )  # they are there: all but those of the baseline have a length
 
 
 def test_a_phone_shows_a_quality_and_says_that_the_table_goes_on(few):
@@ -557,6 +572,8 @@ def test_browser_shows_what_was_measured(seen, sweep):
     wanted = judged_by(rows, "psnr", "seconds")
     assert seen["points"] == sorted(wanted)
     assert {n: d for n, d in seen["dominated"].items() if n in wanted} == wanted
+    broken = [r["method"] for r in rows if r.get("not_finite")]
+    assert [seen["dominated"][name] for name in broken] == ["3 images are not finite"]
     best = [n for n, d in wanted.items() if not d]
     if seen["width"] > 560:
         assert len(seen["labels"]) == len(best) and all(n[:30] in "\n".join(seen["labels"]) for n in best)
@@ -565,7 +582,8 @@ def test_browser_shows_what_was_measured(seen, sweep):
     assert seen["title"] == "dit (fmnist_dit), euler, 50 steps: quality and cost"
     assert seen["line"] == 0 and seen["line_kernel"] == 1 and seen["numbers"] == 0
     kernel = judged_by(rows, "kernel", "flops")
-    assert {n: d for n, d in seen["kernel"].items() if n in kernel} == kernel
+    told = {n: d for n, d in seen["kernel"].items() if n in kernel and n not in broken}
+    assert told == {n: d for n, d in kernel.items() if n not in broken}
     assert "frechet" not in seen["qualities"] and "recall" in seen["qualities"] and "Recall" in seen["heads"]
     caches = [r["method"] for r in rows if r["family"] == "cache"]
     assert set(seen["without"]) == set(kernel) - set(caches) and caches

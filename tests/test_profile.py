@@ -1,14 +1,22 @@
 """The parts of a step: they are all there, and their operations are those of the whole."""
 
+import importlib.util
 import json
+import pathlib
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from PIL import Image
+from safetensors.numpy import save_file
 
+import difax
 from difax.cli import main
 from difax.study import profile
 from difax.study.profile import Part, Profile, draw_profile, format_profile
+from difax.weights.checkpoint import save_safetensors
+from difax.weights.conditions import random_conditions
+from tests.toys import randomise
 
 CEILING = profile.ceiling
 TINY = ["--random-init", "--steps", "2", "--turns", "1"]
@@ -38,6 +46,9 @@ def profiled(capsys, *arguments):
         ),
         pytest.param(
             "wan_tiny", ["blocks: attn", "blocks: cross", "blocks: mlp"], marks=pytest.mark.slow, id="wan_tiny"
+        ),
+        pytest.param(
+            "pixart_tiny", ["blocks: attn", "blocks: cross", "blocks: mlp"], marks=pytest.mark.slow, id="pixart_tiny"
         ),
     ],
 )
@@ -76,13 +87,42 @@ def test_table_and_picture(tmp_path):
         assert picture.size[0] > 1000
 
 
+def test_parts_that_took_no_time(tmp_path):
+    nothing = Part("uncached", 0.0, 0.0)
+    found = Profile([Part("blocks: attention", 0.0, 3.0)], nothing, None, None, 0.0, 1, "cpu")
+    assert format_profile(found).splitlines()[1].split()[:4] == ["blocks:", "attention", "0.00", "0.0%"]
+    if importlib.util.find_spec("matplotlib"):
+        draw_profile(found, tmp_path / "p.png")
+
+
+def test_weights_and_conditions_of_a_model_of_embeddings(tmp_path, capsys):
+    """What sample takes: a file of weights with its settings, and embeddings; and in calibrate too."""
+    run = difax.load("pixart_tiny", weights="random", model={"depth": 1, "size": 4})
+    weights, cond, out = tmp_path / "w.safetensors", tmp_path / "c.safetensors", tmp_path / "m.json"
+    save_safetensors(weights, randomise(run.params), {"config": run.config})
+    save_file(flatten_dict(random_conditions(run.setup.model, 2), sep="/"), cond)
+    given = ["--weights", str(weights), "--cond", str(cond), "--solver", "euler", "--steps", "2", "--scale", "2"]
+    found = profiled(capsys, *given, "--turns", "1")
+    assert found["batch"] == 2 and found["evaluation"]["seconds"] > 0
+    samples = ["--samples", "2", "--batch", "2"]
+    assert main(["calibrate", "--cache", "magcache", *given, *samples, "--out", str(out), "--quiet"]) == 0
+    assert len(json.loads(out.read_text())["ratios"]) == 2
+    capsys.readouterr()
+    for command in (["profile"], ["calibrate", "--cache", "magcache", "--out", str(out)]):
+        assert main([*command, "--weights", str(weights)]) == 2  # real weights, and nothing to draw
+        error = capsys.readouterr().err
+        assert "pixart" in error and "give --cond FILE.safetensors with the tensors" in error
+
+
 @pytest.mark.parametrize(
     "arguments,match",
     [
         (["--turns", "0"], "--turns=0; allowed: 1 or more"),
         (["--figure", "p.jpg"], "must end in .png"),
         (["--config.conditioning=ahead", "--config", "flux_tiny", "--random-init"], "allowed: each"),
-        (["--config.layout=unstacked", "--config", "flux_tiny", "--random-init"], "allowed: stacked"),
+        (["--layout", "unstacked", "--config", "flux_tiny", "--random-init"], "allowed: stacked"),
+        (["--perfetto", ""], "--perfetto '': no name"),
+        (["--perfetto", str(pathlib.Path(__file__) / "trace")], "is no folder"),
     ],
 )
 def test_mistakes_are_one_line(arguments, match, capsys):

@@ -13,6 +13,7 @@ their peak, and the pictures that are kept are three channels in that range; of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import averaged, strip
 from difax.core.device import device_name, peak_memory, processor, versions
 from difax.core.files import save_arrays
+from difax.core.lock import locked
 from difax.core.writing import append_line, replacing
 from difax.media.images import to_uint8
 from difax.program import Program
@@ -197,14 +199,29 @@ class Sweep:
         """The run with a method's settings."""
         return accelerated(self.run, method, {} if calibrated is None else {"cache.file": str(calibrated)})
 
-    def _claim(self) -> None:
-        """Makes the folder and writes what it is of, or checks that it is the same."""
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Makes the folder and writes what it is of, or checks that it is the same; keeps other processes out of it."""
         self.out.mkdir(parents=True, exist_ok=True)
-        refuse_other(self.out, self.described)
-        path = self.out / "sweep.json"
-        if not path.exists():
-            with replacing(path) as aside:
-                pathlib.Path(aside).write_text(json.dumps(self.described, indent=1) + "\n")
+        with locked(self.out, "difax pareto"):
+            refuse_other(self.out, self.described)
+            path = self.out / "sweep.json"
+            if not path.exists():
+                with replacing(path) as aside:
+                    pathlib.Path(aside).write_text(json.dumps(self.described, indent=1) + "\n")
+            yield
+
+    def _left(self, todo: Mapping[str, Method]) -> dict[str, Method]:
+        """What the folder does not have yet.
+
+        Raises:
+          ValueError: a method that it has with other settings.
+        """
+        there = {row["method"]: row["settings"] for row in self.rows()}
+        for name, settings in there.items():
+            if name in todo and settings != plain(todo[name].settings):
+                raise ValueError(f"{self.out} has {name!r} with other settings, {settings}; allowed: another --out")
+        return {n: m for n, m in todo.items() if n not in there}
 
     def rows(self) -> list[dict[str, Any]]:
         """What is measured; a line that a killed process left half-written is dropped."""
@@ -221,16 +238,17 @@ class Sweep:
           FloatingPointError: a baseline whose images are not finite.
         """
         todo = {BASELINE: Method("baseline", {}), **methods}
-        there = {row["method"]: row["settings"] for row in self.rows()}
-        for name, settings in there.items():
-            if name in todo and settings != plain(todo[name].settings):
-                raise ValueError(f"{self.out} has {name!r} with other settings, {settings}; allowed: another --out")
-        left = {n: m for n, m in todo.items() if n not in there}
-        start = time.monotonic()
-        if left:
+        if self._left(todo):
             self._wanted(self._baseline())
-        self._claim()
-        if (self.judge is not None or self.eyes.real is not None) and CONTROL not in there:
+        with self._claimed():
+            self._measure(self._left(todo))
+        return self.rows()
+
+    def _measure(self, left: Mapping[str, Method]) -> None:
+        start = time.monotonic()
+        if (self.judge is not None or self.eyes.real is not None) and CONTROL not in {
+            row["method"] for row in self.rows()
+        }:
             self._append({"method": CONTROL, "family": "control", "settings": {}, "quality": self._control()})
         for done, (name, method) in enumerate(left.items()):
             spent = (time.monotonic() - start) / 60
@@ -251,7 +269,6 @@ class Sweep:
             spent = (time.monotonic() - start) / 60
             minutes = spent / (done + 1) * (len(left) - done - 1)
             self.tell(f"[{done + 1}/{len(left)}] {line(row)}; about {minutes:.0f} min left")
-        return self.rows()
 
     def _append(self, row: dict[str, Any]) -> None:
         append_line(self.out / "rows.jsonl", json.dumps(finite(row), allow_nan=False))

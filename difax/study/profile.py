@@ -73,10 +73,7 @@ def profile(run: Setup, params: Params, cond: Any, seed: int = 0, repeats: int =
       cond: conditions of the batch, leaves lead with [B].
       repeats: turns, of which the median is taken (5).
     """
-    if not run.stacked:
-        raise ValueError("difax profile: the layout is unstacked; allowed: stacked, whose parts can be told apart")
-    if run.ahead:
-        raise ValueError("difax profile: conditioning is ahead of the evaluations; allowed: each, a part of them")
+    check_setup(run)
     batch = len(jax.tree.leaves(cond)[0])
     x, keys, cond = run.inputs(seed, batch, cond)
     rows, scale = jax.tree.map(jnp.asarray, run.rows), jnp.float32(run.scale)
@@ -121,6 +118,14 @@ def profile(run: Setup, params: Params, cond: Any, seed: int = 0, repeats: int =
         computed = sum(shares.get(part.name, 1.0) * part.seconds for part in parts)
         remembering = Part("cache", cached.seconds - computed, 0.0)
     return Profile(parts, evaluation, cached, remembering, ceiling(run.model.dtype), batch, device_name())
+
+
+def check_setup(run: Setup) -> None:
+    """Refuses a setup whose parts cannot be told apart, before its weights are read."""
+    if not run.stacked:
+        raise ValueError("difax profile: the layout is unstacked; allowed: stacked, whose parts can be told apart")
+    if run.ahead:
+        raise ValueError("difax profile: conditioning is ahead of the evaluations; allowed: each, a part of them")
 
 
 def _shares(run: Setup, trace: Trace) -> dict[str, float]:
@@ -239,8 +244,8 @@ def format_profile(found: Profile) -> str:
     for name, part in [*((p.name, p) for p in found.parts), *whole.items()]:
         if part is None:
             continue
-        share = part.seconds / total.seconds
-        rate = part.gflops / part.seconds if part.gflops and part.seconds > 0 else 0.0
+        share = part.seconds / total.seconds if total.seconds > 0 else 0.0
+        rate = part.gflops / part.seconds if part.gflops and part.seconds > 0 and found.ceiling > 0 else 0.0
         speed = f"{rate:8.1f}  {100 * rate / found.ceiling:8.0f} %" if rate else f"{'':8}  {'':10}"
         bar = "#" * round(40 * max(share, 0)) if name not in whole else ""
         numbers = f"{1e3 * part.seconds:9.2f}  {100 * share:5.1f}%  {part.gflops:8.2f}"
@@ -282,10 +287,10 @@ def _bars(axes: Any, found: Profile, parts: list[Part]) -> None:
     milliseconds = [1e3 * p.seconds for p in parts]
     axes.barh([p.name for p in parts], milliseconds, color="#0b5fa5")
     for i, part in enumerate(parts):
-        rate = part.gflops / part.seconds / found.ceiling if part.gflops and part.seconds > 0 else None
+        rate = part.gflops / part.seconds / found.ceiling if part.gflops and min(part.seconds, found.ceiling) > 0 else 0
         text = f" {milliseconds[i]:.1f} ms" + (f", {100 * rate:.0f} % of ceiling" if rate else "")
         axes.text(max(milliseconds[i], 0), i, text, va="center", fontsize=9)
-    axes.set_xlim(right=1.35 * max(milliseconds))
+    axes.set_xlim(right=1.35 * max(milliseconds) if max(milliseconds) > 0 else 1.0)
     axes.set_xlabel("milliseconds of one evaluation")
     axes.set_title(
         f"{found.batch} samples, {1e3 * found.evaluation.seconds:.0f} ms an evaluation, {found.device}", fontsize=10
