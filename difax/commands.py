@@ -36,7 +36,7 @@ NAMED = ("solver", "grid", "guide", "cache", "attend", "quant")  # sections whos
 def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     """The configuration of a command: the one that it names, or else that of its weights, or else the default; with
     its settings."""
-    from difax.build import RANDOM, embedded_weights
+    from difax.checkpoints import RANDOM, embedded_weights
     from difax.config import SHORT, configuration, gin_settings, parse_value
 
     settings: list[tuple[str, Any]] = []
@@ -441,7 +441,7 @@ def convert(options: argparse.Namespace) -> int:
     _start(options)
     import jax.numpy as jnp
 
-    from difax.build import recognise
+    from difax.checkpoints import recognise
     from difax.config import parse_value
     from difax.weights.convert import check_target, convert
 

@@ -19,19 +19,15 @@ from typing import Any, cast
 import jax
 from flax.traverse_util import flatten_dict
 
-from difax.build import (
-    ALONE,
+from difax.build import ALONE, SECTIONS, check_alone, check_config, split_names
+from difax.checkpoints import (
     FREE,
-    SECTIONS,
     UNSTORED,
-    check_alone,
-    check_config,
     check_stored,
     is_run,
     published_kind,
     recognise,
     settings_of,
-    split_names,
     stored_model,
     without_preset,
 )

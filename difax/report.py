@@ -6,7 +6,7 @@ import importlib
 import inspect
 from typing import Any
 
-from difax.build import embedded_weights
+from difax.checkpoints import embedded_weights
 from difax.config import config_names, load_config
 from difax.core.cost import model_cost
 from difax.program import model_shapes, parameter_count

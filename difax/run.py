@@ -13,18 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from difax.build import (
-    RANDOM,
-    Setup,
-    Weights,
-    build_data,
-    build_options,
-    build_setup,
-    build_task,
-    described,
-    embedded_weights,
-    find_weights,
-)
+from difax.build import Setup, build_data, build_options, build_setup, build_task, described
+from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
 from difax.config import config_names, configuration, keyword_settings, load_config, override, plain
 from difax.core.annotations import OrInfinite, Seed, brief, check_value
 from difax.core.contracts import Params, Trace
@@ -130,7 +120,8 @@ class Run:
     """A configuration with its weights and its compiled programs, as `difax.load` opens it.
 
     config: the whole configuration. setup: what it is made of (`difax.build.Setup`). weights: of the model
-    (`difax.build.Weights`). full_size: what compiling the full size told, where only a reduced one fits into memory.
+    (`difax.checkpoints.Weights`). full_size: what compiling the full size told, where only a reduced one fits into
+    memory.
 
     A Run is never changed: `replace` makes another one. Programs are compiled when they are first drawn with and kept,
     for this run and for those that `replace` made of it.

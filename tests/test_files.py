@@ -14,18 +14,8 @@ import pytest
 from PIL import Image
 
 from difax.cli import main
-from difax.core.files import (
-    ARRAYS,
-    check_object,
-    named,
-    opened_arrays,
-    read_arrays,
-    read_json,
-    read_rows,
-    read_text,
-    save_arrays,
-    writable,
-)
+from difax.core.arrays import ARRAYS, opened_arrays, read_arrays, save_arrays
+from difax.core.files import check_object, named, read_json, read_rows, read_text, writable
 from difax.media.samples import check_output, read_latents, save_samples
 from difax.study.folder import read_image_file, read_measured, read_sweep
 from difax.study.networks import read_prompts, real_images

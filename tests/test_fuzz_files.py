@@ -30,7 +30,8 @@ from difax.accel.caches import CACHES
 from difax.accel.caches.measured import save_by_stage
 from difax.build import build_setup
 from difax.config import load_config, override
-from difax.core.files import read_json, read_rows, read_text, save_arrays
+from difax.core.arrays import save_arrays
+from difax.core.files import read_json, read_rows, read_text
 from difax.media.samples import read_latents
 from difax.study.folder import read_image_file, read_measured, read_sweep
 from difax.study.frontier import table

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax.build import ALONE, SECTIONS, build_options, build_setup, build_task, find_weights
+from difax.build import ALONE, SECTIONS, build_options, build_setup, build_task
+from difax.checkpoints import find_weights
 from difax.config import load_config, override
 from difax.core.annotations import brief
 from difax.program import model_shapes

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import difax
-from difax.build import build_setup, find_weights, settings_of
+from difax.build import build_setup
+from difax.checkpoints import find_weights, settings_of
 from difax.cli import main
 from difax.config import checkpoint_config, configuration, load_config, override, plain
 from difax.weights.checkpoint import read_metadata, save_safetensors

@@ -29,17 +29,9 @@ from typing import Any
 
 import numpy as np
 
+from difax.core.arrays import check_finite, read_arrays, read_comment, save_arrays
 from difax.core.contracts import Stage
-from difax.core.files import (
-    check_finite,
-    check_object,
-    parse_json,
-    place_of,
-    read_arrays,
-    read_comment,
-    read_json,
-    save_arrays,
-)
+from difax.core.files import check_object, parse_json, place_of, read_json
 
 
 def load(technique: str, file: str) -> Any:

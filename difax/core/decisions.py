@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from difax.core.arrays import save_arrays
 from difax.core.contracts import Row, Trace
-from difax.core.files import save_arrays
 
 LEVELS = ("trunk", "block", "branch")  # on which gates are
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from difax.core.files import check_finite, named, opened_arrays, save_arrays, writable
+from difax.core.arrays import check_finite, opened_arrays, save_arrays
+from difax.core.files import named, writable
 from difax.core.writing import replacing
 from difax.media.images import image_grid, picture, save_png, to_uint8, write_png
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from difax.core.files import check_object, named, opened_arrays, place_of, read_object, read_rows
+from difax.core.arrays import opened_arrays
+from difax.core.files import check_object, named, place_of, read_object, read_rows
 
 IMAGES = 2**30  # bytes of a method's images
 NUMBER = (int, float)

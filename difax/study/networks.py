@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from difax.core.arrays import opened_arrays, unpacked_limit
 from difax.core.extras import needs
-from difax.core.files import named, opened_arrays, read_text, unpacked_limit
+from difax.core.files import named, read_text
 from difax.registry import check_name, factory
 from difax.study.judge import Judge, halves
 from difax.study.metrics import FEATURE_FIGURES, bootstrap

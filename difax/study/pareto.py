@@ -30,11 +30,11 @@ import numpy as np
 
 from difax.build import Setup
 from difax.config import plain
+from difax.core.arrays import save_arrays
 from difax.core.contracts import Params, Trace
 from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import averaged, strip
 from difax.core.device import device_name, peak_memory, processor, versions
-from difax.core.files import save_arrays
 from difax.core.lock import locked
 from difax.core.writing import append_line, replacing
 from difax.media.images import to_uint8

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from difax.core.files import PIECE, listed, named, opened, opened_arrays, place_of, unpacked_limit, why
+from difax.core.arrays import PIECE, opened_arrays, unpacked_limit
+from difax.core.files import listed, named, opened, place_of, why
 
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
 LABELS = (

@@ -1,0 +1,253 @@
+"""Which weights a run takes: files found and recognised, and held against the model of a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from difax.core.contracts import Params
+from difax.models import CHECKPOINTS
+from difax.registry import REGISTRIES, choose, make, shown
+from difax.training.train import last_step, read_run, restore_ema
+from difax.weights.checkpoint import check_shapes, load_native, read_metadata, tensor_shapes
+from difax.weights.convert import converted_model, is_converted, load_converted
+from difax.weights.published import Foreign, Untold, load_foreign
+from difax.weights.random import random_weights
+
+ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
+
+
+def embedded_weights() -> list[str]:
+    """Names of the weights that difax brings along."""
+    return sorted(p.stem for p in ASSETS.glob("*.safetensors"))
+
+
+class Weights:
+    """Weights that are found, and read when they are first asked for.
+
+    model: that they are of; source: where they came from, in words.
+    """
+
+    def __init__(self, model: Any, source: str, read: Callable[[], Params]):
+        self.model, self.source, self._read = model, source, read
+
+    @functools.cached_property
+    def params(self) -> Params:
+        return self._read()
+
+
+RANDOM = "random"
+
+
+def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None, seed: int = 0) -> Weights:
+    """The weights of a model: difax's own files, the folder of a training run, a published checkpoint, or random ones.
+
+    Args:
+      config: its `weights` names an embedded file, or "random", where no path is given.
+      model: as the configuration describes it.
+      path: a .safetensors file (difax, facebookresearch/DiT, SiT or diffusers layout), a run's folder, or what
+        `difax convert` wrote.
+      seed: of random weights.
+
+    Returns:
+      `Weights`; a checkpoint may know what the configuration leaves open (a DiT of the diffusers layout differs in two
+      constants from the original's), so that the model may be another than the one given.
+
+    Raises:
+      ValueError: no weights named, or a file that does not fit (names the setting or the tensor); what only the reading
+        of it shows is raised then.
+    """
+    if path is None:
+        name = config.get("weights")
+        if name == RANDOM:
+            return Weights(model, RANDOM, lambda: random_weights(model, seed))
+        if name is None:
+            raise ValueError(
+                "this configuration has no weights of its own; give --weights FILE.safetensors, --weights RUN_FOLDER, "
+                f"or --random-init (embedded weights: {', '.join(embedded_weights())})"
+            )
+        path = str(ASSETS / f"{choose('weights', name, embedded_weights())}.safetensors")
+        source = f"{name} (embedded)"
+    else:
+        source = str(path)
+    section, spec = config["model"], jax.eval_shape(model.init, jax.random.key(0))
+    found = None
+    if published_kind(path) is None:
+        stored = stored_model(path)
+    else:
+        given = {k: v for k, v in section.items() if k in UNSTORED}
+        found = recognise(path, fallback=settings_of(model), **without_preset(section["name"], given))
+        stored = {"name": found.kind, **found.geometry}
+    if stored is not None:
+        check_stored(path, stored, section["name"], model)
+        model = _completed(model, section, stored)
+    if is_run(path):
+        return Weights(model, f"{path} (step {last_step(path)}, EMA)", lambda: restore_ema(path, model.init)[1])
+    if is_converted(path):
+        return Weights(model, source, lambda: load_converted(path, spec))
+    if found is not None:
+        return Weights(model, source, lambda: load_foreign(path, found))
+    return Weights(model, source, lambda: load_native(path, spec))
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether a folder is that of a training run."""
+    return os.path.isdir(os.path.join(path, "checkpoints"))
+
+
+def published_kind(path: str | os.PathLike) -> str | None:
+    """The name in `CHECKPOINTS` of what a checkpoint of another project holds; None for difax's own.
+
+    Raises:
+      ValueError: no checkpoint, or one of another project that is none of them.
+    """
+    if is_run(path) or is_converted(path) or read_metadata(path) or own_names(tensor_shapes(path)):
+        return None
+    return recognised_kind(path)
+
+
+def own_names(names: Iterable[str]) -> bool:
+    """Whether tensors are named as difax names its parameters, by their paths."""
+    return any("/" in name for name in names)
+
+
+def stored_model(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The section `model` that difax stored with weights of its own, whose names load no code; None where it is lost.
+
+    Args:
+      path: a run's folder, a converted one, or a .safetensors file that difax wrote.
+
+    Raises:
+      ValueError: a damaged file.
+    """
+    if is_run(path):
+        config = read_run(path) if os.path.isfile(os.path.join(path, "config.json")) else {}
+        section = config.get("model") if isinstance(config, Mapping) else None
+    elif is_converted(path):
+        section = converted_model(path)
+    else:
+        config = read_metadata(path).get("config")
+        section = config.get("model") if isinstance(config, Mapping) else None
+    if section is not None and not (isinstance(section, Mapping) and isinstance(section.get("name"), str)):
+        raise ValueError(f"{path}: its section model is {str(section)[:100]!r}; allowed: a table with a name")
+    return None if section is None else dict(section)
+
+
+# what may differ from the checkpoint without a word: the size of what is drawn, and how it is computed
+FREE = ("size", "dtype", "text_tokens")
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """The arguments of a model's factory as they are in effect; {} where the model does not tell."""
+    blocks = [stage.block for stage in getattr(model, "stages", ())]
+    config = getattr(blocks[0], "config", None) if blocks else None
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else {}
+
+
+def check_stored(path: Any, stored: Mapping[str, Any], name: Any, model: Any) -> None:
+    """Raises ValueError, naming the setting, where the tensors of a checkpoint cannot be those of a model.
+
+    Args:
+      stored: the section that the checkpoint knows. name, model: of the configuration.
+    """
+    if shown(stored["name"]) != shown(name) and {shown(stored["name"]), shown(name)} <= REGISTRIES["model"].keys():
+        raise ValueError(f"{path}: holds a {stored['name']}; the configuration's model is {shown(name)}")
+    if stored["name"] not in REGISTRIES["model"]:
+        return  # of code that is not loaded for a name out of a file; its tensors are compared when they are read
+    there = make("model", stored)
+    here_settings, there_settings = settings_of(model), settings_of(there)
+    other = [
+        f"{key} is {there_settings[key]} in the checkpoint, {here_settings[key]} by the configuration"
+        for key in here_settings
+        if key in there_settings and key not in FREE and here_settings[key] != there_settings[key]
+    ]
+    if here_settings and here_settings.keys() == there_settings.keys() and not other:
+        return
+    here_spec, there_spec = (jax.eval_shape(m.init, jax.random.key(0)) for m in (model, there))
+    if jax.tree.map(lambda a: a.shape, here_spec) == jax.tree.map(lambda a: a.shape, there_spec):
+        return
+    if other:
+        raise ValueError(f"{path}: model.{'; model.'.join(other)}")
+    check_shapes(str(path), there_spec, here_spec)
+
+
+def _completed(model: Any, section: Mapping[str, Any], stored: Mapping[str, Any]) -> Any:
+    """The model with what a configuration leaves open as the checkpoint has it; the same object if that is nothing."""
+    if not settings_of(model) or section["name"] != stored["name"] or stored["name"] not in REGISTRIES["model"]:
+        return model
+    stated = {k: v for k, v in section.items() if k not in ("name", "variant")}
+    whole = make("model", {**stored, **stated, "dtype": str(jnp.dtype(model.dtype))})
+    return model if settings_of(whole) == settings_of(model) else whole
+
+
+def load_weights(config: Mapping[str, Any], model: Any, path: str | None = None) -> tuple[Any, Params, str]:
+    """(model, params, where they came from), as `find_weights` finds them."""
+    found = find_weights(config, model, path)
+    return found.model, found.params, found.source
+
+
+# what a published checkpoint may not tell about its model
+UNSTORED = (
+    "size", "heads", "dtype", "variant", "text_tokens", "axes_dim", "base_size", "interpolation_scale", "eps",
+    "norm_eps", "mlp_norm_eps", "activation", "max_positions",
+)  # fmt: skip
+
+
+VARIANTS = ("flux", "pixart")  # whose checkpoints may need one; the others' tell the geometry that it stands for
+
+
+def without_preset(name: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user tells of a published checkpoint, without a variant that stands for what its tensors tell."""
+    return {k: v for k, v in given.items() if k != "variant" or name in VARIANTS}
+
+
+def recognise(
+    path: str,
+    model: str | None = None,
+    layout: str | None = None,
+    fallback: Mapping[str, Any] = {},
+    **geometry: Any,
+) -> Foreign:
+    """The model that a published checkpoint holds.
+
+    Args:
+      path: as `difax.weights.checkpoint.load_safetensors`.
+      model: a name of `CHECKPOINTS`; None tries them all.
+      layout, geometry: what the file does not tell, as arguments of the model's factory.
+      fallback: arguments to take where neither the file nor `geometry` tells them.
+
+    Returns:
+      What is known of it; `geometry` has every argument of the factory.
+
+    Raises:
+      ValueError: an unknown model, or a file of none of them.
+    """
+    kind = recognised_kind(path) if model is None else choose("model", model, CHECKPOINTS)
+    while True:
+        try:
+            found = CHECKPOINTS[kind].find(path, layout=layout, **geometry)
+            break
+        except Untold as untold:
+            if untold.name not in fallback or untold.name in geometry:
+                raise
+            geometry[untold.name] = fallback[untold.name]
+    defaults = {k: p.default for k, p in inspect.signature(REGISTRIES["model"][kind]).parameters.items()}
+    return found._replace(kind=kind, geometry={**defaults, **found.geometry})
+
+
+def recognised_kind(path: str | os.PathLike) -> str:
+    """The name in `CHECKPOINTS` of what a published checkpoint holds; ValueError for one of none of them."""
+    names = sorted(tensor_shapes(path))
+    kind = max(CHECKPOINTS, key=lambda name: CHECKPOINTS[name].known(names))
+    if not CHECKPOINTS[kind].known(names):
+        first = ", ".join(names[:3]) or "none"
+        raise ValueError(f"{path}: no checkpoint of {', '.join(CHECKPOINTS)}; its first tensors: {first}")
+    return kind
