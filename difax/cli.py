@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import difax
 from difax import commands
-from difax.core.shell import INTERRUPTED, StreamError, streams
+from difax.core.shell import INTERRUPTED, DifaxWarning, StreamError, streams
 from difax.core.writing import EXHAUSTED, NoRoom
 
 FAILED, ASKED = 1, 2  # exit codes: of a run that failed, and of a mistake in what was asked
@@ -143,11 +143,12 @@ def _warnings_as_lines() -> Iterator[None]:
         others = warnings.showwarning
 
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-            if category.__module__.partition(".")[0] != "difax":
+            if not issubclass(category, DifaxWarning):
                 return others(message, category, *where, **more)
             print(f"difax: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
         warnings.showwarning = show
+        warnings.simplefilter("always", DifaxWarning)
         yield
 
 

@@ -258,6 +258,11 @@ def _fitting(path: str) -> str:
     return f" (its tensors fit {', '.join(fit)})" if fit else " (its tensors fit none of those that difax brings along)"
 
 
+def _order(setting: tuple[str, Any]) -> int:
+    """Names of sections first, then what presets other keys."""
+    return 0 if setting[0].endswith(".name") else 1 if setting[0] == "model.variant" else 2
+
+
 def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Applies dotted settings ("solver.eta", 0.5) to a copy of a configuration, names of sections first.
 
@@ -266,7 +271,7 @@ def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dic
     """
     check_config(config)
     config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in config.items()}
-    for path, value in sorted(settings, key=lambda s: not s[0].endswith(".name")):
+    for path, value in sorted(settings, key=_order):
         section, _, key = path.partition(".")
         choose("config section", section, SECTIONS)
         if not key:

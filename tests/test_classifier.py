@@ -111,7 +111,7 @@ def test_cross_entropy_refuses(message):
         cross_entropy(TINY, **LOSSES_REFUSED[message])
 
 
-MODELS_REFUSED = {"size=30": {"size": 30}, "depth=0": {"depth": 0}, "dtype='float16'": {"dtype": "float16"}}
+MODELS_REFUSED = {"size=30": {"size": 30}, "depth=0": {"depth": 0}, "dtype=float16": {"dtype": "float16"}}
 
 
 @pytest.mark.parametrize("message", MODELS_REFUSED)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import difax
-import difax.build
+import difax.checkpoints
 from difax import commands
 from difax.build import build_setup
 from difax.cli import main
@@ -427,7 +427,7 @@ def test_another_name_drops_the_old_hyperparameters():
 def test_embeddings_are_asked_for_before_weights_are_read(here, capsys, monkeypatch):
     model = build_setup(load_config("flux_tiny")).model
     save_safetensors("w.safetensors", jax.jit(model.init)(jax.random.key(0)), {"made": "here"})
-    monkeypatch.setattr(difax.build, "load_native", lambda *a: pytest.fail("read"))
+    monkeypatch.setattr(difax.checkpoints, "load_native", lambda *a: pytest.fail("read"))
     code, out, err = run(capsys, "sample", "--config", "flux_tiny", "--weights", "w.safetensors")
     assert code == 2 and "takes embeddings; give --cond FILE.safetensors" in err and "pooled [n, 16]" in err
 

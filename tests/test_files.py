@@ -304,7 +304,7 @@ def test_a_full_disk_leaves_nothing(name, tmp_path, capfd):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises((ValueError, OSError), match="cannot be written"):
+        with pytest.raises((ValueError, OSError), match="cannot write"):
             save_samples(tmp_path / name, samples, 2, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -350,7 +350,7 @@ def test_a_sweep_of_another_shape(tmp_path):
 
 def test_a_run_of_another_shape(tmp_path):
     for content, message in {
-        "[]": "a list; allowed: an object with model, train",
+        "[]": "a list; allowed: an object with train",
         '{"model": {"name": "dit"}}': "no 'train'",
         '{"model": {"name": "dit"}, "train": {}}': "train: no 'steps'",
         '{"model": {"name": "dit"}, "train": {"steps": "3"}}': "'steps' is '3'; allowed: a whole number",

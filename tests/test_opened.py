@@ -159,9 +159,9 @@ def test_a_run_without_its_configuration(tmp_path):
 
 
 DAMAGED = {
-    "no table": ("[1]", "no section model"),
-    "no model": ("{}", "no section model"),
-    "model is text": ('{"model": "dit"}', "section model"),
+    "no table": ("[1]", "a list; allowed: an object"),
+    "no model": ("{}", "no 'train'"),
+    "model is text": ('{"model": "dit"}', "'model' is 'dit'"),
     "model without a name": (json.dumps({**plain(SMALL), "model": {}}), "name"),
     "unknown model": (json.dumps({**plain(SMALL), "model": {"name": "dot"}}), "unknown model 'dot'"),
     "text": ("hello", "config.json|Expecting"),
@@ -211,7 +211,7 @@ def get_config():
 """
 
 
-def test_export_takes_the_configuration_that_registers_the_model(tmp_path, capsys, monkeypatch):
+def test_export_takes_the_configuration_that_registers_the_model(tmp_path, capsys):
     from difax.models import MODELS
 
     name = f"mine_{tmp_path.name}"
@@ -222,7 +222,7 @@ def test_export_takes_the_configuration_that_registers_the_model(tmp_path, capsy
     assert main(command) == 2
     assert f"unknown model '{name}'" in capsys.readouterr().err
     assert main([*command, "--config", str(tmp_path / "my.py")]) == 0
-    monkeypatch.delitem(MODELS, name)
+    del MODELS[name]
     stored = read_metadata(tmp_path / "e.safetensors")
     assert stored["step"] == 3 and stored["config"]["model"]["name"] == name
     jax.tree.map(

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 import difax
-import difax.build
+import difax.checkpoints
 import difax.run
 from difax import commands
 from difax.cli import _join_overrides, _parser, main
@@ -225,7 +225,7 @@ def test_methods_are_chosen_by_name_family_and_settings():
         (["--search", "--speedup", "nan"], "--speedup=nan; allowed: above 0"),
         (["--search", "--floor", "inf"], "--floor=inf; allowed: a finite number"),
         (["--budget", "nan"], "--budget=nan; allowed: above 0"),
-        (["--out", ""], "--out '': no name"),
+        (["--out", ""], "--out is empty"),
         (["--out", "x" * 300], "more than 255 letters"),
         (["--out", __file__], "is no folder"),
         (["--budget", "-1"], "--budget=-1.0; allowed: above 0"),
@@ -425,7 +425,7 @@ def test_another_sweep_is_refused_before_weights_or_a_judge_are_read(flags, matc
         out.mkdir()
         there = described(run, run.conditions(), Options(4, 4, 1))
         (out / "sweep.json").write_text(json.dumps({**there, "judged": True}))
-    monkeypatch.setattr(difax.build, "load_native", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr(difax.checkpoints, "load_native", lambda *a, **k: pytest.fail("weights were read"))
     monkeypatch.setattr("difax.study.judge.make_judge", lambda *a, **k: pytest.fail("a judge was made"))
     flags = flags if "--batch" in flags else [*flags, "--batch", "4"]
     flags = flags if "--steps" in flags else [*flags, "--steps", "2"]

@@ -118,10 +118,10 @@ def test_weights_and_conditions_of_a_model_of_embeddings(tmp_path, capsys):
     "arguments,match",
     [
         (["--turns", "0"], "--turns=0; allowed: 1 or more"),
-        (["--figure", "p.jpg"], "must end in .png"),
+        (["--figure", "p.jpg"], "allowed: a name that ends in .png"),
         (["--config.conditioning=ahead", "--config", "flux_tiny", "--random-init"], "allowed: each"),
         (["--layout", "unstacked", "--config", "flux_tiny", "--random-init"], "allowed: stacked"),
-        (["--perfetto", ""], "--perfetto '': no name"),
+        (["--perfetto", ""], "--perfetto is empty"),
         (["--perfetto", str(pathlib.Path(__file__) / "trace")], "is no folder"),
     ],
 )

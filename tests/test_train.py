@@ -354,7 +354,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it(name, copy):
 
 
 def test_a_checkpoint_that_is_not_finite_is_refused(copy, monkeypatch):
-    import difax.training.train as module
+    import difax.training.checkpoints as module
 
     monkeypatch.setattr(module, "not_finite", lambda tree: ["ema/w"])
     with pytest.raises(ValueError, match="checkpoints.3: ema/w is not finite; remove that folder"):
@@ -402,7 +402,7 @@ def test_one_process_at_a_time(copy):
 
 def test_a_folder_that_cannot_be_a_run(copy, tmp_path):
     (copy / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="config.json: not the configuration of a run"):
+    with pytest.raises(ValueError, match="config.json: a list; allowed: an object with train"):
         plain_train(copy, True)
     with pytest.raises(ValueError, match="workdir is empty"):
         plain_train("")

@@ -31,7 +31,8 @@ import numpy as np
 
 from difax.core.arrays import check_finite, read_arrays, read_comment, save_arrays
 from difax.core.contracts import Stage
-from difax.core.files import check_object, parse_json, place_of, read_json
+from difax.core.files import check_object, named, parse_json, place_of, read_json
+from difax.core.shell import DifaxWarning
 
 
 def load(technique: str, file: str) -> Any:
@@ -45,7 +46,7 @@ def load(technique: str, file: str) -> Any:
     try:
         return read_json(file, "a JSON file of difax calibrate")
     except ValueError as error:
-        raise ValueError(f"{technique}: file={file!r} is not JSON: {error}") from None
+        raise ValueError(f"{technique}: file={file!r}: {str(error).removeprefix(f'{named(file)}: ')}") from None
 
 
 def read(technique: str, file: str, tables: tuple[str, ...]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def read(technique: str, file: str, tables: tuple[str, ...]) -> dict[str, Any]:
     content = load(technique, file)
     found = content.get("technique") if isinstance(content, dict) else None
     if found != technique:
-        raise ValueError(f"{technique}: file={file!r} was measured for {_short(found)}; allowed: {technique}")
+        raise ValueError(f"{technique}: file={file!r} was measured for {str(found)[:80]}; allowed: {technique}")
     for key in tables:
         if key not in content:
             raise ValueError(f"{technique}: file={file!r} has no {key!r}; it has {_short(sorted(content))}")
@@ -108,7 +109,7 @@ def _short(value: Any) -> str:
     return text if len(text) < 80 else f"{text[:77]}..."
 
 
-class MeasuredElsewhere(UserWarning):
+class MeasuredElsewhere(DifaxWarning):
     """A cache plans from what was measured in another run."""
 
 

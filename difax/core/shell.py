@@ -102,6 +102,10 @@ def _end(word: str) -> None:
     os._exit(INTERRUPTED)
 
 
+class DifaxWarning(UserWarning):
+    """What difax warns of; the command line shows it as one line."""
+
+
 class StreamError(OSError):
     """Standard output that cannot be written."""
 

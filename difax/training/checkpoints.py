@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from difax.core.files import read_object
+from difax.core.files import named, read_object
 from difax.weights.orbax_errors import readable
 
 
@@ -21,12 +22,16 @@ def open_checkpoints(workdir: str | os.PathLike, **options: Any) -> ocp.Checkpoi
       workdir: the run's folder. options: of `orbax.checkpoint.CheckpointManager`.
 
     Raises:
-      ValueError: what is there says nothing of its steps (names the file).
+      ValueError: what is there says nothing of its steps (names the file, and the step before it).
     """
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    for file in sorted(folder.glob("*/_CHECKPOINT_METADATA")):
-        read_object(file, "what a checkpoint says of itself")
-    return readable(lambda: ocp.CheckpointManager(folder, **options), folder, "")
+    steps = sorted(int(p.parent.name) for p in folder.glob("*/_CHECKPOINT_METADATA") if p.parent.name.isdigit())
+    for step in steps:
+        try:
+            read_object(folder / str(step) / "_CHECKPOINT_METADATA", "what a checkpoint says of itself")
+        except ValueError as error:
+            raise ValueError(f"{folder / str(step)}: {error}{_instead(step, steps)}") from None
+    return readable(lambda: ocp.CheckpointManager(folder, **options), folder)
 
 
 def restored(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager, step: int, like: Any = None) -> Any:
@@ -36,21 +41,28 @@ def restored(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager, ste
       workdir: the run's folder. like: shapes, types and shardings of the state; None restores what is there.
 
     Raises:
-      ValueError: a checkpoint that is damaged, of no training run, or not finite (names its folder, and the step that
-        there is beside it).
+      ValueError: a checkpoint that is damaged or not finite (names its folder, and the step before it).
     """
+    folder, how = pathlib.Path(workdir) / "checkpoints" / str(step), _instead(step, checkpoints.all_steps())
+    state = readable(lambda: checkpoints.restore(step, args=ocp.args.StandardRestore(like)), folder, how)
+    bad = not_finite(state)
+    if bad:
+        raise ValueError(f"{named(folder)}: {bad[0]} is not finite{how}")
+    return state
 
-    def read() -> Any:
-        state: Any = checkpoints.restore(step, args=ocp.args.StandardRestore(like))
-        fields = state if isinstance(state, dict) else state._asdict()
-        for name in ("step", "params", "ema", "optimizer"):
-            if name not in fields:
-                raise ValueError(f"it has no {name}")
-        for where, leaf in jax.tree_util.tree_leaves_with_path({k: fields[k] for k in ("params", "ema")}):
-            if not np.all(np.isfinite(np.asarray(leaf, np.float32))):
-                raise ValueError(f"{jax.tree_util.keystr(where, simple=True, separator='/')} is not finite")
-        return state
 
-    before = max((s for s in checkpoints.all_steps() if s < step), default=None)
-    go_on = "" if before is None else f"; without this folder the run goes on from step {before}"
-    return readable(read, pathlib.Path(workdir) / "checkpoints" / str(step), go_on)
+def _instead(step: int, steps: Iterable[int]) -> str:
+    """What to do without a checkpoint, as the end of a message."""
+    before = max((s for s in steps if s < step), default=None)
+    return "; there is no earlier one" if before is None else f"; remove that folder to go on from step {before}"
+
+
+@jax.jit
+def _finite(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), tree)
+
+
+def not_finite(tree: Any) -> list[str]:
+    """Paths of the arrays of a tree that hold an infinity or a nan."""
+    found = jax.tree_util.tree_leaves_with_path(jax.device_get(_finite(tree)))
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, finite in found if not finite]

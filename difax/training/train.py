@@ -28,7 +28,7 @@ from difax.core.files import check_object, named, place_of, read_object
 from difax.core.lock import LOCK, locked
 from difax.core.shell import undone
 from difax.core.writing import append_line, remove, replacing, unwritable, writing
-from difax.training.checkpoints import open_checkpoints, restored
+from difax.training.checkpoints import not_finite, open_checkpoints, restored
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
 from difax.weights.checkpoint import check_shapes
@@ -291,17 +291,6 @@ def _kept(folder: pathlib.Path) -> str:
     return f"checkpoints up to the last good one are kept in {folder / 'checkpoints'}"
 
 
-@jax.jit
-def _finite(tree: Any) -> Any:
-    return jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), tree)
-
-
-def not_finite(tree: Any) -> list[str]:
-    """Paths of the arrays of a tree that hold an infinity or a nan."""
-    found = jax.tree_util.tree_leaves_with_path(jax.device_get(_finite(tree)))
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, finite in found if not finite]
-
-
 def _remove_unfinished(folder: pathlib.Path) -> None:
     """Removes checkpoints that were being written: orbax renames those that are whole."""
     with contextlib.suppress(OSError):
@@ -316,9 +305,10 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
     if place_of(path) is None:
         raise ValueError(f"{named(workdir)}: no training run there (no config.json)")
     maybe = (dict, type(None))
-    config = read_object(path, "the configuration of a run", finite=False, model=dict, train=dict, data=maybe)
+    config = read_object(path, "the configuration of a run", finite=False, model=maybe, train=dict, data=maybe)
     check_object(config["train"], f"{named(path)}: train", steps=int)
-    check_object(config["model"], f"{named(path)}: model", name=str)
+    if config.get("model") is not None:
+        check_object(config["model"], f"{named(path)}: model", name=str)
     return config
 
 
@@ -344,7 +334,9 @@ def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) ->
     with _checkpoints(workdir) as checkpoints:
         latest = _latest(workdir, checkpoints)
         stored = restored(workdir, checkpoints, latest)
-    ema = stored["ema"] if isinstance(stored, dict) else stored.ema
+    ema = stored.get("ema") if isinstance(stored, dict) else getattr(stored, "ema", None)
+    if not isinstance(ema, dict):
+        raise ValueError(f"{named(pathlib.Path(workdir) / 'checkpoints' / str(latest))}: no averaged weights in it")
     check_shapes(str(workdir), ema, jax.eval_shape(init, jax.random.key(0)))
     return latest, ema
 

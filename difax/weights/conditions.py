@@ -6,6 +6,7 @@ file with a tensor for every leaf of `Model.cond`, each leading with [n].
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from difax.core.arrays import unpacked_limit
 from difax.core.contracts import Model
+from difax.core.files import opened
 from difax.weights.checkpoint import load_native, tensor_shapes, tensor_types
 
 
@@ -43,6 +46,16 @@ def load_conditions(model: Model, path: str) -> Any:
       path: a .safetensors file with one tensor [n, ...] for every leaf of `model.cond`. Masks hold 0 and 1 in any type.
 
     Raises:
+      ValueError: as `difax.weights.checkpoint.load_safetensors` and `check_conditions`; tensors of unequal n, or too
+        many of them; a model that takes labels.
+    """
+    if labelled(model):
+        raise ValueError(f"--cond {path}: {model.name} takes labels")
+    shapes = tensor_shapes(path)
+    lengths = {shapes[name][0] for name in flatten_dict(model.cond, sep="/") if shapes.get(name)}
+    n = lengths.pop() if lengths else 1
+    if lengths:
+        raise ValueError(f"{path}: the tensors lead with {sorted({n, *lengths})}; allowed: one number of conditions")
     if not n:
         raise ValueError(f"{path}: the tensors lead with 0; allowed: one condition or more")
     types = tensor_types(path)
@@ -58,22 +71,6 @@ def load_conditions(model: Model, path: str) -> Any:
             raise ValueError(f"{path}: {n:,} conditions of {size:,} bytes; allowed: {unpacked_limit(file):,} bytes")
     found = load_native(path, unflatten_dict(spec, sep="/"), finite=False)  # what a mask hides may be anything
     return check_conditions(model, jax.tree.map(np.asarray, found), path)
-    """
-    if labelled(model):
-        raise ValueError(f"--cond {path}: {model.name} takes labels")
-    shapes = tensor_shapes(path)
-    lengths = {shapes[name][0] for name in flatten_dict(model.cond, sep="/") if shapes.get(name)}
-    n = lengths.pop() if lengths else 1
-    if lengths:
-        raise ValueError(f"{path}: the tensors lead with {sorted({n, *lengths})}; allowed: one number of conditions")
-    types = tensor_types(path)
-
-    def stored(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-        kind = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else types.get(name) or leaf.dtype
-        return jax.ShapeDtypeStruct((n, *leaf.shape), kind)
-
-    spec = {name: stored(name, leaf) for name, leaf in flatten_dict(model.cond, sep="/").items()}
-    return check_conditions(model, jax.tree.map(np.asarray, load_native(path, unflatten_dict(spec, sep="/"))), path)
 
 
 def check_conditions(model: Model, cond: Any, where: str = "cond") -> Any:
@@ -128,4 +125,8 @@ def _check_finite(what: str, array: np.ndarray, mask: np.ndarray | None) -> None
     if mask is not None:
         bad &= (mask != 0).reshape(mask.shape + (1,) * (bad.ndim - mask.ndim))
     if bad.any():
-        raise ValueError(f"{what} holds {int(bad.sum())} numbers that are not finite; allowed: finite numbers")
+        at = [int(i) for i in np.argwhere(bad)[0]]
+        raise ValueError(
+            f"{what} holds {int(bad.sum())} numbers that are not finite, the first, {array[tuple(at)]}, at {at}; "
+            "allowed: finite numbers"
+        )
