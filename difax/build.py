@@ -14,6 +14,7 @@ import numpy as np
 
 from difax.accel.attention import attention, first_of
 from difax.accel.caches import measured
+from difax.checkpoints import find_weights
 from difax.core import grids
 from difax.core.annotations import annotations_of, brief, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
@@ -330,3 +331,9 @@ def build_options(config: Mapping[str, Any]) -> TrainOptions:
     if "steps" not in section:
         raise ValueError("train.steps is missing; training needs it")
     return TrainOptions(**section)
+
+
+def load_weights(config: Mapping[str, Any], model: Any, path: str | None = None) -> tuple[Any, Params, str]:
+    """(model, params, where they came from), as `find_weights` finds them."""
+    found = find_weights(config, model, path)
+    return found.model, found.params, found.source

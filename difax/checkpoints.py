@@ -188,12 +188,6 @@ def _completed(model: Any, section: Mapping[str, Any], stored: Mapping[str, Any]
     return model if settings_of(whole) == settings_of(model) else whole
 
 
-def load_weights(config: Mapping[str, Any], model: Any, path: str | None = None) -> tuple[Any, Params, str]:
-    """(model, params, where they came from), as `find_weights` finds them."""
-    found = find_weights(config, model, path)
-    return found.model, found.params, found.source
-
-
 # what a published checkpoint may not tell about its model
 UNSTORED = (
     "size", "heads", "dtype", "variant", "text_tokens", "axes_dim", "base_size", "interpolation_scale", "eps",

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax.build import build_options, build_task
-from difax.checkpoints import ASSETS, load_weights
+from difax.build import build_options, build_task, load_weights
+from difax.checkpoints import ASSETS
 from difax.config import load_config
 from difax.models.cnn import cnn, unfold
 from difax.registry import make

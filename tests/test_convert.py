@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from difax.build import build_setup
-from difax.checkpoints import find_weights, load_weights, recognise, settings_of
+from difax.build import build_setup, load_weights
+from difax.checkpoints import find_weights, recognise, settings_of
 from difax.cli import main
 from difax.config import configuration, load_config
 from difax.core import writing

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from difax.accel.caches.masks import steps_mask
-from difax.build import build_setup
-from difax.checkpoints import load_weights
+from difax.build import build_setup, load_weights
 from difax.config import load_config, override
 from difax.core.cost import model_cost
 from difax.core.files import read_rows

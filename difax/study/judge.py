@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from difax.build import build_data
-from difax.checkpoints import embedded_weights, load_weights
+from difax.build import build_data, load_weights
+from difax.checkpoints import embedded_weights
 from difax.config import checkpoint_config, load_config
 from difax.core.contracts import Classifier, Model, Params
 from difax.registry import choose, is_outside, load_outside, make
