@@ -72,13 +72,13 @@ def _check_program(setup: Setup, compiled: Any, inputs: Any) -> None:
 
 
 class Drawn(NamedTuple):
-    """samples and the latents that they began from [n, ...] float32; trace: the mean over the chunks; cost: a table
-    (`draw`)."""
+    """samples and the latents that they began from [n, ...] float32; trace: the mean over the chunks; table: of what
+    it cost (`draw`)."""
 
     samples: np.ndarray
     latents: np.ndarray
     trace: Trace
-    cost: dict[str, Any]
+    table: dict[str, Any]
 
 
 def draw(
@@ -99,7 +99,7 @@ def draw(
 
     Args:
       setup, params: what to sample with; params as `Setup.prepare` returns them.
-      cond: labels [n] int, or a tree of arrays that lead with [n]. seed: of the run.
+      cond: labels [n] int (a list too), or a tree of arrays that lead with [n]. seed: of the run.
       latents: [n, ...] to begin from, at t = 1; None is noise of the seed.
       progress: a bar on stderr, at the price of a callback per step.
       program: (setup, params, inputs, on_step=...) -> `Program`, for those that keep their programs.
@@ -112,6 +112,8 @@ def draw(
     """
     from tqdm import tqdm
 
+    if isinstance(cond, (list, tuple)):
+        cond = np.asarray(cond, np.int32)
     n = len(jax.tree.leaves(cond)[0])
     check_samples(setup, n)
     chunks = -(-n // CHUNK)

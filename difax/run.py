@@ -49,7 +49,7 @@ class Result:
         self.images: np.ndarray = drawn.samples
         self.latents: np.ndarray = drawn.latents
         self.trace: Trace = drawn.trace
-        self.cost: dict[str, Any] = drawn.cost
+        self.cost: dict[str, Any] = drawn.table
 
     def __iter__(self) -> Any:
         """images, trace, cost."""

@@ -102,7 +102,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         **sampler,
         "seed": options.seed,
         **measures,
-        "cost": drawn.cost,
+        "cost": drawn.table,
         "provenance": provenance(),
     }
 

@@ -111,7 +111,7 @@ def images(n: int) -> dict[str, Any]:
         found[name] = {
             "psnr": None if name == "none" else float(psnr(samples, reference)),
             "relative_error": float(np.linalg.norm(samples - reference) / np.linalg.norm(reference)),
-            "weights_mib": drawn.cost["weights_mib"],
+            "weights_mib": drawn.table["weights_mib"],
         }
         print(f"{name:14} images {found[name]}", flush=True)
     return found
