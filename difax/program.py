@@ -39,11 +39,16 @@ class Program:
         inputs: tuple[Any, Any, Any],
         compiled: dict[str, Any] | None = None,
         on_step: Callable[[Any], None] | None = None,
+        known: Any = None,
     ):
         """params: as `Setup.prepare` returns them. inputs: x, keys, cond, or their shapes. compiled: by text, of
-        those that may be shared, to which this one is added. on_step: as `make_sampler` takes it."""
+        those that may be shared, to which this one is added. on_step: as `make_sampler` takes it. known: what this
+        very setup was compiled to before."""
         self.setup, self.params = setup, params
         self.rows, self.scale = jax.tree.map(jnp.asarray, setup.rows), jnp.float32(setup.scale)
+        if known is not None:
+            self.compiled, self.shared, self.compile_seconds = known, True, 0.0
+            return
         compiled = {} if compiled is None else compiled
         start = time.perf_counter()
         lowered = setup.sampler(on_step=on_step).lower(params, *inputs, self.rows, self.scale)
@@ -59,6 +64,27 @@ class Program:
 
     def __call__(self, x: jax.Array, keys: jax.Array, cond: Any) -> tuple[jax.Array, Trace]:
         return self.compiled(self.params, x, keys, cond, self.rows, self.scale)
+
+
+_KEPT = 8  # programs of setups that were drawn with last
+_texts: dict[str, Any] = {}
+_drawn: list[tuple[Setup, Any, Any]] = []
+
+
+def kept_program(setup: Setup, params: Params, inputs: Any, on_step: Callable[[Any], None] | None = None) -> Program:
+    """A `Program`, of which this process keeps the last few without their weights, as a jitted function does."""
+    if on_step is not None:  # it calls back to this draw's bar
+        return Program(setup, params, inputs, on_step=on_step)
+    shapes = jax.tree.map(lambda a: (jnp.shape(a), str(jnp.result_type(a))), (params, inputs))
+    for before, of, compiled in _drawn:
+        if before is setup and of == shapes:
+            return Program(setup, params, inputs, known=compiled)
+    program = Program(setup, params, inputs, _texts)
+    _drawn.insert(0, (setup, shapes, program.compiled))
+    del _drawn[_KEPT:]
+    for text in list(_texts)[:-_KEPT]:
+        del _texts[text]
+    return program
 
 
 def _check_program(setup: Setup, compiled: Any, inputs: Any) -> None:
@@ -89,7 +115,7 @@ def draw(
     *,
     latents: np.ndarray | None = None,
     progress: bool = False,
-    program: Callable[..., Program] = Program,
+    program: Callable[..., Program] = kept_program,
 ) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 

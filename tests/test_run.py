@@ -290,3 +290,17 @@ def test_log_is_lines_of_json(tmp_path, capsys):
         lines[0]["evaluations"] == 1 and lines[0]["command"].startswith("difax sample") and lines[0]["time"][-1] == "Z"
     )
     assert main([*command[:-3], "--log", str(tmp_path / "nowhere" / "x.jsonl")]) == 2
+
+
+def test_a_setup_drawn_again_compiles_nothing(small_weights):
+    """Also without a `Run`: other seeds and scales share what `draw` has compiled."""
+    from difax.program import draw, kept_program
+
+    run = difax.load(small_weights, steps=2)
+    first = draw(run.setup, run.prepared, [0, 1])
+    other = run.replace(scale=3.0).setup
+    assert first.table["compile_seconds"] > 0
+    assert draw(run.setup, run.prepared, [2, 3], seed=1).table["compile_seconds"] == 0
+    assert draw(other, run.prepared, [2, 3]).samples.shape == first.samples.shape
+    program = kept_program(other, run.prepared, other.inputs(0, 2, np.arange(2)))
+    assert program.shared and program.compile_seconds == 0
