@@ -367,8 +367,8 @@ def calibrate(options: argparse.Namespace) -> int:
     options.cache = None
     config = _config(options, "fmnist_dit")
     settings = {k: v for k, v in config.get("cache", {}).items() if k != "name"}
-    check_settings(technique, {"samples": options.samples, "batch": options.batch, **settings})
     flags = {k: getattr(options, k) for k in ("budget", "rounds", "rank") if getattr(options, k) is not None}
+    check_settings(technique, {"samples": options.samples, "batch": options.batch, **settings, **flags})
     _seeds(options)
     run = _run(options, {k: v for k, v in config.items() if k != "cache"})
     _fits(options, "samples" if technique == "scheduled" else "batch", run.setup.model, 1)
@@ -380,8 +380,7 @@ def calibrate(options: argparse.Namespace) -> int:
         batch=options.batch,
         seed=options.seed,
         tell=_tell(options, log),
-        **settings,
-        **flags,
+        **{**settings, **flags},
     )
     if technique == "scheduled":
         kept = "".join("F" if c else "." for c in content["schedule"])

@@ -7,7 +7,6 @@ come out of a file of data (a checkpoint, the folder of a run, a sweep or a cali
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -21,7 +20,8 @@ from difax.accel.attention import ATTENTIONS
 from difax.accel.caches import CACHES
 from difax.accel.quant import QUANTS
 from difax.accel.solvers import SOLVERS
-from difax.core.annotations import brief, check_arguments
+from difax.core.annotations import brief, check_arguments, check_keys
+from difax.core.annotations import choose as choose
 from difax.core.contracts import Accelerator, Attention, Classifier, Guide, Model, Solver
 from difax.core.files import FromData
 from difax.core.grids import GRIDS
@@ -59,16 +59,6 @@ RESULTS: dict[str, tuple[type, ...]] = {
     "quant": (list, tuple),
     "data": (Images,),
 }
-
-
-def choose(kind: str, value: str, allowed: Any) -> str:
-    """Returns `value` if it is allowed, else raises ValueError with the list and the nearest match."""
-    names = list(allowed)
-    if isinstance(value, str) and value in names:
-        return value
-    near = difflib.get_close_matches(value[:100], names, 1, 0.5) if isinstance(value, str) else []
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"unknown {kind} {brief(value)}{hint}; allowed: {', '.join(names) or 'none'}")
 
 
 def is_outside(name: Any) -> bool:
@@ -215,9 +205,7 @@ def resolved(
         parameters = inspect.signature(function).parameters
     except ValueError:  # a type of C that has none
         raise ValueError(f"{kind} {name} has no signature; allowed: a function that makes one") from None
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in () if takes_any else keys:
-        choose(f"key of {kind} {name}", key, [p for p in list(parameters)[before:] if p not in more])
+    check_keys(f"{kind} {name}", function, keys, [*list(parameters)[:before], *more])
     return function, name, check_arguments(f"{kind} {name}", function, keys)
 
 

@@ -46,6 +46,7 @@ _ROWS = {
     "peak_memory_mib": "peak memory (MiB)",
     "device": "device",
     "jax": "jax",
+    "pictures": "pictures show",
     "out": "written to",
 }
 

@@ -16,12 +16,13 @@ import numpy as np
 from difax.build import Setup, build_data, build_options, build_setup, build_task, described
 from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
 from difax.config import config_names, configuration, keyword_settings, load_config, override, plain
-from difax.core.annotations import OrInfinite, Seed, brief, check_value
+from difax.core.annotations import OrInfinite, Seed, brief, check_arguments, check_value
 from difax.core.contracts import Params, Trace
 from difax.core.decisions import save_trace
 from difax.core.device import check_memory, memory_available
+from difax.core.files import writable
 from difax.core.qtensor import size_in_bytes
-from difax.media.images import picture
+from difax.media.images import picture, pictured
 from difax.media.samples import check_latents, check_output, save_samples
 from difax.program import Drawn, Program, ahead_of_time, check_samples, draw, model_shapes, previewer, weight_bytes
 from difax.registry import choose
@@ -58,6 +59,7 @@ class Result:
     @property
     def table(self) -> dict[str, Any]:
         """What was run, and its cost."""
+        part = pictured(self.images.shape[-1])
         names = {"cache": "none", "attend": "xla", "quant": "none", **self.run.setup.described}
         return {
             "model": self.run.setup.model.name,
@@ -65,6 +67,7 @@ class Result:
             **{key: names[key] for key in ("solver", "guide", "cache", "attend", "quant")},
             "dtype": str(np.dtype(self.run.setup.model.dtype)),
             **self.cost,
+            **({} if part is None else {"pictures": f"{part}, -1 (black) to 1"}),
             **self.run.full_size,
         }
 
@@ -81,7 +84,7 @@ class Result:
         Raises:
           ValueError: another suffix, or a place that cannot be written.
         """
-        target = check_output(os.fspath(path))
+        target = check_output(os.fspath(check_value("path", path, str | os.PathLike)))
         leaves = jax.tree_util.tree_flatten_with_path(self.cond)[0]
         name = lambda p: f"cond/{jax.tree_util.keystr(p, simple=True, separator='/')}" if p else "labels"  # noqa: E731
         arrays = {
@@ -95,7 +98,8 @@ class Result:
 
     def save_trace(self, path: str | os.PathLike) -> None:
         """Writes what was computed as .npz (`difax.core.decisions.save_trace`)."""
-        save_trace(pathlib.Path(path), self.run.setup.rows, self.trace)
+        path = check_value("path", path, str | os.PathLike)
+        save_trace(writable(path, (".npz",), "trace"), self.run.setup.rows, self.trace)
 
     def picture(self) -> np.ndarray:
         """One grid of the samples, uint8 [H, W] or [H, W, 3]."""
@@ -193,8 +197,8 @@ class Run:
             if cond is None:
                 return np.arange(min(model.classes, 10), dtype=np.int32)
             if isinstance(cond, Mapping) or isinstance(cond, str) and cond.endswith(".safetensors"):
-                raise ValueError(f"cond {cond if isinstance(cond, str) else ''}: {model.name} takes labels")
-            words = cond.split(",") if isinstance(cond, str) else np.ravel(np.asarray(cond)).tolist()
+                raise ValueError(f"cond {cond if isinstance(cond, str) else brief(cond)}: {model.name} takes labels")
+            words = cond.split(",") if isinstance(cond, str) else np.ravel(np.asarray(cond, object)).tolist()
             return np.asarray(parse_labels(words, model.classes, self.class_names), np.int32)
         if isinstance(cond, (str, os.PathLike)):
             return load_conditions(model, os.fspath(cond))
@@ -246,9 +250,7 @@ class Run:
 
     def _repeated(self, row: Any, repeat: int) -> Any:
         """Conditions [n] gone through so often, [repeat n]; refused before they are laid out if they do not fit."""
-        check_value("repeat", repeat, int)
-        if repeat < 1:
-            raise ValueError(f"repeat={repeat}; allowed: 1 or more")
+        _counted(repeat=repeat)
         check_samples(self.setup, len(jax.tree.leaves(row)[0]) * repeat)
         return jax.tree.map(lambda a: np.concatenate([np.asarray(a)] * repeat), row)
 
@@ -303,6 +305,12 @@ class Run:
         Returns:
           What the file holds.
         """
+        check_seed(seed)
+        _counted(samples=samples, batch=batch)
+        if out is not None:
+            out = writable(check_value("out", out, str | os.PathLike), (calibrate_.ending(technique),), "out")
+        check_value("tell", tell, Callable)
+        calibrate_.check_settings(technique, settings)
         plain_run = self.replace(cache="none")
         sampler = calibrate_.Sampler(plain_run.setup, plain_run.prepared, self.conditions(cond), seed)
         return calibrate_.calibrate_to(technique, sampler, out, samples, batch, tell, **settings)
@@ -314,6 +322,8 @@ class Run:
           cond, seed, repeat: as `sample` takes them. turns: of which the median is taken.
         """
         check_seed(seed)
+        _counted(turns=turns)
+        profile_.check_setup(self.setup)
         all_of = self._repeated(self.conditions(cond), repeat)
         return profile_.profile(self.setup, self.prepared, all_of, seed, turns)
 
@@ -322,6 +332,13 @@ def check_seed(seed: Any) -> None:
     """Refuses what is no seed of a run: an integer, 0 ... 2^32 - 1."""
     if check_value("seed", seed, Seed) < 0:
         raise ValueError(f"seed={seed}; allowed: 0 ... {2**32 - 1}")
+
+
+def _counted(**numbers: Any) -> None:
+    """Refuses a number of things that is no integer, or below 1."""
+    for key, value in numbers.items():
+        if check_value(key, value, int) < 1:
+            raise ValueError(f"{key}={value}; allowed: 1 or more")
 
 
 def load(
@@ -362,6 +379,7 @@ def load(
 
 def _file(weights: Any) -> str | None:
     """The path that weights are named by; None for those that are no file's."""
+    check_value("weights", weights, str | os.PathLike | None)
     if weights is None or weights == RANDOM or weights in embedded_weights():
         return None
     return os.fspath(weights)
@@ -418,14 +436,14 @@ def parse_labels(words: Sequence[Any], classes: int, names: Sequence[str] = ()) 
         raise ValueError("no labels; allowed: one or more")
     for word in words:
         word = str(word).strip()
-        if word.lstrip("-").isdigit():
-            if not 0 <= int(word) < classes:
-                raise ValueError(f"label {word}; allowed: 0 ... {classes - 1}")
+        if word.isascii() and word.removeprefix("-").isdigit():
+            if len(word) > 20 or not 0 <= int(word) < classes:
+                raise ValueError(f"label {brief(word) if len(word) > 20 else word}; allowed: 0 ... {classes - 1}")
             labels.append(int(word))
         elif names:
             labels.append(list(names).index(choose("label", word, names)))
         else:
-            raise ValueError(f"label {word!r}; allowed: 0 ... {classes - 1}")
+            raise ValueError(f"label {brief(word)}; allowed: 0 ... {classes - 1}")
     return labels
 
 
@@ -435,7 +453,7 @@ def train(
     *,
     data: str | os.PathLike | None = None,
     resume: bool = False,
-    minutes: float | None = None,
+    minutes: OrInfinite | None = None,
     progress: bool = False,
     log: Callable[[dict[str, Any]], None] | None = None,
     **settings: Any,
@@ -463,10 +481,11 @@ def train(
         raise ValueError(f"train {brief(config)}: allowed: a configuration, its name or its file")
     given = dict(config) if isinstance(config, Mapping) else load_config(os.fspath(config))
     whole = override(given, keyword_settings(settings))
+    more = {"workdir": workdir, "data": data, "resume": resume, "minutes": minutes, "progress": progress, "log": log}
+    check_arguments("train", train, more)
     check_folder(workdir, resume)
-    if minutes is not None and not check_value("--minutes", minutes, OrInfinite) > 0:
+    if minutes is not None and not minutes > 0:
         raise ValueError(f"--minutes={minutes}; allowed: > 0")
-    check_value("data", data, str | os.PathLike | None)
     if data is not None:
         whole["data"] = data_section(os.fspath(data), whole.get("data", {}))
     task = build_task(whole, previewer)

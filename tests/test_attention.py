@@ -520,9 +520,12 @@ def test_other_errors_are_not_refusals():
         (
             "chunked",
             {"chunked": {"blocks_q": 4}},
-            r"unknown setting of attention chunked 'blocks_q' \(did you mean block_q",
+            r"unknown key of attention chunked 'blocks_q' \(did you mean block_q",
         ),
-        ("window", {"window": {"radius": "wide"}}, "attention window: '<' not supported"),
+        ("window", {"window": {"radius": "wide"}}, "attention window: radius='wide'; allowed: an integer"),
+        ("window", {"window": {"radius": 1.5}}, "attention window: radius=1.5; allowed: an integer"),
+        ("window", {"window": 3}, "attention settings=.*allowed: a mapping"),
+        (3, {}, "attention names=3; allowed: a text, or a list of texts"),
         ("window", {"window": {"radius": -2}}, "radius=-2"),
     ],
 )

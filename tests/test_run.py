@@ -16,8 +16,9 @@ from difax.build import build_setup
 from difax.cli import main
 from difax.config import load_config
 from difax.media.samples import check_output
-from difax.program import model_shapes
+from difax.program import Drawn, model_shapes
 from difax.weights.checkpoint import save_safetensors
+from difax.weights.conditions import check_conditions
 from tests.families import some
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -219,6 +220,61 @@ def test_calibrations_become_settings(run, tmp_path):
         run.calibrate("smothcache")
     with pytest.raises(ValueError, match="ends in .json"):
         run.calibrate("smoothcache", tmp_path / "s.npz")
+
+
+NOT_ARGUMENTS = {
+    "seed": (lambda run: run.sample([1], seed=1.5), "seed=1.5"),
+    "repeat": (lambda run: run.sample([1], repeat=True), "repeat=True"),
+    "label of other digits": (lambda run: run.sample(["\u00b2"]), "unknown label '\u00b2'"),
+    "label of many digits": (lambda run: run.sample(["9" * 5000]), "label '9999.*allowed: 0 ... 9"),
+    "label of two signs": (lambda run: run.sample(["--1"]), "unknown label '--1'"),
+    "labels of unequal lengths": (lambda run: run.sample([[1, 2], [3]]), r"label '\[1, 2\]'"),
+    "latents of unequal lengths": (lambda run: run.sample([1], latents=[[1, 2], [3]]), r"latents: .*\[1, 28, 28, 1\]"),
+    "turns": (lambda run: run.profile([1], turns="3"), "turns='3'"),
+    "no turns": (lambda run: run.profile([1], turns=0), "turns=0"),
+    "samples": (lambda run: run.calibrate("teacache", samples="3"), "samples='3'"),
+    "a seed of a calibration": (lambda run: run.calibrate("teacache", seed=-1), "seed=-1"),
+    "budget": (lambda run: run.calibrate("scheduled", budget=float("nan")), "budget=nan"),
+    "rank": (lambda run: run.calibrate("icc", rank=1.5), "rank=1.5"),
+    "out": (lambda run: run.calibrate("teacache", 1.5), "out=1.5"),
+    "tell": (lambda run: run.calibrate("teacache", tell=3), "tell=3; allowed: a function"),
+    "weights": (lambda run: difax.load("fmnist_smoke", weights=1.5), "weights=1.5"),
+    "other weights": (lambda run: run.replace(weights=[1]), r"weights=\[1\]"),
+    "workdir": (lambda run: difax.train("fmnist_smoke", 1.5), "workdir=1.5"),
+    "resume": (lambda run: difax.train("fmnist_smoke", "w", resume="no"), "resume='no'"),
+    "log": (lambda run: difax.train("fmnist_smoke", "w", log="a.log"), "log='a.log'"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ARGUMENTS)
+def test_an_argument_of_another_type_is_named(name, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call, wanted = NOT_ARGUMENTS[name]
+    with pytest.raises(ValueError, match=wanted):
+        call(run)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cond", [[None], 3, {0: np.zeros(2)}, {"text": None}], ids=str)
+def test_embeddings_of_another_type_are_named(cond):
+    model = build_setup(load_config("flux_tiny")).model
+    with pytest.raises(ValueError, match="cond.*allowed: .*pooled"):
+        check_conditions(model, cond)
+    none = jax.tree.map(lambda a: np.zeros((0, *a.shape), a.dtype), model.cond)
+    with pytest.raises(ValueError, match="cond holds 0 conditions"):
+        check_conditions(model, none)
+
+
+def test_a_picture_of_latents_says_what_it_shows(drawn):
+    drawn_latents = difax.Result(drawn.run, None, 1, 0, drawn_of(drawn, np.zeros((1, 4, 4, 4), np.float32)))
+    assert drawn_latents.table["pictures"] == "channel 1 of 4, -1 (black) to 1" and "channel 1 of 4" in repr(
+        drawn_latents
+    )
+    assert "pictures" not in drawn.table
+
+
+def drawn_of(result: difax.Result, samples: np.ndarray) -> Drawn:
+    return Drawn(samples, samples, result.trace, result.cost)
 
 
 def test_profile(run):

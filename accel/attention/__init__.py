@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ from difax.accel.attention.chunked import chunked
 from difax.accel.attention.cudnn import cudnn
 from difax.accel.attention.window import windowed
 from difax.accel.attention.xla import xla
+from difax.core.annotations import check_arguments, check_keys, check_value, choose
 from difax.core.contracts import Attention, AttentionSpec, Level, Row, State, Where
 from difax.core.trunk import stateless
 
@@ -55,22 +54,21 @@ def attention(
     Raises:
       ValueError: an unknown, missing or repeated name, or settings that a factory does not take.
     """
+    check_value("attention names", names, str | Sequence[str])
+    check_value("attention settings", settings, Mapping[str, Mapping[str, Any]] | None)
     given = [n.strip() for n in (names.split(",") if isinstance(names, str) else names)]
     settings, factories = settings or {}, factories or ATTENTIONS
     if not given or len(set(given)) < len(given):
         raise ValueError(f"attention names {', '.join(given) or 'none'}; allowed: each once, of {', '.join(factories)}")
     for name in given:
-        _choose("attention", name, list(factories))
-    for name, section in settings.items():
-        _choose("attention with settings", name, given)
-        for key in section:
-            _choose(f"setting of attention {name}", key, list(inspect.signature(factories[name]).parameters))
+        choose("attention", name, factories)
+    for name in settings:
+        choose("attention with settings", name, given)
 
     def make(name: str) -> Attention:
-        try:
-            return factories[name](**settings.get(name, {}))
-        except TypeError as error:  # a value of another type
-            raise ValueError(f"attention {name}: {error}") from None
+        what, own = f"attention {name}", settings.get(name, {})
+        check_keys(what, factories[name], own)
+        return factories[name](**check_arguments(what, factories[name], own))
 
     return first_of({name: make(name) for name in given})
 
@@ -94,7 +92,7 @@ def first_of(choices: Mapping[str, Attention]) -> Attention:
         raise ValueError("first_of: no choices; allowed: one or more")
     decided: dict[Any, str] = {}
 
-    def choose(spec: AttentionSpec) -> Attention:
+    def taking(spec: AttentionSpec) -> Attention:
         leaves, structure = jax.tree.flatten(spec)
         key = structure, tuple((a.shape, str(a.dtype)) for a in leaves)
         if key not in decided:
@@ -103,9 +101,9 @@ def first_of(choices: Mapping[str, Attention]) -> Attention:
 
     def apply(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, where: Where, row: Any, state: State) -> Any:
         spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), AttentionSpec(q, k, v, segments))
-        return choose(spec).apply(q, k, v, segments, where, row, state)
+        return taking(spec).apply(q, k, v, segments, where, row, state)
 
-    return Attention(init=lambda spec: choose(spec).init(spec), apply=apply)
+    return Attention(init=lambda spec: taking(spec).init(spec), apply=apply)
 
 
 def _decide(choices: Mapping[str, Attention], spec: AttentionSpec) -> str:
@@ -126,10 +124,3 @@ def _decide(choices: Mapping[str, Attention], spec: AttentionSpec) -> str:
     q, dtype = list(spec.q.shape), spec.q.dtype
     ids = "" if spec.segments is None else ", segments"
     raise ValueError(f"no attention takes this call (q {q} {dtype}, S {spec.k.shape[1]}{ids}): {'; '.join(reasons)}")
-
-
-def _choose(kind: str, value: str, allowed: list[str]) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(allowed) or 'none'}")

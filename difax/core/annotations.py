@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections.abc
+import difflib
 import functools
 import inspect
 import math
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal
 
 import jax
@@ -50,6 +51,31 @@ def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
         except Exception:  # a name that only a type checker sees
             continue
     return found
+
+
+def choose(kind: str, value: str, allowed: Any) -> str:
+    """Returns `value` if it is allowed, else raises ValueError with the list and the nearest match."""
+    names = list(allowed)
+    if isinstance(value, str) and value in names:
+        return value
+    near = difflib.get_close_matches(value[:100], names, 1, 0.5) if isinstance(value, str) else []
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(f"unknown {kind} {brief(value)}{hint}; allowed: {', '.join(names) or 'none'}")
+
+
+def check_keys(what: str, function: Callable[..., Any], keys: Collection[str], taken: Collection[str] = ()) -> None:
+    """Refuses keys that a factory does not take.
+
+    Args:
+      what: the factory, as the message names it. taken: its arguments that are no user's keys.
+
+    Raises:
+      ValueError: an unknown key (with the nearest match).
+    """
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for key in keys:
+            choose(f"key of {what}", key, [p for p in parameters if p not in taken])
 
 
 def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:

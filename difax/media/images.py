@@ -30,6 +30,11 @@ def picture(samples: np.ndarray, columns: int) -> np.ndarray:
     return image_grid(to_uint8(samples), min(columns, 10), scale=max(1, 96 // samples.shape[1]))
 
 
+def pictured(channels: int) -> str | None:
+    """What a picture shows of samples that are neither grey nor RGB, such as latents; None of those that are."""
+    return None if channels in (1, 3) else f"channel 1 of {channels}"
+
+
 def image_grid(images: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -> np.ndarray:
     """Lays uint8 images [N, H, W, C] out in rows of `columns`, on white; [H', W'] for one channel.
 
@@ -37,7 +42,7 @@ def image_grid(images: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -
       images: C = 1 (grey) or 3 (RGB); other channel counts show their first channel.
       columns: images a row. gap: pixels between them. scale: whole-number magnification.
     """
-    images = images if images.shape[-1] in (1, 3) else images[..., :1]
+    images = images if pictured(images.shape[-1]) is None else images[..., :1]
     n, h, w, c = images.shape
     rows = -(-n // columns)
     grid = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)

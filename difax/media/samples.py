@@ -82,7 +82,10 @@ def read_latents(path: str, n: int, shape: tuple[int, ...]) -> np.ndarray:
 
 def check_latents(latents: Any, n: int, shape: tuple[int, ...], where: str = "latents") -> np.ndarray:
     """Initial latents as float32 [n, *shape]; ValueError for another shape, or values that are not finite numbers."""
-    latents = np.asarray(latents)
+    try:
+        latents = np.asarray(latents)
+    except (ValueError, TypeError, OverflowError) as error:  # lists of unequal lengths
+        raise ValueError(f"{where}: {error}; allowed: numbers {[n, *shape]}") from None
     _check_latents(latents, n, shape, where)
     with np.errstate(over="ignore"):
         latents = latents.astype(np.float32)

@@ -18,6 +18,7 @@ from difax.accel.caches.scheduled import scheduled
 from difax.accel.fit import CALIBRATIONS, FITS
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
 from difax.build import Setup
+from difax.core.annotations import annotations_of, check_value
 from difax.core.contracts import Accelerator, Params, Trace
 from difax.core.cost import model_cost
 from difax.core.sample import rounded
@@ -106,13 +107,16 @@ def check_settings(technique: str, settings: Mapping[str, Any]) -> None:
     choose("calibration", technique, TECHNIQUES)
     allowed = SEARCH_SETTINGS if technique == "scheduled" else ("rank",) if technique in FITS else ()
     for key, value in settings.items():
+        if key not in ("samples", "batch") and not allowed:
+            raise ValueError(f"cache {technique}: a calibration takes no keys, not {key}")
+        if key not in ("samples", "batch"):
+            choose(f"key of cache {technique}", key, allowed)
+        known = annotations_of(search if key in SEARCH_SETTINGS else fit)
+        check_value(f"--{key}", value, known[key])
         if key in ("samples", "batch", "rounds", "rank") and value < 1:
             raise ValueError(f"--{key}={value}; allowed: 1 or more")
-        if key in ("samples", "batch"):
-            continue
-        if not allowed:
-            raise ValueError(f"cache {technique}: a calibration takes no keys, not {key}")
-        choose(f"key of cache {technique}", key, allowed)
+        if key == "budget" and not 0 < value <= 1:
+            raise ValueError(f"--budget={value}; allowed: above 0, at most 1")
 
 
 def ending(technique: str) -> str:

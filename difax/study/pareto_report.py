@@ -23,7 +23,7 @@ import numpy as np
 
 from difax.core.files import place_of
 from difax.core.writing import replacing
-from difax.media.images import drawing
+from difax.media.images import drawing, pictured
 from difax.study.catalogue import System, systems
 from difax.study.folder import read_image_file, read_measured, read_sweep
 from difax.study.frontier import BASELINE, CONTROL, QUALITIES, finite, frontier
@@ -237,8 +237,9 @@ def _still(batch: np.ndarray) -> tuple[np.ndarray, str]:
         batch = batch[:, batch.shape[1] // 2]
     if batch.ndim != 4 or batch.dtype != np.uint8:
         raise ValueError(f"images {batch.dtype} {batch.shape}; allowed: uint8 [n, H, W, C] or [n, F, H, W, C]")
-    if batch.shape[-1] not in (1, 3):
-        note = ", ".join(filter(None, (note, f"channel 1 of {batch.shape[-1]}")))
+    part = pictured(batch.shape[-1])
+    if part is not None:
+        note = ", ".join(filter(None, (note, part)))
         batch = batch[..., :1]
     return batch, note
 

@@ -428,6 +428,7 @@ def check_folder(workdir: str | os.PathLike, resume: bool) -> None:
     """
     if not os.fspath(workdir):
         raise ValueError("workdir is empty; allowed: a path")
+    place_of(workdir)  # a path that cannot be one is named
     folder = pathlib.Path(workdir).absolute()
     if resume:
         read_run(folder)

@@ -7,6 +7,7 @@ file with a tensor for every leaf of `Model.cond`, each leading with [n].
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from difax.core.annotations import brief
 from difax.core.arrays import unpacked_limit
 from difax.core.contracts import Model
 from difax.core.files import opened
@@ -83,8 +85,12 @@ def check_conditions(model: Model, cond: Any, where: str = "cond") -> Any:
       ValueError: leaves that are missing, unknown, of another shape, type or of unequal n; a mask of other numbers than
         0 and 1, or without a token; a number that is not finite, but where a mask says that there is no token.
     """
-    given: dict[str, Any] = flatten_dict(dict(cond), sep="/")
     spec: dict[str, Any] = flatten_dict(model.cond, sep="/")
+    if not isinstance(cond, Mapping):
+        raise ValueError(
+            f"{where}={brief(cond)}; allowed: a mapping of {', '.join(sorted(spec))}, or the path of a file"
+        )
+    given: dict[str, Any] = {"/".join(map(str, path)): leaf for path, leaf in flatten_dict(dict(cond)).items()}
     if given.keys() != spec.keys():
         raise ValueError(f"{where} has {', '.join(sorted(given))}; allowed: {', '.join(sorted(spec))}")
     arrays = {name: _numbers(f"{where} {name}", given[name], spec[name].dtype) for name in spec}
@@ -93,6 +99,8 @@ def check_conditions(model: Model, cond: Any, where: str = "cond") -> Any:
         if array.shape[1:] != spec[name].shape or len(lengths) > 1:
             wanted = ", ".join(map(str, ("n", *spec[name].shape)))
             raise ValueError(f"{where} {name} is {list(array.shape)}; allowed: [{wanted}], one n for all")
+    if 0 in lengths:
+        raise ValueError(f"{where} holds 0 conditions; allowed: one or more")
     for name, array in arrays.items():
         mask = arrays.get(name.replace("text", "mask")) if "text" in name else None
         _check_finite(f"{where} {name}", array, mask)
