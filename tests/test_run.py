@@ -266,15 +266,10 @@ def test_embeddings_of_another_type_are_named(cond):
 
 
 def test_a_picture_of_latents_says_what_it_shows(drawn):
-    drawn_latents = difax.Result(drawn.run, None, 1, 0, drawn_of(drawn, np.zeros((1, 4, 4, 4), np.float32)))
-    assert drawn_latents.table["pictures"] == "channel 1 of 4, -1 (black) to 1" and "channel 1 of 4" in repr(
-        drawn_latents
-    )
+    four = np.zeros((1, 4, 4, 4), np.float32)
+    latents = difax.Result(drawn.run, None, 1, 0, Drawn(four, four, drawn.trace, drawn.cost))
+    assert latents.table["pictures"] == "channel 1 of 4, -1 (black) to 1" and "channel 1 of 4" in repr(latents)
     assert "pictures" not in drawn.table
-
-
-def drawn_of(result: difax.Result, samples: np.ndarray) -> Drawn:
-    return Drawn(samples, samples, result.trace, result.cost)
 
 
 def test_profile(run):
