@@ -180,6 +180,12 @@ def make(kind: str, section: Mapping[str, Any], *args: Any, **more: Any) -> Any:
         made = function(*args, **keys, **more)
     except TypeError as error:
         raise ValueError(f"{kind} {name}: {error}") from None
+    except (ValueError, NotImplementedError, OSError, MemoryError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # code of a user's own may raise anything, or leave
+        if function in REGISTRIES[kind].values():
+            raise
+        raise ValueError(f"{kind} {name}: {type(error).__name__}: {error}") from error
     if kind == "quant":
         _check_rules(name, made)
     if kind in RESULTS and not isinstance(made, RESULTS[kind]):

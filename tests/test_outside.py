@@ -72,6 +72,12 @@ def number():
 
 def broken():
     raise ValueError("broken: interval=0; allowed: 1 or more")
+
+def failing():
+    raise KeyError("of its own")
+
+def leaving():
+    raise SystemExit(0)
 """
 
 
@@ -174,6 +180,8 @@ REFUSALS = {
     "code that fails": ("that/syntax.py:cache", "SyntaxError"),
     "no accelerator": ("that/file.py:number", "made an int; allowed: a Accelerator"),
     "a refusal of its own": ("that/file.py:broken", "broken: interval=0; allowed: 1 or more"),
+    "a failure of its own": ("that/file.py:failing", "cache that/file.py:failing: KeyError: 'of its own'"),
+    "an exit of its own": ("that/file.py:leaving", "cache that/file.py:leaving: SystemExit: 0"),
     "twice": ("that/file.py:cache+that/file.py:cache", "named twice"),
 }
 

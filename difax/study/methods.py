@@ -195,5 +195,5 @@ def _written(text: str, parse: Any) -> dict[str, Any]:
             raise ValueError(f"method {text!r}: {setting.strip()!r}; allowed: KEY=VALUE, with commas between several")
         if key in settings:
             raise ValueError(f"method {text!r}: {key} is set twice; allowed: once")
-        settings[key] = parse(value)
+        settings[key] = parse(value, key)
     return settings
