@@ -81,6 +81,7 @@ def _start(options: argparse.Namespace) -> Callable[..., None]:
     """Chooses the device and checks what can be checked at once; returns the function that writes a line of --log."""
     if getattr(options, "random_init", False) and options.weights:
         raise ValueError("--random-init and --weights exclude each other")
+    _apart(options)
     check_xla_flags()
     import absl.logging
 
@@ -104,6 +105,16 @@ def _start(options: argparse.Namespace) -> Callable[..., None]:
     return log
 
 
+def _apart(options: argparse.Namespace) -> None:
+    """Refuses flags that name one place to write two things to."""
+    taken: dict[str, str] = {}
+    for flag in ("out", "trace", "log", "figure", "sheet", "perfetto", "workdir"):
+        if path := getattr(options, flag, None):
+            other = taken.setdefault(os.path.abspath(path), flag)
+            if other != flag:
+                raise ValueError(f"--{flag} {path}: --{other} is written there; allowed: another place")
+
+
 def _tell(options: argparse.Namespace, log: Callable[..., None]) -> Callable[[str], None]:
     def tell(text: str) -> None:
         log("progress", text=text)
@@ -114,7 +125,7 @@ def _tell(options: argparse.Namespace, log: Callable[..., None]) -> Callable[[st
 
 
 def sample(options: argparse.Namespace) -> int:
-    log, config = _start(options), _config(options, "fmnist_dit")
+    log = _start(options)
     from difax.media.samples import check_output, read_latents
 
     check_output(options.out)
@@ -122,8 +133,8 @@ def sample(options: argparse.Namespace) -> int:
         writable(options.trace, (".npz",), "--trace")
     if options.repeat < 1:
         raise ValueError(f"--repeat={options.repeat}; allowed: 1 or more")
-    if not 0 <= options.seed < 2**32:
-        raise ValueError(f"--seed={options.seed}; allowed: 0 ... {2**32 - 1}")
+    _seeds(options)
+    config = _config(options, "fmnist_dit")
     import jax
 
     from difax.report import format_table
@@ -149,7 +160,7 @@ def sample(options: argparse.Namespace) -> int:
 
 
 def pareto(options: argparse.Namespace) -> int:
-    log, config = _start(options), _config(options, "fmnist_dit")
+    log = _start(options)
     for name, most in (("seeds", None), ("batch", None), ("turns", 1000), ("trials", 10_000)):
         _counts(options, name, most)
     _seeds(options)
@@ -197,7 +208,7 @@ def pareto(options: argparse.Namespace) -> int:
             needs(f"--{flag}", "matplotlib")
     if options.search:
         needs("--search", "optuna")
-    methods = chosen(options.methods, parse_value)
+    methods, config = chosen(options.methods, parse_value), _config(options, "fmnist_dit")
     written = {name: method for name, method in methods.items() if name not in METHODS}
     for name, method in written.items():  # what a user wrote is refused before hours of measuring
         _named(f"--methods {name}", lambda method=method: override(config, list(method.settings.items())))
@@ -325,7 +336,7 @@ def _flags(options: argparse.Namespace) -> str:
 
 
 def profile(options: argparse.Namespace) -> int:
-    log, config = _start(options), _config(options, "fmnist_dit")
+    log = _start(options)
     _counts(options, "turns", 1000)
     _counts(options, "repeat")
     _seeds(options)
@@ -340,7 +351,7 @@ def profile(options: argparse.Namespace) -> int:
         makeable(options.perfetto, "--perfetto")
     from difax.study.profile import as_json, check_setup, draw_profile, format_profile, perfetto
 
-    run = _run(options, config)
+    run = _run(options, _config(options, "fmnist_dit"))
     check_setup(run.setup)
     cond = _cond(options, run)
     _fits(options, "repeat", run.setup.model, len(jax.tree.leaves(cond)[0]))
@@ -364,12 +375,12 @@ def calibrate(options: argparse.Namespace) -> int:
         raise ValueError(f"--cache is missing; allowed: {', '.join(TECHNIQUES)}")
     technique = choose("calibration", options.cache, TECHNIQUES)
     out = writable(options.out, (ending(technique),))
+    _seeds(options)
     options.cache = None
     config = _config(options, "fmnist_dit")
     settings = {k: v for k, v in config.get("cache", {}).items() if k != "name"}
     flags = {k: getattr(options, k) for k in ("budget", "rounds", "rank") if getattr(options, k) is not None}
     check_settings(technique, {"samples": options.samples, "batch": options.batch, **settings, **flags})
-    _seeds(options)
     run = _run(options, {k: v for k, v in config.items() if k != "cache"})
     _fits(options, "samples" if technique == "scheduled" else "batch", run.setup.model, 1)
     content = run.calibrate(

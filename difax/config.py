@@ -90,11 +90,12 @@ def load_config(where: str) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         what = f"{type(config).__name__} {brief(config)}"
         raise ValueError(f"config {where}: get_config returned {what}; allowed: a ConfigDict or a dict of sections")
+    config = _running(where, lambda: _copied(config))
     try:
         check_config(config)
     except ValueError as error:
         raise ValueError(f"config {where}: {error}") from None
-    return _copied(config)
+    return config
 
 
 def _copied(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -406,10 +407,16 @@ def gin_settings(files: Sequence[str], bindings: Sequence[str]) -> tuple[str | N
     def collect(**bound: Any) -> dict[str, Any]:
         return bound
 
+    macros: dict[str, str] = {}  # name -> where it is bound
+    text = ""
     for file in files:
-        _check_gin(file, _gin_text(file))
+        text += _check_gin(file, _gin_text(file), macros)
     for binding in bindings:
-        _check_gin(f"--gin_param {brief(binding)}", binding)
+        text += _check_gin(f"--gin_param {brief(binding)}", binding, macros)
+    for name, where in macros.items():
+        if f"%{name}" not in text:
+            near = f"config.{name}" if name in ALONE else f"{name}.KEY" if name in SECTIONS else "SECTION.KEY"
+            raise ValueError(f"gin {where}: {name} binds nothing; allowed: {near} = VALUE, or a macro that is used")
     gin.clear_config()
     sections = {}
     with gin.unlock_config():
@@ -446,8 +453,15 @@ def _gin_text(file: str) -> str:
         raise ValueError(f"gin file {file}: cannot be read ({error})") from None
 
 
-def _check_gin(where: str, text: str, including: tuple[str, ...] = ()) -> None:
-    """Refuses what gin would run beside binding values: imports, here and in the files that are included."""
+def _check_gin(where: str, text: str, macros: dict[str, str], including: tuple[str, ...] = ()) -> str:
+    """Refuses what gin would run beside binding values: imports, here and in the files that are included.
+
+    Args:
+      macros: to which the names that are bound alone are added, with where.
+
+    Returns:
+      The text, with that of the files that it includes.
+    """
     from gin import config_parser
     from gin.config import ParserDelegate
 
@@ -465,7 +479,16 @@ def _check_gin(where: str, text: str, including: tuple[str, ...] = ()) -> None:
         if isinstance(statement, config_parser.IncludeStatement):
             if statement.filename in including or len(including) > 20:
                 raise ValueError(f"gin {where}: {statement.filename!r} includes itself; allowed: files that do not")
-            _check_gin(statement.filename, _gin_text(statement.filename), (*including, statement.filename))
+            inner = _gin_text(statement.filename)
+            text += _check_gin(statement.filename, inner, macros, (*including, statement.filename))
+        elif isinstance(statement, config_parser.BindingStatement) and statement.scope:
+            line = statement.location.line_num
+            raise ValueError(
+                f"gin {where}, line {line}: the scope {statement.scope!r} is nobody's here; allowed: SECTION.KEY = VALUE"
+            )
+        elif isinstance(statement, config_parser.BindingStatement) and not statement.arg_name:
+            macros.setdefault(statement.selector, where)
+    return text
 
 
 _configurables: dict[str, Any] = {}

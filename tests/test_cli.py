@@ -95,6 +95,14 @@ REFUSALS = {
     "empty config": (["calibrate", "--config", "", "--out", "x.json"], ["--config is empty"]),
     "out suffix": (["sample", "--out", "a.jpg"], ["a.jpg", ".png"]),
     "out folder": (["sample", "--out", "none/a.png"], ["none", "does not exist"]),
+    "one file for two": (["sample", "--out", "a.npz", "--trace", "./a.npz"], ["--trace ./a.npz", "--out is written"]),
+    "repeat before weights": (["sample", "--weights", "none.safetensors", "--repeat", "0"], ["--repeat=0"]),
+    "seeds before weights": (["pareto", "--weights", "none.safetensors", "--seeds", "0"], ["--seeds=0"]),
+    "turns before weights": (["profile", "--weights", "none.safetensors", "--turns", "0"], ["--turns=0"]),
+    "rank before weights": (
+        ["calibrate", "--random-init", "--cache", "icc", "--rank", "0", "--out", "x.npz"],
+        ["--rank=0"],
+    ),
     "seed": (["sample", "--seed", "-1"], ["--seed=-1"]),
     "repeat": (["sample", "--repeat", "0"], ["--repeat=0"]),
     "flag": (["sample", "--sovler", "ddim"], ["--sovler"]),
@@ -102,6 +110,8 @@ REFUSALS = {
     "list": (["list", "solver"], ["'solver'", "did you mean solvers?"]),
     "gin file": (["sample", "--gin_file", "no.gin"], ["no.gin", "no such file"]),
     "gin section": (["sample", "--gin_param", "sovler.name = 'ddim'"], ["sovler"]),
+    "gin without a section": (["sample", "--gin_param", "steps = 3"], ["'steps = 3'", "config.steps = VALUE"]),
+    "gin scope": (["sample", "--gin_param", "a/solver.name = 'ddim'"], ["scope 'a'", "SECTION.KEY = VALUE"]),
     "gin syntax": (["sample", "--gin_param", "solver.name = "], ["gin"]),
     "train without config": (["train", "--workdir", "w"], ["--config"]),
     "data": (
