@@ -484,7 +484,7 @@ def _check_gin(where: str, text: str, macros: dict[str, str], including: tuple[s
         elif isinstance(statement, config_parser.BindingStatement) and statement.scope:
             line = statement.location.line_num
             raise ValueError(
-                f"gin {where}, line {line}: the scope {statement.scope!r} is nobody's here; allowed: SECTION.KEY = VALUE"
+                f"gin {where}, line {line}: scope {statement.scope!r} binds nothing; allowed: SECTION.KEY = VALUE"
             )
         elif isinstance(statement, config_parser.BindingStatement) and not statement.arg_name:
             macros.setdefault(statement.selector, where)

@@ -136,6 +136,8 @@ FILES = {
     "def get_config(): return {'model': [1]}": r"model=\[1\]",
     "def get_config(): return {'solver': 3}": "solver=3",
     "def get_config(): return {'steps': None}": "steps=None",
+    "d = {}\nd['model'] = d\ndef get_config(): return d": "RecursionError",
+    "class M(dict):\n def items(self): raise OSError('x')\ndef get_config(): return M()": "OSError: x",
     "def get_config(): return {'reduced': {'steps': 'a'}}": "steps='a'",
     "def get_config(): return {1: 2}": "unknown config section 1",
     "def get_config(): raise KeyError('x')": "KeyError: 'x'",
