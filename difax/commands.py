@@ -151,7 +151,7 @@ def _keep_compilations() -> None:
     or can be a folder that can be written to."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.values["jax_compilation_cache_dir"]:
         return
     home = os.path.expanduser("~")  # itself, where nobody knows
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")

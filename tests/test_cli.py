@@ -523,11 +523,12 @@ def test_where_compilations_are_kept(name, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     for key, value in settings.items():
         monkeypatch.setenv(key, at(value))
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    keys = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {key: jax.config.values[key] for key in keys}
     try:
         jax.config.update("jax_compilation_cache_dir", at(told))
         commands._keep_compilations()
-        assert jax.config.jax_compilation_cache_dir == at(expected)
+        assert jax.config.values[keys[0]] == at(expected)
     finally:
-        jax.config.update("jax_compilation_cache_dir", before[0])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        for key, value in before.items():
+            jax.config.update(key, value)
