@@ -140,9 +140,7 @@ def sample(options: argparse.Namespace) -> int:
     from difax.report import format_table
 
     if not options.no_compile_cache:
-        cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "difax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        _keep_compilations()
     run = _run(options, config)
     cond, latents = _cond(options, run), None
     if options.latents:
@@ -157,6 +155,24 @@ def sample(options: argparse.Namespace) -> int:
     log("sample", **table)
     print(json.dumps(table) if options.json else format_table(table))
     return 0 if table["finite"] else 1
+
+
+def _keep_compilations() -> None:
+    """Lets JAX keep what it compiles: where the user has told it to, or in difax's folder among the caches, if that is
+    or can be a folder that can be written to."""
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    home = os.path.expanduser("~")  # itself, where nobody knows
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    try:
+        folder = makeable(os.path.join(caches, "difax", "xla"), "XDG_CACHE_HOME")
+    except ValueError:
+        return
+    if folder.is_absolute():  # what is not is to be ignored, says the standard
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def pareto(options: argparse.Namespace) -> int:

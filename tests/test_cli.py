@@ -513,3 +513,32 @@ def test_every_configuration_with_random_weights_runs(here, capsys, name):
     code, out, err = run(capsys, "sample", "--config", name, "--json", "--no-compile-cache")
     assert code == 0, err
     assert json.loads(out)["weights"] == "random"
+
+
+KEPT_IN = {  # the folder of compilations, by the user's settings; "." stands for the test's folder
+    "told": ({"XDG_CACHE_HOME": "."}, "./mine", "./mine"),
+    "standard": ({"XDG_CACHE_HOME": ".", "HOME": "/"}, None, "./difax/xla"),
+    "home": ({"HOME": "."}, None, "./.cache/difax/xla"),
+    "a file": ({"XDG_CACHE_HOME": "./file"}, None, None),
+    "nobody's home": ({"HOME": "~"}, None, None),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_IN)
+def test_where_compilations_are_kept(name, tmp_path, monkeypatch):
+    """A folder that cannot be is none: the run does without."""
+    at = lambda text: text and text.replace("./", f"{tmp_path}/") if text != "." else str(tmp_path)  # noqa: E731
+    settings, told, expected = KEPT_IN[name]
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for key, value in settings.items():
+        monkeypatch.setenv(key, at(value))
+    keys = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {key: jax.config.values[key] for key in keys}
+    try:
+        jax.config.update("jax_compilation_cache_dir", at(told))
+        commands._keep_compilations()
+        assert jax.config.values[keys[0]] == at(expected)
+    finally:
+        for key, value in before.items():
+            jax.config.update(key, value)

@@ -111,6 +111,43 @@ def test_a_process_ends_while_it_is_deep_in_c(number, tmp_path, user_env):
     assert list(tmp_path.iterdir()) == []
 
 
+# Ctrl-C as soon as the process imports anything of its own, and a signal while the interpreter is taken down
+EARLY = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "difax.core.shell":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+from difax.__main__ import run
+run()
+"""
+LATE = """
+import atexit, os, signal, time
+import difax.cli
+def main():
+    atexit.register(lambda: [os.kill(os.getpid(), signal.SIGINT), time.sleep(60)])
+    return CODE
+difax.cli.main = main
+from difax.__main__ import run
+run()
+"""
+AT_THE_EDGES = {
+    "early": (EARLY, 130, "difax: error: interrupted\n"),
+    "done": (LATE.replace("CODE", "0"), 0, ""),
+    "refused": (LATE.replace("CODE", "2"), 2, ""),
+}
+
+
+@pytest.mark.parametrize("name", AT_THE_EDGES)
+def test_signals_before_and_after_the_work(name, user_env, tmp_path):
+    program, code, said = AT_THE_EDGES[name]
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=user_env, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (found.returncode, found.stderr) == (code, said)
+
+
 def test_what_the_parent_ignores_stays_ignored(tmp_path, user_env):
     program = "from difax.core.shell import end_at_signals; end_at_signals(); import os, signal; "
     program += "os.kill(os.getpid(), signal.SIGINT); open('on', 'w')"
@@ -175,6 +212,19 @@ def test_a_lock_without_the_kernels(tmp_path, monkeypatch):
         with locked(tmp_path, "difax train"):
             assert json.loads(path.read_text())["pid"] == os.getpid()
         assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["link", "folder", "pipe"])
+def test_a_lock_that_is_no_file_is_left_alone(name, tmp_path):
+    """A link in a folder of someone else would have what it points to written over."""
+    other = tmp_path / "other"
+    other.write_text("precious")
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / LOCK
+    {"link": lambda: path.symlink_to(other), "folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}[name]()
+    with pytest.raises(ValueError, match=rf"{LOCK}: is no file"), locked(path.parent, "difax train"):
+        pass
+    assert other.read_text() == "precious" and os.path.lexists(path)
 
 
 def test_a_sweep_is_that_of_one_process(tmp_path, small_weights, capsys):

@@ -1,5 +1,6 @@
 """The sweep: rows that can be trusted, resumed and compared."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from difax.cli import _join_overrides, _parser, main
 from difax.commands import writable
 from difax.config import load_config, override, parse_value
 from difax.core.files import read_rows
+from difax.core.writing import NoRoom
 from difax.study.frontier import BASELINE, CONTROL, frontier, line, table
 from difax.study.methods import FAMILIES, METHODS, chosen
 from difax.study.pareto import Options, Sweep, Timed, described, slug
@@ -138,17 +140,21 @@ def test_a_budget_ends_a_sweep(sweep, tmp_path):
 
 
 def test_a_method_that_fails_costs_no_other_its_row(small_weights, tmp_path, monkeypatch, capsys):
-    whole = Sweep._measured
+    whole, errors = Sweep._measured, [RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")]
+    errors += [NoRoom(errno.ENOSPC, "cannot write x.npz: No space left on device")]
 
     def failing(self, name, program):
         if name == "steps=2":
-            raise RuntimeError("RESOURCE_EXHAUSTED: out\nof memory")
+            raise errors.pop()
         return whole(self, name, program)
 
     monkeypatch.setattr(Sweep, "_measured", failing)
     command = ["pareto", "--methods", "steps=2", "cache.name=none", "--no-judge", "--set", "steps=1", "--quiet"]
     command += ["--weights", small_weights]
     command += ["--seeds", "1", "--batch", "1", "--turns", "1", "--out", str(tmp_path / "p")]
+    assert main(command) == 1  # no room for one is none for the next
+    assert capsys.readouterr().err == "difax: error: cannot write x.npz: No space left on device\n"
+    assert [r["method"] for r in read_rows(tmp_path / "p" / "rows.jsonl")] == [BASELINE]
     assert main(command) == 1
     error = capsys.readouterr().err
     assert "steps=2 failed" in error and "RuntimeError: RESOURCE_EXHAUSTED: out of memory" in error

@@ -291,9 +291,12 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_nothing_is_kept_of_weights_that_are_not_finite(name, tmp_path):
     options, init, message = BAD[name]
-    with pytest.raises(FloatingPointError, match=message):
-        plain_train(tmp_path / "run", task=Task(init, plain_loss), **options)
-    assert kept(tmp_path / "run") == []
+    task = Task(init, plain_loss, lambda params: pytest.fail("a picture of them"))
+    for every in (1, 100):
+        often = {"checkpoint_every": every, "log_every": every, "sample_every": 1}
+        with pytest.raises(FloatingPointError, match=message):
+            plain_train(tmp_path / str(every), task=task, **options, **often)
+        assert kept(tmp_path / str(every)) == []
 
 
 def test_minutes_are_those_of_training(tmp_path):
@@ -406,6 +409,11 @@ def test_a_folder_that_cannot_be_a_run(copy, tmp_path):
         plain_train(copy, True)
     with pytest.raises(ValueError, match="workdir is empty"):
         plain_train("")
+    (copy / "config.json").write_text('{"train": {"steps": 4}}')
+    (copy / "log.jsonl").unlink()
+    os.mkfifo(copy / "log.jsonl")  # whoever reads it waits
+    with pytest.raises(ValueError, match="log.jsonl: is no file"):
+        plain_train(copy, True)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / ".difax.lock").write_text("")  # of one that was killed before it had begun
     assert int(plain_train(tmp_path / "new", steps=1).step) == 1

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import stat
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # file sy
 
 def alive(pid: int) -> bool:
     """Whether this machine has a process of that number."""
+    if pid < 1:  # of a group of processes, for the kernel
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -63,7 +66,9 @@ def locked(folder: str | os.PathLike, what: str) -> Iterator[None]:
 def _opened(path: pathlib.Path) -> tuple[int, bool]:
     """A descriptor of the file, and whether the kernel's lock is on it, which some file systems do not have."""
     while True:
-        file, sure = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), True
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):  # it would be written to
+            raise ValueError(f"{path}: is no file; remove it to go on")
+        file, sure = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -86,7 +91,7 @@ def _opened(path: pathlib.Path) -> tuple[int, bool]:
 def _owner(file: int) -> dict[str, Any]:
     try:
         owner = json.loads(os.pread(file, 4096, 0))
-    except ValueError:  # empty, or cut off
+    except (ValueError, RecursionError):  # empty, cut off, or not ours
         return {}
     return owner if isinstance(owner, dict) else {}
 

@@ -14,8 +14,9 @@ from difax.core.writing import replacing
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> uint8 [0, 255], clipped and rounded."""
-    return np.clip(np.round((np.asarray(x, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    """[-1, 1] -> uint8 [0, 255], clipped and rounded; a number that is none is black."""
+    within = np.nan_to_num(np.clip(np.asarray(x, np.float32), -1.0, 1.0), nan=-1.0)
+    return np.round((within + 1.0) * 127.5).astype(np.uint8)
 
 
 def picture(samples: np.ndarray, columns: int) -> np.ndarray:

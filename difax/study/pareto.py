@@ -36,7 +36,7 @@ from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import averaged, strip
 from difax.core.device import device_name, peak_memory, processor, versions
 from difax.core.lock import locked
-from difax.core.writing import append_line, replacing
+from difax.core.writing import NoRoom, append_line, replacing
 from difax.media.images import to_uint8
 from difax.program import Program
 from difax.registry import shown
@@ -259,6 +259,8 @@ class Sweep:
                 break
             try:
                 row = finite(self._row(name, method))
+            except NoRoom:  # nor would the next one be kept
+                raise
             except Exception as error:
                 if name == BASELINE:
                     raise
@@ -284,6 +286,8 @@ class Sweep:
         try:
             run = self._accelerated(method, self._calibrated(method.calibrated) if method.calibrated else None)
             program = self._baseline() if name == BASELINE else Timed(run, self.cond, self.options, self.compiled)
+        except NoRoom:  # says nothing of the method
+            raise
         except (ValueError, NotImplementedError) as error:
             return {**about, "refused": " ".join(str(error).split())}
         measured = self._measured(name, program)

@@ -263,13 +263,15 @@ def _train(
                     deadline = clock() + 60 * minutes
                 last = done == options.steps or (deadline is not None and clock() >= deadline)
                 save = last or done % options.checkpoint_every == 0
-                if save or done % options.log_every == 0:
-                    recorder.flush()  # raises where something is not finite, so that only good states are saved
-                if save:
+                show = task.preview is not None and (last or done % options.sample_every == 0)
+                if save or show or done % options.log_every == 0:
+                    recorder.flush()  # raises where something is not finite, so that only good states are kept or shown
+                if save or show:
                     _check_finite(folder, done, state)
+                if save:
                     with writing(checkpoints.directory):
                         checkpoints.save(done, args=ocp.args.StandardSave(state))
-                if task.preview and (last or done % options.sample_every == 0):
+                if task.preview and show:
                     begun = clock()
                     recorder.picture(done, task.preview(state.ema))
                     deadline = None if deadline is None else deadline + clock() - begun
@@ -435,6 +437,8 @@ def check_folder(workdir: str | os.PathLike, resume: bool) -> None:
         for name in ("samples", "events", "checkpoints"):
             if (folder / name).exists() and not (folder / name).is_dir():
                 raise ValueError(f"{folder / name}: is no folder; remove it to go on")
+        if place_of(folder / "log.jsonl") not in (None, "file"):
+            raise ValueError(f"{folder / 'log.jsonl'}: is no file; remove it to go on")
     elif folder.exists():
         if not folder.is_dir() or any(map(_counts, folder.iterdir())):
             raise ValueError(f"{folder} exists and is not empty; give a new folder, or resume it")
