@@ -333,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = added.add_parser("list", parents=[every], help="what there is, one line each")
     listing.add_argument("kind", nargs="?", help=f"one of {', '.join(commands.LISTS)}")
-    listing.add_argument("--systems", action="store_true", help="published systems, and what difax has of each")
+    listing.add_argument("--systems", action="store_true", help="published systems: status and composition of each")
     listing.add_argument("--category", help="of --systems: one of them, such as caching")
     listing.add_argument("--status", help="of --systems: exact, variant, adapted, planned or 'not applicable'")
     listing.set_defaults(run=commands.list_names)

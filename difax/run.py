@@ -414,6 +414,7 @@ def _fitting(config: dict[str, Any], setup: Setup) -> tuple[dict[str, Any], Setu
         check_memory(what, needed, free, "a smaller model")
     full = ahead_of_time(setup)
     smaller = {**config, **config["reduced"], "model": {**config["model"], **config["reduced"].get("model", {})}}
+    smaller["steps"] = min(smaller["steps"], config["steps"])  # fewer, where fewer were asked for
     return smaller, build_setup(smaller), {"full_size": full}
 
 

@@ -80,6 +80,7 @@ def test_table_and_picture(tmp_path):
     found = Profile(parts, Part("uncached", 0.02, 3.0), *cached, 200.0, 4, "cpu")
     lines = format_profile(found).splitlines()
     assert lines[1].split()[:8] == ["blocks:", "attention", "30.00", "150.0%", "3.00", "100.0", "50", "%"]
+    assert lines[1].count("#") == 40  # a part that took longer than the whole, by noise, has no longer bar
     assert lines[2].startswith("memory, loop") and "-50.0%" in lines[2]
     assert lines[4].startswith("evaluation, cached") and lines[5].split()[:5] == ["of", "it", "the", "cache", "2.00"]
     draw_profile(found, tmp_path / "p.png")

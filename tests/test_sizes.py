@@ -80,6 +80,8 @@ def test_a_shift_is_that_of_the_reduced_size(name, monkeypatch):
     size = load_config(name)["reduced"]["model"]["size"]
     size = (size, size) if isinstance(size, int) else tuple(size)
     check(opened.setup, size, {"flux_dev": flux_rule, "wan2_1": wan_rule}[name](size))
+    assert opened.config["steps"] == load_config(name)["reduced"]["steps"] > 1
+    assert run.load(narrow(load_config(name), ("steps", 1)), weights="random").config["steps"] == 1  # as asked
 
 
 @pytest.mark.parametrize("size", some([(4, 6), (16, 16), (32, 8)], (32, 8)))

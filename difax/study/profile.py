@@ -247,12 +247,11 @@ def format_profile(found: Profile) -> str:
         share = part.seconds / total.seconds if total.seconds > 0 else 0.0
         rate = part.gflops / part.seconds if part.gflops and part.seconds > 0 and found.ceiling > 0 else 0.0
         speed = f"{rate:8.1f}  {100 * rate / found.ceiling:8.0f} %" if rate else f"{'':8}  {'':10}"
-        bar = "#" * round(40 * max(share, 0)) if name not in whole else ""
+        bar = "#" * round(40 * min(max(share, 0), 1)) if name not in whole else ""
         numbers = f"{1e3 * part.seconds:9.2f}  {100 * share:5.1f}%  {part.gflops:8.2f}"
         lines.append(f"{name:{width}}  {numbers}  {speed}  {bar}".rstrip())
-    lines.append(
-        f"{found.batch} samples on {found.device}; ceiling (best product of matrices) {found.ceiling:.0f} GFLOP/s"
-    )
+    drawn = f"{found.batch} sample{'s' * (found.batch != 1)} on {found.device}"
+    lines.append(f"{drawn}; ceiling (best product of matrices) {found.ceiling:.0f} GFLOP/s")
     return "\n".join(lines)
 
 
