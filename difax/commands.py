@@ -525,22 +525,7 @@ def writable(path: str, suffixes: tuple[str, ...], flag: str = "--out", made: st
 
 
 def makeable(path: str, flag: str) -> pathlib.Path:
-    """Checks before any work that files can be written into a folder, which is there or can be made; returns it.
+    """`difax.core.files.makeable`, whose module is not imported for a command's help."""
+    from difax.core.files import makeable
 
-    Raises:
-      ValueError: no name, something that is no folder there or above, or a folder that is not writable.
-    """
-    target = pathlib.Path(path)
-    if not path.strip():
-        raise ValueError(f"{flag} {path!r}: no name; allowed: a folder's")
-    if any(len(os.fsencode(part)) > 255 for part in target.parts):
-        raise ValueError(f"{flag} {path[:60]}...: a name of more than 255 letters; allowed: a shorter one")
-    try:
-        there = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror}; allowed: a folder's name") from None
-    if not there.is_dir():
-        raise ValueError(f"{flag} {path}: {there} is no folder")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"{flag} {path}: the folder {there} is not writable")
-    return target
+    return makeable(path, flag)

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -23,7 +24,7 @@ from difax.accel.solvers import SOLVERS
 from difax.core.annotations import brief, check_arguments, check_keys
 from difax.core.annotations import choose as choose
 from difax.core.contracts import Accelerator, Attention, Classifier, Guide, Model, Solver
-from difax.core.files import FromData
+from difax.core.files import FromData, named, place_of
 from difax.core.grids import GRIDS
 from difax.core.guidance import GUIDES
 from difax.core.process import PROCESSES, Process
@@ -132,10 +133,10 @@ def load_outside(kind: str, name: str) -> Callable[..., Any]:
 
 
 def _run_file(where: str, what: str) -> Any:
+    if place_of(where) != "file":
+        raise ValueError(f"{what}: no such file: {named(where)}")
     path = pathlib.Path(where).resolve()
-    if not path.is_file():
-        raise ValueError(f"{what}: no such file: {where}")
-    name = f"difax_outside_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"difax_outside_{path.stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None

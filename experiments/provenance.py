@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from difax.core.device import device_name, processor, versions
+from difax.core.writing import drop_cut_line
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
@@ -32,6 +33,7 @@ def provenance() -> dict[str, Any]:
 def append_row(path: pathlib.Path, row: dict[str, Any]) -> None:
     """Appends one JSON line; a line is written whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    drop_cut_line(path)
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 

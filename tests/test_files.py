@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import resource
 import struct
 import tracemalloc
@@ -15,7 +16,7 @@ from PIL import Image
 
 from difax.cli import main
 from difax.core.arrays import ARRAYS, opened_arrays, read_arrays, save_arrays
-from difax.core.files import check_object, named, read_json, read_rows, read_text, writable
+from difax.core.files import check_object, makeable, named, read_json, read_rows, read_text, writable
 from difax.media.samples import check_output, read_latents, save_samples
 from difax.study.folder import read_image_file, read_measured, read_sweep
 from difax.study.networks import read_prompts, real_images
@@ -266,6 +267,10 @@ OUTPUTS = {
     "a pipe": ("pipe.png", "no regular file"),
     "nowhere": ("nowhere/x.png", "the folder nowhere does not exist"),
     "300 letters": ("q" * 300 + ".png", "a name of 304 bytes; allowed: up to 255"),
+    "a link to nothing": ("link.png", "that is a link to nothing"),
+    "where only the system writes": ("/proc/x.png", "the folder /proc is not writable"),
+    "a folder of 300 letters": ("q" * 300 + "/x.png", "a name of 300 bytes; allowed: up to 255"),
+    "bytes that are no text": ("\udcff.png", "a name that is no UTF-8 text"),
     "letters of three bytes": ("\u20ac" * 100 + ".png", "a name of 304 bytes"),
 }
 
@@ -276,6 +281,7 @@ def test_where_nothing_can_be_written(case, tmp_path, monkeypatch):
     (tmp_path / "file.png").touch()
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("nowhere/x.png")
     path, message = OUTPUTS[case]
     for check in (lambda: writable(path, (".png",)), lambda: check_output(path)):
         with pytest.raises(ValueError, match=f"^--out .*{message}") as raised:
@@ -283,6 +289,34 @@ def test_where_nothing_can_be_written(case, tmp_path, monkeypatch):
         assert str(raised.value).isprintable()
     if case != "nothing":  # the process's own flags are held against the same rule
         assert main(["sample", "--config", "fmnist_smoke", "--random-init", "--out", path]) == 2
+
+
+FOLDERS = {
+    "a file": ("file", "file is no folder"),
+    "under a file": ("file/x", "file is no folder"),
+    "a link to nothing": ("link", "link is no folder"),
+    "under a link to nothing": ("link/x", "link is no folder"),
+    "under a link to itself": ("loop/x", "cannot be read"),
+    "where only the system writes": ("/proc/x", "the folder /proc is not writable"),
+    "300 letters": ("q" * 300, "a name of 300 bytes; allowed: up to 255"),
+    "bytes that are no text": ("\udcff", "a name that is no UTF-8 text"),
+    "a zero byte": ("a\0b", "allowed: a name"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_where_no_folder_can_be_made(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    path, message = FOLDERS[case]
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message) as raised:
+        makeable(path)
+    assert str(raised.value).isprintable()
+    assert main(["train", "--config", "fmnist_smoke", "--workdir", path, "--data", "nothing"]) == 2
+    assert re.search(message, capsys.readouterr().err) and sorted(tmp_path.iterdir()) == before
 
 
 def test_folders_for_samples(tmp_path, monkeypatch):

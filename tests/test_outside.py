@@ -174,6 +174,9 @@ def test_what_a_factory_made_and_the_factory_itself():
 # what is asked -> what the one line must name
 REFUSALS = {
     "no file": ("nowhere/file.py:cache", "no such file: nowhere/file.py"),
+    "a name of 300 letters": (f"{'n' * 300}.py:cache", "cannot be read"),
+    "bytes that are no text": ("\udcff/file.py:cache", "no such file"),
+    "a zero byte": ("a\0.py:cache", "cannot be read"),
     "no function": ("that/file.py:cach", "unknown function of that/file.py 'cach' (did you mean cache?)"),
     "no module": ("difax_no_such_module:cache", "ModuleNotFoundError"),
     "no name": ("that/file.py:", "allowed: package.module:factory or path/to/file.py:factory"),

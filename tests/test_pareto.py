@@ -3,8 +3,10 @@
 import errno
 import importlib.util
 import json
+import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +26,9 @@ from difax.cli import _join_overrides, _parser, main
 from difax.commands import writable
 from difax.config import load_config, override, parse_value
 from difax.core.files import read_rows
-from difax.core.writing import NoRoom
-from difax.study.frontier import BASELINE, CONTROL, frontier, line, table
-from difax.study.methods import FAMILIES, METHODS, chosen
+from difax.core.writing import NoRoom, append_line, drop_cut_line
+from difax.study.frontier import BASELINE, CONTROL, finite, frontier, line, table
+from difax.study.methods import FAMILIES, METHODS, Method, chosen
 from difax.study.pareto import Options, Sweep, Timed, described, slug
 from difax.weights.checkpoint import save_safetensors
 from difax.weights.conditions import random_conditions
@@ -122,13 +124,38 @@ def test_another_sweep_is_refused(measured, sweep):
         sweep(folder).measure({LOW: METHODS["teacache 0.2"]})
 
 
+def test_a_setting_without_a_bound_is_the_same_when_a_sweep_goes_on(measured, sweep, tmp_path):
+    folder, _, rows = measured
+    shutil.copytree(folder, tmp_path / "p")
+    method = Method("cache", {"cache.name": "teacache", "cache.threshold": math.inf})
+    row = {**rows[LOW], "method": "never", "settings": finite(method.settings)}
+    append_line(tmp_path / "p" / "rows.jsonl", json.dumps(row))
+    assert sweep(tmp_path / "p").measure({"never": method})[-1] == row
+    with pytest.raises(ValueError, match="other settings"):
+        sweep(tmp_path / "p").measure({"never": METHODS["teacache 0.2"]})
+
+
+def test_damaged_images_are_refused_before_more_is_measured(measured, sweep, tmp_path, monkeypatch):
+    folder, _, _ = measured
+    shutil.copytree(folder, tmp_path / "p")
+    path = tmp_path / "p" / "images" / f"{slug(LOW)}.npz"
+    path.write_bytes(path.read_bytes()[:-99])
+    monkeypatch.setattr(Sweep, "_wanted", lambda *a: pytest.fail("it was measured"))
+    with pytest.raises(ValueError, match=f"{path.name}: no images of difax pareto"):
+        sweep(tmp_path / "p").measure(chosen(["steps=1"], parse_value))
+
+
 def test_a_line_that_was_cut_off_is_measured_again(measured, tmp_path):
     folder, _, _ = measured
     whole = (folder / "rows.jsonl").read_text()
     path = tmp_path / "rows.jsonl"
     path.write_text(whole[: -len(whole.splitlines()[-1]) // 2])
     assert [r["method"] for r in read_rows(path)] == [json.loads(x)["method"] for x in whole.splitlines()[:-1]]
+    assert not path.read_text().endswith("\n")  # who reads does not write
+    drop_cut_line(path)
     assert path.read_text() == "".join(x + "\n" for x in whole.splitlines()[:-1])
+    drop_cut_line(tmp_path / "nothing")
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
 def test_a_budget_ends_a_sweep(sweep, tmp_path):

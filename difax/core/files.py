@@ -12,10 +12,11 @@ import math
 import os
 import pathlib
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-from difax.core.writing import replacing
+from difax.core.writing import EXHAUSTED
 
 TEXT = 64 * 2**20  # bytes of a text
 VALUES = 2**22  # values of a JSON text, which take some hundred bytes each
@@ -205,7 +206,8 @@ def read_object(path: str | os.PathLike, allowed: str = "a JSON object", finite:
 
 
 def read_rows(path: str | os.PathLike, **kinds: Any) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; [] where there is none, and without a last line that was cut off.
+    """Rows of a JSON-lines file; [] where there is none, and without a last line that was cut off, which
+    stays where it is (`drop_cut_line`).
 
     Args:
       kinds: of the keys of every row, as in `check_object`.
@@ -219,9 +221,6 @@ def read_rows(path: str | os.PathLike, **kinds: Any) -> list[dict[str, Any]]:
     with opened(path, allowed, TEXT) as file:
         raw = file.read(TEXT + 1)
     whole = raw[: raw.rfind(b"\n") + 1]  # a line that is cut may end within a letter
-    if len(whole) < len(raw):
-        with replacing(path) as aside:
-            aside.write_bytes(whole)
     if sum(map(whole.count, (b",", b"[", b"{"))) > VALUES:
         raise ValueError(f"{named(path)}: more than {VALUES:,} values; allowed: {allowed} of fewer")
     rows = []
@@ -298,10 +297,10 @@ def writable(
         ends = " or ".join(s for s in suffixes if s)
         more = ", or a folder's, without a suffix" if "" in suffixes else ""
         raise refused(f"allowed: a name that ends in {ends}{more}" if ends else "allowed: a folder's name")
-    length = len(os.fsencode(target.name))
-    if length > NAME:
-        raise refused(f"a name of {length} bytes; allowed: up to {NAME}")
+    _check_name(text, flag)
     place = place_of(target)
+    if place is None and os.path.islink(target):
+        raise refused("that is a link to nothing")
     if target.suffix:
         if place in ("folder", "other"):
             raise refused("that is a folder" if place == "folder" else "that is no regular file")
@@ -314,6 +313,48 @@ def writable(
             raise refused(f"the folder {named(target.parent)} does not exist")
     elif above != "folder":
         raise refused(f"{named(target.parent)} is no folder")
-    elif not os.access(target.parent, os.W_OK):
+    elif not _takes_files(target.parent):
         raise refused(f"the folder {named(target.parent)} is not writable")
     return target
+
+
+def makeable(path: str | os.PathLike, flag: str = "--out") -> pathlib.Path:
+    """Checks before any work that files can be written into a folder, which is there or can be made; returns its path.
+
+    Raises:
+      ValueError: no name, something that is no folder there or above, or a folder that is not writable.
+    """
+    text = os.fspath(path)
+    _check_name(text, flag)
+    target = pathlib.Path(text)
+    there = next(p for p in (target.absolute(), *target.absolute().parents) if place_of(p) or os.path.islink(p))
+    if place_of(there) != "folder":
+        raise ValueError(f"{flag} {named(text)}: {named(there)} is no folder")
+    if not _takes_files(there):
+        raise ValueError(f"{flag} {named(text)}: the folder {named(there)} is not writable")
+    return target
+
+
+def _check_name(text: str, flag: str) -> None:
+    """Refuses what no file or folder can be named, and bytes that are no text, which libraries do not take."""
+    fault = None
+    if not text.strip() or "\0" in text:
+        fault = "allowed: a name"
+    elif (length := max(map(len, os.fsencode(text).split(b"/")))) > NAME:
+        fault = f"a name of {length} bytes; allowed: up to {NAME}"
+    elif any("\ud800" <= c <= "\udfff" for c in text):
+        fault = "a name that is no UTF-8 text; allowed: one that is"
+    if fault:
+        raise ValueError(f"{flag} {named(text[:300])}: {fault}")
+
+
+def _takes_files(folder: str | os.PathLike) -> bool:
+    """Whether a file can be made in a folder: that of a nameless one is tried, since permissions do not tell of all
+    (/proc, a full table of files)."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        return error.errno in EXHAUSTED  # told when it is written, as a lack of room

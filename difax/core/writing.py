@@ -119,6 +119,16 @@ def _shortened(name: str, room: int) -> str:
     return name.encode()[:room].decode(errors="ignore")
 
 
+def drop_cut_line(path: str | os.PathLike) -> None:
+    """Drops the end of a file of lines, if there is one, that a killed process has not ended: a line that is appended
+    would be glued to it."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        raw = file.read()
+        if raw and not raw.endswith(b"\n"):
+            with replacing(path) as aside:
+                aside.write_bytes(raw[: raw.rfind(b"\n") + 1])
+
+
 def append_line(path: str | os.PathLike, text: str) -> None:
     """Appends a line in one write, so that processes that append to the same file do not mix their lines."""
     with writing(path):

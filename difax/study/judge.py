@@ -7,7 +7,6 @@ control). Features are standardised by those of 10,000 training images.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from difax.build import build_data, load_weights
 from difax.checkpoints import embedded_weights
 from difax.config import checkpoint_config, load_config
 from difax.core.contracts import Classifier, Model, Params
+from difax.core.files import place_of
 from difax.registry import choose, is_outside, load_outside, make
 from difax.study.metrics import (
     FEATURE_FIGURES,
@@ -76,7 +76,7 @@ def make_judge(which: str | None = None, data: Mapping[str, Any] | None = None) 
             )
         return made
     embedded = which in embedded_weights()
-    if not embedded and not pathlib.Path(which).exists():
+    if not embedded and place_of(which) is None:
         choose("judge", which, [CLASSIFIER])
     config = load_config(CLASSIFIER) if embedded else checkpoint_config(which)
     classifier = make("model", config["model"])

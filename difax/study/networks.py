@@ -19,7 +19,7 @@ import numpy as np
 
 from difax.core.arrays import opened_arrays, unpacked_limit
 from difax.core.extras import needs
-from difax.core.files import named, read_text
+from difax.core.files import named, place_of, read_text
 from difax.registry import check_name, factory
 from difax.study.judge import Judge, halves
 from difax.study.metrics import FEATURE_FIGURES, bootstrap
@@ -157,7 +157,7 @@ def image_reward(path: str | None = None) -> Network:
     package = _extra("ImageReward")
     path = _given("image_reward", path, "the file ImageReward.pt, beside med_config.json")
     config = pathlib.Path(path).with_name("med_config.json")
-    if not config.exists():
+    if place_of(config) is None:
         raise ValueError(f"image_reward={path}: no med_config.json beside it; allowed: both files in one folder")
     model = _read("image_reward", path, lambda: package.load(path, device="cpu", med_config=str(config)))
 
@@ -353,7 +353,7 @@ def _script(name: str, path: str | None) -> tuple[Any, Any]:
 def _given(name: str, path: str | None, what: str) -> str:
     if not path:
         raise ValueError(f"network {name!r} has no file; allowed: {name}=PATH, {what}")
-    if not pathlib.Path(path).exists():
+    if place_of(path) is None:
         raise ValueError(f"{name}={path}: no such file or folder; allowed: {what}")
     return path
 

@@ -35,13 +35,14 @@ from difax.core.contracts import Params, Trace
 from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import averaged, strip
 from difax.core.device import device_name, peak_memory, processor, versions
+from difax.core.files import place_of
 from difax.core.lock import locked
-from difax.core.writing import NoRoom, append_line, replacing
+from difax.core.writing import NoRoom, append_line, drop_cut_line, replacing
 from difax.media.images import to_uint8
 from difax.program import Program
 from difax.registry import shown
 from difax.study.calibrate import ending
-from difax.study.folder import read_measured, read_sweep
+from difax.study.folder import read_image_file, read_measured, read_sweep
 from difax.study.frontier import BASELINE, BROUGHT, CONTROL, finite, line
 from difax.study.judge import FIGURES, Judge, compared, halves
 from difax.study.methods import Method
@@ -205,6 +206,7 @@ class Sweep:
         self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out, "difax pareto"):
             refuse_other(self.out, self.described)
+            drop_cut_line(self.out / "rows.jsonl")
             path = self.out / "sweep.json"
             if not path.exists():
                 with replacing(path) as aside:
@@ -219,12 +221,12 @@ class Sweep:
         """
         there = {row["method"]: row["settings"] for row in self.rows()}
         for name, settings in there.items():
-            if name in todo and settings != plain(todo[name].settings):
+            if name in todo and settings != finite(plain(todo[name].settings)):
                 raise ValueError(f"{self.out} has {name!r} with other settings, {settings}; allowed: another --out")
         return {n: m for n, m in todo.items() if n not in there}
 
     def rows(self) -> list[dict[str, Any]]:
-        """What is measured; a line that a killed process left half-written is dropped."""
+        """What is measured; without a line that a killed process left half-written."""
         return read_measured(self.out)
 
     def measure(self, methods: Mapping[str, Method]) -> list[dict[str, Any]]:
@@ -239,10 +241,18 @@ class Sweep:
         """
         todo = {BASELINE: Method("baseline", {}), **methods}
         if self._left(todo):
+            self._check_images()
             self._wanted(self._baseline())
         with self._claimed():
             self._measure(self._left(todo))
         return self.rows()
+
+    def _check_images(self) -> None:
+        """Reads the images that are there, so that damaged ones are refused before more is measured."""
+        for row in self.rows():
+            path = self._image_file(row["method"])
+            if place_of(path) is not None:
+                read_image_file(path)
 
     def _measure(self, left: Mapping[str, Method]) -> None:
         start = time.monotonic()
@@ -410,13 +420,16 @@ class Sweep:
         return f"{which} of {channels} of the latents, {self.range[0]:.3g} (black) to {self.range[1]:.3g}"
 
     def _save_images(self, name: str, images: np.ndarray) -> None:
-        folder = self.out / "images"
-        folder.mkdir(exist_ok=True)
+        path = self._image_file(name)
+        path.parent.mkdir(exist_ok=True)
         low, high = self.range
         if self.latents:
             images = 2 * (images[..., : 3 if images.shape[-1] >= 3 else 1] - low) / (high - low or 1.0) - 1
         images = np.nan_to_num(images, nan=-1.0, posinf=1.0, neginf=-1.0)
-        save_arrays(folder / f"{slug(name)}.npz", {"images": to_uint8(images)}, compressed=True)
+        save_arrays(path, {"images": to_uint8(images)}, compressed=True)
+
+    def _image_file(self, name: str) -> pathlib.Path:
+        return self.out / "images" / f"{slug(name)}.npz"
 
     def _calibrated(self, technique: str) -> pathlib.Path:
         """The file of a technique, calibrated on other seeds if the folder does not have it."""

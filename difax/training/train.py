@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from difax.core import mesh as mesh_
 from difax.core.annotations import Seed
-from difax.core.files import check_object, named, place_of, read_object
+from difax.core.files import check_object, listed, makeable, named, place_of, read_object
 from difax.core.lock import LOCK, locked
 from difax.core.shell import undone
 from difax.core.writing import append_line, remove, replacing, unwritable, writing
@@ -430,8 +430,9 @@ def check_folder(workdir: str | os.PathLike, resume: bool) -> None:
     """
     if not os.fspath(workdir):
         raise ValueError("workdir is empty; allowed: a path")
-    place_of(workdir)  # a path that cannot be one is named
-    folder = pathlib.Path(workdir).absolute()
+    folder = makeable(workdir, "--workdir").absolute()
+    if not resume and place_of(folder) and any(map(_counts, listed(folder))):
+        raise ValueError(f"{folder} exists and is not empty; give a new folder, or resume it")
     if resume:
         read_run(folder)
         for name in ("samples", "events", "checkpoints"):
@@ -439,14 +440,6 @@ def check_folder(workdir: str | os.PathLike, resume: bool) -> None:
                 raise ValueError(f"{folder / name}: is no folder; remove it to go on")
         if place_of(folder / "log.jsonl") not in (None, "file"):
             raise ValueError(f"{folder / 'log.jsonl'}: is no file; remove it to go on")
-    elif folder.exists():
-        if not folder.is_dir() or any(map(_counts, folder.iterdir())):
-            raise ValueError(f"{folder} exists and is not empty; give a new folder, or resume it")
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(
-            f"{folder}: cannot be written ({there} is {'not writable' if there.is_dir() else 'no folder'})"
-        )
 
 
 def _counts(path: pathlib.Path) -> bool:

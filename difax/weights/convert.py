@@ -24,7 +24,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import future, type_handlers
 
 from difax.core.contracts import Params
-from difax.core.files import read_json
+from difax.core.files import makeable, read_json
 from difax.core.writing import beside, remove_left
 from difax.weights.checkpoint import Streamed
 from difax.weights.orbax_errors import readable
@@ -95,6 +95,7 @@ def check_target(target: str | os.PathLike) -> pathlib.Path:
         raise ValueError(f"{path}: exists already; allowed: a folder that does not exist yet")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: the folder {path.parent} does not exist or is not writable")
+    makeable(path, "target")
     remove_left(path.parent)
     return path
 
