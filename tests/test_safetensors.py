@@ -370,6 +370,15 @@ def test_fp8_with_scales_is_value_times_scale(tmp_path, kind, case, prefix):
     np.testing.assert_array_equal(half, params["blocks"]["qkv"].astype("bfloat16"))
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 1, 1, 1)])
+def test_a_scale_of_rows_serves_a_convolution_too(tmp_path, shape):
+    tensors, scale = checkpoint(), np.array([0.5, 2, 4, 1], np.float32)
+    eighth = tensors["conv.weight"].astype(ml_dtypes.float8_e4m3fn)
+    wanted = tensors | {"conv.weight": eighth.astype(np.float32) * scale.reshape(4, 1, 1, 1)}
+    save_file(tensors | {"conv.weight": eighth, "conv.weight_scale": scale.reshape(shape)}, tmp_path / "a.safetensors")
+    check_loaded(load(tmp_path / "a.safetensors"), wanted)
+
+
 @pytest.mark.parametrize("kind", EIGHTHS)
 @pytest.mark.parametrize("rest, one", [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32")])
 def test_fp8_without_scales_is_what_it_is(tmp_path, kind, rest, one):

@@ -509,7 +509,7 @@ def _network(path: Any, tensors: Mapping[str, _Tensor], keys: set[str]) -> dict[
 def _checked_scale(scale: _Tensor, weight: _Tensor) -> _Tensor:
     """The scale of an fp8 tensor: one number, or one for each row."""
     rows = weight.shape[:1]
-    allowed = {(), (1,), (1, 1), rows, rows + (1,) * (len(weight.shape) - 1)}
+    allowed = {(), (1,), (1, 1), rows, rows + (1,), rows + (1,) * (len(weight.shape) - 1)}
     if scale.shape not in allowed:
         raise ValueError(
             f"{scale.file}: scale {scale.name!r} of tensor {weight.name!r} has the shape {scale.shape}; allowed: one "
