@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -17,9 +18,9 @@ from difax.core.contracts import Params
 from difax.models import CHECKPOINTS
 from difax.registry import REGISTRIES, choose, make, shown
 from difax.training.train import last_step, read_run, restore_ema
-from difax.weights.checkpoint import check_shapes, load_native, read_metadata, tensor_shapes
+from difax.weights.checkpoint import check_shapes, load_native, name_pattern, read_metadata, tensor_shapes
 from difax.weights.convert import converted_model, is_converted, load_converted
-from difax.weights.published import Foreign, Untold, load_foreign
+from difax.weights.published import Foreign, Untold, load_foreign, read_config
 from difax.weights.random import random_weights
 
 ASSETS = pathlib.Path(__file__).resolve().parent / "assets"
@@ -87,7 +88,7 @@ def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None,
         found = recognise(path, fallback=settings_of(model), **without_preset(section["name"], given))
         stored = {"name": found.kind, **found.geometry}
     if stored is not None:
-        check_stored(path, stored, section["name"], model)
+        check_stored(path, stored, section, model)
         model = _completed(model, section, stored)
     if is_run(path):
         return Weights(model, f"{path} (step {last_step(path)}, EMA)", lambda: restore_ema(path, model.init)[1])
@@ -152,17 +153,22 @@ def settings_of(model: Any) -> dict[str, Any]:
     return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else {}
 
 
-def check_stored(path: Any, stored: Mapping[str, Any], name: Any, model: Any) -> None:
+def check_stored(path: Any, stored: Mapping[str, Any], section: Mapping[str, Any], model: Any) -> None:
     """Raises ValueError, naming the setting, where the tensors of a checkpoint cannot be those of a model.
 
     Args:
-      stored: the section that the checkpoint knows. name, model: of the configuration.
+      stored: the section that the checkpoint knows. section: of the configuration; what it does not state is the
+        checkpoint's. model: of that section alone.
     """
+    name = section["name"]
     if shown(stored["name"]) != shown(name) and {shown(stored["name"]), shown(name)} <= REGISTRIES["model"].keys():
         raise ValueError(f"{path}: holds a {stored['name']}; the configuration's model is {shown(name)}")
     if stored["name"] not in REGISTRIES["model"]:
         return  # of code that is not loaded for a name out of a file; its tensors are compared when they are read
     there = make("model", stored)
+    if shown(stored["name"]) == shown(name):
+        with contextlib.suppress(ValueError):  # the two do not go together: then it is named in what they differ
+            model = make("model", _completed_section(section, stored))
     here_settings, there_settings = settings_of(model), settings_of(there)
     other = [
         f"{key} is {there_settings[key]} in the checkpoint, {here_settings[key]} by the configuration"
@@ -177,6 +183,19 @@ def check_stored(path: Any, stored: Mapping[str, Any], name: Any, model: Any) ->
     if other:
         raise ValueError(f"{path}: model.{'; model.'.join(other)}")
     check_shapes(str(path), there_spec, here_spec)
+
+
+def _completed_section(section: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A section with what it does not state as a checkpoint has it, but for what its own variant stands for."""
+    preset = presets(section["name"]) if section.get("variant") is not None else set()
+    return {**{k: v for k, v in stored.items() if k not in preset}, **section}
+
+
+def presets(name: Any) -> set[str]:
+    """The arguments of a model's factory that its variants set: those without a default of their own."""
+    if not isinstance(name, str) or name not in REGISTRIES["model"]:
+        return set()
+    return {k for k, p in inspect.signature(REGISTRIES["model"][name]).parameters.items() if p.default is None}
 
 
 def _completed(model: Any, section: Mapping[str, Any], stored: Mapping[str, Any]) -> Any:
@@ -225,6 +244,8 @@ def recognise(
       ValueError: an unknown model, or a file of none of them.
     """
     kind = recognised_kind(path) if model is None else choose("model", model, CHECKPOINTS)
+    if model is not None:
+        _check_architecture(path, kind)
     while True:
         try:
             found = CHECKPOINTS[kind].find(path, layout=layout, **geometry)
@@ -241,7 +262,37 @@ def recognised_kind(path: str | os.PathLike) -> str:
     """The name in `CHECKPOINTS` of what a published checkpoint holds; ValueError for one of none of them."""
     names = sorted(tensor_shapes(path))
     kind = max(CHECKPOINTS, key=lambda name: CHECKPOINTS[name].known(names))
-    if not CHECKPOINTS[kind].known(names):
-        first = ", ".join(names[:3]) or "none"
-        raise ValueError(f"{path}: no checkpoint of {', '.join(CHECKPOINTS)}; its first tensors: {first}")
+    _check_architecture(path, kind)
     return kind
+
+
+# of the kinds of tensors in a file, those that a model has to know: HunyuanVideo has 56 of FLUX's 60, and 24 others
+LEAST_KNOWN = 0.8
+
+
+def _check_architecture(path: str | os.PathLike, kind: str) -> None:
+    """Raises ValueError for a checkpoint of another architecture, by its config.json, else by its tensors' names."""
+    tables = CHECKPOINTS[kind].tables
+    names = sorted(tensor_shapes(path, tables.values()))
+    patterns = {name_pattern(name): name for name in reversed(names)}
+    ours = max(
+        ({name_pattern(key) for row in table.values() for key in row.keys} for table in tables.values()),
+        key=lambda some: len(some & patterns.keys()),
+    )
+    both, other = ours & patterns.keys(), sorted(patterns[p] for p in patterns.keys() - ours)
+    file, config = read_config(path, {})
+    classes = [name for published in CHECKPOINTS.values() for name in published.classes]
+    said = config.get("_class_name")
+    strange = said is not None and said not in classes and bool(other)
+    if not strange and both and (not ours - both or len(both) >= LEAST_KNOWN * len(patterns)):
+        return
+    near = f"nearest {kind}, which knows {len(both)} of its {len(patterns)} kinds of tensors" if both else ""
+    if strange:
+        allowed = ", ".join(dict.fromkeys(classes))
+        raise ValueError(
+            f"{file}: _class_name={said!r} is none of {', '.join(CHECKPOINTS)}; allowed: {allowed}"
+            + (f"; {near}" if near else "")
+        )
+    first = ", ".join(names[:3]) or "none"
+    what = f"{near}, not {other[0]!r}" if near and other else f"its first tensors: {first}"
+    raise ValueError(f"{path}: no checkpoint of {', '.join(CHECKPOINTS)}; {what}")

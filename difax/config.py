@@ -25,6 +25,7 @@ from difax.checkpoints import (
     UNSTORED,
     check_stored,
     is_run,
+    presets,
     published_kind,
     recognise,
     settings_of,
@@ -181,7 +182,7 @@ def _agreed(
         stored = {"name": found.kind, **found.geometry}
     if stored is None:
         return dict(named)
-    check_stored(path, stored, section["name"], here)
+    check_stored(path, stored, section, here)
     if stored["name"] not in REGISTRIES["model"]:
         return dict(named)
     knows, states = settings_of(make("model", stored)), settings_of(here)
@@ -296,19 +297,12 @@ def override(config: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> dic
             config[section] = {**(config[section] if same else {}), "name": value}
         elif path == "model.variant" and config[section].get(key) != value:
             # which gives what the factory would else be told one by one
-            preset = _presets(config[section].get("name"))
+            preset = presets(config[section].get("name"))
             config[section] = {**{k: v for k, v in config[section].items() if k not in preset}, key: value}
         else:
             # `difax.registry.make` holds keys and values against the factory's signature when it is called
             config[section][key] = value
     return config
-
-
-def _presets(name: Any) -> set[str]:
-    """The arguments of a model's factory that its variants set: those without a default of their own."""
-    if not isinstance(name, str) or name not in REGISTRIES["model"]:
-        return set()
-    return {k for k, p in inspect.signature(REGISTRIES["model"][name]).parameters.items() if p.default is None}
 
 
 # single words for keys of sections, on the command line and in Python

@@ -277,4 +277,4 @@ def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[st
     return {field: config[name] for field, name in names.items() if name in config}
 
 
-PUBLISHED = Published(find_dit, {name: layout.table for name, layout in LAYOUTS.items()})
+PUBLISHED = Published(find_dit, {name: layout.table for name, layout in LAYOUTS.items()}, CLASSES)

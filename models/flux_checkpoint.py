@@ -220,6 +220,7 @@ def _geometry(path: Any, table: Table, shapes: Mapping[str, tuple[int, ...]]) ->
     }
 
 
+CLASSES = ("FluxTransformer2DModel",)
 SETTINGS = {
     "patch_size": one_of(1, but="latents are packed 2 x 2 before the network, and cut no further in it"),
     "in_channels": whole(),
@@ -237,7 +238,7 @@ SETTINGS = {
 
 def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
     """The rotary sections from the config.json that diffusers writes beside the weights, if there."""
-    file, config = read_settings(path, ("FluxTransformer2DModel",), SETTINGS)
+    file, config = read_settings(path, CLASSES, SETTINGS)
     features, head_width = found["channels"] * PATCH**2, found["width"] // found["heads"]
     check_agrees(
         file,
@@ -262,4 +263,4 @@ def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[st
     return {"axes_dim": tuple(axes)}
 
 
-PUBLISHED = Published(find_flux, LAYOUTS)
+PUBLISHED = Published(find_flux, LAYOUTS, CLASSES)

@@ -232,4 +232,4 @@ def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[st
     return fields if size is None else {**fields, "base_size": size // found["patch"]}
 
 
-PUBLISHED = Published(find_pixart, LAYOUTS)
+PUBLISHED = Published(find_pixart, LAYOUTS, CLASSES)

@@ -233,4 +233,4 @@ def _config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
     return {field: config[name] for field, name in names if name in config}
 
 
-PUBLISHED = Published(find_wan, LAYOUTS)
+PUBLISHED = Published(find_wan, LAYOUTS, CLASSES)

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from difax.checkpoints import find_weights, recognise, settings_of
+from difax.config import configuration
 from difax.core.trunk import forward
 from difax.models import CHECKPOINTS
+from difax.registry import make
 from difax.weights.published import load_foreign
 from tests.families import some
 from tests.golden.make_settings import CASES, draw_inputs, draw_tensors
@@ -164,3 +167,80 @@ def test_one_embedder_for_all_blocks_is_kept_once(tmp_path, golden):
     write(tmp_path, golden["facts"], "dit own embedders")
     found = find(tmp_path, "dit own embedders")
     assert found.geometry["block_embedders"] and "blocks/label" in found.table
+
+
+# ---- what a configuration does not state comes from the file ---------------------------------------------------------
+
+# case -> the key that a section of a configuration leaves open, whose default is another than the file's
+LEFT_OPEN = {
+    "dit without biases": "qkv_bias",
+    "dit own embedders": "block_embedders",
+    "dit affine": "mlp_norm_affine",
+    "dit geglu": "activation",
+    "pixart without projection": "caption_projection",
+    "pixart conditions": "micro_conditioning",
+    "wan without cross norm": "cross_attn_norm",
+    "wan qk_norm null": "qk_norm",
+    "wan freq_dim": "freq_dim",
+    "flux without guidance": "guidance_embedding",
+}
+
+
+@pytest.mark.parametrize("case", some(LEFT_OPEN, "dit without biases", "wan without cross norm"))
+def test_what_a_section_does_not_state_comes_from_the_file(tmp_path, golden, case):
+    write(tmp_path, golden["facts"], case)
+    found, key, path = find(tmp_path, case), LEFT_OPEN[case], str(tmp_path)
+    kind, known = CASES[case][0], settings_of(found.model)
+    section = {"name": kind, **{k: v for k, v in found.geometry.items() if k not in (key, "variant")}}
+    assert settings_of(make("model", section))[key] != known[key]
+    opened = configuration({"model": section}, path)
+    assert {**settings_of(make("model", opened["model"])), "text_tokens": 0} == {**known, "text_tokens": 0}
+    assert settings_of(find_weights({"model": section}, make("model", section), path).model) == known
+    if isinstance(known[key], bool):
+        words = f"model.{key} is {known[key]} in the checkpoint, {not known[key]} by the configuration"
+        with pytest.raises(ValueError, match=words):
+            configuration({"model": {**section, key: not known[key]}}, path)
+
+
+# ---- other architectures ---------------------------------------------------------------------------------------------
+
+
+def other_architecture(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a relative: some kinds are missing, as many are its own, the rest are named alike."""
+    moved = {
+        name: name.replace("norm1", "another.norm").replace("ff.", "experts.").replace("ffn.", "experts.")
+        for name in tensors
+    }
+    return {new: tensors[old] for old, new in moved.items()}
+
+
+@pytest.mark.parametrize("case", ["dit as it is", "pixart as it is", "wan as it is", "flux as it is"])
+def test_another_architecture_is_named(tmp_path, golden, case):
+    write(tmp_path, golden["facts"], case, _class_name="AuraTransformer2DModel")
+    tensors = other_architecture(draw_tensors(case, golden["facts"][case]["shapes"]))
+    tensors |= {f"blocks.{i}.vace.{n}.weight": np.ones(2, np.float32) for i in range(2) for n in "abcdefghi"}
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    kind = CASES[case][0]
+    words = r"config.json: _class_name='AuraTransformer2DModel' is none of dit, flux, pixart, wan; allowed: DiT.*Wan"
+    with pytest.raises(ValueError, match=f"{words}.*; nearest {kind}, which knows .* of its .* kinds of tensors"):
+        recognise(str(tmp_path))
+    with pytest.raises(ValueError, match=words):
+        recognise(str(tmp_path), kind)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=f"no checkpoint of dit, flux, pixart, wan; nearest {kind}, which knows"):
+        recognise(str(tmp_path))
+
+
+PIPELINES = Path(__file__).parents[2] / "shared" / "pipelines"
+OTHERS = ("cogvideox_2b", "hunyuan_video", "ltx", "qwen_image", "sd3", "z_image", "sd15", "svd")
+
+
+@pytest.mark.skipif(not PIPELINES.is_dir(), reason="the tiny pipelines are not there")
+@pytest.mark.parametrize("name", OTHERS)
+def test_pipelines_of_other_architectures_are_named(name):
+    (file,) = (*PIPELINES.glob(f"{name}/transformer/config.json"), *PIPELINES.glob(f"{name}/unet/config.json"))
+    said = json.loads(file.read_text())["_class_name"]
+    with pytest.raises(ValueError, match=f"config.json: _class_name='{said}' is none of dit, flux, pixart, wan"):
+        recognise(str(file.parent))
+    with pytest.raises(ValueError, match=f"{name}: expected one .*; a pipeline, whose network is in {file.parent}"):
+        recognise(str(PIPELINES / name))

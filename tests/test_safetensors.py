@@ -370,6 +370,15 @@ def test_fp8_with_scales_is_value_times_scale(tmp_path, kind, case, prefix):
     np.testing.assert_array_equal(half, params["blocks"]["qkv"].astype("bfloat16"))
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 1, 1, 1)])
+def test_a_scale_of_rows_serves_a_convolution_too(tmp_path, shape):
+    tensors, scale = checkpoint(), np.array([0.5, 2, 4, 1], np.float32)
+    eighth = tensors["conv.weight"].astype(ml_dtypes.float8_e4m3fn)
+    wanted = tensors | {"conv.weight": eighth.astype(np.float32) * scale.reshape(4, 1, 1, 1)}
+    save_file(tensors | {"conv.weight": eighth, "conv.weight_scale": scale.reshape(shape)}, tmp_path / "a.safetensors")
+    check_loaded(load(tmp_path / "a.safetensors"), wanted)
+
+
 @pytest.mark.parametrize("kind", EIGHTHS)
 @pytest.mark.parametrize("rest, one", [("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32")])
 def test_fp8_without_scales_is_what_it_is(tmp_path, kind, rest, one):
@@ -447,6 +456,31 @@ def test_values_that_are_not_finite_are_refused(tmp_path, dtype, value):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"a.safetensors: tensor 'layers.1.k.weight' holds 1 values .*finite, of 8"):
         load(tmp_path / "a.safetensors")
+
+
+# dtype of a tensor, its largest value, that of its scale, dtype that is asked for; what is named
+BEYOND = {
+    "F64": (F64, 1e200, None, None, r"holds 1e\+200; allowed in float32: up to 3.4e\+38"),
+    "F64, half": (F64, 1e6, None, "float16", r"holds 1e\+06; allowed in float16: up to 6.55e\+04"),
+    "half": (F32, -1e6, None, "float16", r"holds 1e\+06; allowed in float16"),
+    "bfloat16": (F32, 3.4e38, None, "bfloat16", r"holds 3.4e\+38; allowed in bfloat16"),
+    "scale": (ml_dtypes.float8_e4m3fn, 448, np.float32(1e37), None, r"times 'layers.1.k.scale_weight' holds inf"),
+    "scale F64": (ml_dtypes.float8_e4m3fn, 2, np.float64(1e300), None, r"times 'layers.1.k.scale_weight' holds inf"),
+    "scale, half": (ml_dtypes.float8_e4m3fn, 448, np.float32(1e3), "float16", r"times .* holds 4.48e\+05; allowed"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_values_beyond_the_dtype_they_are_read_in_are_refused(tmp_path, case):
+    kind, value, scale, dtype, words = BEYOND[case]
+    tensors = checkpoint()
+    tensors["layers.1.k.weight"] = tensors["layers.1.k.weight"].astype(kind)
+    if scale is not None:
+        tensors["layers.1.k.scale_weight"] = np.asarray(scale)
+    tensors["layers.1.k.weight"][1, 2] = value
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"a.safetensors: tensor 'layers.1.k.weight'.* {words}"):
+        load(tmp_path / "a.safetensors", dtype=dtype)
 
 
 # ---- fake and hostile headers --------------------------------------------------------------------------------------

@@ -111,8 +111,10 @@ class _Tensor(NamedTuple):
         found = _finite(self, self.stored()) if self.finite else self.stored()
         if self.scale is None:
             return found
-        scale = _finite(self.scale, self.scale.stored()).astype(np.float32)
-        return found.astype(np.float32) * scale.reshape((-1,) + (1,) * (len(self.shape) - 1))
+        scale = _finite(self.scale, self.scale.stored())
+        with np.errstate(over="ignore"):  # what is beyond float32 is refused where it is used, by the scale's name
+            scale = scale.astype(np.float32)
+            return found.astype(np.float32) * scale.reshape((-1,) + (1,) * (len(self.shape) - 1))
 
 
 def tensor_shapes(path: str | os.PathLike, tables: Iterable[Mapping[str, Source]] = ()) -> dict[str, tuple[int, ...]]:
@@ -309,7 +311,11 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
             found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
             if len(found) != 1:
                 names = ", ".join(f.name for f in found[:10]) or "none"
-                raise ValueError(f"{path}: expected one .safetensors file or one index in the folder; found {names}")
+                inside = [folder for folder in ("transformer", "unet") if (path / folder).is_dir()]
+                hint = f"; a pipeline, whose network is in {path / inside[0]}" if inside else ""
+                raise ValueError(
+                    f"{path}: expected one .safetensors file or one index in the folder; found {names}{hint}"
+                )
             path = found[0]
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
@@ -503,7 +509,7 @@ def _network(path: Any, tensors: Mapping[str, _Tensor], keys: set[str]) -> dict[
 def _checked_scale(scale: _Tensor, weight: _Tensor) -> _Tensor:
     """The scale of an fp8 tensor: one number, or one for each row."""
     rows = weight.shape[:1]
-    allowed = {(), (1,), (1, 1), rows, rows + (1,) * (len(weight.shape) - 1)}
+    allowed = {(), (1,), (1, 1), rows, rows + (1,), rows + (1,) * (len(weight.shape) - 1)}
     if scale.shape not in allowed:
         raise ValueError(
             f"{scale.file}: scale {scale.name!r} of tensor {weight.name!r} has the shape {scale.shape}; allowed: one "
@@ -516,17 +522,32 @@ def _checked_scale(scale: _Tensor, weight: _Tensor) -> _Tensor:
 
 
 def _finite(tensor: _Tensor, values: np.ndarray) -> np.ndarray:
-    if tensor.dtype == "BF16":  # by its bits, which is many times quicker
-        bad = (values.view(np.uint16) & 0x7F80) == 0x7F80
-    elif tensor.dtype in FLOATS:
-        bad = ~np.isfinite(values)
-    else:
-        return values
+    bad = _not_finite(values)
     if bad.any():
         raise ValueError(
             f"{tensor.file}: tensor {tensor.name!r} holds {int(bad.sum())} values that are not finite, of {bad.size}"
         )
     return values
+
+
+def _not_finite(values: np.ndarray) -> np.ndarray:
+    if values.dtype == jnp.bfloat16:  # by its bits, which is many times quicker
+        return (values.view(np.uint16) & 0x7F80) == 0x7F80
+    return ~np.isfinite(values) if jnp.issubdtype(values.dtype, jnp.floating) else np.zeros(1, bool)
+
+
+def _fill(target: np.ndarray, values: np.ndarray, tensor: _Tensor) -> None:
+    """Writes a tensor's values into an array of another dtype; ValueError where that does not reach so far."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        target[...] = values
+    narrower = target.dtype != values.dtype and jnp.issubdtype(target.dtype, jnp.floating)
+    if tensor.finite and (tensor.scale is not None or narrower) and _not_finite(np.ascontiguousarray(target)).any():
+        most = float(np.abs(values.astype(np.float64)).max())
+        times = "" if tensor.scale is None else f" times {tensor.scale.name!r}"
+        raise ValueError(
+            f"{tensor.file}: tensor {tensor.name!r}{times} holds {most:.3g}; allowed in {target.dtype}: up to "
+            f"{float(jnp.finfo(target.dtype).max):.3g}"
+        )
 
 
 def _holds_all(tensors: Iterable[_Tensor]) -> Any:
@@ -664,7 +685,7 @@ def _streamed(
             if len(parts) > 1:
                 target = out[..., start : start + part[-1]]
                 start += part[-1]
-            target[...] = values
+            _fill(target, values, tensors[name])
         return out
 
     return Streamed(shape, stored, len(row) if _stacked(source) else None, read)

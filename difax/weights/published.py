@@ -63,11 +63,13 @@ class Untold(ValueError):
 class Published(NamedTuple):
     """The checkpoints of one architecture.
 
-    find(path, layout=None, **geometry) -> `Foreign`; tables: {layout: table}, by whose names a file is recognised.
+    find(path, layout=None, **geometry) -> `Foreign`; tables: {layout: table}, by whose names a file is recognised;
+    classes: the values of _class_name that the config.json beside a file may have.
     """
 
     find: Callable[..., Foreign]
     tables: Mapping[str, Table]
+    classes: tuple[str, ...] = ()
 
     def known(self, names: Iterable[str]) -> int:
         """How many tensors of a file have a place in the best of the layouts, behind whatever prefix."""
