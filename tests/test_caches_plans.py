@@ -251,11 +251,12 @@ def test_magcache_takes_lists_of_both_halves_apart():
     assert got(lists, steps=20) == magnitude_skips_of_both(pairs[at], 0.06, 5, 0.2)
     # twice as many numbers as a guided run has evaluations, with whatever they begin
     drifting = np.ravel([[1.15, 1.0]] * 20).tolist()
+    np.testing.assert_array_equal(nearest(np.asarray(drifting), 20), [[1.15, 1.0]] * 20)
     assert got(drifting, steps=20) == "F" * 20
     assert got(drifting[1::2], steps=20) == got(drifting[1::2] + drifting[1::2], steps=20) != "F" * 20
     # one list where the run has no second half, and where it has as many numbers as the run has evaluations
     one = 1 + 0.03 * rng.standard_normal(40)
-    assert got(one, "none", 20) == got(nearest(one, 20), "none", 20) == got(one, "cfg", 20, halves=1)
+    assert got(one, "none", 20) == got(nearest(one, 20, guided=False), "none", 20) == got(one, "cfg", 20, halves=1)
     assert got(one, "cfg", 40) == got(one, "none", 40)
 
 
@@ -533,6 +534,18 @@ REFUSED = [
     ("pab", {"window": (800.0, 100.0)}, "allowed: low < high"),
     ("pab", {"window": (0.1, 0.9)}, r"window=\(0.1, 0.9\) holds none of the run's times, 0 to 999"),
     ("pab", {"mlp": (700,), "mlp_skip": -1}, "mlp_skip=-1"),
+    ("pab", {"mlp": (1e12,)}, r"mlp has 1e\+12, which is none of the run's times, 0 to 999"),
+    # types are held also where a factory is called directly
+    ("pab", {"ranges": {"attn": 1.5}}, "pab: ranges={'attn': 1.5}; allowed: a mapping of names to integers, or none"),
+    ("pab", {"window": (0.0, float("nan"))}, "pab: window=.*nan"),
+    ("pab", {"mlp": (float("nan"),)}, r"pab: mlp=\(nan,\); allowed: a list of numbers"),
+    ("frdiff", {"keyframes": (0, float("nan"))}, r"frdiff: keyframes=\(0, nan\); allowed: a list of integers"),
+    ("frdiff", {"branches": (float("nan"),)}, r"frdiff: branches=\(nan,\); allowed: a list of texts"),
+    ("adacache", {"codebook": ((0.1, 1.5), (1.0, 1))}, "adacache: codebook=.*1.5"),
+    ("attention_map", {"schedule": "101010"}, "attention_map: schedule='101010'; allowed: a list of integers"),
+    ("tokencache", {"intervals": (2, 1.5)}, "tokencache: intervals=.*1.5"),
+    ("magcache", {"ratios": [1.0], "file": True}, "magcache: file=True; allowed: a text"),
+    ("teacache", {"threshold": True}, "teacache: threshold=True; allowed: a number"),
     ("delta_dit", {"interval": 0}, "interval=0; allowed: 1 or more"),
     ("delta_dit", {"cutoff": -1}, "cutoff=-1; allowed: 0 or more"),
     ("delta_dit", {"blocks": 3}, "blocks=3; allowed: up to the 2 of the model"),

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from difax.core import ops
+from difax.core.annotations import checked
 from difax.core.contracts import BlockList, Scales, Segments
 from difax.core.ops import MASKED
 
@@ -43,6 +44,7 @@ class Keys(NamedTuple):
     exists_S: jax.Array | None  # False for padding
 
 
+@checked
 def chunked(block_q: int = 512, block_k: int = 1024, heads: int | None = None) -> Callable[..., Any]:
     """Exact attention one block of queries and keys at a time, which never holds more than block_q x block_k logits.
 

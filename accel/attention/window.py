@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from difax.accel.attention.chunked import chunked, cut, dequantized, each_block, over_heads
+from difax.core.annotations import checked
 from difax.core.contracts import Attention, BlockList, Scales, Segments, State, Where
 from difax.core.ops import MASKED
 
 
+@checked
 def windowed(
     radius: int = 128, prefix: int = 0, block: int = 256, heads: int | None = None, full: Sequence[str] = ("cross",)
 ) -> Attention:
@@ -47,6 +49,7 @@ def windowed(
     return Attention(init=lambda spec: (), apply=apply)
 
 
+@checked
 def window(radius: int = 128, prefix: int = 0, block: int = 256, heads: int | None = None) -> Callable[..., Any]:
     """Attention to the keys at most `radius` tokens away and to the prefix, in O(T (radius + prefix)) work and memory.
 

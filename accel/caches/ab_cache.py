@@ -7,11 +7,13 @@ import numpy as np
 from difax.accel.caches.fill import check_order, newton
 from difax.accel.caches.output import planned_output
 from difax.accel.caches.planned import everywhere, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row
 
 WHERE = ("branches", "output")
 
 
+@checked
 def ab_cache(
     order: int = 2,
     interval: int = 3,

@@ -13,7 +13,7 @@ import numpy as np
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.gate import UNKNOWN, by_group, where_group
 from difax.accel.caches.probe import Probe, place, probing, unread
-from difax.core.annotations import OrInfinite
+from difax.core.annotations import OrInfinite, checked
 from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, no_memory
 from difax.core.trunk import Blocks
 
@@ -46,6 +46,7 @@ class Clock(NamedTuple):
     motion: Any
 
 
+@checked
 def adacache(
     codebook: str | Sequence[tuple[OrInfinite, int]] = "100",
     *,

@@ -12,10 +12,12 @@ import numpy as np
 
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.planned import Schedule, everywhere, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Done, Row, Segments, Stage, State, TrunkSpec, Where, no_memory
 from difax.core.ops import MASKED, attended_values, softmax
 
 
+@checked
 def attention_map(
     reuse: int | None = None,
     *,

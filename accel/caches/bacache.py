@@ -17,12 +17,14 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.planned import Schedule, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row, Stage
 
 NAME = "bacache"
 FEEDFORWARD = ("mlp", "attn_mlp")
 
 
+@checked
 def bacache(
     similarities: Mapping[str, Any] | None = None,
     *,

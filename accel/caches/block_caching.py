@@ -19,12 +19,14 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.planned import Schedule, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Plan, Row, Stage, Where
 
 NAME = "block_caching"
 PARTS = ("scale", "shift")
 
 
+@checked
 def block_caching(
     changes: Mapping[str, Any] | None = None,
     *,

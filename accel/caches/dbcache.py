@@ -12,7 +12,7 @@ import numpy as np
 
 from difax.accel.caches.fill import Fill, check_order, foca, hold, taylor
 from difax.accel.caches.gate import ASK, COMPUTE, REUSE, UNLIMITED, gated, rule
-from difax.core.annotations import OrInfinite
+from difax.core.annotations import OrInfinite, checked
 from difax.core.contracts import Accelerator
 
 POLICIES = ("dynamic", "static")
@@ -20,6 +20,7 @@ REFRESHES = ("once", "repeat")
 FORECASTS = ("hold", "taylor", "foca")
 
 
+@checked
 def dbcache(
     threshold: float = 0.08,
     *,
@@ -113,6 +114,7 @@ def dbcache(
     )
 
 
+@checked
 def fbcache(threshold: float = 0.08, *, per_sample: bool = False, dtype: str | None = None) -> Accelerator:
     """Skips all blocks but the first while the first block's residual has changed little since they last ran.
 

@@ -25,6 +25,7 @@ from difax.accel.caches.gate import (
 )
 from difax.accel.caches.probe import check_blocks
 from difax.accel.caches.tally import Tally, after, at_block, caps_reached, empty, raised
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, Where, no_memory
 from difax.core.fold import Block
 from difax.core.stack import indexed
@@ -47,6 +48,7 @@ class Own(NamedTuple):
     at: Any
 
 
+@checked
 def dbprune(
     threshold: float = 0.08,
     *,

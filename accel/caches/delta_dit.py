@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from difax.accel.caches.span import Span, planned_span
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row
 
 
+@checked
 def delta_dit(
     interval: int = 2, cutoff: int | None = None, blocks: int | None = None, dtype: str | None = None
 ) -> Accelerator:

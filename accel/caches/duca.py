@@ -10,10 +10,12 @@ import numpy as np
 from difax.accel.caches.span import planned_span
 from difax.accel.caches.toca import MODULES, PRESETS, check, clock, shares
 from difax.accel.caches.tokens import Schedule, token_cache
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Plan, Row, Stage
 from difax.core.stack import stack
 
 
+@checked
 def duca(
     interval: int = 3,
     ratio: float = 0.05,

@@ -20,6 +20,7 @@ from difax.accel.caches import measured
 from difax.accel.caches.gate import UNKNOWN, by_group, over, per_group, where_group
 from difax.accel.caches.motion import moving
 from difax.accel.caches.token_axis import scatter
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, Where
 from difax.core.fold import Block
 from difax.core.stack import indexed
@@ -34,6 +35,7 @@ class Values(NamedTuple):
     z: Any
 
 
+@checked
 def fastcache(
     threshold: float = 0.05,
     *,

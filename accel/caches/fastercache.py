@@ -9,11 +9,13 @@ import numpy as np
 from difax.accel.caches.cfg_cache import Table, estimating
 from difax.accel.caches.fill import damped
 from difax.accel.caches.planned import Schedule, everywhere, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row, Stage
 
 STEPS, RAMP = 30, 20  # of the run that the windows are given for; steps in which the slope grows to its weight
 
 
+@checked
 def fastercache(
     interval: int = 2,
     *,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from difax.accel.caches.planned import Schedule, every, everywhere, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row, Stage
 
 
+@checked
 def fora(interval: int = 3, dtype: str | None = None) -> Accelerator:
     """Computes every branch at every `interval`-th evaluation and holds its output, before the gate, in between.
 
@@ -28,6 +30,7 @@ def fora(interval: int = 3, dtype: str | None = None) -> Accelerator:
     return planned("fora", lambda rows, stages: everywhere(every(interval, rows), stages), dtype=dtype)
 
 
+@checked
 def fora_dit(interval: int = 3, dtype: str | None = None) -> Accelerator:
     """FORA with the clock of the authors' DiT code, which counts the steps down to 0.
 

@@ -9,10 +9,12 @@ import numpy as np
 
 from difax.accel.caches.output import planned_output
 from difax.accel.caches.planned import Schedule, everywhere, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Plan, Row, Stage
 from difax.core.stack import stack
 
 
+@checked
 def frdiff(
     interval: int = 2,
     *,

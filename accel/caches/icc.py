@@ -14,12 +14,14 @@ from difax.accel.caches import measured
 from difax.accel.caches.fill import check_dtype, stored
 from difax.accel.caches.planned import every
 from difax.core import ops
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
 from difax.core.cost import count
 from difax.core.fold import Compute
 from difax.core.stack import indexed
 
 
+@checked
 def icc(
     period: int = 2,
     factors: Mapping[str, Mapping[str, Any]] | None = None,

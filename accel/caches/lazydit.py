@@ -15,6 +15,7 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.fill import check_dtype, stored
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
 from difax.core.hooks import modulated_input
 
@@ -27,6 +28,7 @@ class Values(NamedTuple):
     threshold: Any
 
 
+@checked
 def lazydit(
     weights: Weights | None = None,
     *,

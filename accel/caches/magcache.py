@@ -17,6 +17,7 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.span import Span, planned_span
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row
 
 # published by the authors
@@ -29,6 +30,7 @@ RATIOS = {
 }  # fmt: skip
 
 
+@checked
 def magcache(
     ratios: str | Sequence[float] | Sequence[Sequence[float]] | None = None,
     *,
@@ -89,7 +91,8 @@ def magcache(
         guided = np.asarray(rows.guided, bool)
         spans: list[Span | None] = []
         drift, skipped, error = np.float64(1.0), 0, np.float64(0.0)
-        for t, ratio in enumerate(nearest(by_half(given, halves, evaluations, bool(guided.any())), evaluations)):
+        taken = nearest(given, evaluations, halves, bool(guided.any())).reshape(evaluations, -1)
+        for t, ratio in enumerate(taken):
             reuse = False
             if t >= first:
                 drift, skipped = drift * ratio, skipped + 1
@@ -104,21 +107,25 @@ def magcache(
     return planned_span("magcache", schedule, dtype=dtype)._replace(measured=measured.record("magcache", file))
 
 
-def nearest(ratios: np.ndarray, evaluations: int) -> np.ndarray:
-    """The ratios [n, ...] of a run of another length, each that of the nearest evaluation."""
+def nearest(ratios: np.ndarray, evaluations: int, halves: int | None = None, guided: bool = True) -> np.ndarray:
+    """The ratios of a run of another length, each that of the nearest evaluation, of the half that it is of.
+
+    Args:
+      ratios: [n] in the order of a list of `magcache`. halves: as there. guided: has the run both halves.
+
+    Returns:
+      [evaluations], or [evaluations, 2] where the list has two numbers an evaluation.
+    """
+    if halves is None:
+        pairs = len(ratios) % 2 == 0 and len(ratios) > 2 and bool((ratios[:2] == 1).all())
+        halves = 2 if (pairs and len(ratios) != evaluations) or (guided and len(ratios) == 2 * evaluations) else 1
+    if halves == 2:
+        ratios = ratios.reshape(-1, 2)
     if len(ratios) == evaluations:
         return ratios
     if evaluations == 1:
         return ratios[-1:]
     return ratios[np.round(np.arange(evaluations) * (len(ratios) - 1) / (evaluations - 1)).astype(int)]
-
-
-def by_half(ratios: np.ndarray, halves: int | None, evaluations: int, guided: bool) -> np.ndarray:
-    """A list of ratios as [n, halves], by the rule of `magcache`."""
-    if halves is None:
-        pairs = len(ratios) % 2 == 0 and len(ratios) > 2 and bool((ratios[:2] == 1).all())
-        halves = 2 if (pairs and len(ratios) != evaluations) or (guided and len(ratios) == 2 * evaluations) else 1
-    return ratios.reshape(-1, halves)
 
 
 def _ratios(ratios: Any, halves: int | None) -> tuple[np.ndarray, int | None]:

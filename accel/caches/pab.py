@@ -8,12 +8,13 @@ import numpy as np
 
 from difax.accel.caches.measured import by_stage
 from difax.accel.caches.planned import Schedule, planned
-from difax.core.annotations import OrInfinite
+from difax.core.annotations import OrInfinite, checked
 from difax.core.contracts import Accelerator, Row, Stage
 
 RANGES = {"attn": 2, "temporal": 4, "cross": 6}  # the authors' spatial, temporal and cross attention
 
 
+@checked
 def pab(
     ranges: Mapping[str, int] | None = None,
     window: tuple[OrInfinite, OrInfinite] = (100.0, 850.0),
@@ -69,9 +70,16 @@ def pab(
         flags: Schedule = by_stage("pab", computed, stages)
         if len(mlp):
             by_stage("pab", {"mlp": None}, stages)  # refuses a model without
+            gap = np.max(np.abs(np.diff(time))) if len(time) > 1 else np.inf
             for stage in stages:
                 if "mlp" in stage.branches:
                     held = np.zeros((len(time), stage.depth), bool)
+                    for at in mlp:
+                        if not time.min() - gap <= at <= time.max() + gap:
+                            raise ValueError(
+                                f"pab: mlp has {at:g}, which is none of the run's times, {time.min():g} to "
+                                f"{time.max():g}; allowed: timesteps of the run"
+                            )
                     firsts = [int(np.argmin(np.abs(time - at))) for at in mlp]
                     for first in firsts:
                         held[first + 1 : first + 1 + mlp_skip, :mlp_blocks] = True

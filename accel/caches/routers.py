@@ -18,6 +18,7 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.planned import Schedule, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row, Stage
 
 # [E, L, branches], or {stage: the same}
@@ -25,6 +26,7 @@ Array = np.ndarray | Sequence[Sequence[Sequence[float]]]
 Logits = Array | Mapping[str, Array]
 
 
+@checked
 def learning_to_cache(
     logits: Logits | None = None, *, file: str | None = None, threshold: float = 0.1, dtype: str | None = None
 ) -> Accelerator:
@@ -49,6 +51,7 @@ def learning_to_cache(
     return _routed("learning_to_cache", logits, file, threshold, dtype, every_second=True)
 
 
+@checked
 def harmonica(
     logits: Logits | None = None, *, file: str | None = None, threshold: float = 0.1, dtype: str | None = None
 ) -> Accelerator:

@@ -10,12 +10,14 @@ from difax.accel.caches import measured
 from difax.accel.caches.fill import Fill, hold, newton, taylor
 from difax.accel.caches.planned import everywhere, planned
 from difax.accel.caches.span import planned_span
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator
 
 FORECASTS = ("hold", "taylor", "newton")
 PLACES = ("branches", "stack")
 
 
+@checked
 def scheduled(
     schedule: Sequence[int] | None = None,
     *,

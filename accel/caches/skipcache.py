@@ -10,12 +10,13 @@ import numpy as np
 
 from difax.accel.caches.planned import every
 from difax.accel.caches.span import planned_span
-from difax.core.annotations import OrInfinite
+from difax.core.annotations import OrInfinite, checked
 from difax.core.contracts import Accelerator, Plan, Row, Stage
 
 KEYS = ("uniform", "power")
 
 
+@checked
 def skipcache(
     interval: int = 2,
     blocks: int | None = None,

@@ -17,11 +17,13 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.planned import Schedule, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row, Stage
 
 NAME = "smoothcache"
 
 
+@checked
 def smoothcache(
     schedule: Mapping[str, Any] | None = None,
     *,

@@ -6,9 +6,11 @@ import numpy as np
 
 from difax.accel.caches.fill import check_order, taylor
 from difax.accel.caches.planned import everywhere, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator
 
 
+@checked
 def taylorseer(interval: int = 4, order: int = 4, first: int = 2, dtype: str | None = None) -> Accelerator:
     """Computes every branch at every `interval`-th evaluation and extrapolates its output, before the gate, between.
 
@@ -36,6 +38,7 @@ def taylorseer(interval: int = 4, order: int = 4, first: int = 2, dtype: str | N
     return planned("taylorseer", schedule, taylor(order, first - 1), dtype=dtype)
 
 
+@checked
 def taylorseer_diffusers(interval: int = 5, order: int = 1, first: int = 3, dtype: str = "bfloat16") -> Accelerator:
     """TaylorSeer with the clock and the types of diffusers 0.42.
 

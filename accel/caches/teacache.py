@@ -7,6 +7,7 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.gate import ASK, COMPUTE, gated, rule
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator
 
 # published by the authors, highest power first; those of Wan are in their documentation only
@@ -26,6 +27,7 @@ COEFFICIENTS = {
 }
 
 
+@checked
 def teacache(
     threshold: float = 0.1,
     coefficients: str | tuple[float, ...] | None = None,

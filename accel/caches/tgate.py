@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.caches.planned import Schedule, everywhere, planned
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Guide, Row, Stage, State
 
 
+@checked
 def tgate(
     gate: int = 10,
     *,

@@ -8,6 +8,7 @@ import numpy as np
 
 from difax.accel.caches.planned import everywhere
 from difax.accel.caches.tokens import Schedule, token_cache
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row, Stage
 
 # name -> interval, step_weight, layer_weight of the authors' recommended runs of DiT-XL/2
@@ -15,6 +16,7 @@ PRESETS = {"ddim50": (3, 2.0, -0.2), "ddpm250": (4, 0.4, 0.8)}
 MODULES = {"mlp": 2.5}  # 1 + 0.6 * 2.5; for attention 1 - 0.4 * 2.5 = 0
 
 
+@checked
 def toca(
     preset: str = "ddim50",
     *,

@@ -8,9 +8,11 @@ import numpy as np
 
 from difax.accel.caches import measured
 from difax.accel.caches.tokens import SCORES, Schedule, token_cache
+from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row, Stage
 
 
+@checked
 def tokencache(
     intervals: tuple[int, int] = (2, 3),
     switch: float = 0.5,

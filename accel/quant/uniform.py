@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from difax.core.annotations import checked
 from difax.core.contracts import Model
 from difax.core.qtensor import Quantisation, Rules
 
@@ -27,6 +28,7 @@ def none(model: Model) -> Rules:
     return ()
 
 
+@checked
 def int8_weight(
     model: Model, group: int | str = "channel", zero_point: bool = False, layers: str | None = None
 ) -> Rules:
@@ -41,6 +43,7 @@ def int8_weight(
     return _rules(model, Quantisation("int8", None, group, zero_point), layers)
 
 
+@checked
 def int8_w8a8(model: Model, group: int | str = "channel", zero_point: bool = False, layers: str | None = None) -> Rules:
     """Weights and, row by row while running, activations in int8, multiplied as integers.
 
@@ -52,6 +55,7 @@ def int8_w8a8(model: Model, group: int | str = "channel", zero_point: bool = Fal
     return _rules(model, Quantisation("int8", "int8", group, zero_point), layers)
 
 
+@checked
 def int4_weight(model: Model, group: int | str = 64, zero_point: bool = False, layers: str | None = None) -> Rules:
     """Weights in int4, two per byte, widened for products in the activations' dtype.
 
@@ -61,6 +65,7 @@ def int4_weight(model: Model, group: int | str = 64, zero_point: bool = False, l
     return _rules(model, Quantisation("int4", None, group, zero_point), layers)
 
 
+@checked
 def int4_w4a8(model: Model, group: int | str = "channel", zero_point: bool = False, layers: str | None = None) -> Rules:
     """Weights in int4, two per byte, unpacked to int8 for a product with activations in int8.
 
@@ -71,6 +76,7 @@ def int4_w4a8(model: Model, group: int | str = "channel", zero_point: bool = Fal
     return _rules(model, Quantisation("int4", "int8", group, zero_point), layers)
 
 
+@checked
 def svdquant_w4a8(
     model: Model, rank: int = 32, group: int | str = "channel", zero_point: bool = False, layers: str | None = None
 ) -> Rules:
@@ -87,6 +93,7 @@ def svdquant_w4a8(
     return _rules(model, Quantisation("int4", "int8", group, zero_point, rank), layers)
 
 
+@checked
 def fp8_weight(model: Model, format: str = "float8_e4m3fn", layers: str | None = None) -> Rules:
     """Weights in fp8, widened for products in the activations' dtype.
 
@@ -96,6 +103,7 @@ def fp8_weight(model: Model, format: str = "float8_e4m3fn", layers: str | None =
     return _rules(model, Quantisation(format), layers)
 
 
+@checked
 def fp8(
     model: Model, format: str = "float8_e4m3fn", activation: str = "float8_e4m3fn", layers: str | None = None
 ) -> Rules:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from difax.core.annotations import checked
 from difax.core.contracts import Array, Solver
 from difax.core.grids import check_times, lay_rows
 from difax.core.noise import normal_like
@@ -18,6 +19,7 @@ class DDIMTable(NamedTuple):
     noise: Array
 
 
+@checked
 def ddim(eta: float = 0.0) -> Solver:
     """DDIM, the deterministic (eta = 0) to ancestral (eta = 1) family, for any (alpha, sigma).
 

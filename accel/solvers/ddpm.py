@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from difax.core.annotations import checked
 from difax.core.contracts import Array, Solver
 from difax.core.grids import check_times, lay_rows
 from difax.core.noise import normal_like
@@ -23,6 +24,7 @@ class DDPMTable(NamedTuple):
     noisy: Array
 
 
+@checked
 def ddpm(variance: str = "small", clip: float | None = None) -> Solver:
     """Ancestral sampling x_s ~ N(mean, variance) on any decreasing times, for any (alpha, sigma).
 

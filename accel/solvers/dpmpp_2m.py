@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difax.core.annotations import checked
 from difax.core.contracts import Array, Solver
 from difax.core.grids import check_times, lay_rows
 from difax.core.process import Process
@@ -19,6 +20,7 @@ class DPMpp2MTable(NamedTuple):
     previous: Array
 
 
+@checked
 def dpmpp_2m(lower_order_final: int = 10, stretch: float = 2.0) -> Solver:
     """Second-order multistep exponential integrator on the data prediction, one evaluation a step.
 

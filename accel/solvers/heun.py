@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difax.core.annotations import checked
 from difax.core.contracts import Array, Level, Solver
 from difax.core.grids import check_times, lay_rows
 from difax.core.process import Process
@@ -30,6 +31,7 @@ class HeunState(NamedTuple):
     slope: jax.Array  # its slope
 
 
+@checked
 def heun(space: str | None = None) -> Solver:
     """Heun's second-order method: Euler to the next time, then the mean of both slopes; 2n - 1 evaluations.
 

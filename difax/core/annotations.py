@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import difflib
 import functools
 import inspect
@@ -11,7 +12,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +27,9 @@ class AtMost(int):
 
 SEEDS = 2**32 - 1
 Seed = Annotated[int, AtMost(SEEDS)]
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 LARGEST = 2**31 - 1  # of an integer that says nothing else: sizes and counts are indices of 32 bits on the device
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
@@ -101,6 +105,33 @@ def check_arguments(what: str, function: Callable[..., Any], values: Mapping[str
         annotation = known.get(key if parameter is not None else rest or "", Any)
         checked[key] = check_value(f"{what}: {key}", value, annotation, default)
     return checked
+
+
+def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """A factory whose arguments are held against its annotations (`check_arguments`) at every call, by whatever way.
+
+    What is wrong with a list or a table the factory may say itself, since it knows which of the numbers and why.
+
+    Raises:
+      ValueError: a value of another type; the factory, the key, the value and what is allowed.
+    """
+    signature, what = inspect.signature(function), getattr(function, "__name__", "")
+
+    @functools.wraps(function)
+    def held(*args: Given.args, **keys: Given.kwargs) -> Made:
+        given = signature.bind(*args, **keys)
+        tables = {k: v for k, v in given.arguments.items() if isinstance(v, (list, tuple, Mapping, *ARRAYS))}
+        plain = {k: v for k, v in given.arguments.items() if k not in tables}
+        given.arguments.update(check_arguments(what, function, plain))
+        try:
+            given.arguments.update(check_arguments(what, function, tables))
+        except ValueError as refused:
+            with contextlib.suppress(TypeError, AttributeError, IndexError, KeyError, OverflowError):
+                function(*given.args, **given.kwargs)
+            raise refused from None
+        return function(*given.args, **given.kwargs)
+
+    return held
 
 
 def check_value(key: str, value: Any, annotation: Any, default: Any = inspect.Parameter.empty) -> Any:
