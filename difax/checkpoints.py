@@ -255,7 +255,8 @@ def recognise(
                 raise
             geometry[untold.name] = fallback[untold.name]
     defaults = {k: p.default for k, p in inspect.signature(REGISTRIES["model"][kind]).parameters.items()}
-    return found._replace(kind=kind, geometry={**defaults, **found.geometry})
+    assumed = frozenset(defaults.keys() - found.geometry.keys())
+    return found._replace(kind=kind, geometry={**defaults, **found.geometry}, assumed=assumed)
 
 
 def recognised_kind(path: str | os.PathLike) -> str:

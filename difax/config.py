@@ -179,14 +179,17 @@ def _agreed(
     else:
         given = {k: v for k, v in told.items() if k in UNSTORED}
         found = recognise(path, fallback=settings_of(here), **without_preset(section["name"], given))
-        stored = {"name": found.kind, **found.geometry}
+        stored = {
+            "name": found.kind,
+            **{k: v for k, v in found.geometry.items() if k not in found.assumed & named.keys()},
+        }
     if stored is None:
         return dict(named)
     check_stored(path, stored, section, here)
     if stored["name"] not in REGISTRIES["model"]:
         return dict(named)
     knows, states = settings_of(make("model", stored)), settings_of(here)
-    for key in named.keys() & knows.keys() - set(FREE) - told.keys():
+    for key in named.keys() & knows.keys() & stored.keys() - set(FREE) - told.keys():
         if knows[key] != states[key]:
             raise ValueError(
                 f"{path}: model.{key} is {knows[key]} in the checkpoint, {states[key]} by the configuration; "

@@ -468,6 +468,13 @@ def test_another_sweep_is_refused_before_weights_or_a_judge_are_read(flags, matc
     assert [p.name for p in out.iterdir()] == ["sweep.json"] if out.exists() else "2" in flags
 
 
+def test_rows_without_what_they_are_of_are_refused(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("")
+    assert main(["pareto", "--methods", "fora", "--no-judge", "--seeds", "4", "--out", str(tmp_path), "--quiet"]) == 2
+    assert "has rows.jsonl without the sweep.json that says what they are of" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_continues(tmp_path):
     command = [

@@ -329,6 +329,9 @@ def damage(name: str, step: pathlib.Path) -> None:
     elif name == "cut":
         for path in files:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif name == "pipe":
+        files[0].unlink()
+        os.mkfifo(files[0])
     elif name == "gone":
         for path in files:
             path.unlink()
@@ -346,7 +349,7 @@ def copy(trained, tmp_path):
     return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name", some(["emptied", "metadata", "cut", "gone"], "emptied", "cut"))
+@pytest.mark.parametrize("name", some(["emptied", "metadata", "cut", "pipe", "gone"], "emptied", "cut", "pipe"))
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it(name, copy):
     damage(name, copy / "checkpoints" / "3")
     for read in (lambda: restore_ema(copy, plain_init), lambda: plain_train(copy, True, steps=4)):

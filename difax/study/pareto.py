@@ -571,7 +571,11 @@ def refuse_other(out: str | os.PathLike, here: Mapping[str, Any]) -> None:
     Raises:
       ValueError: something else is there; names what differs.
     """
-    if not (pathlib.Path(out) / "sweep.json").exists():
+    if place_of(pathlib.Path(out) / "sweep.json") is None:
+        if place_of(pathlib.Path(out) / "rows.jsonl") is not None:
+            raise ValueError(
+                f"{out} has rows.jsonl without the sweep.json that says what they are of; allowed: another --out"
+            )
         return
     there = read_sweep(out)
     keys = {**here, **there} if "judged" in here else here

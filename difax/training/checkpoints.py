@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from difax.core.files import named, read_object
+from difax.core.files import named, place_of, read_object
 from difax.weights.orbax_errors import readable
 
 
@@ -44,6 +45,9 @@ def restored(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager, ste
       ValueError: a checkpoint that is damaged or not finite (names its folder, and the step before it).
     """
     folder, how = pathlib.Path(workdir) / "checkpoints" / str(step), _instead(step, checkpoints.all_steps())
+    for entry in itertools.chain([folder], folder.rglob("*")):
+        if place_of(entry) == "other":  # a pipe would be waited for
+            raise ValueError(f"{named(folder)}: its {named(entry.name)} is no regular file{how}")
     state = readable(lambda: checkpoints.restore(step, args=ocp.args.StandardRestore(like)), folder, how)
     bad = not_finite(state)
     if bad:

@@ -37,6 +37,7 @@ class Foreign(NamedTuple):
     table, layers, constants: as `difax.weights.checkpoint.load_safetensors` takes them.
     geometry: the arguments that the model's factory was called with.
     kind: the model's name in `difax.models.MODELS`, or "" before it is known.
+    assumed: keys of the geometry that neither the file nor the caller tells: the factory's defaults.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class Foreign(NamedTuple):
     constants: Mapping[str, np.ndarray] = {}
     geometry: Mapping[str, Any] = {}
     kind: str = ""
+    assumed: frozenset[str] = frozenset()
 
     @property
     def spec(self) -> Params:
