@@ -259,7 +259,7 @@ def test_methods_are_chosen_by_name_family_and_settings():
         (["--search", "--floor", "inf"], "--floor=inf; allowed: a finite number"),
         (["--budget", "nan"], "--budget=nan; allowed: above 0"),
         (["--out", ""], "--out is empty"),
-        (["--out", "x" * 300], "more than 255 letters"),
+        (["--out", "x" * 300], "a name of 300 bytes; allowed: up to 255"),
         (["--out", __file__], "is no folder"),
         (["--budget", "-1"], "--budget=-1.0; allowed: above 0"),
         (["--quality", "pnsr"], "did you mean psnr"),
