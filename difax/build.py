@@ -144,6 +144,8 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
             jax.eval_shape(lambda params: quantize_params(params, rules), shapes)  # before any weight is read
     layout = choose("layout", config.get("layout", "stacked"), LAYOUTS)
     conditioning = choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
+    if conditioning == "ahead" and any(stage.takes for stage in model.stages):
+        raise ValueError(f"conditioning=ahead: {model.name} has long skips, which are not conditioning; allowed: each")
     depth = sum(stage.depth for stage in model.stages)
     if layout == "unstacked" and depth > MOST_UNSTACKED:
         raise ValueError(f"layout=unstacked writes out {depth} blocks; allowed: up to {MOST_UNSTACKED}, or stacked")

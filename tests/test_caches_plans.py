@@ -538,10 +538,13 @@ REFUSED = [
     # types are held also where a factory is called directly
     ("pab", {"ranges": {"attn": 1.5}}, "pab: ranges={'attn': 1.5}; allowed: a mapping of names to integers, or none"),
     ("pab", {"window": (0.0, float("nan"))}, "pab: window=.*nan"),
+    ("pab", {"window": (1.0, 2.0, 3.0)}, "pab: window=.*allowed: a list of 2 numbers"),
     ("pab", {"mlp": (float("nan"),)}, r"pab: mlp=\(nan,\); allowed: a list of numbers"),
     ("frdiff", {"keyframes": (0, float("nan"))}, r"frdiff: keyframes=\(0, nan\); allowed: a list of integers"),
     ("frdiff", {"branches": (float("nan"),)}, r"frdiff: branches=\(nan,\); allowed: a list of texts"),
     ("adacache", {"codebook": ((0.1, 1.5), (1.0, 1))}, "adacache: codebook=.*1.5"),
+    ("adacache", {"codebook": ((np.inf, 1), (np.inf, 2))}, "adacache: codebook=.*increasing bounds.*above 0"),
+    ("adacache", {"codebook": ((-1.0, 3), (1.0, 2))}, "adacache: codebook=.*increasing bounds.*above 0"),
     ("attention_map", {"schedule": "101010"}, "attention_map: schedule='101010'; allowed: a list of integers"),
     ("tokencache", {"intervals": (2, 1.5)}, "tokencache: intervals=.*1.5"),
     ("magcache", {"ratios": [1.0], "file": True}, "magcache: file=True; allowed: a text"),

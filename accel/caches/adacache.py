@@ -162,6 +162,9 @@ def _codebook(codebook: str | Sequence[tuple[float, int]]) -> tuple[np.ndarray, 
         raise ValueError(f"adacache: codebook={codebook!r}; allowed: pairs of numbers, or {', '.join(CODEBOOKS)}")
     pairs = CODEBOOKS[codebook] if isinstance(codebook, str) else codebook
     bounds, intervals = (np.asarray([pair[k] for pair in pairs]) for k in (0, 1))
-    if not len(pairs) or np.any(np.diff(bounds) <= 0) or np.any((intervals < 1) | (intervals % 1 != 0)):
-        raise ValueError(f"adacache: codebook={codebook}; allowed: increasing bounds, and intervals of 1 or more")
+    rises = len(pairs) > 0 and bounds[0] > 0 and bool(np.all(bounds[1:] > bounds[:-1]))
+    if not rises or np.any((intervals < 1) | (intervals % 1 != 0)):
+        raise ValueError(
+            f"adacache: codebook={codebook}; allowed: increasing bounds, and intervals of 1 or more; bounds above 0"
+        )
     return bounds.astype(np.float64), intervals.astype(np.int32)

@@ -271,16 +271,21 @@ def same_length(technique: str, steps: Any, evaluations: int) -> None:
         raise ValueError(f"{technique}: measured over {steps} evaluations; allowed: the {evaluations} of this run")
 
 
+def check_named(technique: str, given: Any) -> None:
+    """Refuses what is no mapping of branches, or stages, to numbers."""
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"{technique}: {_short(given)}; allowed: {{branch: numbers}}, or {{stage: {{branch: numbers}}}}"
+        )
+
+
 def by_stage(technique: str, given: Mapping[str, Any], stages: tuple[Stage, ...]) -> dict[str, dict[str, Any]]:
     """{stage: {branch: value}} of the same, or of {branch: value}, which speaks of every stage that has the branch.
 
     Raises:
       ValueError: a stage or branch that the model does not have (with the nearest match), or no mapping.
     """
-    if not isinstance(given, Mapping):
-        raise ValueError(
-            f"{technique}: {_short(given)}; allowed: {{branch: numbers}}, or {{stage: {{branch: numbers}}}}"
-        )
+    check_named(technique, given)
     if all(isinstance(value, Mapping) for value in given.values()):
         for stage in given:
             _known(technique, "stage", stage, [s.name for s in stages])

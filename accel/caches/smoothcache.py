@@ -66,6 +66,8 @@ def smoothcache(
         if schedule is None:
             content = measured.read(NAME, file, ("errors", "steps"))
             errors, steps = content["errors"], content["steps"]
+    if errors is not None:
+        measured.check_named(measured.source(NAME, file), errors)
 
     def flags(rows: Row, stages: tuple[Stage, ...]) -> Schedule:
         evaluations = len(rows.i)

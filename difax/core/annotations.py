@@ -127,7 +127,11 @@ def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
             given.arguments.update(check_arguments(what, function, tables))
         except ValueError as refused:
             with contextlib.suppress(TypeError, AttributeError, IndexError, KeyError, OverflowError):
-                function(*given.args, **given.kwargs)
+                try:
+                    function(*given.args, **given.kwargs)
+                except ValueError as own:
+                    if str(own).startswith(what):
+                        raise
             raise refused from None
         return function(*given.args, **given.kwargs)
 
