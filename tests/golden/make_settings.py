@@ -102,7 +102,7 @@ def draw_tensors(case: str, shapes: dict[str, list[int]]) -> dict[str, np.ndarra
 
 
 def draw_inputs(case: str) -> dict[str, np.ndarray]:
-    """x [B, (F,) H, W, C], the model's time t [B] (of 1000, an exact fraction), and the condition as difax takes it."""
+    """x [B, (F,) H, W, C], the model's time t [B] (of 1000, an exact fraction), the condition as difax takes it."""
     kind, keys, size = CASES[case]
     config = BASES[kind] | keys
     normal = lambda name, *shape: rng(case, name).normal(size=(BATCH, *shape)).astype(np.float32)  # noqa: E731
@@ -120,7 +120,7 @@ def draw_inputs(case: str) -> dict[str, np.ndarray]:
         return found | {"text": normal("text", 3, config["text_dim"])}
     found |= {"text": normal("text", 3, config["joint_attention_dim"])}
     found |= {"pooled": normal("pooled", config["pooled_projection_dim"])}
-    return found | ({"guidance": np.array([3.5, 1.0], np.float32)} if config["guidance_embeds"] else {})
+    return found | ({"guidance": np.array([0.25, 0.5], np.float32)} if config["guidance_embeds"] else {})
 
 
 def run(kind: str, model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
