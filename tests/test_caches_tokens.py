@@ -560,7 +560,7 @@ def test_icc_refuses_factors_of_another_model():
         ("icc", {"factors": {}, "file": "x.npz"}, "factors and file were both given"),
         ("icc", {"file": "factors.pt"}, "file='factors.pt'; allowed: an .npz file that save_factors wrote"),
         ("tokencache", {"intervals": (0, 2)}, "intervals=(0, 2), switch=0.5; allowed: two of 1 or more"),
-        ("tokencache", {"ratio": 2}, "ratio=2, blocks=1.0; allowed: 0 to 1"),
+        ("tokencache", {"ratio": 2}, "ratio=2.0, blocks=1.0; allowed: 0 to 1"),
         ("tokencache", {"blocks": 0.5}, "blocks=0.5 without importance or file"),
         ("tokencache", {"score": "given"}, "score='given'; allowed: attention"),
         ("tokencache", {"file": "predictor.pt"}, "file='predictor.pt'; allowed: an .npz file"),

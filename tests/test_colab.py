@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parent.parent / "colab").glob("*.ipynb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(path, user_env, data_dir, tmp_path, monkeypatch):
     for name, value in {**user_env, "DIFAX_TINY": "1", "DIFAX_DATA": str(data_dir), "MPLBACKEND": "agg"}.items():

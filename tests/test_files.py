@@ -17,6 +17,7 @@ from PIL import Image
 from difax.cli import main
 from difax.core.arrays import ARRAYS, opened_arrays, read_arrays, save_arrays
 from difax.core.files import check_object, makeable, named, read_json, read_rows, read_text, writable
+from difax.core.writing import drop_cut_line
 from difax.media.samples import check_output, read_latents, save_samples
 from difax.study.folder import read_image_file, read_measured, read_sweep
 from difax.study.networks import read_prompts, real_images
@@ -135,6 +136,7 @@ def test_rows_broken_in_the_middle_and_at_the_end(tmp_path):
     path.write_text('{"a": 1}\n{"a": 2, "b": 3}\n{"a": "\u00e4')
     path.write_bytes(path.read_bytes()[:-1])  # within a letter
     assert read_rows(path, a=int) == [{"a": 1}, {"a": 2, "b": 3}]
+    drop_cut_line(path)
     assert path.read_text() == '{"a": 1}\n{"a": 2, "b": 3}\n'  # what is appended begins a line
     for broken, message in {
         '{"a": 1, ': r"line 2: line 1, column",
