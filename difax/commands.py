@@ -131,8 +131,7 @@ def sample(options: argparse.Namespace) -> int:
     check_output(options.out)
     if options.trace:
         writable(options.trace, (".npz",), "--trace")
-    if options.repeat < 1:
-        raise ValueError(f"--repeat={options.repeat}; allowed: 1 or more")
+    _counts(options, "repeat")
     _seeds(options)
     config = _config(options, "fmnist_dit")
     import jax

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import math
 import pathlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -63,18 +62,7 @@ def read(technique: str, file: str, tables: tuple[str, ...]) -> dict[str, Any]:
     for key in tables:
         if key not in content:
             raise ValueError(f"{technique}: file={file!r} has no {key!r}; it has {_short(sorted(content))}")
-        number = _not_finite(content[key])
-        if number is not None:
-            raise ValueError(f"{technique}: file={file!r}: {key} has {number}; allowed: finite numbers, or null")
     return content
-
-
-def _not_finite(value: Any) -> float | None:
-    """The first number of a JSON value that is not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return next((found for found in map(_not_finite, parts) if found is not None), None)
 
 
 def source(technique: str, file: str | None) -> str:
