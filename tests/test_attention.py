@@ -20,6 +20,7 @@ from difax.core.grids import GRIDS, make_times
 from difax.core.guidance import unguided
 from difax.core.noise import sample_keys
 from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.target import Target, lowering_for
 from difax.core.trunk import forward, stateless
 from tests.toys import tiny_dit
 
@@ -378,20 +379,19 @@ def test_cudnn_hands_over_what_jax_asks_for(monkeypatch):
         asked.append(implementation)
         return real(*arguments, implementation="xla", **options)
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     want_o, want_lse = oracle(q, k, v, np.ones((8, 6), bool))
-    o = cudnn()(q, k, v)
-    o_again, lse = cudnn(rounded_lse=True)(q, k, v, with_lse=True)
+    with lowering_for(Target("gpu")):
+        o = cudnn()(q, k, v)
+        o_again, lse = cudnn(rounded_lse=True)(q, k, v, with_lse=True)
     assert asked == ["cudnn", "cudnn"] and o.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
     np.testing.assert_array_equal(o, o_again)
     compare("o", o, want_o, TOLERANCE["bfloat16"])
     compare("lse", lse, want_lse, TOLERANCE["bfloat16"])
 
 
-def test_cudnn_declines_an_installation_without_the_library(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(NotImplementedError, match="this installation: cuDNN is not detected"):
+def test_cudnn_declines_an_installation_without_the_library():
+    with lowering_for(Target("gpu")), pytest.raises(NotImplementedError, match="this installation: cuDNN is not dete"):
         cudnn()(*inputs(8, 6, "bfloat16"))
 
 

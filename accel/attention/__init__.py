@@ -15,6 +15,7 @@ from difax.accel.attention.window import windowed
 from difax.accel.attention.xla import xla
 from difax.core.annotations import check_arguments, check_keys, check_value, choose
 from difax.core.contracts import Attention, AttentionSpec, Level, Row, State, Where
+from difax.core.target import target
 from difax.core.trunk import stateless
 
 
@@ -94,7 +95,7 @@ def first_of(choices: Mapping[str, Attention]) -> Attention:
 
     def taking(spec: AttentionSpec) -> Attention:
         leaves, structure = jax.tree.flatten(spec)
-        key = structure, tuple((a.shape, str(a.dtype)) for a in leaves)
+        key = target(), structure, tuple((a.shape, str(a.dtype)) for a in leaves)
         if key not in decided:
             decided[key] = _decide(choices, spec)
         return choices[decided[key]]

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from difax.core import ops
 from difax.core.annotations import checked
-from difax.core.contracts import BlockList, Scales, Segments
+from difax.core.contracts import BlockList, BlockScales, Scales, Segments
 from difax.core.ops import MASKED
+from difax.core.target import target
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # below every logit, and no infinity
 
@@ -79,7 +80,7 @@ def chunked(block_q: int = 512, block_k: int = 1024, heads: int | None = None) -
         v_BSHK: jax.Array,
         segments: Segments | None = None,
         blocks: BlockList | None = None,
-        scales: Scales | None = None,
+        scales: Scales | BlockScales | None = None,
         with_lse: bool = False,
     ) -> Any:
         queries, keys = q_BTHK.shape[1], k_BSHK.shape[1]
@@ -102,12 +103,12 @@ def chunked(block_q: int = 512, block_k: int = 1024, heads: int | None = None) -
 
 
 def dequantized(
-    q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, scales: Scales | None
+    q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, scales: Scales | BlockScales | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k, v times their scales in float32, or as they are."""
     if scales is None:
         return q_BTHK, k_BSHK, v_BSHK
-    f32 = jnp.float32
+    f32, scales = jnp.float32, ops.per_element(scales, q_BTHK.shape[1], k_BSHK.shape[1])
     return q_BTHK.astype(f32) * scales.q, k_BSHK.astype(f32) * scales.k, v_BSHK.astype(f32) * scales.v
 
 
@@ -137,7 +138,7 @@ def over_heads(
     ids = None if segments is None else jax.tree.map(lambda a: per_head(a[:, None]), segments)
     listed = None if blocks is None else (per_head(blocks.indices), per_head(blocks.counts))
     if at_once is None:
-        at_once = 1 if jax.default_backend() == "cpu" else b * h
+        at_once = 1 if target().platform == "cpu" else b * h
     rows = (fold(q_BTHK * width**-0.5), fold(k_BSHK), fold(v_BSHK), ids, listed)
     if at_once >= b * h:
         o_GTK, lse_GT = jax.vmap(head)(*rows)

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difax.core.contracts import BlockList, Scales, Segments
+from difax.core.contracts import BlockList, BlockScales, Scales, Segments
+from difax.core.target import target
 
 DTYPES = ("bfloat16", "float16")
 
@@ -16,8 +17,8 @@ DTYPES = ("bfloat16", "float16")
 def cudnn(rounded_lse: bool = False) -> Callable[..., Any]:
     """Exact attention by cuDNN's fused kernel, on NVIDIA GPUs, in bfloat16 or float16.
 
-    The platform is asked for at trace time. jax itself declines head widths above 128 (256 from Hopper on) or not
-    divisible by 8.
+    The platform is the one that is compiled for (`difax.core.target`). jax itself declines head widths above 128 (256
+    from Hopper on) or not divisible by 8.
 
     Args:
       rounded_lse: take the log-sum-exp as jax hands it out, rounded to the dtype of q (False: decline it). In
@@ -36,7 +37,7 @@ def cudnn(rounded_lse: bool = False) -> Callable[..., Any]:
         v_BSHK: jax.Array,
         segments: Segments | None = None,
         blocks: BlockList | None = None,
-        scales: Scales | None = None,
+        scales: Scales | BlockScales | None = None,
         with_lse: bool = False,
     ) -> Any:
         for given, what in ((segments, "segments"), (blocks, "a list of blocks"), (scales, "scales")):
@@ -47,8 +48,8 @@ def cudnn(rounded_lse: bool = False) -> Callable[..., Any]:
             raise NotImplementedError(f"{' and '.join(sorted(dtypes))}; it computes in one of {', '.join(DTYPES)}")
         if with_lse and not rounded_lse:
             raise NotImplementedError("a log-sum-exp that is not rounded to the dtype of q (rounded_lse)")
-        if jax.default_backend() != "gpu":
-            raise NotImplementedError(f"the platform {jax.default_backend()}; it needs an NVIDIA GPU")
+        if target().platform != "gpu":
+            raise NotImplementedError(f"the platform {target().platform}; it needs an NVIDIA GPU")
         try:
             out = jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, implementation="cudnn", return_residual=with_lse)
         except RuntimeError as error:  # what jax says where the library is missing

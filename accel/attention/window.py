@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from difax.accel.attention.chunked import chunked, cut, dequantized, each_block, over_heads
 from difax.core.annotations import checked
-from difax.core.contracts import Attention, BlockList, Scales, Segments, State, Where
+from difax.core.contracts import Attention, BlockList, BlockScales, Scales, Segments, State, Where
 from difax.core.ops import MASKED
 
 
@@ -83,7 +83,7 @@ def window(radius: int = 128, prefix: int = 0, block: int = 256, heads: int | No
         v_BSHK: jax.Array,
         segments: Segments | None = None,
         blocks: BlockList | None = None,
-        scales: Scales | None = None,
+        scales: Scales | BlockScales | None = None,
         with_lse: bool = False,
     ) -> Any:
         tokens, keys = q_BTHK.shape[1], k_BSHK.shape[1]

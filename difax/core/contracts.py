@@ -235,6 +235,20 @@ class Scales(NamedTuple):
     v: jax.Array
 
 
+@flax.struct.dataclass
+class BlockScales:
+    """What quantised q, k, v are multiplied by, one number a block: the form that kernels read.
+
+    q: float32 [B, H, ceil(T / block_q)]; k: [B, H, ceil(S / block_k)]; v: [B, H, K], or None: v is not quantised.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array | None
+    block_q: int = flax.struct.field(pytree_node=False)
+    block_k: int = flax.struct.field(pytree_node=False)
+
+
 class AttentionSpec(NamedTuple):
     """Shapes of one branch's attention call: ShapeDtypeStructs of q [B, T, H, K], k and v [B, S, H, K], segments."""
 

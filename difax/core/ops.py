@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from difax.core.contracts import BlockList, Scales, Segments
+from difax.core.contracts import BlockList, BlockScales, Scales, Segments
 from difax.core.qtensor import QTensor, quantized_dot
 
 MASKED = -1e30  # the logit of a pair that does not attend: finite, so that a row of nothing else stays finite
@@ -125,7 +125,7 @@ def attend(
     v_BSHK: jax.Array,
     segments: Segments | None = None,
     blocks: BlockList | None = None,
-    scales: Scales | None = None,
+    scales: Scales | BlockScales | None = None,
     with_lse: bool = False,
 ) -> Any:
     """Reference attention: o = softmax(q k^T / sqrt(K)) v with the softmax in float32, every option included.
@@ -135,7 +135,7 @@ def attend(
       k_BSHK, v_BSHK: [B, S, H, K] keys and values.
       segments: pairs with unequal ids do not attend. A query without any key gets the mean of all values.
       blocks: only the listed blocks attend; here they are expanded to a mask [T, S], which saves nothing.
-      scales: of quantised q, k, v.
+      scales: of quantised q, k, v, per element or per block.
       with_lse: also return the log-sum-exp of the scaled logits.
 
     Returns:
@@ -143,7 +143,10 @@ def attend(
     """
     if scales is not None:
         q_BTHK, k_BSHK, v_BSHK = (
-            a.astype(jnp.float32) * s for a, s in zip((q_BTHK, k_BSHK, v_BSHK), scales, strict=True)
+            a.astype(jnp.float32) * s
+            for a, s in zip(
+                (q_BTHK, k_BSHK, v_BSHK), per_element(scales, q_BTHK.shape[1], k_BSHK.shape[1]), strict=True
+            )
         )
     v_BSHK = attended_values(v_BSHK, segments)
     q_BHTK = jnp.swapaxes(q_BTHK, 1, 2) * q_BTHK.shape[-1] ** -0.5
@@ -162,6 +165,18 @@ def attend(
     o_BHTK = jnp.einsum("bhts,bhsk->bhtk", p_BHTS.astype(v_BHSK.dtype), v_BHSK, preferred_element_type=jnp.float32)
     o_BTHK = jnp.swapaxes((o_BHTK / total_BHT1).astype(q_BTHK.dtype), 1, 2)
     return (o_BTHK, (top_BHT1 + jnp.log(total_BHT1))[..., 0]) if with_lse else o_BTHK
+
+
+def per_element(scales: Scales | BlockScales, queries: int, keys: int) -> Scales:
+    """Scales that broadcast to q [B, T, H, K] and to k and v [B, S, H, K], whichever form they have."""
+    if isinstance(scales, Scales):
+        return scales
+
+    def spread(s_BHn: jax.Array, block: int, length: int) -> jax.Array:
+        return jnp.swapaxes(jnp.repeat(s_BHn, block, -1)[..., :length], 1, 2)[..., None]
+
+    v = jnp.ones((1, 1, 1, 1), jnp.float32) if scales.v is None else scales.v[:, None]
+    return Scales(spread(scales.q, scales.block_q, queries), spread(scales.k, scales.block_k, keys), v)
 
 
 def attended_values(v_BSHK: jax.Array, segments: Segments | None) -> jax.Array:
