@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     opened.add_argument(
         "--mesh",
         metavar="AXES",
-        help="devices along each axis: data=2,cfg=2,seq=4,tensor=2,fsdp=2 (default: one device)",
+        help="devices along each axis, such as data=2,cfg=2,seq=4 (default: one device)",
     )
     opened.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
     opened.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")

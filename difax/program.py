@@ -123,9 +123,9 @@ def draw(
 ) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
-    Samples go through in equal chunks of at most 64 a device of the mesh's axes of samples. Sample i depends on (seed, i), its condition and its latents, to
-    rounding, and on nothing else, but for caches that decide in the run: without `per_sample` one decision serves a
-    whole chunk, and depends on all of it.
+    Samples go through in equal chunks of at most 64 (times the devices that share them). Sample i depends on (seed,
+    i), its condition and its latents, to rounding, and on nothing else, but for caches that decide in the run: without
+    `per_sample` one decision serves a whole chunk, and depends on all of it.
 
     Args:
       setup, params: what to sample with; params as `Setup.prepare` returns them.
