@@ -351,6 +351,7 @@ class Accelerator(NamedTuple):
     learned: {stage: {name: array [L, ...]}}, fitted parameters, which become `params["accelerator"]`
         (`difax.core.stack.with_learned`) and reach block and branch, layer by layer, as `where.learned`.
     measured: what each file that it plans from says of itself (`difax.accel.caches.measured.record`).
+    batchwide: does a decision in the run go by the whole batch, so that other samples beside one change it.
     plan(rows, stages) -> Plan, on the host.
     guide(guide) -> guide: how the unconditional half is produced.
     init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "along": {name: pytree}, "block": {stage: pytree
@@ -387,6 +388,7 @@ class Accelerator(NamedTuple):
     branch: Callable[..., Any] | None = None
     learned: dict[str, dict[str, Any]] | None = None
     measured: tuple[Mapping[str, Any], ...] = ()
+    batchwide: bool = False
 
 
 class Trace(NamedTuple):

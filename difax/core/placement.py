@@ -305,8 +305,9 @@ def make_placement(
     if axes.cfg > 2:
         raise ValueError(f"mesh.cfg={axes.cfg}; allowed: 1, or 2: guidance has two halves")
     if axes.devices > len(devices):
-        kind = devices[0].device_kind if len(devices) else "device"
-        raise ValueError(f"mesh of {axes.devices} devices ({described(axes)}); allowed: up to {len(devices)} ({kind})")
+        there = f"up to {len(devices)} ({devices[0].device_kind})"
+        how = "; JAX_NUM_CPU_DEVICES=N makes N of a CPU" if devices[0].platform == "cpu" else ""
+        raise ValueError(f"mesh of {axes.devices} devices ({described(axes)}); allowed: {there}{how}")
     common = math.gcd(*heads) if heads else 0
     if common % axes.tensor:
         raise ValueError(f"mesh.tensor={axes.tensor} for {common} heads; allowed: {_divisors(common)}")
