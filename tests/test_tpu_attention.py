@@ -102,6 +102,10 @@ def made(case: Case, seed: int = 0) -> tuple[list[Any], Any, Any, Any]:
     return [jnp.asarray(q8), jnp.asarray(k8), v16, indices, counts], segments, scales, (q, k, v)
 
 
+def blocks_of(case: Case) -> dict[str, Any]:
+    return {"block_q": case.block_q, "block_k": case.block_k, "scale": case.width**-0.5}
+
+
 def run(case: Case, interpret: Any = True, **settings: Any) -> Any:
     def kernel(arrays: Any, segments: Any, scales: Any) -> Any:
         return block_sparse(
@@ -125,7 +129,7 @@ def test_formula(name):
     arrays, segments, scales, real = made(case)
     o, lse = jax.jit(run(case))(arrays, segments, scales)
     ids = None if segments is None else (segments.q, segments.k)
-    want, want_lse = listed_attention(*real, *arrays[3:], case.block_q, case.block_k, case.width**-0.5, ids)
+    want, want_lse = listed_attention(*real, indices=arrays[3], counts=arrays[4], **blocks_of(case), segments=ids)
     assert o.shape == arrays[0].shape and lse.shape == want_lse.shape and lse.dtype == jnp.float32
     assert o.dtype == (jnp.bfloat16 if case.kind != "float32" else jnp.float32)
     assert (want_lse == -1e30).any() == case.segmented  # some query has no key at all
@@ -142,7 +146,7 @@ def test_a_wrong_list_is_seen():
     o, _ = jax.jit(run(case))(arrays, None, None)
     indices = np.array(arrays[3])
     indices[0, 0, 1, 0] = (set(range(6)) - set(indices[0, 0, 1])).pop()
-    want, _ = listed_attention(*real, indices, arrays[4], 64, 64, 0.125)
+    want, _ = listed_attention(*real, indices=indices, counts=arrays[4], **blocks_of(case))
     off = np.abs(np.asarray(o) - want).max((0, 2, 3))
     assert off[64:128].max() > 1e-2 and off[:64].max() < 2e-6 > off[128:].max()
 
@@ -167,7 +171,7 @@ def test_no_races(name):
     case = CASES[name]
     arrays, segments, scales, real = made(case)
     o, _ = jax.jit(run(case, pltpu.InterpretParams(detect_races=True)))(arrays, segments, scales)
-    want, _ = listed_attention(*real, *arrays[3:], case.block_q, case.block_k, case.width**-0.5)
+    want, _ = listed_attention(*real, indices=arrays[3], counts=arrays[4], **blocks_of(case))
     assert np.abs(np.asarray(o) - want).max() < 1e-5
 
 

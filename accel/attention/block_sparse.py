@@ -142,13 +142,13 @@ def _by_kernel(
 ) -> tuple[jax.Array, jax.Array]:
     if isinstance(scales, Scales):
         raise NotImplementedError("scales by element; kernels take them by block (BlockScales)")
+    queries, keys, width = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.shape[-1]
+    if width > WIDTHS[-1] or v_BSHK.shape[-1] > WIDTHS[-1]:
+        raise NotImplementedError(f"heads of {width}; kernels are for up to {WIDTHS[-1]}")
     try:
         lowering = importlib.import_module(f"difax.accel.kernels.{name}_attention").block_sparse
     except ImportError as error:
         raise NotImplementedError(f"{error}; pip install 'difax[{KERNELS[name]}]'") from None
-    queries, keys, width = q_BTHK.shape[1], k_BSHK.shape[1], q_BTHK.shape[-1]
-    if width > WIDTHS[-1] or v_BSHK.shape[-1] > WIDTHS[-1]:
-        raise NotImplementedError(f"heads of {width}; kernels are for up to {WIDTHS[-1]}")
     if blocks is None:
         blocks = every_block(queries, keys, *((BLOCK, BLOCK) if scales is None else (scales.block_q, scales.block_k)))
     check_rows(blocks, queries)
@@ -159,7 +159,7 @@ def _by_kernel(
         scales = BlockScales(scales.q, scales.k, filled(scales.v), scales.block_q, scales.block_k)
 
     def forward(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None, blocks: BlockList, scales: Any = None
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None, blocks: BlockList, scales: Any
     ) -> tuple[jax.Array, jax.Array]:
         o_BTHK, lse_BHT = lowering(
             *map(filled, (q, k, v)),
@@ -175,7 +175,8 @@ def _by_kernel(
         return o_BTHK[..., : v.shape[-1]], lse_BHT
 
     if scales is None:
-        return differentiable(forward)(q_BTHK, k_BSHK, v_BSHK, segments, blocks)
+        plain = differentiable(lambda q, k, v, segments, blocks: forward(q, k, v, segments, blocks, None))
+        return plain(q_BTHK, k_BSHK, v_BSHK, segments, blocks)
     o_BTHK, lse_BHT = _without_gradient(forward)(
         q_BTHK, k_BSHK, attended_values(v_BSHK, segments), segments, blocks, scales
     )

@@ -98,9 +98,11 @@ def each_head(head: Callable[..., Any], at_once: int | None, rows: Sequence[Any]
     """`head` on every row of trees that lead with [B H], so many at once; None is one on a CPU and all elsewhere."""
     count = rows[0].shape[0]
     together = (1 if target().platform == "cpu" else count) if at_once is None else at_once
+    if together == 1 or count == 1:
+        return each_block(lambda row: head(*row), tuple(rows), count)
     if together >= count:
         return jax.vmap(head)(*rows)
-    return jax.lax.map(lambda row: head(*row), tuple(rows), batch_size=together if together > 1 else None)
+    return jax.lax.map(lambda row: head(*row), tuple(rows), batch_size=together)
 
 
 def cut(a: jax.Array, size: int, count: int) -> jax.Array:

@@ -9,6 +9,7 @@ def listed_attention(
     q: Any,
     k: Any,
     v: Any,
+    *,
     indices: Any,
     counts: Any,
     block_q: int,
