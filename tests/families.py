@@ -22,6 +22,8 @@ FAMILIES = {
     "caches: gates": ("caches_online",),
     "caches: tokens": ("caches_tokens",),
     "attention": ("attention",),
+    "block lists": ("block_sparse",),
+    "kernels: TPU": ("tpu_attention",),
     "meshes": ("meshes",),
     "quantisation": ("qtensor",),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),

@@ -270,6 +270,11 @@ class AttentionSpec(NamedTuple):
     v: Any
     segments: Segments | None
 
+    def in_words(self) -> str:
+        """What a message and a table call it: "q [2, 256, 6, 64] bfloat16, S 256, segments"."""
+        ids = "" if self.segments is None else ", segments"
+        return f"q {list(self.q.shape)} {self.q.dtype}, S {self.k.shape[1]}{ids}"
+
 
 class Attention(NamedTuple):
     """How the blocks attend, with what is remembered per layer from one evaluation to the next.
@@ -279,12 +284,15 @@ class Attention(NamedTuple):
         of sampling. Raises NotImplementedError, at trace time, with what it cannot do.
     lse: the same arguments -> ((o, lse [B, H, T] float32), state), what a ring of devices merges by; None: it has none.
     ordered: does it go by the order of the tokens (a window does).
+    chosen() -> {call in words (`AttentionSpec.in_words`): name of what serves it}: where there is a choice, what was
+        decided for the target so far, which is all calls of a program once it has been traced.
     """
 
     init: Callable[[AttentionSpec], State]
     apply: Callable[..., tuple[jax.Array, State]]
     lse: Callable[..., tuple[tuple[jax.Array, jax.Array], State]] | None = None
     ordered: bool = False
+    chosen: Callable[[], dict[str, str]] = dict
 
 
 class TrunkSpec(NamedTuple):
