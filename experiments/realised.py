@@ -30,6 +30,7 @@ import numpy as np
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
 from difax.build import CONDITIONINGS, LAYOUTS
+from difax.core.contracts import Attention
 from difax.core.cost import model_cost, run_cost
 from difax.core.device import peak_memory
 from difax.core.files import read_rows
@@ -104,8 +105,17 @@ CAPTIONED: dict[str, Any] = {
 class Work:
     """One geometry: weights, inputs, and a compiled sampler per method."""
 
-    def __init__(self, variant: str, batch: int, dtype: str, steps: int, conditioning: str, layout: str = "unstacked"):
-        self.batch, self.ahead = batch, conditioning == "ahead"
+    def __init__(
+        self,
+        variant: str,
+        batch: int,
+        dtype: str,
+        steps: int,
+        conditioning: str,
+        layout: str = "unstacked",
+        attention: Attention | None = None,
+    ):
+        self.batch, self.ahead, self.attention = batch, conditioning == "ahead", attention
         of_dit = (lambda dtype: dit(variant, dtype=dtype), vp_linear(), "eps", "ddim", "leading")
         make, self.process, self.prediction, solver, grid = CAPTIONED.get(variant, of_dit)
         self.model = make(dtype)
@@ -126,6 +136,8 @@ class Work:
         host = make_rows(self.solver, self.guide, self.process, self.times, accelerator, self.model.stages)
         rows, scale = jax.tree.map(jnp.asarray, host), jnp.float32(2.0)
         seams: dict[str, Any] = {"solver": self.solver, "guide": self.guide, "accelerator": accelerator}
+        if self.attention is not None:
+            seams["attention"] = self.attention
         sampler = make_sampler(self.model, self.process, self.prediction, ahead=ahead, **seams)
         start = time.perf_counter()
         compiled = sampler.lower(self.params, self.noise(), self.keys, self.cond, rows, scale).compile()

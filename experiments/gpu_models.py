@@ -1,0 +1,176 @@
+"""The part of the suite that measures networks: DiT-XL/2 and blocks of FLUX's size in bf16, int8 and fp8."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from difax.accel.attention import attention
+from difax.accel.quant import QUANTS
+from difax.core.contracts import Model
+from difax.core.cost import model_cost
+from difax.core.qtensor import cast, quantize_params
+from difax.core.shapes import memory_for, trunk_spec
+from difax.core.trunk import forward, neutral, run_trunk, unstack
+from difax.models.dit import dit
+from difax.models.flux import flux
+from difax.weights.conditions import random_conditions
+from experiments.gpu_rows import Bench, Variant
+
+DTYPE = "bfloat16"
+EXACT = "cudnn,xla"  # cuDNN where it takes the call: on a CPU it does not
+RECIPES = {"bf16": "none", "int8": "int8_w8a8", "fp8": "fp8"}
+
+
+def random_params(model: Model, dtype: str = DTYPE) -> Any:
+    """Parameters without zeros, so that every gate acts: standard deviation 0.03."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    draw = jax.jit(lambda k, shape: (0.03 * jax.random.normal(k, shape)).astype(dtype), static_argnums=1)
+    return tree.unflatten([draw(jax.random.key(i), a.shape) for i, a in enumerate(leaves)])
+
+
+def prepared(model: Model, params: Any, recipe: str, **settings: Any) -> Any:
+    """Parameters as a run has them that is quantised by a recipe, the blocks written out."""
+    rules = QUANTS[recipe](model, **settings)
+    return jax.jit(lambda p: unstack(model, cast(quantize_params(p, rules), DTYPE) if rules else p))(params)
+
+
+class Torch:
+    """`experiments.gpu_torch` in a process of its own; what it compiles, it compiles beside this one."""
+
+    def __init__(self, toy: bool):
+        self.toy = toy
+        command = [os.environ.get("TORCH_PYTHON", sys.executable), "-m", "experiments.gpu_torch"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.asked = 0
+
+    def ask(self, model: str, batch: int, calls: int = 1) -> None:
+        """Sends a request without waiting for its answer."""
+        assert self.process.stdin is not None
+        request = {"model": model, "batch": batch, "calls": calls, "compile": True, "toy": self.toy}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        self.asked += 1
+
+    def answer(self) -> dict[str, Any]:
+        """Of the last request; those before it are read and dropped."""
+        assert self.process.stdout is not None
+        line = ""
+        while self.asked:
+            line = self.process.stdout.readline()
+            self.asked -= 1
+            if not line:
+                raise RuntimeError(f"the torch process ended with exit code {self.process.wait()}")
+        found = json.loads(line)
+        if "error" in found:
+            raise RuntimeError(found["error"])
+        return found
+
+    def variant(self, model: str, batch: int, operations: float) -> Variant:
+        """The call of a torch model, whose seconds the other process tells."""
+        self.ask(model, batch)
+        first = self.answer()
+        calls = 1 if self.toy else int(min(50, max(1, 0.05 / first["seconds"])))
+
+        def run() -> float:
+            self.ask(model, batch, calls)
+            return self.answer()["seconds"]
+
+        return Variant(run=run, operations=operations, check=lambda _: {"torch": first["torch"]})
+
+
+def models(bench: Bench) -> None:
+    """FLUX blocks first, whose products are large, then DiT-XL/2 at batch 8, 1 and 32; torch.compile is the baseline."""
+    worker = Torch(bench.toy)
+    size: dict[str, Any] = {"size": 128, "text_tokens": 512}
+    if bench.toy:
+        size = {"size": 16, "text_tokens": 16, "width": 128, "heads": 2, "axes_dim": (16, 24, 24)}
+    model = flux("dev", double_depth=1, single_depth=1, dtype=DTYPE, **size)
+    dits = [("S/8", 1)] if bench.toy else [("XL/2", 8), ("XL/2", 1), ("XL/2", 32)]
+    for kind in ("double", "single"):
+        worker.ask(kind, 1)
+    for variant, batch in dits[:2]:
+        worker.ask(f"dit {variant}", batch)  # it compiles while jax does
+    params = random_params(model)
+    for stage, kind in zip(model.stages, ("double", "single"), strict=True):
+        _flux_block(bench, worker, model, params, stage, kind)
+    del params
+    for variant, batch in dits:
+        _dit(bench, worker, variant, batch)
+
+
+def _flux_block(bench: Bench, worker: Torch, whole: Model, params: Any, stage: Any, kind: str) -> None:
+    """One block of one kind on random tokens, everything that an evaluation computes in it."""
+    model = whole._replace(stages=(stage,))
+    own = {k: v for k, v in params.items() if k == "ends" or k == stage.name}
+    x = jax.random.normal(jax.random.key(1), (1, *model.input_shape))
+    cond = jax.tree.map(jnp.asarray, random_conditions(model, 1))
+    tokens, context = jax.jit(model.embed)(own, x, jnp.full((1,), 500.0), cond)
+    count = sum(a.shape[1] for a in jax.tree.leaves(tokens))
+    cost = model_cost(model, own)
+    operations = cost.mods[stage.name] + sum(cost.branches[stage.name])
+
+    def ours(recipe: str, attend: str, **settings: Any) -> Variant:
+        with_attention, weights = attention(attend), prepared(model, own, recipe, **settings)
+        memory = memory_for(trunk_spec(model, own, x, cond), neutral(), with_attention, ((),))
+
+        def run(weights: Any, tokens: Any, context: Any) -> Any:
+            return run_trunk(model, weights, tokens, context, neutral(), with_attention, memory, None)[0]
+
+        return Variant(run, (weights, tokens, context), operations, check=_finite)
+
+    at = f"FLUX {kind} {count}"
+    base = f"{at} torch.compile bf16"
+    variants: dict[str, Callable[[], Variant]] = {base: lambda: worker.variant(kind, 1, operations)}
+    variants |= {f"{at} {name}": partial(ours, recipe, EXACT) for name, recipe in RECIPES.items()}
+    variants |= {
+        f"{at} bf16 attend=block_sparse": partial(ours, "none", "block_sparse,xla"),
+        f"{at} bf16 attend=xla": partial(ours, "none", "xla"),
+    }
+    bench.group(f"{at} tokens, batch 1", variants, base, at_once=1 if bench.toy else 3)
+
+
+def _dit(bench: Bench, worker: Torch, variant: str, batch: int) -> None:
+    """One evaluation of a whole DiT, without guidance."""
+    model = dit(variant, dtype=DTYPE)
+    params = random_params(model)
+    x = jax.random.normal(jax.random.key(1), (batch, *model.input_shape))
+    times, labels = jnp.full((batch,), 500.0), jnp.arange(batch)
+    operations = batch * model_cost(model, params).evaluation
+
+    def ours(recipe: str, attend: str, stacked: bool = False) -> Variant:
+        with_attention = attention(attend)
+        weights = params if stacked else prepared(model, params, recipe)
+
+        def run(weights: Any, x: jax.Array) -> Any:
+            return forward(model, weights, x, times, labels, with_attention)
+
+        return Variant(run, (weights, x), operations, check=_finite)
+
+    at = f"DiT-{variant} b{batch}"
+    base = f"{at} torch.compile bf16"
+    variants: dict[str, Callable[[], Variant]] = {
+        base: lambda: worker.variant(f"dit {variant}", batch, operations),
+        **{f"{at} {name}": partial(ours, recipe, EXACT) for name, recipe in RECIPES.items()},
+    }
+    if batch != 32:
+        variants[f"{at} bf16 attend=xla"] = partial(ours, "none", "xla")
+        variants[f"{at} bf16 stacked"] = partial(ours, "none", EXACT, True)
+    if batch == 8:
+        variants[f"{at} bf16 attend=block_sparse"] = partial(ours, "none", "block_sparse,xla")
+    bench.group(f"{at}, 256 tokens", variants, base, at_once=1 if bench.toy else 4, reserve=20)
+
+
+def _finite(out: Any) -> dict[str, Any]:
+    finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(out))
+    if not finite:
+        raise FloatingPointError("values that are not finite")
+    return {}
