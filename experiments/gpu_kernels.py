@@ -96,7 +96,7 @@ def relative_error(out: jax.Array, expected: jax.Array) -> float:
 
 
 class Call:
-    """Random q, k, v with lists, as every kernel is called with them; the reference is computed when first asked for."""
+    """Random q, k, v with lists, as every kernel is called with them; the reference is computed when asked for."""
 
     def __init__(
         self, seed: int, shape: tuple[int, int, int, int], keys: int, density: float, block_k: int = BLOCK,
@@ -178,9 +178,7 @@ def kernels(bench: Bench) -> None:
 
     of = "toy" if bench.toy else "FLUX 4608"
     ours: dict[float, dict[str, Callable[[], Variant]]] = {
-        d: {}
-        if bench.toy
-        else {f"{of} {d:.0%} {k} bf16": lambda k=k, d=d: call(d).variant(k) for k in names}
+        d: {} if bench.toy else {f"{of} {d:.0%} {k} bf16": lambda k=k, d=d: call(d).variant(k) for k in names}
         for d in (1.0, 0.25)
     }
     base = f"{of} dense {'xla' if bench.toy else 'cudnn'}"
@@ -230,7 +228,9 @@ def kernels(bench: Bench) -> None:
         for k, b, s in tuning
     }
     bench.group(f"{of}, tuning", {**first, **variants}, base)
-    wide = {f"K 64, 25% {k} bf16": lambda k=k: Call(seed + 400, (2, 4608, 16, 64), 4608, 0.25).variant(k) for k in names}
+    wide = {
+        f"K 64, 25% {k} bf16": lambda k=k: Call(seed + 400, (2, 4608, 16, 64), 4608, 0.25).variant(k) for k in names
+    }
     bench.group("4608 tokens, K 64", wide)
 
 

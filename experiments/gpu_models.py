@@ -24,6 +24,7 @@ from difax.models.dit import dit
 from difax.models.flux import flux
 from difax.weights.conditions import random_conditions
 from experiments.gpu_rows import Bench, Variant
+from experiments.realised import TOY
 
 DTYPE = "bfloat16"
 EXACT = "cudnn,xla"  # cuDNN where it takes the call: on a CPU it does not
@@ -44,70 +45,61 @@ def prepared(model: Model, params: Any, recipe: str, **settings: Any) -> Any:
 
 
 class Torch:
-    """`experiments.gpu_torch` in a process of its own; what it compiles, it compiles beside this one."""
+    """One model of `experiments.gpu_torch` in a process of its own, which compiles beside this one."""
 
-    def __init__(self, toy: bool):
-        self.toy = toy
+    def __init__(self, model: str, batch: int, toy: bool):
+        self.request, self.toy = {"model": model, "batch": batch, "compile": True, "toy": toy}, toy
         command = [os.environ.get("TORCH_PYTHON", sys.executable), "-m", "experiments.gpu_torch"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.asked = 0
+        self._ask(1)
 
-    def ask(self, model: str, batch: int, calls: int = 1) -> None:
-        """Sends a request without waiting for its answer."""
+    def _ask(self, calls: int) -> None:
         assert self.process.stdin is not None
-        request = {"model": model, "batch": batch, "calls": calls, "compile": True, "toy": self.toy}
-        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.write(json.dumps(self.request | {"calls": calls}) + "\n")
         self.process.stdin.flush()
-        self.asked += 1
 
-    def answer(self) -> dict[str, Any]:
-        """Of the last request; those before it are read and dropped."""
+    def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        line = ""
-        while self.asked:
-            line = self.process.stdout.readline()
-            self.asked -= 1
-            if not line:
-                raise RuntimeError(f"the torch process ended with exit code {self.process.wait()}")
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the torch process ended with exit code {self.process.wait()}")
         found = json.loads(line)
         if "error" in found:
             raise RuntimeError(found["error"])
         return found
 
-    def variant(self, model: str, batch: int, operations: float) -> Variant:
-        """The call of a torch model, whose seconds the other process tells."""
-        self.ask(model, batch)
-        first = self.answer()
-        calls = 1 if self.toy else int(min(50, max(1, 0.05 / first["seconds"])))
+    def variant(self, operations: float) -> Variant:
+        """Calls whose seconds the other process tells; waits until it has compiled."""
+        first = self._answer()
+        calls = 1 if self.toy else int(min(100, max(1, 0.05 / first["seconds"])))
 
         def run() -> float:
-            self.ask(model, batch, calls)
-            return self.answer()["seconds"]
+            self._ask(calls)
+            return self._answer()["seconds"]
 
-        return Variant(run=run, operations=operations, check=lambda _: {"torch": first["torch"]})
+        return Variant(run=run, operations=operations, check=lambda _: {k: first[k] for k in ("torch", "graph")})
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def models(bench: Bench) -> None:
-    """FLUX blocks first, whose products are large, then DiT-XL/2 at batch 8, 1 and 32; torch.compile is the baseline."""
-    worker = Torch(bench.toy)
+    """FLUX blocks first, whose products are large, then DiT-XL/2 at batch 8, 1, 32; torch.compile is the baseline."""
     size: dict[str, Any] = {"size": 128, "text_tokens": 512}
     if bench.toy:
         size = {"size": 16, "text_tokens": 16, "width": 128, "heads": 2, "axes_dim": (16, 24, 24)}
     model = flux("dev", double_depth=1, single_depth=1, dtype=DTYPE, **size)
-    dits = [("S/8", 1)] if bench.toy else [("XL/2", 8), ("XL/2", 1), ("XL/2", 32)]
-    for kind in ("double", "single"):
-        worker.ask(kind, 1)
-    for variant, batch in dits[:2]:
-        worker.ask(f"dit {variant}", batch)  # it compiles while jax does
+    dits = [("toy", 1)] if bench.toy else [("XL/2", 8), ("XL/2", 1), ("XL/2", 32)]
     params = random_params(model)
     for stage, kind in zip(model.stages, ("double", "single"), strict=True):
-        _flux_block(bench, worker, model, params, stage, kind)
+        _flux_block(bench, model, params, stage, kind)
     del params
     for variant, batch in dits:
-        _dit(bench, worker, variant, batch)
+        _dit(bench, variant, batch)
 
 
-def _flux_block(bench: Bench, worker: Torch, whole: Model, params: Any, stage: Any, kind: str) -> None:
+def _flux_block(bench: Bench, whole: Model, params: Any, stage: Any, kind: str) -> None:
     """One block of one kind on random tokens, everything that an evaluation computes in it."""
     model = whole._replace(stages=(stage,))
     own = {k: v for k, v in params.items() if k == "ends" or k == stage.name}
@@ -129,18 +121,23 @@ def _flux_block(bench: Bench, worker: Torch, whole: Model, params: Any, stage: A
 
     at = f"FLUX {kind} {count}"
     base = f"{at} torch.compile bf16"
-    variants: dict[str, Callable[[], Variant]] = {base: lambda: worker.variant(kind, 1, operations)}
-    variants |= {f"{at} {name}": partial(ours, recipe, EXACT) for name, recipe in RECIPES.items()}
+    variants: dict[str, Callable[[], Variant]]
+    variants = {f"{at} {name}": partial(ours, recipe, EXACT) for name, recipe in RECIPES.items()}
     variants |= {
+        base: lambda: worker.variant(operations),
         f"{at} bf16 attend=block_sparse": partial(ours, "none", "block_sparse,xla"),
         f"{at} bf16 attend=xla": partial(ours, "none", "xla"),
     }
-    bench.group(f"{at} tokens, batch 1", variants, base, at_once=1 if bench.toy else 3)
+    if any(map(bench.missing, variants)) and bench.enough(2 if bench.toy else 15, at):
+        worker = Torch(kind, 1, bench.toy)
+        bench.group(f"{at} tokens, batch 1", variants, base, at_once=1 if bench.toy else 3)
+        worker.close()
 
 
-def _dit(bench: Bench, worker: Torch, variant: str, batch: int) -> None:
+def _dit(bench: Bench, variant: str, batch: int) -> None:
     """One evaluation of a whole DiT, without guidance."""
-    model = dit(variant, dtype=DTYPE)
+    size: dict[str, Any] = TOY if variant == "toy" else {"variant": variant}
+    model = dit(**size, dtype=DTYPE)
     params = random_params(model)
     x = jax.random.normal(jax.random.key(1), (batch, *model.input_shape))
     times, labels = jnp.full((batch,), 500.0), jnp.arange(batch)
@@ -157,16 +154,31 @@ def _dit(bench: Bench, worker: Torch, variant: str, batch: int) -> None:
 
     at = f"DiT-{variant} b{batch}"
     base = f"{at} torch.compile bf16"
-    variants: dict[str, Callable[[], Variant]] = {
-        base: lambda: worker.variant(f"dit {variant}", batch, operations),
-        **{f"{at} {name}": partial(ours, recipe, EXACT) for name, recipe in RECIPES.items()},
-    }
+    variants: dict[str, Callable[[], Variant]]
+    variants = {f"{at} {name}": partial(ours, recipe, EXACT) for name, recipe in RECIPES.items()}
+    variants[base] = lambda: worker.variant(operations)
     if batch != 32:
         variants[f"{at} bf16 attend=xla"] = partial(ours, "none", "xla")
         variants[f"{at} bf16 stacked"] = partial(ours, "none", EXACT, True)
     if batch == 8:
         variants[f"{at} bf16 attend=block_sparse"] = partial(ours, "none", "block_sparse,xla")
-    bench.group(f"{at}, 256 tokens", variants, base, at_once=1 if bench.toy else 4, reserve=20)
+    if any(map(bench.missing, variants)) and bench.enough(2 if bench.toy else 25, at):
+        worker = Torch(f"dit {variant}", batch, bench.toy)
+        bench.group(f"{at}, {model_tokens(model)} tokens", variants, base, at_once=1 if bench.toy else 3, reserve=15)
+        worker.close()
+
+
+def model_tokens(model: Model) -> int:
+    """Tokens of one sample."""
+    tokens = jax.eval_shape(model.embed, *_inputs(model))[0]
+    return sum(a.shape[1] for a in jax.tree.leaves(tokens))
+
+
+def _inputs(model: Model) -> tuple[Any, ...]:
+    """Shapes of what `Model.embed` takes, for one sample."""
+    one = lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype)  # noqa: E731
+    x, time = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0)), x, time, jax.tree.map(one, model.cond)
 
 
 def _finite(out: Any) -> dict[str, Any]:

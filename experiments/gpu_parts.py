@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pathlib
+import sys
 import time
 
-from experiments.gpu_rows import Bench, end_at, end_with_parent
+from experiments.bounded import OUT_OF_TIME, end_at, end_with_parent
+from experiments.gpu_rows import Bench
 
 # name -> module of the function of that name; imported in the part's own process alone
 MODULES = {
@@ -34,6 +37,9 @@ def main() -> None:
     end_at(time.monotonic() + options.seconds)
     bench = Bench(options.part, options.out, options.seconds, options.run, options.command, options.rehearse)
     getattr(importlib.import_module(MODULES[options.part]), options.part)(bench)
+    if not bench.complete:
+        sys.stdout.flush()
+        os._exit(OUT_OF_TIME)  # a thread of torch or jax may still be waiting for what nobody needs any more
 
 
 if __name__ == "__main__":

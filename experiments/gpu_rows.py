@@ -1,4 +1,4 @@
-"""Rows that a part of the suite (`experiments.gpu_suite`) measures: groups of variants, checked and then timed in turns.
+"""Rows that a part of the suite (`experiments.gpu_suite`) measures: groups of variants, checked, then timed in turns.
 
 A part says on stdout which variant it begins (`> LABEL`), so that whoever started it knows which one took the process
 down. A variant that raises leaves a row with the error, and the part goes on; where the error has taken the device's
@@ -7,15 +7,11 @@ context with it, the process ends with RESTART, and another one goes on behind w
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pathlib
 import re
-import signal
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +20,12 @@ from typing import Any, NamedTuple
 import jax
 
 from difax.core.files import read_rows
+from experiments.bounded import driver
 from experiments.provenance import append_row, package_versions, provenance
 
 RESTART = 75  # exit code: the device's context is gone, the rows are whole, begin again behind them
 ROWS = "rows.jsonl"
-_CONTEXT_LOST = re.compile(r"CUDA_ERROR|ILLEGAL_ADDRESS|illegal memory|launch failure|misaligned|device-side assert", re.I)
+_CONTEXT_LOST = re.compile(r"CUDA_ERROR|ILLEGAL_ADDRESS|illegal memory|launch failure|misaligned|device-side", re.I)
 
 
 class Variant(NamedTuple):
@@ -53,11 +50,20 @@ class Bench:
     def __init__(self, part: str, folder: pathlib.Path, seconds: float, run: str, command: str, toy: bool):
         self.part, self.path, self.run, self.command, self.toy = part, folder / ROWS, run, command, toy
         self.end = time.monotonic() + seconds
+        self.complete = True  # until something is not begun for want of time
         self._source: dict[str, Any] = {}
 
     def left(self) -> float:
         """Seconds until the bound of the part."""
         return self.end - time.monotonic()
+
+    def enough(self, seconds: float, what: str) -> bool:
+        """Are that many seconds left; if not, says so, and the part is to be taken up again."""
+        if self.left() >= seconds:
+            return True
+        print(f"{what}: not begun, {self.left():.0f} s are left", flush=True)
+        self.complete = False
+        return False
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """What is there of this part, the last row of each label."""
@@ -113,8 +119,7 @@ class Bench:
         ready: dict[str, tuple[Callable[[], float], Variant, dict[str, Any]]] = {}
         wanted = self._wanted(variants, baseline)
         for some in (wanted[i : i + at_once] for i in range(0, len(wanted), at_once)):
-            if self.left() < reserve:
-                print(f"{', '.join(some)}: not begun, {self.left():.0f} s are left", flush=True)
+            if not self.enough(min(reserve, 1.0) if self.toy else reserve, ", ".join(some)):
                 break
             with ThreadPoolExecutor(at_once) as pool:
                 begun = {label: self._begun(label, name, variants[label], pool) for label in some}
@@ -201,33 +206,3 @@ def calls(program: Callable[..., Any], arguments: tuple[Any, ...], number: int) 
         out = program(*arguments)
     jax.block_until_ready(out)
     return (time.perf_counter() - start) / number
-
-
-def driver() -> str:
-    """Name and driver of the NVIDIA GPUs as nvidia-smi tells them; "" where there is none."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def end_with_parent() -> None:
-    """Asks Linux to kill this process when the one that started it is gone."""
-    parent = os.getppid()
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    except (OSError, AttributeError):
-        return
-    if os.getppid() != parent:  # it went before the kernel was asked
-        os._exit(1)
-
-
-def end_at(end: float) -> None:
-    """Ends this process hard at a time of `time.monotonic`, whatever it waits for."""
-
-    def watch() -> None:
-        time.sleep(max(0.0, end - time.monotonic()))
-        os._exit(124)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -23,7 +23,7 @@ from difax.training.train import TrainOptions, TrainState, make_step, optimizer
 from difax.weights.conditions import random_conditions
 from experiments.gpu_models import DTYPE, EXACT, random_params
 from experiments.gpu_rows import Bench, Variant, calls
-from experiments.realised import METHODS, Work
+from experiments.realised import METHODS, TOY, Work
 
 CACHES = ("fora 3", "teacache", "toca")
 # dense products in bf16, without sparsity, as the vendor's data sheet has them (SXM)
@@ -32,12 +32,12 @@ PUBLISHED_TFLOPS = {"H100": 989.0, "H200": 989.0}
 
 def realised(bench: Bench) -> None:
     """Each cache against the plain sampler of the same process: seconds, and the operations that the trace counted."""
-    variant, batches, steps = ("S/8", (1,), 4) if bench.toy else ("XL/2", (1, 8), 20)
+    variant, batches, steps = ("toy", (1,), 4) if bench.toy else ("XL/2", (1, 8), 20)
     for batch in batches:
         at = f"DiT-{variant} b{batch}"
         base = f"{at} plain"
         labels = [base, *(f"{at} {name}" for name in CACHES)]
-        if not any(map(bench.missing, labels)) or bench.left() < 20:
+        if not any(map(bench.missing, labels)) or not bench.enough(5 if bench.toy else 30, at):
             continue
         print(f"> {base}", flush=True)
         work = Work(variant, batch, DTYPE, steps, "each", attention=attention(EXACT))
@@ -75,10 +75,10 @@ def _sampler(work: Work, plain: bool, program: Future[dict[str, Any]], plain_tra
 
 def training(bench: Bench) -> None:
     """Updates of a patch-2 DiT on latents: seconds, and losses before and after those that were timed."""
-    cases = [("S/8", 4, 3)] if bench.toy else [("S/2", 256, 40), ("B/2", 256, 30)]
+    cases = [("toy", 4, 3)] if bench.toy else [("S/2", 256, 40), ("B/2", 256, 30)]
     for variant, batch, steps in cases:
         label = f"train DiT-{variant} b{batch}"
-        if bench.missing(label) and bench.left() > 15:
+        if bench.missing(label) and bench.enough(2 if bench.toy else 20, label):
             print(f"> {label}", flush=True)
             try:
                 columns = _trained(variant, batch, steps, bench)
@@ -88,7 +88,8 @@ def training(bench: Bench) -> None:
 
 
 def _trained(variant: str, batch: int, steps: int, bench: Bench) -> dict[str, Any]:
-    model = dit(variant, dtype=DTYPE, learn_sigma=False)
+    size: dict[str, Any] = TOY if variant == "toy" else {"variant": variant}
+    model = dit(**size, dtype=DTYPE, learn_sigma=False)
     options = TrainOptions(steps=10**6, batch=batch, learning_rate=3e-4, warmup=10)
     step = make_step(flow_loss(model, flow(1.0), unroll=not bench.toy), options)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -114,12 +115,12 @@ def _trained(variant: str, batch: int, steps: int, bench: Bench) -> dict[str, An
         losses.append(float(jax.block_until_ready(metrics)["loss"]))
         taken.append((time.perf_counter() - start) / steps)
     seconds = float(np.median(taken))
-    cost = model_cost(model, params := jax.eval_shape(model.init, jax.random.key(0)))
+    cost = model_cost(model, jax.eval_shape(model.init, jax.random.key(0)))
     tflops = 3 * batch * cost.evaluation / seconds / 1e12  # the gradient takes twice the products of the forward pass
     columns: dict[str, Any] = {"compile_seconds": compile_seconds, "us": 1e6 * seconds, "tflops": tflops}
     columns |= {"spread": max(taken) / min(taken), "steps_per_second": 1 / seconds}
     columns |= {"first_loss": losses[0], "last_loss": losses[-1], "loss_falls": losses[-1] < losses[0]}
-    columns["steps"], columns["parameters"] = 2 + 3 * steps, sum(a.size for a in jax.tree.leaves(params))
+    columns["steps"], columns["parameters"] = 2 + 3 * steps, sum(a.size for a in jax.tree.leaves(state.params))
     kind = jax.devices()[0].device_kind
     peak = next((top for name, top in PUBLISHED_TFLOPS.items() if name in kind), None)
     if peak:
@@ -143,7 +144,7 @@ def whole(bench: Bench) -> None:
     weights = functools.cache(lambda: random_params(build_setup(config).model))
 
     def made(quant: str, cache: str) -> Variant:
-        chosen = [("attend", {"name": EXACT}), ("quant.name", quant), ("cache.name", cache), ("layout", "unstacked")]
+        chosen = [("attend.name", EXACT), ("quant.name", quant), ("cache.name", cache), ("layout", "unstacked")]
         run = build_setup(override(config, chosen))
         params = jax.jit(run.prepare)(weights())
         noise, keys, cond = run.inputs(0, 1, random_conditions(run.model, 1))

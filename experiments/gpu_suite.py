@@ -5,8 +5,8 @@
   python -m experiments.gpu_suite --rehearse          every part at toy size on the CPU, under three minutes
   python -m experiments.gpu_suite --list | --page     the parts; README.md of the folder from the rows that are there
 
-Rows of JSON go to OUT/rows.jsonl as they are measured (default: experiments/results/gpu), with device, driver, versions,
-command and date. Each part is a process of its own under a bound of its own: its share of the seconds that are left,
+Rows of JSON go to OUT/rows.jsonl as they are measured (default: experiments/results/gpu), with device, driver,
+versions, command and date. Each part is a process of its own under a bound of its own: its share of the seconds that are left,
 so that what one part does not use the next ones have. A part that says nothing for too long, or that dies, leaves an
 error row of the variant that it had begun, and is started again behind it. A rerun with the same OUT measures
 what is missing and what raised. On an image without network, see CONTRIBUTING.md for what to carry.
@@ -15,22 +15,18 @@ what is missing and what raised. On an image without network, see CONTRIBUTING.m
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import os
 import pathlib
-import queue
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import deque
 from typing import Any, NamedTuple
 
 from difax.core.files import read_rows
-from experiments.gpu_rows import ROWS, driver
+from experiments.bounded import driver, watch
+from experiments.gpu_rows import ROWS
 from experiments.provenance import RESULTS, append_row
 
 OUT = RESULTS / "gpu"
@@ -39,21 +35,23 @@ LEAST = 12.0  # seconds below which a part is not begun
 
 
 class Part(NamedTuple):
-    """about: what it is for; share: of the budget; stall: seconds of silence after which it is taken for hung."""
+    """about: what it is for; share: of the budget, and of a rehearsal's; stall: seconds of silence after which it is
+    taken for hung."""
 
     about: str
     share: float
+    toy_share: float
     stall: float
 
 
 PARTS = {
-    "ceilings": Part("versions, products in bf16, int8, fp8, copy", 45, 40),
-    "kernels": Part("block-sparse attention: errors, cuDNN, Mosaic against Triton with the decision rule", 170, 45),
-    "products": Part("fused products against XLA's in bf16, int8, fp8, int4", 85, 45),
-    "models": Part("DiT-XL/2 and FLUX blocks in bf16, int8, fp8 against torch.compile", 170, 120),
-    "realised": Part("FORA, TeaCache, ToCa on DiT-XL/2 at batch 1 and 8: seconds against operations", 170, 150),
-    "training": Part("DiT-S/2 and B/2 on latents at batch 256: steps per second, a loss that falls", 80, 90),
-    "whole": Part("the whole sampler of flux_dev at reduced depth", 60, 90),
+    "ceilings": Part("versions, products in bf16, int8, fp8, copy", 45, 15, 40),
+    "kernels": Part("block-sparse attention: errors, cuDNN, Mosaic against Triton with the decision rule", 170, 20, 45),
+    "products": Part("fused products against XLA's in bf16, int8, fp8, int4", 85, 20, 45),
+    "models": Part("DiT-XL/2 and FLUX blocks in bf16, int8, fp8 against torch.compile", 170, 40, 120),
+    "realised": Part("FORA, TeaCache, ToCa on DiT-XL/2 at batch 1 and 8: seconds against operations", 170, 40, 150),
+    "training": Part("DiT-S/2 and B/2 on latents at batch 256: steps per second, a loss that falls", 80, 40, 90),
+    "whole": Part("the whole sampler of flux_dev at reduced depth", 60, 30, 90),
 }
 
 
@@ -79,7 +77,7 @@ def run_part(name: str, bound: float, options: argparse.Namespace) -> str:
         left = end - time.monotonic()
         if attempt and left < min(LEAST, bound / 2):
             break
-        outcome, label, last = _watch(part_command(name, left, options), end, PARTS[name].stall, environment(options))
+        outcome, label, last = watch(part_command(name, left, options), end, PARTS[name].stall, environment(options))
         if outcome in ("done", "bound"):
             break
         if label is None:  # it died before it had begun anything: another start would too
@@ -97,59 +95,6 @@ def run_part(name: str, bound: float, options: argparse.Namespace) -> str:
 def _own_row(part: str, label: str, options: argparse.Namespace) -> dict[str, Any] | None:
     rows = [r for r in read_rows(options.out / ROWS) if (r["part"], r["label"], r["run"]) == (part, label, options.run)]
     return rows[-1] if rows else None
-
-
-def _watch(command: list[str], end: float, stall: float, env: dict[str, str]) -> tuple[str, str | None, str]:
-    """Runs a command in a group of its own until it ends, is silent for `stall` seconds, or its time is up.
-
-    Returns:
-      "done", "bound", "silent for N s" or "exit code N"; the last label that it began; its last lines.
-    """
-    # the group makes what the part started end with it
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env,
-        start_new_session=True,
-    )  # fmt: skip
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line.rstrip("\n"))
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    label, tail, outcome = None, deque(maxlen=4), ""
-    try:
-        while True:
-            wait = min(stall, end - time.monotonic())
-            try:
-                line = lines.get(timeout=max(wait, 0.01))
-            except queue.Empty:
-                outcome = "bound" if end - time.monotonic() < 0.05 else f"silent for {stall:.0f} s"
-                break
-            if line is None:
-                code = process.wait(timeout=10)
-                outcome = "done" if code == 0 else "bound" if code == 124 else f"exit code {code}"
-                break
-            if line.startswith("> "):
-                label = line[2:]
-            else:
-                tail.append(line)
-                print(line, flush=True)
-    finally:
-        end_group(process)
-    return outcome, label, " | ".join(tail)
-
-
-def end_group(process: subprocess.Popen[str]) -> None:
-    """Kills a process and all that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    try:
-        process.wait(timeout=20)
-    except subprocess.TimeoutExpired:  # a kernel that the driver does not let go of: the next part begins without
-        print(f"process {process.pid} does not end", flush=True)
 
 
 def source(options: argparse.Namespace) -> dict[str, str]:
@@ -171,8 +116,9 @@ def run_all(options: argparse.Namespace) -> None:
             print(f"== {name}: done already", flush=True)
             continue
         left = end - time.monotonic()
-        bound = left * PARTS[name].share / sum(PARTS[n].share for n in names[i:])
-        if bound < LEAST * min(1.0, options.budget / 120):
+        shares = [PARTS[n].toy_share if options.rehearse else PARTS[n].share for n in names[i:]]
+        bound = left * shares[0] / sum(shares)
+        if bound < LEAST * min(1.0, options.budget / 540):
             print(f"== {name}: not begun, {left:.0f} s are left", flush=True)
             continue
         print(f"== {name}: {PARTS[name].about} (at most {bound:.0f} s)", flush=True)

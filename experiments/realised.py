@@ -47,6 +47,7 @@ from difax.models.wan import wan
 from difax.weights.conditions import random_conditions
 from experiments.provenance import RESULTS, append_row, provenance
 
+TOY = {"depth": 2, "width": 64, "heads": 2, "patch": 8}  # the variant "toy", to see that everything runs
 GEOMETRIES = (("B/2", 1), ("B/2", 4), ("XL/2", 1))
 
 
@@ -116,7 +117,8 @@ class Work:
         attention: Attention | None = None,
     ):
         self.batch, self.ahead, self.attention = batch, conditioning == "ahead", attention
-        of_dit = (lambda dtype: dit(variant, dtype=dtype), vp_linear(), "eps", "ddim", "leading")
+        size: dict[str, Any] = TOY if variant == "toy" else {"variant": variant}
+        of_dit = (lambda dtype: dit(**size, dtype=dtype), vp_linear(), "eps", "ddim", "leading")
         make, self.process, self.prediction, solver, grid = CAPTIONED.get(variant, of_dit)
         self.model = make(dtype)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0))
