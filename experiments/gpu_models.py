@@ -91,16 +91,15 @@ def models(bench: Bench) -> None:
         size = {"size": 16, "text_tokens": 16, "width": 128, "heads": 2, "axes_dim": (16, 24, 24)}
     model = flux("dev", double_depth=1, single_depth=1, dtype=DTYPE, **size)
     dits = [("toy", 1)] if bench.toy else [("XL/2", 8), ("XL/2", 1), ("XL/2", 32)]
-    params = random_params(model)
-    for stage, kind in zip(model.stages, ("double", "single"), strict=True):
-        _flux_block(bench, model, params, stage, kind)
-    del params
+    for i, kind in enumerate(("double", "single")):
+        bench.section(f"FLUX {kind}", _flux_block, bench, model, i, kind)
     for variant, batch in dits:
-        _dit(bench, variant, batch)
+        bench.section(f"DiT-{variant} b{batch}", _dit, bench, variant, batch)
 
 
-def _flux_block(bench: Bench, whole: Model, params: Any, stage: Any, kind: str) -> None:
+def _flux_block(bench: Bench, whole: Model, place: int, kind: str) -> None:
     """One block of one kind on random tokens, everything that an evaluation computes in it."""
+    stage, params = whole.stages[place], random_params(whole)
     model = whole._replace(stages=(stage,))
     own = {k: v for k, v in params.items() if k == "ends" or k == stage.name}
     x = jax.random.normal(jax.random.key(1), (1, *model.input_shape))

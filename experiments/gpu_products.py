@@ -91,44 +91,45 @@ class Product:
 
 def products(bench: Bench) -> None:
     """Both products of FLUX's MLP: what a configuration picks against XLA's bf16 and its quantised ones."""
-    shapes = [(64, 128, 256)] if bench.toy else [(4608, 3072, 12288), (4608, 12288, 3072)]
+    for m, k, n in [(64, 128, 256)] if bench.toy else [(4608, 3072, 12288), (4608, 12288, 3072)]:
+        bench.section(f"{m}x{k}x{n}", _product, bench, m, k, n)
+
+
+def _product(bench: Bench, m: int, k: int, n: int) -> None:
     f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
-    for m, k, n in shapes:
-        at, made = f"{m}x{k}x{n}", Product(m, k, n)
-        base = f"{at} xla bf16"
-        variants: dict[str, Callable[[], Variant]] = {
-            base: made.bf16,
-            f"{at} quant=int8_w8a8": partial(made.recipe, "int8_w8a8"),
-            f"{at} quant=fp8": partial(made.recipe, "fp8"),
-            f"{at} xla int8, float32 epilogue": partial(made.xla, "int8", i32, f32),
-            f"{at} xla int8, bf16 epilogue": partial(made.xla, "int8", i32, bf16),
-            f"{at} xla fp8, bf16 sums": partial(made.xla, "fp8", bf16, bf16),
+    at, made = f"{m}x{k}x{n}", Product(m, k, n)
+    base = f"{at} xla bf16"
+    variants: dict[str, Callable[[], Variant]] = {
+        base: made.bf16,
+        f"{at} quant=int8_w8a8": partial(made.recipe, "int8_w8a8"),
+        f"{at} quant=fp8": partial(made.recipe, "fp8"),
+        f"{at} xla int8, float32 epilogue": partial(made.xla, "int8", i32, f32),
+        f"{at} xla int8, bf16 epilogue": partial(made.xla, "int8", i32, bf16),
+        f"{at} xla fp8, bf16 sums": partial(made.xla, "fp8", bf16, bf16),
+    }
+    more: dict[str, Callable[[], Variant]] = {}
+    if bench.toy:
+        if bench.missing("triton left out"):
+            bench.write("triton left out", group=f"products {at}", reason="a CPU has no compiler for it")
+    else:
+        variants |= {f"{at} triton {kind}": partial(made.triton, kind) for kind in TOPS}
+        more = {
+            f"{at} triton {kind} {'x'.join(map(str, block))}": partial(made.triton, kind, block=block)
+            for kind in TOPS
+            for block in ((128, 128, 128), (256, 128, 128), (128, 256, 64))
         }
-        more: dict[str, Callable[[], Variant]] = {}
-        if bench.toy:
-            if bench.missing("triton left out"):
-                bench.write("triton left out", group=f"products {at}", reason="a CPU has no compiler for it")
-        else:
-            variants |= {f"{at} triton {kind}": partial(made.triton, kind) for kind in TOPS}
-            more = {
-                f"{at} triton {kind} {'x'.join(map(str, block))}": partial(made.triton, kind, block=block)
-                for kind in TOPS
-                for block in ((128, 128, 128), (256, 128, 128), (128, 256, 64))
-            }
-            more |= {
-                f"{at} triton {kind} 4 warps": partial(made.triton, kind, block=(128, 128, 128), warps=4)
-                for kind in TOPS
-            }
-        bench.group(f"products {at}", variants, base, repeats=7)
-        recipes = {
-            f"{at} quant=int8_w8a8 kernel=xla": partial(made.recipe, "int8_w8a8", kernel="xla"),
-            f"{at} quant=fp8 kernel=xla": partial(made.recipe, "fp8", kernel="xla"),
-            f"{at} quant=int8_weight": partial(made.recipe, "int8_weight"),
-            f"{at} quant=int4_w4a8": partial(made.recipe, "int4_w4a8"),
-            f"{at} quant=svdquant_w4a8": partial(made.recipe, "svdquant_w4a8"),
+        more |= {
+            f"{at} triton {kind} 4 warps": partial(made.triton, kind, block=(128, 128, 128), warps=4) for kind in TOPS
         }
-        if bench.toy:
-            recipes = dict(list(recipes.items())[:1])
-        bench.group(f"products {at}, other recipes", {base: made.bf16, **recipes}, base)
-        bench.group(f"products {at}, tiles", {base: made.bf16, **more} if more else {}, base)
-        del made
+    bench.group(f"products {at}", variants, base, repeats=7)
+    recipes = {
+        f"{at} quant=int8_w8a8 kernel=xla": partial(made.recipe, "int8_w8a8", kernel="xla"),
+        f"{at} quant=fp8 kernel=xla": partial(made.recipe, "fp8", kernel="xla"),
+        f"{at} quant=int8_weight": partial(made.recipe, "int8_weight"),
+        f"{at} quant=int4_w4a8": partial(made.recipe, "int4_w4a8"),
+        f"{at} quant=svdquant_w4a8": partial(made.recipe, "svdquant_w4a8"),
+    }
+    if bench.toy:
+        recipes = dict(list(recipes.items())[:1])
+    bench.group(f"products {at}, other recipes", {base: made.bf16, **recipes}, base)
+    bench.group(f"products {at}, tiles", {base: made.bf16, **more} if more else {}, base)

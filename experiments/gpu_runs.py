@@ -34,19 +34,23 @@ def realised(bench: Bench) -> None:
     """Each cache against the plain sampler of the same process: seconds, and the operations that the trace counted."""
     variant, batches, steps = ("toy", (1,), 4) if bench.toy else ("XL/2", (1, 8), 20)
     for batch in batches:
-        at = f"DiT-{variant} b{batch}"
-        base = f"{at} plain"
-        labels = [base, *(f"{at} {name}" for name in CACHES)]
-        if not any(map(bench.missing, labels)) or not bench.enough(5 if bench.toy else 30, at):
-            continue
-        print(f"> {base}", flush=True)
-        work = Work(variant, batch, DTYPE, steps, "each", attention=attention(EXACT))
-        with ThreadPoolExecutor(1 if bench.toy else 4) as pool:
-            programs = {base: pool.submit(work.program, None, {})}
-            programs |= {f"{at} {name}": pool.submit(_cached, work, name) for name in CACHES}
-            plain = functools.cache(lambda programs=programs, base=base: programs[base].result()["run"]()[1])
-            makers = {k: functools.partial(_sampler, work, k == base, f, plain) for k, f in programs.items()}
-            bench.group(f"{at}, {steps} steps, guided", makers, base, repeats=5, reserve=0)
+        bench.section(f"DiT-{variant} b{batch}", _cached_runs, bench, variant, batch, steps)
+
+
+def _cached_runs(bench: Bench, variant: str, batch: int, steps: int) -> None:
+    at = f"DiT-{variant} b{batch}"
+    base = f"{at} plain"
+    labels = [base, *(f"{at} {name}" for name in CACHES)]
+    if not any(map(bench.missing, labels)) or not bench.enough(5 if bench.toy else 30, at):
+        return
+    print(f"> {base}", flush=True)
+    work = Work(variant, batch, DTYPE, steps, "each", attention=attention(EXACT))
+    with ThreadPoolExecutor(1 if bench.toy else 4) as pool:
+        programs = {base: pool.submit(work.program, None, {})}
+        programs |= {f"{at} {name}": pool.submit(_cached, work, name) for name in CACHES}
+        plain = functools.cache(lambda programs=programs, base=base: programs[base].result()["run"]()[1])
+        makers = {k: functools.partial(_sampler, work, k == base, f, plain) for k, f in programs.items()}
+        bench.group(f"{at}, {steps} steps, guided", makers, base, repeats=5, reserve=0)
 
 
 def _cached(work: Work, name: str) -> dict[str, Any]:

@@ -6,9 +6,9 @@
   python -m experiments.gpu_suite --list | --page     the parts; README.md of the folder from the rows that are there
 
 Rows of JSON go to OUT/rows.jsonl as they are measured (default: experiments/results/gpu), with device, driver,
-versions, command and date. Each part is a process of its own under a bound of its own: its share of the seconds that are left,
-so that what one part does not use the next ones have. A part that says nothing for too long, or that dies, leaves an
-error row of the variant that it had begun, and is started again behind it. A rerun with the same OUT measures
+versions, command and date. Each part is a process of its own under a bound of its own: its share of the seconds that
+are left, so that what one part does not use the next ones have. A part that says nothing for too long, or that dies,
+leaves an error row of the variant that it had begun, and is started again behind it. A rerun with the same OUT measures
 what is missing and what raised. On an image without network, see CONTRIBUTING.md for what to carry.
 """
 
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from difax.core.files import read_rows
 from experiments.bounded import driver, watch
-from experiments.gpu_rows import ROWS
+from experiments.gpu_rows import RESTART, ROWS
 from experiments.provenance import RESULTS, append_row
 
 OUT = RESULTS / "gpu"
@@ -83,7 +83,11 @@ def run_part(name: str, bound: float, options: argparse.Namespace) -> str:
         if label is None:  # it died before it had begun anything: another start would too
             outcome = f"{outcome}: {last}"
             break
-        if _own_row(name, label, options) is None:
+        there = _own_row(name, label, options)
+        if there is not None and outcome != f"exit code {RESTART}":  # nothing new before it died: it would again
+            outcome = f"{outcome}: {last}"
+            break
+        if there is None:
             row = {"part": name, "label": label, "error": f"the process ended ({outcome}): {last}"[:300]}
             append_row(options.out / ROWS, {**row, "run": options.run, "provenance": source(options)})
     row = {"part": name, "label": "part", "outcome": outcome[:300], "seconds": time.monotonic() - start, "bound": bound}
