@@ -408,5 +408,6 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def size_in_bytes(params: Params) -> int:
-    """Bytes of all leaves as they are stored."""
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+    """Bytes of all leaves as they are stored, two values of `jnp.int4` in one."""
+    leaves = jax.tree.leaves(params)
+    return sum(-(-a.size // 2) if a.dtype == jnp.int4 else a.size * jnp.dtype(a.dtype).itemsize for a in leaves)
