@@ -16,14 +16,20 @@ from typing import Any
 from difax.core.extras import needs
 from difax.core.target import target
 
+
+def _plain(function: Any) -> Any:
+    return function
+
+
 try:
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
-    from triton import jit  # pyright: ignore[reportMissingImports]
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language  # pyright: ignore[reportMissingImports]
+
+    tl: Any = triton.language
+    jit: Any = triton.jit
 except ImportError:  # kernels stay plain functions, which `launch` does not come to
     tl: Any = None
-
-    def jit(kernel: Any) -> Any:
-        return kernel
+    jit: Any = _plain
 
 
 def capability(lowest: int = 80) -> int:
