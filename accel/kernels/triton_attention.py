@@ -56,12 +56,12 @@ def kernel(
     STEP: tl.constexpr = BK // SPLIT_K
     LOW: tl.constexpr = v.dtype.element_ty == tl.float8e4nv
     INT: tl.constexpr = q.dtype.element_ty == tl.int8
-    SUM: tl.constexpr = tl.int32 if INT else tl.float32
+    SUM: tl.constexpr = tl.int32 if INT else tl.float32  # pyright: ignore[reportAssignmentType]
     RAGGED_Q: tl.constexpr = T % M != 0
     RAGGED_K: tl.constexpr = S % BK != 0
     N_Q: tl.constexpr = (T + BQ - 1) // BQ
     N_K: tl.constexpr = (S + BK - 1) // BK
-    UP: tl.constexpr = 8.807354922057604 if LOW else 0.0  # log2(448)
+    UP: tl.constexpr = 8.807354922057604 if LOW else 0.0  # pyright: ignore[reportAssignmentType] # log2(448)
 
     i = tl.program_id(0)
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # offsets of whole arrays pass 2^31

@@ -23,9 +23,8 @@ def _plain(function: Any) -> Any:
 
 try:
     import triton  # pyright: ignore[reportMissingImports]
-    import triton.language  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-    tl: Any = triton.language
     jit: Any = triton.jit
 except ImportError:  # kernels stay plain functions, which `launch` does not come to
     tl: Any = None
