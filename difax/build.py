@@ -14,6 +14,7 @@ import numpy as np
 
 from difax.accel.attention import attention, first_of
 from difax.accel.caches import measured
+from difax.accel.quant import check_kernels, fitted
 from difax.checkpoints import find_weights
 from difax.core import grids
 from difax.core.annotations import annotations_of, brief, check_value
@@ -25,6 +26,7 @@ from difax.core.qtensor import Rules, quantize_params, size_in_bytes
 from difax.core.qtensor import cast as cast_params
 from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.stack import stack, with_learned
+from difax.core.target import target
 from difax.core.trunk import unstack
 from difax.models import MODELS
 from difax.registry import REGISTRIES, check_name, choose, is_outside, make, resolved, shown
@@ -72,9 +74,9 @@ class Setup(NamedTuple):
         return initial_noise(self.process, keys, self.model.input_shape), keys, some
 
     def prepare(self, params: Params) -> Params:
-        """Parameters as they are sampled with: quantised, cast to the model's dtype, with those that the cache has
-        learned, in the layout that was chosen."""
-        params = cast_params(quantize_params(params, self.rules), self.model.dtype)
+        """Parameters as they are sampled with: quantised, cast to the model's dtype, as the target multiplies them,
+        with those that the cache has learned, in the layout that was chosen."""
+        params = fitted(cast_params(quantize_params(params, self.rules), self.model.dtype), target())
         params = with_learned(params, self.accelerator)
         return params if self.stacked else unstack(self.model, params)
 
@@ -142,6 +144,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
         with _naming("quant", config):
             shapes = jax.eval_shape(model.init, jax.random.key(0))
             jax.eval_shape(lambda params: quantize_params(params, rules), shapes)  # before any weight is read
+            check_kernels(rules, target(), model.dtype)
     layout = choose("layout", config.get("layout", "stacked"), LAYOUTS)
     conditioning = choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
     if conditioning == "ahead" and any(stage.takes for stage in model.stages):

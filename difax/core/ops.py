@@ -110,7 +110,7 @@ def dot(x: jax.Array, w: jax.Array | Trainable | QTensor, bias: jax.Array) -> ja
     if isinstance(w, Trainable):
         y_MN = _affine(x_MK, w.array.astype(x.dtype), b_N)
     elif isinstance(w, QTensor):
-        y_MN = quantized_dot(x_MK, w) + b_N[None]
+        y_MN = quantized_dot(x_MK, w, b_N)
     else:
         product = jnp.matmul
         if x_MK.shape[0] == 1 and x.dtype == jnp.bfloat16:
