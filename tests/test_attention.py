@@ -191,7 +191,6 @@ def test_gradients_are_those_of_masked_softmax(case, with_segments):
 
 
 DECLINES = [
-    ("chunked", {}, {"blocks": (4, 4)}, "a list of blocks of 4 x 4, made for 512 x 1024"),
     ("window", {"radius": 1}, {"keys": 9}, "8 queries of 9 keys"),
     ("window", {"radius": 1}, {"blocks": (4, 4)}, "a list of blocks"),
     ("cudnn", {}, {"dtype": "float32"}, "float32; it computes in one of bfloat16, float16"),

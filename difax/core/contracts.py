@@ -257,6 +257,11 @@ class AttentionSpec(NamedTuple):
     v: Any
     segments: Segments | None
 
+    def in_words(self) -> str:
+        """What a message and a table call it: "q [2, 256, 6, 64] bfloat16, S 256, segments"."""
+        ids = "" if self.segments is None else ", segments"
+        return f"q {list(self.q.shape)} {self.q.dtype}, S {self.k.shape[1]}{ids}"
+
 
 class Attention(NamedTuple):
     """How the blocks attend, with what is remembered per layer from one evaluation to the next.
@@ -264,10 +269,13 @@ class Attention(NamedTuple):
     init(spec: AttentionSpec) -> state of one layer's call. Raises NotImplementedError to say "not me".
     apply(q, k, v, segments, where, row, state) -> (o, state): o [B, T, H, K] in the dtype of q; `row` is None outside
         of sampling. Raises NotImplementedError, at trace time, with what it cannot do.
+    chosen() -> {call in words (`AttentionSpec.in_words`): name of what serves it}: where there is a choice, what was
+        decided for the target so far, which is all calls of a program once it has been traced.
     """
 
     init: Callable[[AttentionSpec], State]
     apply: Callable[..., tuple[jax.Array, State]]
+    chosen: Callable[[], dict[str, str]] = dict
 
 
 class TrunkSpec(NamedTuple):
