@@ -17,7 +17,8 @@ from difax.core.target import target
 
 LOG2E = math.log2(math.e)
 HALVES = 2  # computing warpgroups, between which the queries of a block are split
-FP8_TOP = 448.0  # the largest float8_e4m3fn: what a weight of 1 is written as
+LIFT = math.log2(448.0)  # of float8 weights: 1 is written as the largest float8_e4m3fn
+TILE = 8  # rows of a tile of shared memory, which Mosaic wants the rows of a copied array to be a multiple of
 SHARED_MEMORY = 232448  # bytes that one block of threads can have on Hopper
 
 FLOATS = ("bfloat16", "float16")
@@ -47,12 +48,13 @@ def block_sparse(
     the row each, and while one takes its softmax the products of the other run. The softmax is in float32, its weights
     are rounded to the dtype of the values for the second product. Lengths need not be multiples of a block: copies
     fill with zeros past the end of an array and write nothing there, and keys past the end have a logit of -infinity.
-    What has no mask (no segments, S a multiple of block_k) is compiled without one.
+    Lengths that are no multiple of 8, the rows of a copied tile, are padded to one in memory here, which is a pass over
+    the array. What has no mask (no segments, S a multiple of block_k) is compiled without one.
 
     Args:
       q_BTHK, k_BSHK: bfloat16, float16, or int8 with `scales`; head width K 64 or 128.
       v_BSHK: bfloat16, float16, or with int8 keys float8_e4m3fn with `scales.v`, which is transposed here to
-        [B, H, K, S], its keys padded to a multiple of 16: 8-bit products read along the keys, copies 16 bytes.
+        [B, H, K, S], padded to whole blocks: 8-bit products read along the keys.
       indices: int32 [B or 1, H or 1, ceil(T / block_q), n], blocks of keys in any order, each at most once a row.
       counts: int32 [B or 1, H or 1, ceil(T / block_q)], 1 to n: how many of a row hold. The others are not read.
       block_q, block_k: queries of a row and keys of an entry: 128 x 128 or 128 x 64.
@@ -82,7 +84,8 @@ def block_sparse(
     rows, ragged = block_q // HALVES, keys % block_k > 0
     dtype, kept = v_BSHK.dtype, jnp.dtype(jnp.bfloat16) if quantised else q_BTHK.dtype
 
-    operands: dict[str, jax.Array] = {"q": q_BTHK, "k": k_BSHK, "v": _keys_last(v_BSHK) if fp8 else v_BSHK}
+    v = jnp.transpose(_padded(v_BSHK, blocks_of * block_k), (0, 2, 3, 1)) if fp8 else _padded(v_BSHK)
+    operands: dict[str, jax.Array] = {"q": _padded(q_BTHK), "k": _padded(k_BSHK), "v": v}
     operands |= {"indices": indices.astype(jnp.int32), "counts": counts.astype(jnp.int32)}
     if scales is not None:
         operands |= {"scale_q": jnp.broadcast_to(scales.q, (batch, heads, rows_of))}
@@ -90,7 +93,8 @@ def block_sparse(
         if scales.v is not None:
             operands |= {"scale_v": jnp.broadcast_to(scales.v, (batch, heads, width))}
     if segments is not None:
-        operands |= {"ids_q": _padded(segments.q, rows_of * block_q), "ids_k": _padded(segments.k, blocks_of * block_k)}
+        operands |= {"ids_q": _padded(segments.q.astype(jnp.int32), rows_of * block_q)}
+        operands |= {"ids_k": _padded(segments.k.astype(jnp.int32), blocks_of * block_k)}
 
     rings: dict[str, tuple[tuple[int, ...], Any]] = {
         "q": ((HALVES, rows, width), q_BTHK.dtype),
@@ -120,7 +124,9 @@ def block_sparse(
         ref = dict(zip(operands, given, strict=True))
         batch_i, head_i, row_i, warpgroup = (lax.axis_index(name) for name in ("b", "h", "i", "wg"))
         listed = tuple(i if n > 1 else 0 for i, n in zip((batch_i, head_i), indices.shape[:2], strict=True))
-        count = ref["counts"][(*(i if n > 1 else 0 for i, n in zip((batch_i, head_i), counts.shape[:2], strict=True)), row_i)]
+        count = ref["counts"][
+            (*(i if n > 1 else 0 for i, n in zip((batch_i, head_i), counts.shape[:2], strict=True)), row_i)
+        ]
 
         def block(j: Any) -> Any:
             return ref["indices"][(*listed, row_i, j)]
@@ -174,14 +180,14 @@ def block_sparse(
                     plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(turn)
 
-            def masked(x: Any, j: Any, ids_k: Any) -> Any:
-                if ids_k is not None:
-                    alike = lax.broadcast_in_dim(ids_q, x.shape, [0]) == lax.broadcast_in_dim(ids_k, x.shape, [1])
-                    x = jnp.where(alike, x, jnp.float32(MASKED * LOG2E))
-                if ragged:
+            def existing(x: Any, j: Any) -> Any:
+                first_key = block(j) * block_k
+
+                def past_the_end(x: Any) -> Any:
                     at = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
-                    x = jnp.where(at < keys - block(j) * block_k, x, -jnp.inf)
-                return x
+                    return jnp.where(at < keys - first_key, x, -jnp.inf)
+
+                return lax.cond(first_key + block_k > keys, past_the_end, lambda x: x, x) if ragged else x
 
             def step(j: Any, carry: Any) -> Any:
                 acc, top, total = carry
@@ -198,16 +204,21 @@ def block_sparse(
                 if ids_k_smem is not None:
                     ids_k = plgpu.load(ids_k_smem.at[slot], layout=by_column, optimized=False)
                 plgpu.barrier_arrive(k_free.at[slot])
-                x = x.astype(jnp.float32) * (scale * ref["scale_k"][batch_i, head_i, block(j)] if quantised else scale)
-                x = masked(x, j, ids_k)
+                s = scale * ref["scale_k"][batch_i, head_i, block(j)] if quantised else scale
+                x = x.astype(jnp.float32)
+                if ids_k is None:  # before the scale, which is then part of the exponent's multiply-add
+                    x = existing(x, j) * s
+                else:
+                    alike = lax.broadcast_in_dim(ids_q, x.shape, [0]) == lax.broadcast_in_dim(ids_k, x.shape, [1])
+                    x = existing(jnp.where(alike, x * s, jnp.float32(MASKED * LOG2E)), j)
                 new = jnp.maximum(top, x.max(axis=1))
                 shrink = jnp.exp2(top - new)
-                p = jnp.exp2(x - lax.broadcast_in_dim(new, x.shape, [0]))
+                p = jnp.exp2(x - lax.broadcast_in_dim(new - LIFT if fp8 else new, x.shape, [0]))
                 total = total * shrink + p.sum(axis=1)
                 acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
                 # the barriers keep the softmax before the turn is passed on
                 if p_smem is not None:
-                    p_smem[warpgroup] = (p * FP8_TOP).astype(dtype)
+                    p_smem[warpgroup] = p.astype(dtype)
                     plgpu.commit_smem()
                     acc, total, new = lax.optimization_barrier((acc, total, new))
                 else:
@@ -238,12 +249,12 @@ def block_sparse(
             pl.when(warpgroup == 1)(pass_on)
             acc, top, total = lax.fori_loop(0, count, step, (nothing, row(-jnp.inf), row(0.0)))
             pl.when(warpgroup == 0)(pass_on)
-            acc = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+            acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
             if fp8:
                 by_channel = plgpu.load(ref["scale_v"].at[batch_i, head_i], layout=by_column, optimized=False)
-                acc = acc * lax.broadcast_in_dim(by_channel / FP8_TOP, acc.shape, [1])
+                acc = acc * lax.broadcast_in_dim(by_channel, acc.shape, [1])
             o_smem[warpgroup] = acc.astype(kept)
-            lse_smem[warpgroup] = top / LOG2E + jnp.log(total)
+            lse_smem[warpgroup] = (top - LIFT if fp8 else top) / LOG2E + jnp.log(total)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem.at[warpgroup], o_ref.at[mine])
             plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[batch_i, head_i, pl.ds(first, rows)])
@@ -259,7 +270,7 @@ def block_sparse(
         kernel,
         # whole rows of blocks: a row of T float32 need not be the multiple of 16 bytes that a copy wants
         out_type=(
-            jax.ShapeDtypeStruct(q_BTHK.shape, kept),
+            jax.ShapeDtypeStruct(operands["q"].shape, kept),
             jax.ShapeDtypeStruct((batch, heads, rows_of * block_q), jnp.float32),
         ),
         grid=(rows_of, heads, batch),
@@ -270,24 +281,21 @@ def block_sparse(
         interpret=interpret,
     )
     o_BTHK, lse_BHT = run(*operands.values())
-    return o_BTHK, lse_BHT[..., :queries]
+    return o_BTHK[:, :queries], lse_BHT[..., :queries]
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the widest swizzle that a wgmma reads, 128 bytes at most."""
     size = jnp.dtype(dtype).itemsize
     swizzle = min(128, shape[-1] * size)
-    transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+    transforms = plgpu.TilingTransform((TILE, swizzle // size)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _keys_last(v_BSHK: jax.Array) -> jax.Array:
-    """[B, H, K, S], S padded with zeros to a multiple of 16."""
-    return jnp.pad(jnp.transpose(v_BSHK, (0, 2, 3, 1)), ((0, 0),) * 3 + ((0, -v_BSHK.shape[1] % 16),))
-
-
-def _padded(ids_BT: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(ids_BT.astype(jnp.int32), ((0, 0), (0, length - ids_BT.shape[1])))
+def _padded(x_BT: jax.Array, length: int | None = None) -> jax.Array:
+    """x [B, T, ...] with zeros up to a length, by default the next multiple of `TILE`."""
+    more = -x_BT.shape[1] % TILE if length is None else length - x_BT.shape[1]
+    return jnp.pad(x_BT, ((0, 0), (0, more), *((0, 0),) * (x_BT.ndim - 2))) if more else x_BT
 
 
 def _check_depth(depth: int, buffers: list[tuple[tuple[int, ...], Any]]) -> None:
@@ -298,7 +306,9 @@ def _check_depth(depth: int, buffers: list[tuple[tuple[int, ...], Any]]) -> None
         )
 
 
-def _check(q: Any, k: Any, v: Any, indices: Any, counts: Any, block_q: int, block_k: int, scales: Any, interpret: Any) -> None:
+def _check(
+    q: Any, k: Any, v: Any, indices: Any, counts: Any, block_q: int, block_k: int, scales: Any, interpret: Any
+) -> None:
     (batch, queries, heads, width), device = q.shape, target()
     if not interpret and device.platform != "gpu":
         raise NotImplementedError(f"the platform {device.platform}; it needs an NVIDIA Hopper GPU")
@@ -325,5 +335,9 @@ def _check(q: Any, k: Any, v: Any, indices: Any, counts: Any, block_q: int, bloc
             )
     row_shape = batch, heads, -(-queries // block_q)
     for name, shape in (("indices", indices.shape[:-1]), ("counts", counts.shape)):
-        if len(shape) != 3 or shape[2] != row_shape[2] or any(a not in (1, b) for a, b in zip(shape, row_shape, strict=True)):
+        if (
+            len(shape) != 3
+            or shape[2] != row_shape[2]
+            or any(a not in (1, b) for a, b in zip(shape, row_shape, strict=True))
+        ):
             raise ValueError(f"{name} {list(shape)}; allowed: {[*row_shape]}, or 1 for the first two")
