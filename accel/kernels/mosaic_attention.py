@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from typing import Any
 
@@ -20,6 +22,10 @@ HALVES = 2  # computing warpgroups, between which the queries of a block are spl
 LIFT = math.log2(448.0)  # of float8 weights: 1 is written as the largest float8_e4m3fn
 TILE = 8  # rows of a tile of shared memory, which Mosaic wants the rows of a copied array to be a multiple of
 SHARED_MEMORY = 232448  # bytes that one block of threads can have on Hopper
+
+Sums = plgpu.WGMMAAccumulatorRef
+# jax 0.10 wants an index beside the reference, jax 0.12 takes none
+INDEXED = getattr(inspect.signature(plgpu.load).parameters.get("idx"), "default", None) is inspect.Parameter.empty
 
 FLOATS = ("bfloat16", "float16")
 WIDTHS = (64, 128)
@@ -123,13 +129,13 @@ def block_sparse(
         (*given, o_ref, lse_ref) = refs
         ref = dict(zip(operands, given, strict=True))
         batch_i, head_i, row_i, warpgroup = (lax.axis_index(name) for name in ("b", "h", "i", "wg"))
-        listed = tuple(i if n > 1 else 0 for i, n in zip((batch_i, head_i), indices.shape[:2], strict=True))
-        count = ref["counts"][
-            (*(i if n > 1 else 0 for i, n in zip((batch_i, head_i), counts.shape[:2], strict=True)), row_i)
-        ]
 
-        def block(j: Any) -> Any:
-            return ref["indices"][(*listed, row_i, j)]
+        def listed(name: str, *place: Any) -> Any:  # a list may be shared by all samples or heads
+            sizes = operands[name].shape[:2]
+            ours = (i if size > 1 else 0 for i, size in zip((batch_i, head_i), sizes, strict=True))
+            return ref[name][(*ours, row_i, *place)]
+
+        count, block = listed("counts"), functools.partial(listed, "indices")
 
         def copies(k_smem, v_smem, k_full, v_full, k_free, v_free, ids_k_smem=None, **_: Any) -> None:
             plgpu.set_max_registers(40, action="decrease")
@@ -160,7 +166,8 @@ def block_sparse(
                 pl.when(slot < count)(lambda slot=slot: until_free(slot))
 
         def computes(
-            q_smem, k_smem, v_smem, o_smem, lse_smem, q_full, k_full, v_full, k_free, v_free, turn, p_smem=None, ids_k_smem=None
+            q_smem, k_smem, v_smem, o_smem, lse_smem, q_full, k_full, v_full, k_free, v_free, turn,
+            p_smem=None, ids_k_smem=None,
         ) -> None:  # fmt: skip
             plgpu.set_max_registers(232, action="increase")
             by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -172,7 +179,7 @@ def block_sparse(
                 scale = scale * ref["scale_q"][batch_i, head_i, row_i]
             ids_q = None
             if segments is not None:
-                ids_q = plgpu.load(ref["ids_q"].at[batch_i, pl.ds(first, rows)], layout=by_row, optimized=False)
+                ids_q = _vector(ref["ids_q"].at[batch_i, pl.ds(first, rows)], by_row)
             plgpu.barrier_wait(q_full.at[warpgroup])
 
             def pass_on() -> None:  # the other warpgroup's products run while this one takes its softmax
@@ -199,14 +206,14 @@ def block_sparse(
                     pass_on()
                     return acc_ref[...]
 
-                x = pl.run_scoped(logits, plgpu.ACC((rows, block_k), jnp.int32 if quantised else jnp.float32))
+                x = pl.run_scoped(logits, Sums((rows, block_k), jnp.int32 if quantised else jnp.float32))
                 ids_k = None
                 if ids_k_smem is not None:
-                    ids_k = plgpu.load(ids_k_smem.at[slot], layout=by_column, optimized=False)
+                    ids_k = _vector(ids_k_smem.at[slot], by_column)
                 plgpu.barrier_arrive(k_free.at[slot])
                 s = scale * ref["scale_k"][batch_i, head_i, block(j)] if quantised else scale
                 x = x.astype(jnp.float32)
-                if ids_k is None:  # before the scale, which is then part of the exponent's multiply-add
+                if ids_k is None or ids_q is None:  # the scale last: it is then part of the exponent's multiply-add
                     x = existing(x, j) * s
                 else:
                     alike = lax.broadcast_in_dim(ids_q, x.shape, [0]) == lax.broadcast_in_dim(ids_k, x.shape, [1])
@@ -233,9 +240,9 @@ def block_sparse(
                         plgpu.wgmma(acc_ref, p, v_smem.at[slot])
 
                 if not interpret:
-                    acc = pl.run_state(add)(plgpu.ACC.init(acc))
+                    acc = pl.run_state(add)(Sums.init(acc))
                 elif p_smem is not None:  # the interpreter has no run_state, and no wgmma of registers
-                    acc = acc + pl.run_scoped(lambda r: (add(r), r[...])[1], plgpu.ACC(acc.shape, jnp.float32))
+                    acc = acc + pl.run_scoped(lambda r: (add(r), r[...])[1], Sums(acc.shape, jnp.float32))
                 else:
                     acc = acc + jnp.dot(p, v_smem[slot], preferred_element_type=jnp.float32)
                     plgpu.commit_smem()
@@ -251,7 +258,7 @@ def block_sparse(
             pl.when(warpgroup == 0)(pass_on)
             acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
             if fp8:
-                by_channel = plgpu.load(ref["scale_v"].at[batch_i, head_i], layout=by_column, optimized=False)
+                by_channel = _vector(ref["scale_v"].at[batch_i, head_i], by_column)
                 acc = acc * lax.broadcast_in_dim(by_channel, acc.shape, [1])
             o_smem[warpgroup] = acc.astype(kept)
             lse_smem[warpgroup] = (top - LIFT if fp8 else top) / LOG2E + jnp.log(total)
@@ -282,6 +289,12 @@ def block_sparse(
     )
     o_BTHK, lse_BHT = run(*operands.values())
     return o_BTHK[:, :queries], lse_BHT[..., :queries]
+
+
+def _vector(ref: Any, layout: Any) -> Any:
+    """A row vector in registers, for which there is no optimised load."""
+    given = {"idx": ()} if INDEXED else {}
+    return plgpu.load(ref, layout=layout, optimized=False, **given)  # pyright: ignore[reportCallIssue]
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -333,11 +346,7 @@ def _check(
             raise NotImplementedError(
                 f"scales by {scales.block_q} x {scales.block_k} for a list of {block_q} x {block_k}; the same blocks"
             )
-    row_shape = batch, heads, -(-queries // block_q)
+    rows = -(-queries // block_q)
     for name, shape in (("indices", indices.shape[:-1]), ("counts", counts.shape)):
-        if (
-            len(shape) != 3
-            or shape[2] != row_shape[2]
-            or any(a not in (1, b) for a, b in zip(shape, row_shape, strict=True))
-        ):
-            raise ValueError(f"{name} {list(shape)}; allowed: {[*row_shape]}, or 1 for the first two")
+        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2] != rows:
+            raise ValueError(f"{name} {list(shape)}; allowed: [{batch} or 1, {heads} or 1, {rows}]")
