@@ -15,10 +15,12 @@ import jax.numpy as jnp
 
 from difax.accel.attention import attention
 from difax.accel.quant import QUANTS
+from difax.accel.quant.products import fitted
 from difax.core.contracts import Model
 from difax.core.cost import model_cost
 from difax.core.qtensor import cast, quantize_params
 from difax.core.shapes import memory_for, trunk_spec
+from difax.core.target import target
 from difax.core.trunk import forward, neutral, run_trunk, unstack
 from difax.models.dit import dit
 from difax.models.flux import flux
@@ -41,7 +43,11 @@ def random_params(model: Model, dtype: str = DTYPE) -> Any:
 def prepared(model: Model, params: Any, recipe: str, **settings: Any) -> Any:
     """Parameters as a run has them that is quantised by a recipe, the blocks written out."""
     rules = QUANTS[recipe](model, **settings)
-    return jax.jit(lambda p: unstack(model, cast(quantize_params(p, rules), DTYPE) if rules else p))(params)
+
+    def quantised(params: Any) -> Any:
+        return unstack(model, fitted(cast(quantize_params(params, rules), DTYPE), target()))
+
+    return jax.jit(quantised if rules else lambda p: unstack(model, p))(params)
 
 
 class Torch:

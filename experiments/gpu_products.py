@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from difax.accel.quant import QUANTS
+from difax.accel.quant.products import fitted, product_of
 from difax.core.ops import dot
 from difax.core.qtensor import cast, quantize_params
 from difax.core.target import target
@@ -40,12 +40,14 @@ class Product:
         with jax.default_matmul_precision("highest"):
             self.exact = jax.jit(lambda x, w: x.astype(jnp.float32) @ w.astype(jnp.float32).T)(self.x, self.w)
 
-    def variant(self, function: Callable[..., Any], *weights: Any, limit: float | None = None) -> Variant:
-        """A function of (x, *weights)."""
+    def variant(
+        self, function: Callable[..., Any], *weights: Any, limit: float | None = None, **columns: Any
+    ) -> Variant:
+        """A function of (x, *weights); `limit`: of its relative error; columns: of its row."""
 
         def check(y: jax.Array) -> dict[str, Any]:
             error = relative_error(y, self.exact)
-            return {"error": error} if limit is None else {"error_of_y": error, "limit": limit, "right": error < limit}
+            return {"error_of_y": error, "limit": limit, "right": error < (limit or 0), **columns}
 
         operations = 2.0 * self.m * self.k * self.n
         checked = None if limit is None else check
@@ -67,26 +69,22 @@ class Product:
     def triton(self, kind: str, **tuning: Any) -> Variant:
         """Our kernel, with the rounding of x as XLA fuses it before."""
         product = importlib.import_module("difax.accel.kernels.triton_products").product
-        capability = target().capability
 
         def multiply(x: jax.Array, wq: jax.Array, sw: jax.Array, bias: jax.Array) -> jax.Array:
             xq, sx = row_quantised(x, kind)
-            return product(xq, wq, sx[:, 0], sw.T, bias_N=bias, dtype=jnp.bfloat16, capability=capability, **tuning)
+            return product(xq, wq, sx[:, 0], sw.T, bias_N=bias, **tuning)
 
         weights = jax.jit(partial(row_quantised, kind=kind))(self.w)
         return self.variant(multiply, *weights, self.bias, limit=LIMITS[kind])
 
     def recipe(self, name: str, **settings: Any) -> Variant:
         """A dense layer as a model has it, whose weight a recipe of `difax.accel.quant` has quantised."""
-        allowed = inspect.signature(QUANTS[name]).parameters
-        unknown = [key for key in settings if key not in allowed]
-        if unknown:
-            raise NotImplementedError(f"quant {name} has no {', '.join(unknown)}")
         tree = {"blocks": {"fc1": {"kernel": self.w.T[None].astype(jnp.float32)}}}
         weights = cast(quantize_params(tree, QUANTS[name](dit("S/2"), **settings)), "bfloat16")
-        w = jax.tree.map(lambda a: a[0], weights)["blocks"]["fc1"]["kernel"]
+        w = jax.tree.map(lambda a: a[0], fitted(weights, target()))["blocks"]["fc1"]["kernel"]
+        served = product_of(w, target(), jnp.bfloat16, self.m)
         limit = 0.2 if "4" in name else LIMITS["fp8" if "fp8" in name else "int8"]
-        return self.variant(dot, w, self.bias, limit=limit)
+        return self.variant(dot, w, self.bias, limit=limit, served=served)
 
 
 def products(bench: Bench) -> None:
@@ -123,8 +121,11 @@ def _product(bench: Bench, m: int, k: int, n: int) -> None:
         }
     bench.group(f"products {at}", variants, base, repeats=7)
     recipes = {
-        f"{at} quant=int8_w8a8 kernel=xla": partial(made.recipe, "int8_w8a8", kernel="xla"),
-        f"{at} quant=fp8 kernel=xla": partial(made.recipe, "fp8", kernel="xla"),
+        f"{at} quant={name} kernel={kernel}": partial(made.recipe, name, kernel=kernel)
+        for name in ("int8_w8a8", "fp8")
+        for kernel in (("xla",) if bench.toy else ("xla", "triton"))
+    }
+    recipes |= {
         f"{at} quant=int8_weight": partial(made.recipe, "int8_weight"),
         f"{at} quant=int4_w4a8": partial(made.recipe, "int4_w4a8"),
         f"{at} quant=svdquant_w4a8": partial(made.recipe, "svdquant_w4a8"),
