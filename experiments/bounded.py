@@ -30,11 +30,13 @@ def watch(command: list[str], end: float, stall: float, env: dict[str, str]) -> 
 
     def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line.rstrip("\n"))
+        with process.stdout as stream:
+            for line in stream:
+                lines.put(line.rstrip("\n"))
         lines.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     label, tail, outcome = None, deque(maxlen=4), ""
     try:
         while True:
@@ -55,6 +57,7 @@ def watch(command: list[str], end: float, stall: float, env: dict[str, str]) -> 
                 print(line, flush=True)
     finally:
         end_group(process)
+        reader.join(timeout=5)
     return outcome, label, " | ".join(tail)
 
 

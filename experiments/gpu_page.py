@@ -14,8 +14,8 @@ ABOUT = {
     "ceilings": "Ceilings: products of two matrices (sums of int8 in int32, else bf16 out), and a pass over memory.",
     "kernels": "Attention. `error` is the relative error of o against float32 on the values before rounding, TFLOP/s "
     "count the listed blocks alone, `x` is how many times faster than the dense baseline.",
-    "products": "Products of x [M, K] in bf16 with quantised weights, y in bf16; rounding x is inside. `x`: bf16's time "
-    "over it. `quant=NAME`: a dense layer as a configuration with that recipe has it, and what served it.",
+    "products": "Products of x [M, K] in bf16 with quantised weights, y in bf16; rounding x is inside. `x`: the "
+    "time of bf16 over it. `quant=NAME`: a dense layer as a configuration with that recipe has it, and what served it.",
     "models": "One evaluation. `x`: the time of `torch.compile` (each block compiled, the whole pass one CUDA graph, "
     "`scaled_dot_product_attention`) over it. Attention is cuDNN's but where `attend=` says otherwise.",
     "realised": "Caches, random weights without zeros, guidance by two halves in one batch. `x`: the plain sampler's "
@@ -85,7 +85,9 @@ def page(folder: pathlib.Path) -> str:
     rows, first = read_rows(folder / ROWS), read_rows(folder / PROTOTYPES)
     last = {(r["part"], r["label"]): r for r in rows}
     lines = ["# What a GPU shows", ""]
-    lines += ["Made by `python -m experiments.gpu_suite --page` from the rows beside it; medians of turns in one process."]
+    lines += [
+        "Made by `python -m experiments.gpu_suite --page` from the rows beside it; medians of turns in one process."
+    ]
     lines += ["Left out are variants that a part had no time for.", "", *sources([*rows, *first])]
     for part, about in ABOUT.items():
         own = [r for r in (first if part == "prototypes" else last.values()) if r["part"] == part]

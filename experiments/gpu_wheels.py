@@ -16,7 +16,7 @@ import pathlib
 import subprocess
 import sys
 
-# array-record and portpicker are what grain stands on; jax-triton 0.4 would want triton 3.7, and torch 2.11 stands on 3.6
+# array-record and portpicker are what grain stands on; jax-triton 0.4 wants triton 3.7, and torch 2.11 stands on 3.6
 WHEELS = (
     "gin-config==0.5.0",
     "ml_collections==1.1.0",

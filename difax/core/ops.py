@@ -199,7 +199,7 @@ def softmax(logits: jax.Array) -> jax.Array:
 def block_mask(blocks: BlockList, queries: int, keys: int) -> jax.Array:
     """The mask bool [B or 1, H or 1, T, S] that a list of blocks stands for."""
     n = blocks.indices.shape[-1]
-    listed = jnp.arange(n) < blocks.counts[..., None]
+    listed = jnp.arange(n)[None, None, None] < blocks.counts[..., None]
     hit = jax.nn.one_hot(blocks.indices, -(-keys // blocks.block_k), dtype=bool) & listed[..., None]
     tiles = hit.any(-2)  # [B or 1, H or 1, T / block_q, S / block_k]
     mask = jnp.repeat(jnp.repeat(tiles, blocks.block_q, -2), blocks.block_k, -1)
