@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difax.accel.attention.cudnn import cudnn
 from difax.core.contracts import BlockList, BlockScales, Segments
 from difax.core.ops import attend
 from experiments.gpu_rows import Bench, Variant
@@ -73,8 +74,10 @@ def ceilings(bench: Bench) -> None:
         bench.group(f"products {size}", variants, baseline=f"{size} bf16")
 
 
-def lists(rng: np.random.Generator, shape: tuple[int, int, int], keys: int, density: float, vary: bool) -> BlockList:
-    """Random lists of blocks, the block with the query's own tokens first; `vary`: of different lengths."""
+def lists(
+    rng: np.random.Generator, shape: tuple[int, int, int], keys: int, density: float, vary: bool, block_k: int = BLOCK
+) -> BlockList:
+    """Random lists of `keys` blocks, the block with the query's own tokens first; `vary`: of different lengths."""
     batch, heads, rows = shape
     order = rng.random((batch, heads, rows, keys))
     own = np.minimum(np.arange(rows) * keys // rows, keys - 1)
@@ -82,7 +85,7 @@ def lists(rng: np.random.Generator, shape: tuple[int, int, int], keys: int, dens
     n = max(1, round(density * keys))
     counts = rng.integers(1, n + 1, shape) if vary else np.full(shape, n)
     indices = np.argsort(order, -1)[..., :n]
-    return BlockList(jnp.asarray(indices, jnp.int32), jnp.asarray(counts, jnp.int32), BLOCK, 0)
+    return BlockList(jnp.asarray(indices, jnp.int32), jnp.asarray(counts, jnp.int32), BLOCK, block_k)
 
 
 def quantised(q: jax.Array, k: jax.Array, v: jax.Array, block_k: int, fp8: bool) -> tuple[Any, ...]:
@@ -121,7 +124,7 @@ class Call:
         rng = np.random.default_rng(seed)
         self.q, self.k, self.v = (normal(seed + i, (b, n, h, width)) for i, n in enumerate((t, keys, keys)))
         rows = (1, 1, -(-t // BLOCK)) if shared else (b, h, -(-t // BLOCK))
-        self.blocks = lists(rng, rows, -(-keys // block_k), density, vary).replace(block_k=block_k)
+        self.blocks = lists(rng, rows, -(-keys // block_k), density, vary, block_k)
         ids = jnp.asarray(np.sort(rng.integers(0, 3, (b, t)), -1), jnp.int32)
         self.segments = Segments(ids, ids) if segments else None
         counts = float(self.blocks.counts.sum()) * (b * h if shared else 1)
@@ -189,7 +192,7 @@ def kernels(bench: Bench) -> None:
         work = 4.0 * math.prod(shape) * tokens
         if name == "xla":
             return Variant(attend, (c.q, c.k, c.v), work)
-        return Variant(partial(jax.nn.dot_product_attention, implementation=name), (c.q, c.k, c.v), work)
+        return Variant(cudnn(), (c.q, c.k, c.v), work)
 
     of = "toy" if bench.toy else "FLUX 4608"
     ours: dict[float, dict[str, Callable[[], Variant]]] = {
@@ -219,8 +222,7 @@ def kernels(bench: Bench) -> None:
 
     def long_dense() -> Variant:
         c = long_call()
-        dense = partial(jax.nn.dot_product_attention, implementation="cudnn")
-        return Variant(dense, (c.q, c.k, c.v), 4.0 * 12 * 128 * 32768**2)
+        return Variant(cudnn(), (c.q, c.k, c.v), 4.0 * 12 * 128 * 32768**2)
 
     some = [(k, m) for m in ("bf16", "int8", "int8+fp8") for k in names]
     of_wan = {f"32768 25% {k} {m}": lambda k=k, m=m: long_call().variant(k, m, checked=False) for k, m in some}

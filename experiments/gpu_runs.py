@@ -41,7 +41,7 @@ def _cached_runs(bench: Bench, variant: str, batch: int, steps: int) -> None:
     at = f"DiT-{variant} b{batch}"
     base = f"{at} plain"
     labels = [base, *(f"{at} {name}" for name in CACHES)]
-    if not any(map(bench.missing, labels)) or not bench.enough(5 if bench.toy else 30, at):
+    if not any(map(bench.missing, labels)) or not bench.enough(5 if bench.toy else 40, at):
         return
     print(f"> {base}", flush=True)
     work = Work(variant, batch, DTYPE, steps, "each", attention=attention(EXACT))
@@ -95,7 +95,7 @@ def _trained(variant: str, batch: int, steps: int, bench: Bench) -> dict[str, An
     size: dict[str, Any] = TOY if variant == "toy" else {"variant": variant}
     model = dit(**size, dtype=DTYPE, learn_sigma=False)
     options = TrainOptions(steps=10**6, batch=batch, learning_rate=3e-4, warmup=10)
-    step = make_step(flow_loss(model, flow(1.0), unroll=not bench.toy), options)
+    step: Any = make_step(flow_loss(model, flow(1.0), unroll=not bench.toy), options)
     params = jax.jit(model.init)(jax.random.key(0))
     copy = jax.tree.map(jnp.copy, params)  # the state is donated, and no buffer twice
     state = TrainState(jnp.int32(0), params, copy, jax.jit(optimizer(options).init)(params))
@@ -107,7 +107,7 @@ def _trained(variant: str, batch: int, steps: int, bench: Bench) -> dict[str, An
     start = time.perf_counter()
     program = step.lower(state, data).compile()
     compile_seconds = time.perf_counter() - start
-    losses = []
+    losses, metrics = [], {}
     for _ in range(2):
         state, metrics = program(state, data)
         losses.append(float(metrics["loss"]))

@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "ceilings": Part("versions, products in bf16, int8, fp8, copy", 45, 15, 40),
+    "ceilings": Part("versions, products in bf16, int8, fp8, copy", 45, 15, 60),
     "kernels": Part("block-sparse attention: errors, cuDNN, Mosaic against Triton with the decision rule", 170, 20, 45),
     "products": Part("fused products against XLA's in bf16, int8, fp8, int4", 85, 20, 45),
     "models": Part("DiT-XL/2 and FLUX blocks in bf16, int8, fp8 against torch.compile", 170, 40, 120),
@@ -64,9 +64,14 @@ def part_command(name: str, seconds: float, options: argparse.Namespace) -> list
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
     """Of a part: torch runs beside jax, compiled programs are kept for the next start of the same part."""
-    found = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+    found = {
+        **os.environ,
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
+        "PYTHONUNBUFFERED": "1",
+    }
     found.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "difax-gpu-suite"))
-    found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "3")
     return found | ({"JAX_PLATFORMS": "cpu"} if options.rehearse else {})
 
 

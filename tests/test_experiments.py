@@ -165,9 +165,9 @@ def test_suite_run_again_measures_what_is_missing(tmp_path, fake_parts, capsys):
 def test_suite_that_is_killed_leaves_whole_rows_and_no_part(number, tmp_path, fake_parts):
     command = [sys.executable, "-m", "experiments.gpu_suite", *fake_parts, "--part", "ceilings", "--part", "models"]
     process = subprocess.Popen([*command, "--budget", "100"], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("busy"):
-            break
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("busy"):
+        assert process.poll() is None
     process.send_signal(number)
     rest = process.communicate(timeout=30)[0]
     assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
