@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,10 +52,11 @@ def prepared(model: Model, params: Any, recipe: str, **settings: Any) -> Any:
 
 
 class Torch:
-    """One model of `experiments.gpu_torch` in a process of its own, which compiles beside this one."""
+    """One model of `experiments.gpu_torch` in a process of its own, which compiles beside this one; a toy does not."""
 
-    def __init__(self, model: str, batch: int, toy: bool):
-        self.request, self.toy = {"model": model, "batch": batch, "compile": True, "toy": toy}, toy
+    def __init__(self, model: str, batch: int, bench: Bench):
+        self.bench, toy = bench, bench.toy
+        self.request = {"model": model, "batch": batch, "compile": not toy, "toy": toy}
         command = [os.environ.get("TORCH_PYTHON", sys.executable), "-m", "experiments.gpu_torch"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._ask(1)
@@ -64,8 +66,13 @@ class Torch:
         self.process.stdin.write(json.dumps(self.request | {"calls": calls}) + "\n")
         self.process.stdin.flush()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, most: float) -> dict[str, Any]:
+        """Waits `most` seconds, and no longer than leaves the others of the group their turns."""
         assert self.process.stdout is not None
+        most = max(1.0, min(most, self.bench.left() - 10))
+        if not select.select([self.process.stdout], [], [], most)[0]:
+            self.process.kill()
+            raise TimeoutError(f"no answer of torch within {most:.0f} s")
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"the torch process ended with exit code {self.process.wait()}")
@@ -76,14 +83,15 @@ class Torch:
 
     def variant(self, operations: float) -> Variant:
         """Calls whose seconds the other process tells; waits until it has compiled."""
-        first = self._answer()
-        calls = 1 if self.toy else int(min(100, max(1, 0.05 / first["seconds"])))
+        first = self._answer(most=80)
+        calls = 1 if self.bench.toy else int(min(100, max(1, 0.05 / first["seconds"])))
 
         def run() -> float:
             self._ask(calls)
-            return self._answer()["seconds"]
+            return self._answer(most=20)["seconds"]
 
-        return Variant(run=run, operations=operations, check=lambda _: {k: first[k] for k in ("torch", "graph")})
+        how = {"torch": first["torch"], "graph": first["graph"], "compiled": self.request["compile"]}
+        return Variant(run=run, operations=operations, check=lambda _: how)
 
     def close(self) -> None:
         self.process.kill()
@@ -134,7 +142,7 @@ def _flux_block(bench: Bench, whole: Model, place: int, kind: str) -> None:
         f"{at} bf16 attend=xla": partial(ours, "none", "xla"),
     }
     if any(map(bench.missing, variants)) and bench.enough(2 if bench.toy else 15, at):
-        worker = Torch(kind, 1, bench.toy)
+        worker = Torch(kind, 1, bench)
         bench.group(f"{at} tokens, batch 1", variants, base, at_once=1 if bench.toy else 3)
         worker.close()
 
@@ -168,7 +176,7 @@ def _dit(bench: Bench, variant: str, batch: int) -> None:
     if batch == 8:
         variants[f"{at} bf16 attend=block_sparse"] = partial(ours, "none", "block_sparse,xla")
     if any(map(bench.missing, variants)) and bench.enough(2 if bench.toy else 25, at):
-        worker = Torch(f"dit {variant}", batch, bench.toy)
+        worker = Torch(f"dit {variant}", batch, bench)
         bench.group(f"{at}, {model_tokens(model)} tokens", variants, base, at_once=1 if bench.toy else 3, reserve=15)
         worker.close()
 
