@@ -1,10 +1,10 @@
 """Runs Triton kernels in Triton's own interpreter, on numpy arrays, without torch and without a GPU.
 
-`call` stands in for `difax.accel.kernels.triton_launch.triton_call`. The interpreter as it comes (3.6 to 3.9) needs help:
-it multiplies the bits of bfloat16 in a dot; it cuts where bfloat16 and fp8 are rounded; 3.6 takes int() of an array of
-one element, which numpy 2.5 refuses; it wants torch's tensors, of which it asks what `Tensor` has. And it interprets
-the language's own functions only where TRITON_INTERPRET was set before Triton was imported, which would keep a process
-from compiling: here both live in one, and what it leaves in Triton's modules is put back.
+`call` stands in for `difax.accel.kernels.triton_launch.triton_call`. The interpreter as it comes (3.6 to 3.9) needs
+help: it multiplies the bits of bfloat16 in a dot; it cuts where bfloat16 and fp8 are rounded; 3.6 takes int() of an
+array of one element, which numpy 2.5 refuses; it wants torch's tensors, of which it asks what `Tensor` has. And it
+interprets the language's own functions only where TRITON_INTERPRET was set before Triton was imported, which would keep
+a process from compiling: here both live in one, and what it leaves in Triton's modules is put back.
 """
 # pyright: reportMissingImports=false
 
@@ -65,9 +65,15 @@ class Tensor:
 
 
 def call(
-    *arrays: Any, kernel: Any, out: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, compute_capability: int,
+    *arrays: Any,
+    kernel: Any,
+    out: Any,
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    compute_capability: int,
     **constants: Any,
-) -> Any:  # fmt: skip
+) -> Any:
     """Runs every program of a grid; arguments and outputs as of `jax_triton.triton_call`."""
     leaves, structure = jax.tree.flatten(out)
     inputs = [np.ascontiguousarray(np.asarray(a)) for a in arrays]
@@ -106,6 +112,7 @@ def interpreting(kernel: Any) -> Iterator[None]:
             for name, value in attributes.items():
                 if vars(place)[name] is not value:
                     setattr(place, name, value)
+        interpreter.InterpretedFunction.rewritten_fn.clear()  # they have names of the interpreter in their modules
         kernel.fn.__globals__.clear()
         kernel.fn.__globals__.update(names)
 
