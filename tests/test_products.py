@@ -1,5 +1,5 @@
-"""Products of quantised weights by device: the fused kernel in Triton's interpreter and compiled for Hopper, XLA's routes
-on the CPU, what libtpu makes of them, and which is chosen."""
+"""Products of quantised weights by device: the fused kernel in Triton's interpreter and compiled for Hopper, XLA's
+routes on the CPU, what libtpu makes of them, and which is chosen."""
 
 import dataclasses
 import os
@@ -122,8 +122,8 @@ def test_kernel_by_the_oracle(case: Case, interpreted: None):
         assert got.dtype == x.dtype and np.isfinite(np.asarray(got, np.float32)).all()
     want = by_formula(np.asarray(x, np.float64), w, None if bias is None else np.asarray(bias))
     print(f"{case.name}: relative error {relative(got, want):.1e}")
-    # the rounding of what comes out, 2^-9 in bfloat16, and of the low-rank branch's middle
-    assert relative(got, want) < (2.5e-3 if case.dtype == "bfloat16" else 4e-4)
+    # the one rounding of what comes out, 2^-8 at most in bfloat16, and about half of that in the mean
+    assert relative(got, want) < float(jnp.finfo(case.dtype).eps) / 2
 
 
 class Shapes(NamedTuple):
@@ -234,17 +234,17 @@ def test_routes_by_the_oracle(how: Quantisation, where: Target):
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_sums_are_rounded_once_and_not_before_a_zero_point_is_taken(zero):
-    """On a GPU, bfloat16: 2^-9 of the sums and 2^-9 of what comes out, element by element."""
+    """On a GPU, bfloat16: up to 2^-8 of the sums and 2^-8 of what comes out, element by element."""
     w = quantize(jnp.asarray(RNG.normal(1.0, 0.1, (512, 24)), jnp.float32), INT8._replace(zero_point=zero))
     x = jnp.asarray(RNG.normal(size=(40, 512)), jnp.bfloat16)
     with lowering_for(HOPPER):
-        text = str(jax.make_jaxpr(quantized_dot)(x, relaid(w, "transposed")))
         got = np.asarray(quantized_dot(x, relaid(w, "transposed")), np.float64)
-    assert ("bf16[40,24] = convert_element_type" in text.partition("dot_general")[2].splitlines()[1]) != zero, text
+        text = str(jax.make_jaxpr(quantized_dot)(x, relaid(w, "transposed")))
+    assert text.count("bf16[40,24] = convert_element_type") == (1 if zero else 2)
     exact = np.asarray(quantized_dot(x.astype(jnp.float32), w), np.float64)
     error = np.abs(got - exact) / np.abs(exact)
-    print(f"zero point {zero}: largest relative error {error.max():.1e}, 2^-9 is {2**-9:.1e}")
-    assert error.max() < (1.01 if zero else 2.01) * 2**-9
+    print(f"zero point {zero}: largest relative error {error.max():.1e}, 2^-8 is {2**-8:.1e}")
+    assert error.max() < (1.01 if zero else 2.01) * 2**-8
 
 
 def test_groups_are_one_product_but_on_the_cpu():
@@ -252,7 +252,8 @@ def test_groups_are_one_product_but_on_the_cpu():
     x = jnp.zeros((4, 64), jnp.bfloat16)
     for where, loops in ((CPU, True), (TPU, False), (AMPERE, False)):
         with lowering_for(where):
-            assert ("scan[" in str(jax.make_jaxpr(quantized_dot)(x, w))) == loops, where
+            text = str(jax.make_jaxpr(lambda x: quantized_dot(x, w))(x))  # a function of its own: jax remembers traces
+            assert ("scan[" in text) == loops, where
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -312,7 +313,7 @@ def test_tpus_multiply_int8_and_write_no_sums(how, v6e):
     assert w.values.dtype == (jnp.int4 if how.format == "int4" else jnp.int8)
     x, bias = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((m, k), (n,)))
     with lowering_for(TPU):
-        text = jax.jit(quantized_dot).lower(*abstract((x, w, bias))).compile().as_text()
+        text = jax.jit(quantized_dot).lower(*abstract((x, w, bias))).compile().as_text() or ""
     types = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
     products = [line for line in text.splitlines() if " convolution(" in line and f"[{m},{n}]" in line.split("(")[0]]
     operands = [[types[a] for a in re.findall(r"%[\w.-]+", line.partition("convolution(")[2])[:2]] for line in products]
@@ -364,7 +365,7 @@ def test_what_is_chosen(how, where, sizes, rows, want, monkeypatch):
     monkeypatch.setattr(triton_launch, "triton_call", lambda: call)
     with lowering_for(where):  # what is traced is what was said
         one = jax.eval_shape(lambda w: jax.tree.map(lambda a: a[0], w), placed)
-        jax.eval_shape(quantized_dot, jax.ShapeDtypeStruct((rows, sizes[0]), jnp.bfloat16), one)
+        jax.eval_shape(lambda *a: quantized_dot(*a), jax.ShapeDtypeStruct((rows, sizes[0]), jnp.bfloat16), one)
     assert bool(asked) == (want == "triton")
 
 
@@ -379,7 +380,7 @@ def test_auto_is_xla_where_triton_is_missing_or_the_model_is_wide(monkeypatch):
 
     monkeypatch.setattr(triton_launch, "triton_call", missing)
     assert product_of(w, HOPPER, jnp.float16, 4608) == "xla"
-    with pytest.raises(ValueError, match="^quant.kernel='triton': a Triton kernel needs triton, .*; allowed: auto, xla$"):
+    with pytest.raises(ValueError, match="^quant.kernel='triton': a Triton kernel needs triton, .*; allowed: auto"):
         check_kernels([("", INT8._replace(kernel="triton"))], HOPPER, "bfloat16")
 
 
@@ -413,16 +414,17 @@ def test_a_kernel_that_cannot_serve_is_refused(how, where, dtype, says):
 
 
 def test_a_configuration_says_which():
-    config = override(load_config("fmnist_smoke"), [("quant.name", "int8_w8a8")])
+    small = [("model.depth", 2), ("model.width", 16), ("model.size", 8), ("model.patch", 2), ("steps", 2)]
+    config = override(load_config("fmnist_smoke"), [*small, ("quant.name", "int8_w8a8")])
     for kernel, says in (("triton", "kernel='triton' is not for the device cpu"), ("tritn", "quant int8_w8a8: kernel")):
         with pytest.raises(ValueError, match=says):
             build_setup(override(config, [("quant.kernel", kernel)]))
     setup = build_setup(override(config, [("quant.kernel", "xla")]))
-    params = setup.model.init(jax.random.key(0))
-    here = setup.prepare(params)
+    params = jax.eval_shape(setup.model.init, jax.random.key(0))
+    here = jax.eval_shape(lambda params: setup.prepare(params), params)
     assert all(w.layout == "stored" for w in jax.tree.leaves(here, is_leaf=_is) if _is(w))
     with lowering_for(HOPPER):
-        there = jax.eval_shape(setup.prepare, params)
+        there = jax.eval_shape(lambda params: setup.prepare(params), params)
     assert {w.layout for w in jax.tree.leaves(there, is_leaf=_is) if _is(w)} == {"transposed"}
     blocks = sum(stage.depth for stage in setup.model.stages)
     assert products_of(here, CPU, jnp.float32, 64) == {"xla": 5 * blocks}

@@ -1,4 +1,4 @@
-"""What calls of Triton kernels are compiled to for GPUs that are not here: PTX, SASS, registers; skips without triton."""
+"""What calls of Triton kernels become for GPUs that are not here: PTX, SASS, registers. Skips without triton."""
 
 from __future__ import annotations
 

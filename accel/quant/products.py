@@ -223,7 +223,9 @@ def _batched(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None) -> jax.Array
 def _(size: int, batched: Any, x: jax.Array, w: QTensor, bias: jax.Array | None) -> Any:
     """A kernel takes no further axis: examples become rows where they share a weight, else go one by one."""
     if any(jax.tree.leaves(batched[1:])):
-        every = jax.tree.map(lambda a, b: a if b else jnp.broadcast_to(a, (size, *a.shape)), (x, w, bias), tuple(batched))
+        every = jax.tree.map(
+            lambda a, b: a if b else jnp.broadcast_to(a, (size, *a.shape)), (x, w, bias), tuple(batched)
+        )
         return jax.lax.map(lambda one: fused_dot(*one), every), True
     return fused_dot(x.reshape(-1, x.shape[-1]), w, bias).reshape(size, -1, w.shape[-1]), True
 
