@@ -121,7 +121,8 @@ def tiles(
       groups: that k divides into; a tile takes 32, 64 or 128 inputs of one group.
       rank: of the low-rank branch, 0 for none; bias: is there one; packed: int4 values, unpacked in the kernel.
       block: rows, columns and inputs of a tile. None: 128 x 256 x 128; 128 columns where more than the sums stays in
-        registers or N is no more than 128; 128 x 64 x 64 where rows are not of 16 bytes, which are not copied ahead.
+        registers or N is no more than 128; 64 where int4 values are unpacked in groups, or rows are not of 16 bytes,
+        which are not copied ahead.
       warps: of a program. stages: of its loads (None: as many as shared memory holds, up to 4).
       band: row tiles that go together.
 
@@ -130,7 +131,9 @@ def tiles(
     """
     if block is None:
         wide = n > TILES[0] and groups == 1 and not rank and not packed
-        block = (128, 256 if wide else 128, _inputs(k, groups, packed)) if k % 16 == 0 else (128, 64, 64)
+        narrow = packed and groups > 1
+        block = (128, 256 if wide else 64 if narrow else 128, _inputs(k, groups, packed))
+        block = block if k % 16 == 0 else (128, 64, min(64, block[2]))
     bm, bn, bk = block
     loaded = (bm * (2 if packed else 1) + bn) * bk
     stages = stages or max(2, min(4, SHARED // loaded))

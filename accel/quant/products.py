@@ -22,7 +22,6 @@ measured, and left to XLA: groups (in the kernel, 128 inputs or 64 at a time), G
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -31,8 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from difax.accel.kernels import triton_launch
 from difax.core.contracts import Params
-from difax.core.extras import needs
 from difax.core.qtensor import (
     Product,
     QTensor,
@@ -83,7 +82,16 @@ def product_of(w: QTensor, where: Target, dtype: Any, rows: int) -> str:
         return "triton" if w.kernel == "triton" else "xla"
     inputs, outputs = w.shape[-2:]
     faster = w.activation == "int8" and w.scale.shape[-2] == 1 and outputs > inputs
-    return "triton" if faster and rows >= ROWS and importlib.util.find_spec("jax_triton") else "xla"
+    return "triton" if faster and rows >= ROWS and _missing() is None else "xla"
+
+
+def _missing() -> str | None:
+    """What a kernel of Triton lacks here, or None."""
+    try:
+        triton_launch.triton_call()
+    except NotImplementedError as reason:
+        return str(reason)
+    return None
 
 
 def products_of(params: Params, where: Target, dtype: Any, rows: int) -> dict[str, int]:
@@ -112,7 +120,8 @@ def check_kernels(rules: Iterable[tuple[str, Quantisation | None]], where: Targe
             reason = refused(how, where, dtype)
             if reason is not None:
                 raise ValueError(f"quant.kernel='triton' is not for {reason}; allowed: auto, xla")
-            needs("quant.kernel='triton'", "jax_triton")
+            if (lacks := _missing()) is not None:
+                raise ValueError(f"quant.kernel='triton': {lacks}; allowed: auto, xla")
 
 
 def fitted(params: Params, where: Target, devices: int = 1) -> Params:
@@ -214,7 +223,9 @@ def _batched(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None) -> jax.Array
 def _(size: int, batched: Any, x: jax.Array, w: QTensor, bias: jax.Array | None) -> Any:
     """A kernel takes no further axis: examples become rows where they share a weight, else go one by one."""
     if any(jax.tree.leaves(batched[1:])):
-        every = jax.tree.map(lambda a, b: a if b else jnp.broadcast_to(a, (size, *a.shape)), (x, w, bias), tuple(batched))
+        every = jax.tree.map(
+            lambda a, b: a if b else jnp.broadcast_to(a, (size, *a.shape)), (x, w, bias), tuple(batched)
+        )
         return jax.lax.map(lambda one: fused_dot(*one), every), True
     return fused_dot(x.reshape(-1, x.shape[-1]), w, bias).reshape(size, -1, w.shape[-1]), True
 

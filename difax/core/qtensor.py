@@ -228,11 +228,11 @@ def quantized_dot(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None = None) 
     x ~ s xq, and y = s (xq . (values - zero)) scale, the inner product in int8 with int32 sums, or in fp8 with float32
     sums; int4 values are unpacked to int8 first.
 
-    Where that would write much, two things are rounded to the dtype of x (by `target()`, and with bfloat16 each adds a
-    relative 2^-9 to what the formats already lose). On a GPU the sums of a product without groups and zero points, if x
-    is bfloat16: XLA writes them to memory and reads them again for the scales. But on a CPU the weights of groups,
-    (values - zero) scale: one product in the dtype of x, where one product for each group reads and writes [M, N] once
-    a group.
+    Where that would write much, two things are rounded to the dtype of x (by `target()`; with bfloat16 each adds up to
+    2^-8 of itself, as the rounding of y does, to what the formats already lose). On a GPU the sums of a product without
+    groups and zero points, if x is bfloat16: XLA writes them to memory and reads them again for the scales. But on a
+    CPU the weights of groups, (values - zero) scale: one product in the dtype of x, where a product for each group
+    would read and write [M, N] as often.
 
     Args:
       x_MK: [M, K]. w: as it was made, or in a layout and with a product for a device. bias_N: [N], in the dtype of x.
