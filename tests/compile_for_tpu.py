@@ -1,6 +1,7 @@
-"""Compiles the TPU kernel for chips that are not there, in a process of its own: `python -m tests.compile_for_tpu v5e:2x4`.
+"""Compiles the TPU kernel for chips that are not there: `python -m tests.compile_for_tpu v5e:2x4`.
 
-Needs libtpu. Prints one line of JSON a variant: its name, and "ok" or what the compiler said.
+A process of its own, since libtpu reads its environment once. Needs libtpu. Prints one line of JSON a variant:
+its name, and "ok" or what the compiler said.
 """
 
 import json
@@ -30,8 +31,8 @@ VARIANTS = {
 
 def main(topology: str, *names: str) -> None:
     os.environ.update(
-        JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost",
-        TPU_WORKER_ID="0", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8",
+        TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )  # fmt: skip
     import jax
     import jax.numpy as jnp
@@ -80,7 +81,7 @@ def main(topology: str, *names: str) -> None:
         try:
             with lowering_for(target_of(devices[0])), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 program = jax.jit(run).lower(x, x, v, listed, segments, scales).compile()
-            said = "ok" if "tpu_custom_call" in program.as_text() else "no kernel in the program"
+            said = "ok" if "tpu_custom_call" in (program.as_text() or "") else "no kernel in the program"
         except NotImplementedError as reason:
             said = f"declined: {reason}"
         except Exception as error:  # the compiler's, whatever its class

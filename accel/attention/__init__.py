@@ -30,6 +30,7 @@ def _lifted(factory: Callable[..., Callable[..., Any]]) -> Callable[..., Attenti
     return make
 
 
+# platform -> what `auto` takes the first of that does not decline
 BEST: dict[str, tuple[str, ...]] = {
     "gpu": ("cudnn", "block_sparse", "chunked"),
     "tpu": ("chunked",),

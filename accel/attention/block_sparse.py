@@ -37,8 +37,8 @@ BLOCK = 128  # of a list that is made here
 def block_sparse(kernel: str = "auto", interpret: bool = False) -> Callable[..., Any]:
     """Exact attention to the blocks of a list, or to all, by the kernel for the device that is compiled for.
 
-    On an H100 at 4,608 tokens and 24 heads of 128 a list of every block takes 1.2 times cuDNN's dense time by the Mosaic
-    kernel and 1.5 times by the Triton kernel, one of a quarter of the blocks 0.38 and 0.47 times.
+    On an H100 at 4,608 tokens and 24 heads of 128 a list of every block takes 1.2 times cuDNN's dense time by the
+    Mosaic kernel and 1.5 times by the Triton kernel, one of a quarter of the blocks 0.38 and 0.47 times.
 
     Args:
       kernel: "auto": on a Hopper GPU "mosaic", and where that declines "triton"; on other NVIDIA GPUs from compute
@@ -156,7 +156,7 @@ def _by_kernel(
     wide = next(w for w in WIDTHS if w >= max(width, v_BSHK.shape[-1]))
     filled = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, wide - a.shape[-1])])  # noqa: E731
     if scales is not None and scales.v is not None:
-        scales = scales.replace(v=filled(scales.v))
+        scales = BlockScales(scales.q, scales.k, filled(scales.v), scales.block_q, scales.block_k)
 
     def forward(
         q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None, blocks: BlockList, scales: Any = None
@@ -184,9 +184,7 @@ def _by_kernel(
 
 def _without_gradient(forward: Callable[..., Any]) -> Callable[..., Any]:
     def refuse(*arguments: Any) -> Any:
-        raise NotImplementedError(
-            "block_sparse: a gradient through quantised q, k and v; differentiate unquantised ones"
-        )
+        raise NotImplementedError("block_sparse: a gradient through scales; differentiate with q, k, v unquantised")
 
     function = jax.custom_vjp(forward)
     function.defvjp(refuse, refuse)
@@ -199,9 +197,7 @@ def _of_blocks(scales: BlockScales, blocks: BlockList, queries: int, keys: int) 
     def spread(s_BHn: jax.Array, has: int, wants: int, length: int) -> jax.Array:
         if has % wants:
             made, listed = (f"{a.block_q} x {a.block_k}" for a in (scales, blocks))
-            raise NotImplementedError(
-                f"scales of blocks of {made}, and a list of {listed}; each is to cover whole ones"
-            )
+            raise NotImplementedError(f"scales of blocks of {made}, which are not some whole ones of {listed}")
         return jnp.repeat(s_BHn, has // wants, -1)[..., : -(-length // wants)]
 
     q = spread(scales.q, scales.block_q, blocks.block_q, queries)

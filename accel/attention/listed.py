@@ -84,7 +84,8 @@ def differentiable(
         return (o, lse), (q, k, v, segments, blocks, o, lse)
 
     def back(kept: Any, given: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
-        return (*_gradients(heads, *kept, *given), None, None)
+        q, k, v, segments, blocks, o, lse = kept
+        return (*_gradients(heads, q, k, v, segments, blocks, o, lse, *given), None, None)
 
     attend.defvjp(keep, back)
 
@@ -220,12 +221,12 @@ def _head_gradients(
             return dq_TK, dk_nSK, dv_nSK.at[which].add(split(f32("ts,tk->sk", p_TS.astype(v_SK.dtype), do_TK)))
 
         start = like_all((block, every), jnp.zeros((block_q, k_SK.shape[-1]), jnp.float32))
-        dq_TK, *sums = _over_list(step, (start, *sums), block_k, row_n, count)
-        return tuple(sums), dq_TK
+        dq_TK, dk_nSK, dv_nSK = _over_list(step, (start, *sums), block_k, row_n, count)
+        return (dk_nSK, dv_nSK), dq_TK
 
     rows = jax.tree.map(lambda a: cut(a, block_q, n_q), (q_TK, None if ids is None else ids.q))
     rows = (*rows, listed, *(cut(a, block_q, n_q) for a in (lse_T, less_T, do_TK)))
-    start = [like_all((rows, every), jnp.zeros(a.shape, jnp.float32)) for a in (every.k_SK, every.v_SK)]
-    (dk_nSK, dv_nSK), dq_nTK = jax.lax.scan(one, tuple(start), rows)
+    none = lambda a: like_all((rows, every), jnp.zeros(a.shape, jnp.float32))  # noqa: E731
+    (dk_nSK, dv_nSK), dq_nTK = jax.lax.scan(one, (none(every.k_SK), none(every.v_SK)), rows)
     whole = lambda a, like: a.reshape(-1, a.shape[-1])[: like.shape[0]]  # noqa: E731
     return whole(dq_nTK, q_TK), whole(dk_nSK, k_SK), whole(dv_nSK, v_SK)

@@ -97,11 +97,10 @@ def options_by_head(b: int, h: int, segments: Segments | None, blocks: BlockList
 def each_head(head: Callable[..., Any], at_once: int | None, rows: Sequence[Any]) -> Any:
     """`head` on every row of trees that lead with [B H], so many at once; None is one on a CPU and all elsewhere."""
     count = rows[0].shape[0]
-    if at_once is None:
-        at_once = 1 if target().platform == "cpu" else count
-    if at_once >= count:
+    together = (1 if target().platform == "cpu" else count) if at_once is None else at_once
+    if together >= count:
         return jax.vmap(head)(*rows)
-    return jax.lax.map(lambda row: head(*row), tuple(rows), batch_size=at_once if at_once > 1 else None)
+    return jax.lax.map(lambda row: head(*row), tuple(rows), batch_size=together if together > 1 else None)
 
 
 def cut(a: jax.Array, size: int, count: int) -> jax.Array:

@@ -5,11 +5,11 @@ With the running softmax of FlashAttention over the blocks that a row of the lis
   x = scale q k^T,   top <- max(top', rowmax x),   p = exp(x - top),   shrink = exp(top' - top)
   total <- shrink total + rowsum p,   o <- shrink o + p v,         at the end o / total, lse = top + log total.
 
-A block of 128 queries does 128 operations for each byte of a key block that it reads from HBM, and a v5e needs some 240,
-a v6e 560, before the read is hidden; so all keys and values of a head are copied to VMEM once, beside the previous
-head's work, and the list picks from there. A head that does not fit is read block by block, the next group being
-copied while one is computed. Bundles of the TPU compiler's own schedule for a block of 128 x 128 (v5e / v6e): 127 / 95
-resident with four blocks a product, 269 / 221 with one, 296 / 279 copied.
+A block of 128 queries does 128 operations for each byte of a key block that it reads from HBM, and a v5e needs some
+240, a v6e 560, before the read is hidden; so all keys and values of a head are copied to VMEM once, beside the
+previous head's work, and the list picks from there. A head that does not fit is read block by block, the next group
+being copied while one is computed. Bundles of the TPU compiler's own schedule for a block of 128 x 128 (v5e / v6e):
+127 / 95 resident with four blocks a product, 269 / 221 with one, 296 / 279 copied one by one.
 
 Dao et al., FlashAttention, 2022, arXiv:2205.14135; Dao 2023, FlashAttention-2, arXiv:2307.08691. Lists vary at run
 time, which the static masks of jax's splash attention do not.
@@ -118,9 +118,10 @@ def block_sparse(
         segments is not None,
         True,
     )
-    head = _resident_bytes(sizes, n_k, k_BSHK.dtype, v_BSHK.dtype)
+    bytes_for = lambda held: _vmem_bytes(sizes, held, n_k, k_BSHK.dtype, v_BSHK.dtype) * 9 // 8  # noqa: E731
     capacity = VMEM.get(what.kind, LEAST_VMEM) * MIB
-    sizes = sizes._replace(resident=head <= capacity * 7 // 8 if resident is None else resident)
+    sizes = sizes._replace(resident=bytes_for(n_k) <= capacity if resident is None else resident)
+    needed = bytes_for(n_k if sizes.resident else sizes.at_once)
 
     steps = -(-n_q // rows)
     q_BHTK = _laid_out(q_BTHK, steps * rows * block_q)
@@ -162,12 +163,8 @@ def block_sparse(
         specs.append(pl.BlockSpec((None, n_k, block_k), lambda b, h, i: (b, 0, 0)))
     shapes = _varying(arguments, (q_BHTK.shape, out), ((b, h, 1, q_BHTK.shape[2]), jnp.float32))
     group = (2, sizes.at_once * block_k, LANES)
-    copies = [] if sizes.resident else [
-        pltpu.VMEM(group, k_BHSK.dtype), pltpu.VMEM(group, v_BHSK.dtype), pltpu.SemaphoreType.DMA((2, 2, sizes.at_once)),
-    ]  # fmt: skip
-    needed = (
-        (head if sizes.resident else _resident_bytes(sizes, 2 * sizes.at_once, k_BHSK.dtype, v_BHSK.dtype)) * 9 // 8
-    )
+    copies = [pltpu.VMEM(group, k_BHSK.dtype), pltpu.VMEM(group, v_BHSK.dtype)]
+    copies = [] if sizes.resident else [*copies, pltpu.SemaphoreType.DMA((2, 2, sizes.at_once))]
     o_BHTK, lse_BH1T = pl.pallas_call(
         lambda *refs: _kernel(sizes, refs),
         grid=(b, h, steps),
@@ -201,10 +198,10 @@ def _check(q: Any, k: Any, v: Any, block_q: int, block_k: int, scales: Any, what
         raise NotImplementedError(f"int8 on a {what.kind}; it needs v5e, v5p, v6e or later")
 
 
-def _resident_bytes(sizes: Sizes, n_k: int, k_type: Any, v_type: Any) -> int:
-    """VMEM that a head of n_k blocks takes, beside what a step works on."""
+def _vmem_bytes(sizes: Sizes, held: int, n_k: int, k_type: Any, v_type: Any) -> int:
+    """VMEM that a step takes which holds so many blocks of keys, and as many of those that come next."""
     bytes_of = lambda dtype: jnp.dtype(dtype).itemsize  # noqa: E731
-    keys = 2 * n_k * sizes.block_k * LANES * (bytes_of(k_type) + bytes_of(v_type))  # the next head is copied meanwhile
+    keys = 2 * held * sizes.block_k * LANES * (bytes_of(k_type) + bytes_of(v_type))
     queries = 2 * sizes.rows * sizes.block_q * LANES * (2 * 4 + 4)
     ids = 2 * n_k * max(sizes.block_k, LANES) * 4 if sizes.segmented else 0
     group = sizes.at_once * sizes.block_k
