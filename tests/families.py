@@ -23,6 +23,7 @@ FAMILIES = {
     "caches: tokens": ("caches_tokens",),
     "attention": ("attention", "block_sparse"),
     "kernels: TPU": ("tpu_attention",),
+    "kernels": ("triton_attention",),
     "quantisation": ("qtensor", "products"),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),
     "weights": ("safetensors", "opened", "config_json"),
