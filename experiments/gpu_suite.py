@@ -169,8 +169,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--rehearse needs an --out of its own: its rows are no results")
     options.out.mkdir(parents=True, exist_ok=True)
     options.run = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
-    words = [a for a in (sys.argv[1:] if arguments is None else arguments)]
-    options.command = " ".join(["python -m experiments.gpu_suite", *words])
+    words = sys.argv[1:] if arguments is None else arguments
+    folder = str(options.out)  # is the machine's own, and says nothing of the figures
+    options.command = " ".join(["python -m experiments.gpu_suite", *words]).replace(folder, "DIR")
     options.device = driver() or "no GPU"
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
