@@ -141,6 +141,7 @@ class Bench:
             for label in [k for k in ready if k in seconds]:
                 if turn and self.left() < 1:
                     break
+                print(f"> {label}", flush=True)
                 try:
                     seconds[label].append(ready[label][0]())
                 except Exception as error:
