@@ -22,6 +22,7 @@ FAMILIES = {
     "caches: gates": ("caches_online",),
     "caches: tokens": ("caches_tokens",),
     "attention": ("attention",),
+    "kernels": ("mosaic_attention",),
     "quantisation": ("qtensor",),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),
     "weights": ("safetensors", "opened", "config_json"),
