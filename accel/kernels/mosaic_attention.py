@@ -69,7 +69,7 @@ def block_sparse(
         their values. Ids are padded to whole blocks here.
       scales: of int8 q and k by the same blocks as the list, and of float8 values by channel.
       interpret: `jax.experimental.pallas.mosaic_gpu.InterpretGPUParams` runs it on a CPU (from jax 0.11.2 on).
-      depth: blocks in the ring, 1 or more, as far as shared memory goes (227 KiB).
+      depth: blocks in the ring, 2 or more, as far as shared memory goes (227 KiB).
       turns: do the two warpgroups take turns; False leaves it to the hardware.
 
     Returns:
@@ -313,9 +313,9 @@ def _padded(x_BT: jax.Array, length: int | None = None) -> jax.Array:
 
 def _check_depth(depth: int, buffers: list[tuple[tuple[int, ...], Any]]) -> None:
     need = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in buffers) + 1024  # with barriers
-    if depth < 1 or need > SHARED_MEMORY:
+    if depth < 2 or need > SHARED_MEMORY:  # in turns one warpgroup is a block ahead: a ring of one would stop both
         raise NotImplementedError(
-            f"depth={depth}, {need / 1024:.0f} KiB of shared memory; 1 or more, within {SHARED_MEMORY // 1024} KiB"
+            f"depth={depth}, {need / 1024:.0f} KiB of shared memory; 2 or more, within {SHARED_MEMORY // 1024} KiB"
         )
 
 
