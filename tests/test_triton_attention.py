@@ -1,7 +1,6 @@
 """Triton's block-sparse attention: its formula in float64, in Triton's interpreter; what it is compiled to for GPUs
 that are not here; through jax-triton into a program; what it refuses. It skips what is not installed."""
 
-import contextlib
 import importlib.util
 import pathlib
 import re
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from difax.accel.kernels import triton_attention, triton_launch
 from difax.accel.kernels.triton_attention import block_sparse, tuned
@@ -63,6 +62,7 @@ CASES = [
     Case("all of it", t=50, s=75, dtype=np.int8, v_dtype=FP8, segments=True, bound=5e-2),
     Case("ragged, segments, split", t=50, s=75, segments=True, tuning={"split": 2, "split_k": 2}),
     Case("split", tuning={"split": 2, "split_k": 2}),
+    Case("split, a tile behind the end", t=48, tuning={"split": 2, "split_k": 1}),
     Case("one list", indices_of=(1, 1), counts_of=(1, 1)),
     Case("a list a sample", indices_of=(2, 1), counts_of=(2, 1)),
     Case("a list a head", indices_of=(1, 2), counts_of=(1, 2)),
@@ -87,14 +87,14 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "triton_call", lambda: triton_interpreter.call)
 
 
-def quantised(x: np.ndarray, dtype: Any, axes: Any, block: int) -> tuple[np.ndarray, np.ndarray]:
+def quantised(x: np.ndarray, dtype: Any, block: int) -> tuple[np.ndarray, np.ndarray]:
     """x [B, n, H, K] as int8 with scales [B, H, ceil(n / block)], or fp8 with scales [B, H, K]."""
     if dtype is FP8:
-        scales = np.float32(np.abs(x).max(1) / 448)
+        scales = (np.abs(x).max(1) / 448).astype(np.float32)
         return np.clip(x / scales[:, None], -448, 448).astype(FP8), scales
     n = x.shape[1]
     padded = np.pad(x, ((0, 0), (0, -n % block), (0, 0), (0, 0))).reshape(B, -1, block, H, x.shape[-1])
-    scales = np.float32(np.abs(padded).max((2, 4)).swapaxes(1, 2) / 127)
+    scales = (np.abs(padded).max((2, 4)).swapaxes(1, 2) / 127).astype(np.float32)
     return np.rint(x / spread(scales, block, n)).astype(np.int8), scales
 
 
@@ -122,15 +122,15 @@ def inputs(case: Case) -> Inputs:
     by: list[Any] = [np.ones((B, H, n_q), np.float32), np.ones((B, H, n_k), np.float32), None]
     v_dtype = case.v_dtype or case.dtype
     if case.dtype is np.int8:
-        (q, by[0]), (k, by[1]) = quantised(q, np.int8, None, bq), quantised(k, np.int8, None, bk)
+        (q, by[0]), (k, by[1]) = quantised(q, np.int8, bq), quantised(k, np.int8, bk)
         v_dtype = case.v_dtype or ml_dtypes.bfloat16
     else:
         q, k = q.astype(case.dtype), k.astype(case.dtype)
     if v_dtype is FP8:
-        v, by[2] = quantised(v, FP8, None, bk)
+        v, by[2] = quantised(v, FP8, bk)
     else:
         v = v.astype(v_dtype)
-    scales = BlockScales(*map(jnp.asarray, by[:2]), by[2], bq, bk) if q.dtype == np.int8 or v_dtype is FP8 else None
+    scales = BlockScales(by[0], by[1], by[2], bq, bk) if q.dtype == np.int8 or v_dtype is FP8 else None
     segments = None
     if case.segments:  # 0 ... 2 in order, and a query of the id 9, which no key has
         ids = [np.sort(rng.integers(0, 3, (B, n)), -1).astype(np.int32) for n in (case.t, case.s)]
@@ -239,7 +239,7 @@ class Compiled(NamedTuple):
     ptx: str
     sass: str
     registers: int
-    spilled: int
+    stack: int  # bytes, of what was spilled
     shared: int
 
 
@@ -253,8 +253,8 @@ def compiled(
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-    tools = pathlib.Path(nvidia.__file__).parent / "bin"
-    if not all((tools / tool).exists() for tool in ("ptxas", "cuobjdump")):
+    tool = pathlib.Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    if not tool.exists():
         pytest.skip("needs the CUDA tools of Triton's wheel")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     made = []
@@ -271,27 +271,22 @@ def compiled(
             constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
             attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
         )
-        options = {"num_warps": warps, "num_stages": stages}
-        made.append((compile_kernel(source, target=GPUTarget("cuda", at, 32), options=options), at))
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        made.append(compile_kernel(source, target=GPUTarget("cuda", at, 32), options=options))
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), out)
 
     monkeypatch.setattr(triton_launch, "triton_call", lambda: stand_in)
     with lowering_for(what):
         jax.eval_shape(lambda *given: call(*given, **options), *args)
-    [(binary, at)] = made
-    (folder / "k.ptx").write_text(binary.asm["ptx"])
+    [binary] = made
     (folder / "k.cubin").write_bytes(binary.asm["cubin"])
-    arch = f"sm_{at}{'a' if at == 90 else ''}"
-    said = subprocess.run(
-        [tools / "ptxas", "-v", f"--gpu-name={arch}", folder / "k.ptx", "-o", folder / "again.cubin"],
-        capture_output=True, text=True, check=True,
-    ).stderr  # fmt: skip
-    number = lambda pattern: int(re.search(pattern, said)[1])  # noqa: E731 # pyright: ignore[reportOptionalSubscript]
-    sass = subprocess.run(
-        [tools / "cuobjdump", "-sass", folder / "k.cubin"], capture_output=True, text=True, check=True
+    show = lambda *what: (
+        subprocess.run(  # noqa: E731
+            [tool, *what, folder / "k.cubin"], capture_output=True, text=True, check=True
+        ).stdout
     )
-    spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-    return Compiled(binary.asm["ptx"], sass.stdout, number(r"Used (\d+) registers"), spilled, binary.metadata.shared)
+    used = dict(re.findall(r"(REG|STACK):(\d+)", show("-res-usage")))
+    return Compiled(binary.asm["ptx"], show("-sass"), int(used["REG"]), int(used["STACK"]), binary.metadata.shared)
 
 
 BF16, F16 = "m64n128k16.f32.bf16.bf16", "m64n128k16.f32.f16.f16"
@@ -322,7 +317,7 @@ def test_hopper_multiplies_with_warp_groups_and_spills_nothing(
     found = {kind.split("aligned.")[1] for kind in re.findall(r"wgmma\.mma_async\S+", made.ptx)}
     assert found == in_ptx and "mma.sync" not in made.ptx
     assert {kind for kind in ("HGMMA", "IGMMA", "QGMMA") if kind in made.sass} == in_sass
-    assert made.spilled == 0 and "STL" not in made.sass
+    assert made.stack == 0 and "STL" not in made.sass
     assert made.shared <= 227 * 1024
 
 
@@ -334,8 +329,14 @@ def test_older_gpus_have_room_for_it(types, what, room, tmp_path: pathlib.Path, 
         pytest.skip("sm_80 has no fp8, which is refused")
     made = compiled(tmp_path, monkeypatch, what, *abstract(*types))
     print(types, f"{made.registers} registers, {made.shared / 1024:.0f} KiB shared")
-    assert "mma.sync" in made.ptx and made.spilled == 0
+    assert "mma.sync" in made.ptx and made.stack == 0 and "STL" not in made.sass
     assert made.shared <= room * 1024
+
+
+@pytest.mark.slow
+def test_a_spill_would_be_seen(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    made = compiled(tmp_path, monkeypatch, AMPERE, *abstract(), warps=4)
+    assert made.stack > 0 and "STL" in made.sass
 
 
 # ---------------------------------------------------------------- into a program, through jax-triton
@@ -343,54 +344,55 @@ def test_older_gpus_have_room_for_it(types, what, room, tmp_path: pathlib.Path, 
 
 def exported(function: Any, *args: Any) -> list[bytes]:
     """Exports a function for CUDA; what each kernel call in the program carries, unpacked."""
-    skip = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")
+    skip = [jax.export.DisabledSafetyCheck.custom_call(f"triton_kernel_call{end}") for end in ("", "_ffi")]
     with lowering_for(HOPPER):
-        made = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[skip])(*args)
-    carried = re.findall(r'@triton_kernel_call\(.*?backend_config = "([^"]*)"', made.mlir_module())
+        made = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=skip)(*args)
+    # jax-triton 0.3: backend_config = "..."; 0.4: another call, mhlo.backend_config = {opaque = "..."}
+    carried = re.findall(r'@triton_kernel_call(?:_ffi)?\(.*?"(x\\9C[^"]*)"', made.mlir_module())
     octet = lambda m: m[1] if m[1] == b"\\" else bytes([int(m[1], 16)])  # noqa: E731
     octets = lambda text: re.sub(rb"\\(\\|[0-9A-F]{2})", octet, text.encode())  # noqa: E731
     return [zlib.decompress(octets(text)) for text in carried]
 
 
-@contextlib.contextmanager
-def jax_triton():
-    pytest.importorskip("triton", reason="needs triton (the extra triton)")
-    pytest.importorskip("jax_triton", reason="needs jax-triton (the extra triton)")
-    yield
+@pytest.fixture
+def jax_triton() -> None:
+    """Skips where jax-triton is not installed, or does not load: it wants jax's CUDA plugin."""
+    try:
+        triton_launch.triton_call()
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
 
 
-def test_a_program_for_hopper_carries_its_kernel():
-    with jax_triton():
-        arrays, _ = abstract()
-        [kernel] = exported(lambda *a: call(a, None)[0], *arrays)
-        assert b"wgmma.mma_async" in kernel and b"sm_90a" in kernel
-
-
-@pytest.mark.slow
-def test_in_a_scan_and_in_a_mesh():
-    with jax_triton():
-        arrays, scales = abstract("int8", "float8_e4m3fn")
-        q = jax.ShapeDtypeStruct((1, 4608, 24, 128), "bfloat16")
-
-        def scanned(x: jax.Array, *rest: Any) -> jax.Array:
-            step = lambda x, _: (call((x, x, x, *rest), None)[0], None)  # noqa: E731
-            return jax.lax.scan(step, x, None, length=3)[0]
-
-        assert len(exported(scanned, q, *arrays[3:])) == 1
-        mesh = jax.make_mesh((8,), ("heads",))
-        wide, lists = PartitionSpec(None, None, "heads"), PartitionSpec(None, "heads")
-        sharded = jax.shard_map(
-            lambda *a: call(a[:5], a[5]),
-            mesh=mesh,
-            in_specs=(wide, wide, wide, lists, lists, lists),
-            out_specs=(wide, lists),
-        )
-        assert len(exported(sharded, *arrays, scales)) == 1
+def test_a_program_for_hopper_carries_its_kernel(jax_triton: None):
+    arrays, _ = abstract()
+    [kernel] = exported(lambda *a: call(a, None)[0], *arrays)
+    assert b"wgmma.mma_async" in kernel and b"sm_90a" in kernel
 
 
 @pytest.mark.slow
-def test_no_batching_and_no_gradient():
-    with jax_triton(), lowering_for(HOPPER):
+def test_in_a_scan_and_in_a_mesh(jax_triton: None):
+    arrays, scales = abstract("int8", "float8_e4m3fn")
+    q = jax.ShapeDtypeStruct((1, 4608, 24, 128), "bfloat16")
+
+    def scanned(x: jax.Array, *rest: Any) -> jax.Array:
+        step = lambda x, _: (call((x, x, x, *rest), None)[0], None)  # noqa: E731
+        return jax.lax.scan(step, x, None, length=3)[0]
+
+    assert len(exported(scanned, q, *arrays[3:])) == 1
+    mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Auto,))
+    wide, lists = PartitionSpec(None, None, "heads"), PartitionSpec(None, "heads")
+    sharded = jax.shard_map(
+        lambda *a: call(a[:5], a[5]),
+        mesh=mesh,
+        in_specs=(wide, wide, wide, lists, lists, lists),
+        out_specs=(wide, lists),
+    )
+    assert len(exported(sharded, *arrays, scales)) == 1
+
+
+@pytest.mark.slow
+def test_no_batching_and_no_gradient(jax_triton: None):
+    with lowering_for(HOPPER):
         arrays, _ = abstract()
         batch = [jax.ShapeDtypeStruct((2, *a.shape), a.dtype) for a in arrays]
         with pytest.raises(NotImplementedError, match="vmap"):

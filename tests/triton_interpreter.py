@@ -64,6 +64,22 @@ class Tensor:
         assert other.data_ptr() == self.data_ptr()
 
 
+GUARD = 1 << 16  # elements before and after every array
+
+
+class Guarded:
+    """An array in the midst of a larger one: what is read outside of it is NaN or large, and writes there are seen."""
+
+    def __init__(self, array: np.ndarray):
+        self.beyond = np.full(GUARD, np.nan if array.dtype.kind in "fV" else 77, array.dtype)
+        self.memory = np.concatenate([self.beyond, np.ascontiguousarray(array).ravel(), self.beyond])
+        self.array = self.memory[GUARD : GUARD + array.size].reshape(array.shape)
+
+    def check(self) -> None:
+        for part in (self.memory[:GUARD], self.memory[-GUARD:]):
+            assert part.tobytes() == self.beyond.tobytes(), "a kernel wrote outside of an array"
+
+
 def call(
     *arrays: Any,
     kernel: Any,
@@ -76,11 +92,13 @@ def call(
 ) -> Any:
     """Runs every program of a grid; arguments and outputs as of `jax_triton.triton_call`."""
     leaves, structure = jax.tree.flatten(out)
-    inputs = [np.ascontiguousarray(np.asarray(a)) for a in arrays]
-    outputs = [np.full(leaf.shape, np.nan if leaf.dtype.kind in "fV" else -1, leaf.dtype) for leaf in leaves]
+    empty = [np.full(leaf.shape, np.nan if leaf.dtype.kind in "fV" else -1, leaf.dtype) for leaf in leaves]
+    memory = [Guarded(np.asarray(a)) for a in (*arrays, *empty)]
     with interpreting(kernel):
-        interpreter.InterpretedFunction(kernel.fn)[grid](*map(Tensor, [*inputs, *outputs]), **constants)
-    return jax.tree.unflatten(structure, outputs)
+        interpreter.InterpretedFunction(kernel.fn)[grid](*(Tensor(m.array) for m in memory), **constants)
+    for m in memory:
+        m.check()
+    return jax.tree.unflatten(structure, [m.array for m in memory[len(arrays) :]])
 
 
 @contextlib.contextmanager

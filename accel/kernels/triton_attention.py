@@ -57,7 +57,7 @@ def kernel(
     LOW: tl.constexpr = v.dtype.element_ty == tl.float8e4nv
     INT: tl.constexpr = q.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if INT else tl.float32  # pyright: ignore[reportAssignmentType]
-    RAGGED_Q: tl.constexpr = T % M != 0
+    RAGGED_Q: tl.constexpr = T % BQ != 0  # not M: with SPLIT a whole tile may lie behind the end
     RAGGED_K: tl.constexpr = S % BK != 0
     N_Q: tl.constexpr = (T + BQ - 1) // BQ
     N_K: tl.constexpr = (S + BK - 1) // BK

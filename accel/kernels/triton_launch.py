@@ -114,9 +114,13 @@ def triton_call() -> Callable[..., Any]:
         os.environ.pop("TRITON_CACHE_DIR", None)
         if before is not None:
             os.environ["TRITON_CACHE_DIR"] = before
-    named = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
+    new = "out_type" in inspect.signature(jax_triton.triton_call).parameters  # from 0.4 on
+    named = "out_type" if new else "out_shape"
+    # multiply-add in one instruction, which Triton leaves out by default from 3.10 on
+    fused = {"enable_fp_fusion": True}
+    more = {"backend_options": fused} if new else fused
 
     def call(*arrays: Any, out: Any, **options: Any) -> Any:
-        return jax_triton.triton_call(*arrays, **{named: out}, **options)
+        return jax_triton.triton_call(*arrays, **{named: out}, **more, **options)
 
     return call
