@@ -1,5 +1,6 @@
 """The front door of kernels for listed blocks: what serves which target, what is shared, gradients, and the choice."""
 
+import importlib.util
 from typing import Any
 
 import jax
@@ -132,11 +133,12 @@ def test_the_gradient_of_a_query_without_a_key():
     ids = Segments(jnp.asarray([[0, 0, 0, 0, 0, 5]]), jnp.zeros((1, s), jnp.int32))
 
     def gradient(function: Any) -> Any:
-        return jax.grad(lambda *a: jnp.sum(function(*a, ids, blocks)[:, -1] ** 2), (0, 1, 2))(*arrays)
+        return jax.jit(jax.grad(lambda *a: jnp.sum(function(*a, ids, blocks)[:, -1] ** 2), (0, 1, 2)))(*arrays)
 
-    for got, want in zip(gradient(block_sparse()), gradient(ops.attend), strict=True):
+    reference = gradient(ops.attend)
+    for got, want in zip(gradient(block_sparse()), reference, strict=True):
         assert largest_error(got, want) < 1e-6
-    assert np.abs(gradient(ops.attend)[2]).max() > 0.01
+    assert np.abs(reference[2]).max() > 0.01
 
 
 def test_a_gradient_holds_no_logits():
@@ -265,20 +267,24 @@ def test_bad_settings(kernel, message):
             make(kernel)
 
 
-def lowered(what: Target, function: Any, dtype: str = "bfloat16") -> str:
+def lowered(what: Target, dtype: str = "bfloat16") -> str:
     x = jax.ShapeDtypeStruct((1, 256, 2, 64), dtype)
+    known = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("tpu_custom_call", "mosaic_gpu_v2")]
     with lowering_for(what):
-        known = [jax.export.DisabledSafetyCheck.custom_call("tpu_custom_call")]
-        program = jax.export.export(jax.jit(function), platforms=[what.platform], disabled_checks=known)(x, x, x)
-    return program.mlir_module()
+        program = jax.jit(block_sparse())  # a function of its own: what was traced is not traced again for a target
+        platform = {"gpu": "cuda"}.get(what.platform, what.platform)
+        return jax.export.export(program, platforms=[platform], disabled_checks=known)(x, x, x).mlir_module()
 
 
 def test_what_is_lowered_is_the_targets_and_not_the_hosts():
     """On a host with a CPU alone: the TPU's kernel is in the program for a TPU, loops are in the one for a CPU."""
-    attend = block_sparse()
-    assert "tpu_custom_call" in lowered(TPU, attend)
-    text = lowered(CPU, attend)
-    assert "custom_call" not in text
+    assert "tpu_custom_call" in lowered(TPU) and "custom_call" not in lowered(CPU)
+
+
+def test_what_is_lowered_for_hopper_is_mosaic():
+    if importlib.util.find_spec("difax.accel.kernels.mosaic_attention") is None:
+        pytest.skip("needs difax.accel.kernels.mosaic_attention")
+    assert "mosaic_gpu" in lowered(HOPPER)
 
 
 # ---------------------------------------------------------------- the choice, and what can be read of it
