@@ -125,9 +125,8 @@ def call_of(case: Case, seed: int = 0) -> Call:
         if of_v == E4M3:
             scale_v = (np.abs(v).max(1) / 448).astype(np.float32)
             v = np.moveaxis(np.moveaxis(v, 1, -1) / np.moveaxis(scale_v, 1, 1)[..., None], -1, 1)
-        scales = BlockScales(
-            *(a if a is None else jnp.asarray(a) for a in (scale_q, scale_k, scale_v)), BLOCK_Q, case.block_k
-        )
+        of_q, of_k = jnp.asarray(scale_q), jnp.asarray(scale_k)
+        scales = BlockScales(of_q, of_k, None if scale_v is None else jnp.asarray(scale_v), BLOCK_Q, case.block_k)
     q, k, v = (np.asarray(a).astype(dtype) for a, dtype in ((q, of_qk), (k, of_qk), (v, of_v)))
     exact = [a.astype(np.float64) for a in (q, k, v)]
     if scales is not None:
@@ -179,7 +178,8 @@ def interpreted(case: Case):
         pytest.skip("the interpreter of Mosaic GPU has what the kernel needs from jax 0.11.2 on")
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return jax.jit(kernel(case, plgpu.InterpretGPUParams(detect_races=True)))
+    parameters = plgpu.InterpretGPUParams  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.jit(kernel(case, parameters(detect_races=True)))
 
 
 def races() -> bool:
