@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.build import Setup
+from difax.core import hosts
 from difax.core.contracts import Params, Trace
 from difax.core.cost import model_cost, run_cost
 from difax.core.decisions import averaged, inert, known, summary
@@ -156,12 +157,12 @@ def draw(
     images, begun, seconds, traces = [], [], 0.0, []
     for chunk in range(chunks):
         x, keys, some = jax.block_until_ready(inputs(chunk))
-        begun.append(np.asarray(x).copy())  # x is donated
+        begun.append(np.array(hosts.fetch(x)))  # x is donated
         start = time.perf_counter()
         image, trace = jax.block_until_ready(compiled(x, keys, some))
         seconds += time.perf_counter() - start
-        images.append(np.asarray(image))
-        traces.append(trace)
+        images.append(hosts.fetch(image))
+        traces.append(trace if hosts.processes() == 1 else hosts.fetch(trace))
     bar.close()
     trace = known(averaged(traces))
     samples = np.concatenate(images)[:n]

@@ -23,6 +23,7 @@ SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SI
 _LIMIT = 2.0  # seconds after a signal in which the process is over, whatever becomes of what it removes
 
 _under_way: list[Callable[[], None]] = []
+_ending = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ def end_at_signals() -> Callable[[int], None]:
                 if number in kept and codes:
                     os._exit(codes[0])
                 if number in kept:
-                    _end(kept[number])
+                    end_now(kept[number])
 
     kept = {int(n): word for n, word in SIGNALS.items() if signal.getsignal(n) is not signal.SIG_IGN}
     threading.Thread(target=watch, name="difax-signals", daemon=True).start()
@@ -95,8 +96,11 @@ def silence_threads() -> None:
     sys.unraisablehook = lambda _: None
 
 
-def _end(word: str) -> None:
-    limit = threading.Timer(_LIMIT, os._exit, [INTERRUPTED])
+def end_now(word: str, code: int = INTERRUPTED) -> None:
+    """Ends this process from any of its threads: with one line on stderr, and without what was half-written."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(60)  # another thread does
+    limit = threading.Timer(_LIMIT, os._exit, [code])
     limit.daemon = True
     limit.start()
     with contextlib.suppress(OSError):
@@ -107,7 +111,7 @@ def _end(word: str) -> None:
     for undo in reversed(_under_way.copy()):
         with contextlib.suppress(Exception):
             undo()
-    os._exit(INTERRUPTED)
+    os._exit(code)
 
 
 class DifaxWarning(UserWarning):
