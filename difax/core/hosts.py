@@ -264,10 +264,14 @@ def barrier(seconds: float = AGES) -> None:
 def together() -> Iterator[None]:
     """A block in which the processes of a job are joined (`start`): at its end they part, and where this one fails, the
     others are told, and end."""
+    if job_of(os.environ) is None:
+        yield
+        return
     from difax.core import watch
 
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before jaxlib is there: it tells of every step of joining
     try:
-        with watch.telling():
+        with watch.telling(), _stdout_of_our_own():
             yield
     except BaseException as error:
         if _job is not None:
@@ -279,6 +283,23 @@ def together() -> Iterator[None]:
         import jax
 
         jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _stdout_of_our_own() -> Iterator[None]:
+    """Keeps standard output, which is for what a command gives, from what gloo writes there."""
+    from difax.core.shell import Stream
+
+    sys.stdout.flush()
+    shown, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        with open(os.dup(shown), "w") as file, contextlib.redirect_stdout(Stream(file, True)):
+            yield
+    finally:
+        os.dup2(shown, 1)
+        os.close(shown)
 
 
 def end(code: int) -> None:
@@ -329,8 +350,8 @@ def put_rows(arrays: Any, rows: Any, sharding: Any) -> Any:
         return jax.device_put(jax.tree.map(lambda a: a[rows], arrays), sharding)
 
     def leaf(a: Any) -> Any:
-        shape = (len(rows), *a.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: a[rows[index[0]]][(slice(None), *index[1:])])
+        part = lambda index: a[rows[index[0]]][(slice(None), *index[1:])]  # noqa: E731
+        return jax.make_array_from_callback((len(rows), *a.shape[1:]), sharding, part)
 
     return jax.tree.map(leaf, arrays)
 

@@ -30,7 +30,7 @@ from difax.core.files import check_object, listed, makeable, named, place_of, re
 from difax.core.lock import LOCK, locked
 from difax.core.shell import undone
 from difax.core.writing import append_line, remove, replacing, unwritable, writing
-from difax.training.checkpoints import not_finite, open_checkpoints, restored
+from difax.training.checkpoints import not_finite, open_checkpoints, restored, restored_part
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
 from difax.weights.checkpoint import check_shapes
@@ -344,12 +344,13 @@ def last_step(workdir: str | os.PathLike) -> int:
         return _latest(workdir, checkpoints)
 
 
-def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) -> tuple[int, Any]:
-    """Reads the averaged weights of the last checkpoint of a training folder.
+def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any], sharding: Any = None) -> tuple[int, Any]:
+    """Reads the averaged weights of the last checkpoint of a training folder, and nothing else of it.
 
     Args:
-      workdir: the folder given to `train`.
+      workdir: the folder given to `train`, on however many devices and hosts.
       init: the model's init, for the expected shapes.
+      sharding: that each leaf is read onto, one for all or a tree; None is the first device of this process.
 
     Returns:
       (step, params).
@@ -357,14 +358,11 @@ def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) ->
     Raises:
       ValueError: no checkpoint there, a damaged one, or one of another shape (names the tensor).
     """
+    wanted = jax.eval_shape(init, jax.random.key(0))
+    check = lambda stored: check_shapes(str(workdir), stored, wanted)  # noqa: E731
     with _checkpoints(workdir) as checkpoints:
         latest = _latest(workdir, checkpoints)
-        stored = restored(workdir, checkpoints, latest)
-    ema = stored.get("ema") if isinstance(stored, dict) else getattr(stored, "ema", None)
-    if not isinstance(ema, dict):
-        raise ValueError(f"{named(pathlib.Path(workdir) / 'checkpoints' / str(latest))}: no averaged weights in it")
-    check_shapes(str(workdir), ema, jax.eval_shape(init, jax.random.key(0)))
-    return latest, ema
+        return latest, restored_part(workdir, checkpoints, latest, "ema", check, sharding)
 
 
 def _checkpoints(workdir: str | os.PathLike) -> ocp.CheckpointManager:
