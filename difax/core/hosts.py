@@ -268,10 +268,11 @@ def together() -> Iterator[None]:
         yield
         return
     from difax.core import watch
+    from difax.core.shell import own_streams
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before jaxlib is there: it tells of every step of joining
     try:
-        with watch.telling(), _stdout_of_our_own():
+        with watch.telling(), own_streams():
             yield
     except BaseException as error:
         if _job is not None:
@@ -283,23 +284,6 @@ def together() -> Iterator[None]:
         import jax
 
         jax.distributed.shutdown()
-
-
-@contextlib.contextmanager
-def _stdout_of_our_own() -> Iterator[None]:
-    """Keeps standard output, which is for what a command gives, from what gloo writes there."""
-    from difax.core.shell import Stream
-
-    sys.stdout.flush()
-    shown, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
-    try:
-        with open(os.dup(shown), "w") as file, contextlib.redirect_stdout(Stream(file, True)):
-            yield
-    finally:
-        os.dup2(shown, 1)
-        os.close(shown)
 
 
 def end(code: int) -> None:
