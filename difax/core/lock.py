@@ -38,8 +38,8 @@ def locked(folder: str | os.PathLike, what: str) -> Iterator[None]:
     """Keeps other processes out of a folder that is there, for the block.
 
     The kernel holds the lock, and lets go of it when the process dies, however it does. The file says who it is, for
-    others, and for file systems that do not share locks between machines. A job that was started again (SLURM_JOB_ID, or
-    DIFAX_JOB), on another machine too, takes over its own: it has one process that writes.
+    others, and for file systems that do not share locks between machines. A job that was started again, on another
+    machine too, takes over its own (SLURM_JOB_ID, or DIFAX_JOB): it has one process that writes.
 
     Args:
       folder: to write to. what: holds it, as others are told, such as "difax train".
