@@ -178,6 +178,7 @@ def start(environment: Mapping[str, str] | None = None, patience: int = START) -
 
     if jax.config.values.get("jax_cpu_collectives_implementation") in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # its handler would swallow SIGTERM, which ends us
     try:
         jax.distributed.initialize(
             job.coordinator,
@@ -271,19 +272,27 @@ def together() -> Iterator[None]:
     from difax.core.shell import own_streams
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before jaxlib is there: it tells of every step of joining
-    try:
-        with watch.telling(), own_streams():
-            yield
-    except BaseException as error:
-        if _job is not None:
+    with own_streams():
+        try:
+            with watch.telling():
+                yield
+            _part()
+        except BaseException as error:
             watch.failed(error)
-        raise
-    if _job is not None:
-        barrier()
-        watch.done()
-        import jax
+            raise
 
-        jax.distributed.shutdown()
+
+def _part() -> None:
+    """Waits for the others to be done, and leaves them."""
+    if _job is None:
+        return
+    from difax.core import watch
+
+    barrier()
+    watch.done()
+    import jax
+
+    jax.distributed.shutdown()
 
 
 def end(code: int) -> None:
