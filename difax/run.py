@@ -395,7 +395,9 @@ def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = Non
     setup, full = build_setup(config), {}
     if path is None and config.get("weights") == RANDOM:
         config, setup, full = _fitting(config, setup)
-    weights = find_weights(config, setup.model, path, seed)
+    # each process of a job reads the parts of its own devices; in one process another mesh may take these weights over
+    straight = setup.placement.params if setup.placement is not None and hosts.processes() > 1 else None
+    weights = find_weights(config, setup.model, path, seed, straight)
     as_configured = weights.model is setup.model
     if weights.model.input_shape != setup.model.input_shape:  # what follows from the size follows from the model's
         setup = build_setup(config, weights.model)
