@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -122,11 +123,16 @@ def sample_arguments(weights: pathlib.Path, out: pathlib.Path) -> list[str]:
     ]
 
 
+def finished(folder: pathlib.Path) -> list[int]:
+    """Steps of the whole checkpoints of a run; those that are being written have longer names."""
+    return sorted(int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit())
+
+
 def kill_one(arguments: list[str], folder: pathlib.Path, devices: int, victim: int) -> tuple[list[Ended], float]:
     """Kills one of two processes of a training run after its first checkpoint; the others' end, and after how long."""
     both = begin(arguments, environment(devices, 2))
     limit = time.monotonic() + PATIENCE
-    while not list(folder.glob("checkpoints/*/_CHECKPOINT_METADATA")) and time.monotonic() < limit:
+    while not finished(folder) and time.monotonic() < limit:
         if any(process.poll() is not None for process in both):
             break
         time.sleep(0.05)
@@ -148,9 +154,9 @@ def check(results: list[Ended]) -> None:
             raise SystemExit(f"exit code {result['code']}: {last_line(result)}")
 
 
-def measure(folder: pathlib.Path, devices: int, steps: int, parts: list[str]) -> list[dict[str, Any]]:
+def measure(folder: pathlib.Path, devices: int, steps: int, parts: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of the parts that are asked for."""
-    data, rows, all_devices = write_bars(folder), [], 2 * devices
+    data, all_devices = write_bars(folder), 2 * devices
     one, two = folder / "one", folder / "two"
     check(run(train_arguments(one, data, steps), all_devices))
     if "sample" in parts:
@@ -158,26 +164,22 @@ def measure(folder: pathlib.Path, devices: int, steps: int, parts: list[str]) ->
         both = run(sample_arguments(one, folder / "two.npz"), devices, 2)
         check(both)
         images = [np.load(folder / f"{name}.npz")["samples"] for name in ("one", "two")]
-        rows.append(
-            {
-                "part": "sample",
-                "trained_on": f"1 process x {all_devices} devices",
-                "largest_difference": float(np.abs(images[0] - images[1]).max()),
-                "largest_value": float(np.abs(images[0]).max()),
-                "second_process_wrote": bool(both[1]["out"] or both[1]["err"]),
-            }
-        )
+        yield {
+            "part": "sample",
+            "trained_on": f"1 process x {all_devices} devices",
+            "largest_difference": float(np.abs(images[0] - images[1]).max()),
+            "largest_value": float(np.abs(images[0]).max()),
+            "second_process_wrote": bool(both[1]["out"] or both[1]["err"]),
+        }
     if "train" in parts:
         check(run(train_arguments(two, data, steps), devices, 2))
         check(run(sample_arguments(two, folder / "from_two.npz"), 1))
-        rows.append(
-            {
-                "part": "train",
-                "largest_difference_of_losses": difference(losses(one), losses(two)),
-                "last_loss": losses(two)[steps],
-                "sampled_on_one_device": bool(np.isfinite(np.load(folder / "from_two.npz")["samples"]).all()),
-            }
-        )
+        yield {
+            "part": "train",
+            "largest_difference_of_losses": difference(losses(one), losses(two)),
+            "last_loss": losses(two)[steps],
+            "sampled_on_one_device": bool(np.isfinite(np.load(folder / "from_two.npz")["samples"]).all()),
+        }
     for victim in (1, 0) if "killed" in parts or "resumed" in parts else ():
         cut = folder / f"killed{victim}"
         (left, _), seconds = kill_one(train_arguments(cut, data, 4000), cut, devices, victim)
@@ -191,23 +193,20 @@ def measure(folder: pathlib.Path, devices: int, steps: int, parts: list[str]) ->
             "lock_left": (cut / LOCK).exists(),
         }
         if "killed" in parts:
-            rows.append(row)
+            yield row
         if "resumed" in parts:
-            kept = max(int(p.name) for p in (cut / "checkpoints").iterdir() if p.name.isdigit())
+            kept = finished(cut)[-1]
             more = kept + steps
             check(run(train_arguments(cut, data, more), devices, 2))
             whole = folder / f"whole{victim}"
             check(run(train_arguments(whole, data, more), all_devices))
-            rows.append(
-                {
-                    "part": "resumed",
-                    "killed": row["killed"],
-                    "from_step": kept,
-                    "to_step": more,
-                    "largest_difference_of_losses": difference(losses(whole), losses(cut)),
-                }
-            )
-    return rows
+            yield {
+                "part": "resumed",
+                "killed": row["killed"],
+                "from_step": kept,
+                "to_step": more,
+                "largest_difference_of_losses": difference(losses(whole), losses(cut)),
+            }
 
 
 def main() -> None:
@@ -218,11 +217,10 @@ def main() -> None:
     parser.add_argument("--lane", default="cpu", help="name of the file of results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(pathlib.Path(folder), options.devices, options.steps, options.parts)
-    shape = {"processes": 2, "devices_of_each": options.devices, "steps": options.steps}
-    for row in rows:
-        print(json.dumps(row))
-        append_row(RESULTS / "two_hosts" / f"{options.lane}.jsonl", {**row, **shape, **provenance()})
+        shape = {"processes": 2, "devices_of_each": options.devices, "steps": options.steps}
+        for row in measure(pathlib.Path(folder), options.devices, options.steps, options.parts):
+            print(json.dumps(row), flush=True)
+            append_row(RESULTS / "two_hosts" / f"{options.lane}.jsonl", {**row, **shape, **provenance()})
 
 
 if __name__ == "__main__":
