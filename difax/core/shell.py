@@ -107,7 +107,7 @@ def end_now(word: str, code: int = INTERRUPTED) -> None:
     limit.start()
     with contextlib.suppress(OSError):
         shown, nowhere = os.dup(_stderr), os.open(os.devnull, os.O_WRONLY)
-        for number in {2, _stderr}:
+        for number in (_stderr, 2):  # in this order: `_relay` hands on what it holds when 2 is closed
             os.dup2(nowhere, number)  # nothing follows the line: threads of C++ would tell what they miss
         start = "\n" if getattr(sys.stderr, "open_line", False) else ""
         os.write(shown, f"{start}difax: error: {word}\n".encode())
