@@ -492,7 +492,8 @@ def _check_config(folder: pathlib.Path, config: dict[str, Any], resume: bool) ->
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in config["train"].items() if k not in FREE}
     data = {k: v for k, v in config.get("data", {}).items() if k not in ("path", "data_dir")}  # data may be moved
-    return {**config, "train": kept, "data": data}
+    rest = {k: v for k, v in config.items() if k != "mesh"}  # and so may the devices
+    return {**rest, "train": kept, "data": data}
 
 
 def _first_difference(a: Any, b: Any, path: str = "") -> str | None:
