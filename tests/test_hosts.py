@@ -279,8 +279,9 @@ def test_a_process_that_is_killed_ends_the_other_and_the_same_command_goes_on(tm
     for row in rows:
         if row["part"] == "killed":
             victim = re.search(r"process (\d)", row["killed"])
-            assert victim is not None and row["others_exit_code"] == 1 and row["seconds"] < 60 and not row["lock_left"]
-            assert row["others_lines"] == 1
+            assert victim is not None and row["others_exit_code"] == 1 and row["seconds"] < 60
+            # of process 0 the file stays, and the kernel has let go of the lock
+            assert row["others_lines"] == 1 and row["lock_left"] == (victim[1] == "0")
             line = row["others_last_line"]
             assert re.match(rf"difax: error: process {victim[1]} of 2 \(host \S+\) was lost: ", line), line
         else:
