@@ -20,6 +20,8 @@ def run() -> NoReturn:
 
     code = main()
     finished(code)
+    if hosts := sys.modules.get("difax.core.hosts"):
+        hosts.end(code)
     sys.exit(code)
 
 

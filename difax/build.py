@@ -17,12 +17,13 @@ from difax.accel.caches import measured
 from difax.accel.parallel import parallel
 from difax.accel.quant import check_kernels, fitted
 from difax.checkpoints import find_weights
-from difax.core import grids
+from difax.core import grids, hosts
 from difax.core.annotations import annotations_of, brief, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver, TrunkSpec
 from difax.core.device import check_memory
 from difax.core.noise import sample_keys
 from difax.core.placement import Axes, Placement, make_placement
+from difax.core.placement import described as placement_in_words
 from difax.core.process import PREDICTIONS, Process
 from difax.core.qtensor import Rules, quantize_params, size_in_bytes
 from difax.core.qtensor import cast as cast_params
@@ -85,7 +86,7 @@ class Setup(NamedTuple):
 
     def placed_samples(self, tree: Any) -> Any:
         """Arrays that lead with the samples, cut along the mesh's axes of samples."""
-        return tree if self.placement is None else jax.device_put(tree, self.placement.batch())
+        return tree if self.placement is None else hosts.put(tree, self.placement.batch())
 
     def prepare(self, params: Params) -> Params:
         """Parameters as they are sampled with: quantised, cast to the model's dtype, as the target multiplies them,
@@ -99,7 +100,7 @@ class Setup(NamedTuple):
 
     def place(self, params: Params) -> Params:
         """Prepared parameters where the run has them: on the device, or cut over those of the mesh."""
-        return params if self.placement is None else jax.device_put(params, self.placement.params(params))
+        return params if self.placement is None else hosts.put(params, self.placement.params(params))
 
 
 SECTIONS = (
@@ -244,10 +245,17 @@ def axes_of(section: Mapping[str, Any]) -> Axes:
 def build_placement(
     config: Mapping[str, Any], model: Model, accelerator: Accelerator, devices: Sequence[Any] | None = None
 ) -> Placement | None:
-    """The placement of a configuration's section `mesh`; None where it has none."""
-    if "mesh" not in config:
+    """The placement of a configuration's section `mesh`; None where it has none. The processes of a job share all their
+    devices, and without a section the samples."""
+    several = devices is None and hosts.processes() > 1
+    if "mesh" not in config and not several:
         return None
-    axes = axes_of(config["mesh"])
+    axes = axes_of(config["mesh"]) if "mesh" in config else Axes(data=jax.device_count())
+    if several and axes.devices != jax.device_count():
+        raise ValueError(
+            f"mesh of {axes.devices} devices ({placement_in_words(axes)}); allowed: {jax.device_count()}, all those of "
+            f"the {hosts.processes()} processes"
+        )
     if axes.tensor > 1 and accelerator.learned is not None:
         raise ValueError(
             f"mesh.tensor={axes.tensor} with cache {accelerator.name}, whose factors were fitted to whole layers; "

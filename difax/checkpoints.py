@@ -48,7 +48,13 @@ class Weights:
 RANDOM = "random"
 
 
-def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None, seed: int = 0) -> Weights:
+def find_weights(
+    config: Mapping[str, Any],
+    model: Any,
+    path: str | None = None,
+    seed: int = 0,
+    shardings: Callable[[Params], Any] | None = None,
+) -> Weights:
     """The weights of a model: difax's own files, the folder of a training run, a published checkpoint, or random ones.
 
     Args:
@@ -57,6 +63,8 @@ def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None,
       path: a .safetensors file (difax, facebookresearch/DiT, SiT or diffusers layout), a run's folder, or what
         `difax convert` wrote.
       seed: of random weights.
+      shardings: shapes -> where each parameter of an orbax checkpoint is read to, a run's or a converted one's; None is
+        the first device of this process.
 
     Returns:
       `Weights`; a checkpoint may know what the configuration leaves open (a DiT of the diffusers layout differs in two
@@ -90,9 +98,12 @@ def find_weights(config: Mapping[str, Any], model: Any, path: str | None = None,
     if stored is not None:
         check_stored(path, stored, section, model)
         model = _completed(model, section, stored)
+    where = None if shardings is None else shardings(spec)
     if is_run(path):
-        return Weights(model, f"{path} (step {last_step(path)}, EMA)", lambda: restore_ema(path, model.init)[1])
+        return Weights(model, f"{path} (step {last_step(path)}, EMA)", lambda: restore_ema(path, model.init, where)[1])
     if is_converted(path):
+        if where is not None:
+            spec = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), spec, where)
         return Weights(model, source, lambda: load_converted(path, spec))
     if found is not None:
         return Weights(model, source, lambda: load_foreign(path, found))

@@ -79,6 +79,8 @@ def explained(error: BaseException) -> tuple[str, int] | None:
         return text, FAILED
     if isinstance(error, MemoryError):
         return f"out of memory ({text}), in {_place(error)}", FAILED
+    if "LostHost" in names:
+        return text, FAILED
     if names & {"JaxRuntimeError", "XlaRuntimeError"}:  # jax need not be imported yet
         return f"{'out of memory: ' * ('RESOURCE_EXHAUSTED' in text)}{text[:400]}", FAILED
     if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
@@ -242,7 +244,15 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder of images (sub-folders are classes), an .npz, or the data set's files",
     )
     train.add_argument("--minutes", type=float, help="stop with a checkpoint so long after the first step")
-    train.add_argument("--resume", action="store_true", help="continue the run in DIR")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=("auto",),
+        metavar="auto",
+        help="continue the run in DIR; auto: if there is one, else begin it, so that one command serves every start",
+    )
     train.set_defaults(run=commands.train)
 
     export = added.add_parser("export", parents=[common], help="write a run's averaged weights as one safetensors file")

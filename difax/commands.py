@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -79,8 +80,25 @@ def _cond(options: argparse.Namespace, run: Any) -> Any:
     return run.conditions(options.labels if options.cond is None else options.cond)
 
 
-def _start(options: argparse.Namespace) -> Callable[..., None]:
-    """Chooses the device and checks what can be checked at once; returns the function that writes a line of --log."""
+def _on_all_hosts(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command that the processes of a job run together, each with this very command line (`difax.core.hosts`)."""
+
+    @functools.wraps(command)
+    def run(options: argparse.Namespace) -> int:
+        from difax.core import hosts
+
+        with hosts.together():
+            return command(options)
+
+    return run
+
+
+def _start(options: argparse.Namespace, together: bool = False) -> Callable[..., None]:
+    """Chooses the device and checks what can be checked at once; returns the function that writes a line of --log.
+
+    Args:
+      together: do the processes of a job run this command as one.
+    """
     if getattr(options, "random_init", False) and options.weights:
         raise ValueError("--random-init and --weights exclude each other")
     _apart(options)
@@ -88,6 +106,10 @@ def _start(options: argparse.Namespace) -> Callable[..., None]:
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax tells what it raises, and more, on stderr
+    from difax.core import hosts
+
+    if together:
+        hosts.start()
     if getattr(options, "platform", None):
         from difax.core.device import choose_platform
 
@@ -96,7 +118,7 @@ def _start(options: argparse.Namespace) -> Callable[..., None]:
         from difax.core.device import check_platforms
 
         check_platforms()
-    if not getattr(options, "log", None):
+    if not getattr(options, "log", None) or not hosts.is_first():
         return lambda event, **fields: None
     path = writable(options.log, (".jsonl", ".json", ".log"), "--log", made=getattr(options, "workdir", None))
 
@@ -126,13 +148,16 @@ def _tell(options: argparse.Namespace, log: Callable[..., None]) -> Callable[[st
     return tell
 
 
+@_on_all_hosts
 def sample(options: argparse.Namespace) -> int:
-    log = _start(options)
+    log = _start(options, together=True)
+    from difax.core import hosts
     from difax.media.samples import check_output, read_latents
 
-    check_output(options.out)
-    if options.trace:
-        writable(options.trace, (".npz",), "--trace")
+    if hosts.is_first():
+        check_output(options.out)
+        if options.trace:
+            writable(options.trace, (".npz",), "--trace")
     _counts(options, "repeat")
     _seeds(options)
     config = _config(options, "fmnist_dit")
@@ -147,8 +172,10 @@ def sample(options: argparse.Namespace) -> int:
     if options.latents:
         n = len(jax.tree.leaves(cond)[0]) * options.repeat
         latents = read_latents(options.latents, n, run.setup.model.input_shape)
-    progress = not (options.quiet or options.json) and sys.stderr.isatty()
+    progress = not (options.quiet or options.json) and sys.stderr.isatty() and hosts.processes() == 1
     found = run.sample(cond, options.seed, repeat=options.repeat, latents=latents, progress=progress)
+    if not hosts.is_first():
+        return 0 if found.table["finite"] else 1
     out = found.save(options.out)
     if options.trace:
         found.save_trace(options.trace)
@@ -423,8 +450,10 @@ def calibrate(options: argparse.Namespace) -> int:
     return 0
 
 
+@_on_all_hosts
 def train(options: argparse.Namespace) -> int:
-    log, config = _start(options), _config(options, None)
+    log, config = _start(options, together=True), _config(options, None)
+    from difax.core import hosts
     from difax.run import train
 
     state = train(
@@ -433,10 +462,11 @@ def train(options: argparse.Namespace) -> int:
         data=options.data,
         resume=options.resume,
         minutes=options.minutes,
-        progress=not options.quiet,
+        progress=not options.quiet and hosts.is_first(),
         log=lambda row: log("step", **row),
     )
-    print(f"{options.workdir}: step {int(state.step)} of {config['train']['steps']}")
+    if hosts.is_first():
+        print(f"{options.workdir}: step {int(state.step)} of {config['train']['steps']}")
     return 0
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.build import Setup
+from difax.core import hosts
 from difax.core.contracts import Params, Trace
 from difax.core.cost import model_cost, run_cost
 from difax.core.decisions import averaged, inert, known, summary
@@ -49,7 +50,7 @@ class Program:
         self.rows, self.scale = jax.tree.map(jnp.asarray, setup.rows), jnp.float32(setup.scale)
         if setup.placement is not None:
             whole = setup.placement.sharding()
-            self.rows, self.scale = jax.device_put((self.rows, self.scale), whole)
+            self.rows, self.scale = hosts.put((self.rows, self.scale), whole)
         if known is not None:
             self.compiled, self.shared, self.compile_seconds = known, True, 0.0
             return
@@ -167,12 +168,12 @@ def draw(
     images, begun, seconds, traces = [], [], 0.0, []
     for chunk in range(chunks):
         x, keys, some = jax.block_until_ready(inputs(chunk))
-        begun.append(np.asarray(x).copy())  # x is donated
+        begun.append(np.array(hosts.fetch(x)))  # x is donated
         start = time.perf_counter()
         image, trace = jax.block_until_ready(compiled(x, keys, some))
         seconds += time.perf_counter() - start
-        images.append(np.asarray(image))
-        traces.append(trace)
+        images.append(hosts.fetch(image))
+        traces.append(trace if hosts.processes() == 1 else hosts.fetch(trace))
     bar.close()
     trace = known(averaged(traces))
     samples = np.concatenate(images)[:n]
@@ -198,6 +199,7 @@ def draw(
         "seconds_per_image": round(seconds / (chunks * size), 4),
         "peak_memory_mib": round(peak_memory(compiled.compiled) / 2**20, 1),
         "device": device_name(),
+        **({"processes": hosts.processes()} if hosts.processes() > 1 else {}),
         "jax": jax.__version__,
     }
     return Drawn(samples, np.concatenate(begun)[:n], trace, cost)
@@ -261,11 +263,18 @@ def previewer(setup: Setup) -> Callable[[Params], np.ndarray]:
     sampler = setup.sampler()
     classes = min(setup.model.classes, 10)
     labels = np.arange(2 * classes, dtype=np.int32) % classes
-    rows = jax.tree.map(jnp.asarray, setup.rows)
+    placement = setup.placement
+    shards = 1 if placement is None else placement.size(*SAMPLES)
+    n = -(-len(labels) // shards) * shards
+    rows, scale = jax.tree.map(jnp.asarray, setup.rows), jnp.float32(setup.scale)
+    if placement is not None:
+        rows, scale = hosts.put((rows, scale), placement.sharding())
 
     def preview(params: Params) -> np.ndarray:
-        x, keys, cond = setup.inputs(0, len(labels), labels)
-        images, _ = sampler(params, x, keys, cond, rows, setup.scale)
-        return image_grid(to_uint8(np.asarray(images)), classes, scale=2)
+        x, keys, cond = setup.inputs(0, n, labels)
+        if placement is not None:
+            params = setup.place(placement.arranged(params))
+        images, _ = sampler(params, x, keys, cond, rows, scale)
+        return image_grid(to_uint8(hosts.fetch(images)[: len(labels)]), classes, scale=2)
 
     return preview

@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from difax.build import Setup, build_data, build_options, build_setup, build_task, described
 from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
 from difax.config import config_names, configuration, keyword_settings, load_config, override, plain
+from difax.core import hosts
 from difax.core.annotations import OrInfinite, Seed, brief, check_arguments, check_value
 from difax.core.contracts import Params, Trace
 from difax.core.decisions import save_trace
@@ -30,7 +31,7 @@ from difax.report import format_table
 from difax.study import calibrate as calibrate_
 from difax.study import profile as profile_
 from difax.training.data import CLASS_NAMES, check_images, data_section
-from difax.training.train import TrainState, Unfit, check_folder
+from difax.training.train import TrainState, Unfit, resumes
 from difax.training.train import train as train_
 from difax.weights.conditions import check_conditions, labelled, load_conditions, random_conditions
 
@@ -394,7 +395,9 @@ def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = Non
     setup, full = build_setup(config), {}
     if path is None and config.get("weights") == RANDOM:
         config, setup, full = _fitting(config, setup)
-    weights = find_weights(config, setup.model, path, seed)
+    # each process of a job reads the parts of its own devices; in one process another mesh may take these weights over
+    straight = setup.placement.params if setup.placement is not None and hosts.processes() > 1 else None
+    weights = find_weights(config, setup.model, path, seed, straight)
     as_configured = weights.model is setup.model
     if weights.model.input_shape != setup.model.input_shape:  # what follows from the size follows from the model's
         setup = build_setup(config, weights.model)
@@ -453,7 +456,7 @@ def train(
     workdir: str | os.PathLike,
     *,
     data: str | os.PathLike | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     minutes: OrInfinite | None = None,
     progress: bool = False,
     log: Callable[[dict[str, Any]], None] | None = None,
@@ -466,8 +469,8 @@ def train(
       workdir: the run's folder; new or empty unless `resume`.
       data: where the data set lies: the folder of its files, a folder of images, or an .npz
         (`difax.training.data.data_section`); None is what the configuration says.
-      resume: continue from the last checkpoint. minutes: stop with a checkpoint after so long, from the end of the
-        first step on and without the previews.
+      resume: continue from the last checkpoint; "auto": if there is one, else begin the run.
+      minutes: stop with a checkpoint after so long, from the end of the first step on and without the previews.
       progress: a bar on stderr. log: is called with every line of log.jsonl.
 
     Returns:
@@ -484,7 +487,7 @@ def train(
     whole = override(given, keyword_settings(settings))
     more = {"workdir": workdir, "data": data, "resume": resume, "minutes": minutes, "progress": progress, "log": log}
     check_arguments("train", train, more)
-    check_folder(workdir, resume)
+    resume = hosts.first(lambda: resumes(workdir, resume))
     if minutes is not None and not minutes > 0:
         raise ValueError(f"--minutes={minutes}; allowed: > 0")
     if data is not None:

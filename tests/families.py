@@ -38,6 +38,7 @@ FAMILIES = {
     "commands": ("cli", "catalogue", "interrupts"),
     "settings": ("fuzz_settings", "settings"),
     "packaging": ("packaging",),
+    "hosts": ("hosts",),
 }
 
 

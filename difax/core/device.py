@@ -83,7 +83,7 @@ def _version(name: str) -> str:
 
 def memory_available() -> int:
     """Bytes that the first device has left, or the host where the device's memory is the host's."""
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     return host_memory()

@@ -38,7 +38,8 @@ def locked(folder: str | os.PathLike, what: str) -> Iterator[None]:
     """Keeps other processes out of a folder that is there, for the block.
 
     The kernel holds the lock, and lets go of it when the process dies, however it does. The file says who it is, for
-    others, and for file systems that do not share locks between machines.
+    others, and for file systems that do not share locks between machines. A job that was started again, on another
+    machine too, takes over its own (SLURM_JOB_ID, or DIFAX_JOB): it has one process that writes.
 
     Args:
       folder: to write to. what: holds it, as others are told, such as "difax train".
@@ -55,6 +56,7 @@ def locked(folder: str | os.PathLike, what: str) -> Iterator[None]:
     try:
         _check(path, _owner(file), sure)
         me = {"what": what, "pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        me |= {} if _job() is None else {"job": _job()}
         with undone(release):
             os.ftruncate(file, 0)
             os.pwrite(file, json.dumps(me).encode(), 0)
@@ -107,10 +109,18 @@ def _words(owner: dict[str, Any]) -> str:
     return f"{get('what')} (process {get('pid')} on {get('host')}, since {get('since')})"
 
 
+def _job() -> str | None:
+    """What starts of one and the same job have in common."""
+    slurm = os.environ.get("SLURM_JOB_ID")
+    return os.environ.get("DIFAX_JOB") or (f"slurm {slurm}" if slurm else None)
+
+
 def _check(path: pathlib.Path, owner: dict[str, Any], sure: bool) -> None:
     """Whether what the file says was left behind by a process that is no more."""
     pid, host = owner.get("pid"), owner.get("host")
     if host is not None and host != platform.node():
+        if sure and _job() is not None and owner.get("job") == _job():
+            return
         raise ValueError(
             f"{path.parent}: {_words(owner)} writes there, or did when it ended; if that process is gone, remove {path}"
         )

@@ -16,6 +16,8 @@ def data_mesh(devices: int | None = None) -> Mesh:
     n = len(there) if devices is None else devices
     if not 1 <= n <= len(there):
         raise ValueError(f"devices={n}; allowed: 1 ... {len(there)} ({there[0].platform})")
+    if n < len(there) and jax.process_count() > 1:
+        raise ValueError(f"devices={n}; allowed: {len(there)}, all those of the {jax.process_count()} processes")
     return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=there[:n])
 
 

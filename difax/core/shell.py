@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -23,6 +24,8 @@ SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SI
 _LIMIT = 2.0  # seconds after a signal in which the process is over, whatever becomes of what it removes
 
 _under_way: list[Callable[[], None]] = []
+_ending = threading.Lock()
+_stderr = 2  # the descriptor of what people read
 
 
 @contextlib.contextmanager
@@ -66,7 +69,7 @@ def end_at_signals() -> Callable[[int], None]:
                 if number in kept and codes:
                     os._exit(codes[0])
                 if number in kept:
-                    _end(kept[number])
+                    end_now(kept[number])
 
     kept = {int(n): word for n, word in SIGNALS.items() if signal.getsignal(n) is not signal.SIG_IGN}
     threading.Thread(target=watch, name="difax-signals", daemon=True).start()
@@ -95,19 +98,23 @@ def silence_threads() -> None:
     sys.unraisablehook = lambda _: None
 
 
-def _end(word: str) -> None:
-    limit = threading.Timer(_LIMIT, os._exit, [INTERRUPTED])
+def end_now(word: str, code: int = INTERRUPTED) -> None:
+    """Ends this process from any of its threads: with one line on stderr, and without what was half-written."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(60)  # another thread does
+    limit = threading.Timer(_LIMIT, os._exit, [code])
     limit.daemon = True
     limit.start()
     with contextlib.suppress(OSError):
-        shown, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)  # nothing follows the line: threads of C++ would tell what they miss
+        shown, nowhere = os.dup(_stderr), os.open(os.devnull, os.O_WRONLY)
+        for number in (_stderr, 2):  # in this order: `_relay` hands on what it holds when 2 is closed
+            os.dup2(nowhere, number)  # nothing follows the line: threads of C++ would tell what they miss
         start = "\n" if getattr(sys.stderr, "open_line", False) else ""
         os.write(shown, f"{start}difax: error: {word}\n".encode())
     for undo in reversed(_under_way.copy()):
         with contextlib.suppress(Exception):
             undo()
-    os._exit(INTERRUPTED)
+    os._exit(code)
 
 
 class DifaxWarning(UserWarning):
@@ -180,6 +187,56 @@ def streams() -> Iterator[None]:
     """Standard output and standard error as `Stream`s, in the block."""
     with contextlib.redirect_stdout(Stream(sys.stdout, True)), contextlib.redirect_stderr(Stream(sys.stderr, False)):
         yield
+
+
+@contextlib.contextmanager
+def own_streams(hold: float = 5.0) -> Iterator[None]:
+    """A block in which standard output and standard error are Python's own.
+
+    What C++ writes to the first goes nowhere (gloo tells there whom it met). What it writes to the second comes so many
+    seconds later, and not where `end_now` has ended the process before, whose line says it better.
+
+    Args:
+      hold: seconds.
+    """
+    global _stderr
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    shown = {1: os.dup(1), 2: os.dup(2)}
+    reading, writing = os.pipe()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(writing, 2)
+    for number in (nowhere, writing):
+        os.close(number)
+    relay = threading.Thread(target=_relay, args=(reading, shown[2], hold), name="difax-stderr", daemon=True)
+    relay.start()
+    _stderr = shown[2]
+    try:
+        with open(os.dup(shown[1]), "w") as out, open(os.dup(shown[2]), "w", buffering=1) as err:
+            with contextlib.redirect_stdout(Stream(out, True)), contextlib.redirect_stderr(Stream(err, False)):
+                yield
+    finally:
+        _stderr = 2
+        for number, there in shown.items():
+            os.dup2(there, number)
+        relay.join(1.0)  # who was started in the block may hold the other end
+        os.close(shown[1])
+
+
+def _relay(reading: int, shown: int, hold: float) -> None:
+    """Hands on what comes, so many seconds later; all of it when no more can come."""
+    held: list[tuple[float, bytes]] = []
+    there = True
+    while there or held:
+        due = held[0][0] - time.monotonic() if held else None
+        if there and select.select([reading], [], [], None if due is None else max(due, 0))[0]:
+            chunk = os.read(reading, 2**16)
+            there = bool(chunk)
+            held.append((time.monotonic() + hold, chunk))
+        while held and (not there or held[0][0] <= time.monotonic()):
+            with contextlib.suppress(OSError):
+                os.write(shown, held.pop(0)[1])
 
 
 def open_streams() -> None:

@@ -11,10 +11,11 @@ import dataclasses
 import json
 import os
 import pathlib
+import platform
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from difax.core import hosts
 from difax.core import mesh as mesh_
 from difax.core.annotations import Seed
 from difax.core.files import check_object, listed, makeable, named, place_of, read_object
 from difax.core.lock import LOCK, locked
 from difax.core.shell import undone
 from difax.core.writing import append_line, remove, replacing, unwritable, writing
-from difax.training.checkpoints import not_finite, open_checkpoints, restored
+from difax.training.checkpoints import not_finite, open_checkpoints, restored, restored_part
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
 from difax.weights.checkpoint import check_shapes
@@ -160,7 +162,7 @@ def train(
     options: TrainOptions,
     workdir: str | os.PathLike,
     config: dict[str, Any],
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     progress: bool = True,
     minutes: float | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
@@ -169,13 +171,15 @@ def train(
     """Trains a task and writes checkpoints, samples and logs into a folder.
 
     The folder gets config.json, log.jsonl (one line every `log_every` steps), TensorBoard events, samples/*.png and
-    checkpoints/ (asynchronous, the last `keep`, and always the final one).
+    checkpoints/ (asynchronous, the last `keep`, and always the final one). The processes of a job (`difax.core.hosts`)
+    train together over all their devices, each reading its own rows of a batch; all of them write the checkpoints, into
+    a folder that they share, and process 0 the rest.
 
     Args:
       task, data, options: what, on what, and how.
       workdir: the run's folder; must be new or empty unless `resume`.
       config: the run's whole configuration as plain JSON, compared on resume and stored beside the checkpoints.
-      resume: continue from the last checkpoint of `workdir`.
+      resume: continue from the last checkpoint of `workdir`; "auto": if there is a run, else begin it.
       progress: show a progress bar on stderr.
       minutes: stop with a checkpoint after so long, to be resumed; from the end of the first step on, since compilation
         is before it, and without the previews. None trains to the end.
@@ -191,25 +195,44 @@ def train(
       FloatingPointError: a loss, gradient, update or weight that is not finite, with its step, before anything of it is
         kept; the last good checkpoint stays.
     """
-    check_folder(workdir, resume)
+    resume = hosts.first(lambda: resumes(workdir, resume))
     folder = pathlib.Path(workdir).absolute()
     mesh = mesh_.data_mesh(options.devices)
     split = mesh_.batch_sharding(mesh, options.batch)
     whole = mesh_.replicated(mesh)
     indices = batches(len(data.image), options.batch, options.seed)
-    _check_config(folder, config, resume)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from None
-    with locked(folder, "difax train"), undone(lambda: _remove_unfinished(folder)):
+
+    def prepare() -> None:
+        _check_config(folder, config, resume)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(folder, error) from None
+        held.enter_context(locked(folder, "difax train"))
+        held.enter_context(undone(lambda: _remove_unfinished(folder)))
         _remove_unfinished(folder)
         check_folder(folder, resume)  # another process may have been here before the lock was ours
         _check_config(folder, config, resume)
         if not resume:
             _write_json(folder / "config.json", config)
         (folder / "samples").mkdir(exist_ok=True)
+
+    with contextlib.ExitStack() as held:
+        hosts.first(prepare)
+        _check_shared(folder)
         return _train(task, data, options, folder, config, progress, minutes, log, clock, (indices, split, whole))
+
+
+def _check_shared(folder: pathlib.Path, patience: float = 60.0) -> None:
+    """Whether this process sees what process 0 has written, which file systems may take a minute to show."""
+    end = time.monotonic() + patience
+    while not (folder / "config.json").is_file():
+        if time.monotonic() > end:
+            raise ValueError(
+                f"{folder}: process {hosts.process()} (host {platform.node()}) does not see there what process 0 has "
+                "written; allowed: a folder that all hosts share"
+            )
+        time.sleep(0.2)
 
 
 def _train(
@@ -240,28 +263,29 @@ def _train(
         options=ocp.CheckpointManagerOptions(max_to_keep=options.keep, enable_async_checkpointing=True),
     )
     with checkpoints:
-        latest = checkpoints.latest_step()
+        latest = hosts.first(checkpoints.latest_step)
         if latest is None:
             state = jax.jit(init, out_shardings=whole)()
         else:
-            _check_schedule(folder, latest, options)
+            hosts.first(lambda: _check_schedule(folder, latest, options))
             shapes = jax.eval_shape(init)
             like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
             state = cast(TrainState, restored(folder, checkpoints, latest, like))
-        _write_json(folder / "config.json", {**config, "train": {**config["train"], "steps": options.steps}})
+        if hosts.is_first():
+            _write_json(folder / "config.json", {**config, "train": {**config["train"], "steps": options.steps}})
         recorder = _Recorder(folder, int(state.step), options, progress, log)
         update = make_step(task.loss, options)
         with recorder:
             for step in range(int(state.step), options.steps):
-                rows = indices(step)
-                batch = {"image": data.image[rows], "label": data.label[rows]}
-                state, metrics = update(state, jax.device_put(batch, split))
+                batch = hosts.put_rows({"image": data.image, "label": data.label}, indices(step), split)
+                state, metrics = update(state, batch)
                 done = step + 1
                 recorder.add(done, metrics)
                 if minutes is not None and deadline is None:
                     jax.block_until_ready(state)
                     deadline = clock() + 60 * minutes
-                last = done == options.steps or (deadline is not None and clock() >= deadline)
+                ends = None if deadline is None else deadline
+                last = done == options.steps or (ends is not None and hosts.first(lambda end=ends: clock() >= end))
                 save = last or done % options.checkpoint_every == 0
                 show = task.preview is not None and (last or done % options.sample_every == 0)
                 if save or show or done % options.log_every == 0:
@@ -320,12 +344,13 @@ def last_step(workdir: str | os.PathLike) -> int:
         return _latest(workdir, checkpoints)
 
 
-def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) -> tuple[int, Any]:
-    """Reads the averaged weights of the last checkpoint of a training folder.
+def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any], sharding: Any = None) -> tuple[int, Any]:
+    """Reads the averaged weights of the last checkpoint of a training folder, and nothing else of it.
 
     Args:
-      workdir: the folder given to `train`.
+      workdir: the folder given to `train`, on however many devices and hosts.
       init: the model's init, for the expected shapes.
+      sharding: that each leaf is read onto, one for all or a tree; None is the first device of this process.
 
     Returns:
       (step, params).
@@ -333,14 +358,11 @@ def restore_ema(workdir: str | os.PathLike, init: Callable[[jax.Array], Any]) ->
     Raises:
       ValueError: no checkpoint there, a damaged one, or one of another shape (names the tensor).
     """
+    wanted = jax.eval_shape(init, jax.random.key(0))
+    check = lambda stored: check_shapes(str(workdir), stored, wanted)  # noqa: E731
     with _checkpoints(workdir) as checkpoints:
         latest = _latest(workdir, checkpoints)
-        stored = restored(workdir, checkpoints, latest)
-    ema = stored.get("ema") if isinstance(stored, dict) else getattr(stored, "ema", None)
-    if not isinstance(ema, dict):
-        raise ValueError(f"{named(pathlib.Path(workdir) / 'checkpoints' / str(latest))}: no averaged weights in it")
-    check_shapes(str(workdir), ema, jax.eval_shape(init, jax.random.key(0)))
-    return latest, ema
+        return latest, restored_part(workdir, checkpoints, latest, "ema", check, sharding)
 
 
 def _checkpoints(workdir: str | os.PathLike) -> ocp.CheckpointManager:
@@ -358,7 +380,8 @@ def _latest(workdir: str | os.PathLike, checkpoints: ocp.CheckpointManager) -> i
 
 
 class _Recorder:
-    """Progress bar, JSONL, TensorBoard events and pictures; metrics stay on the device until flushed."""
+    """Progress bar, JSONL, TensorBoard events and pictures; metrics stay on the device until flushed. Of the processes
+    of a job the first writes, and all look whether the metrics are finite."""
 
     def __init__(self, folder: pathlib.Path, start: int, options: TrainOptions, progress: bool, tell: Any = None):
         from tensorboardX import SummaryWriter
@@ -366,9 +389,10 @@ class _Recorder:
 
         self.folder, self.options, self.start, self.tell = folder, options, start, tell
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self.path = folder / "log.jsonl"
-        _truncate_log(self.path, start)
-        self.events = SummaryWriter(str(folder / "events"), purge_step=start or None)
+        self.path, self.events = folder / "log.jsonl", None
+        if hosts.is_first():
+            _truncate_log(self.path, start)
+            self.events = SummaryWriter(str(folder / "events"), purge_step=start or None)
         self.bar = tqdm(
             total=options.steps,
             initial=start,
@@ -384,7 +408,8 @@ class _Recorder:
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
-        self.events.close()
+        if self.events is not None:
+            self.events.close()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.pending.append((step, metrics))
@@ -400,6 +425,8 @@ class _Recorder:
             for name in ("loss", "gradient_norm", "update_norm"):
                 if not np.isfinite(metrics[name]):
                     raise FloatingPointError(f"{name} is {metrics[name]} at step {step}; {_kept(self.folder)}")
+        if self.events is None:
+            return
         now = time.perf_counter()
         step = fetched[-1][0]
         rate = (step - self.last) * self.options.batch / (now - self.clock)
@@ -418,8 +445,17 @@ class _Recorder:
     def picture(self, step: int, image: np.ndarray) -> None:
         from difax.media.images import save_png
 
+        if self.events is None:
+            return
         save_png(self.folder / "samples" / f"{step:07d}.png", image)
         self.events.add_image("samples", image, step, dataformats="HW" if image.ndim == 2 else "HWC")
+
+
+def resumes(workdir: str | os.PathLike, resume: bool | Literal["auto"]) -> bool:
+    """Whether a run goes on in a folder: "auto" where one is there. Raises as `check_folder`."""
+    goes_on = place_of(pathlib.Path(workdir) / "config.json") is not None if resume == "auto" else bool(resume)
+    check_folder(workdir, goes_on)
+    return goes_on
 
 
 def check_folder(workdir: str | os.PathLike, resume: bool) -> None:
@@ -456,7 +492,8 @@ def _check_config(folder: pathlib.Path, config: dict[str, Any], resume: bool) ->
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in config["train"].items() if k not in FREE}
     data = {k: v for k, v in config.get("data", {}).items() if k not in ("path", "data_dir")}  # data may be moved
-    return {**config, "train": kept, "data": data}
+    rest = {k: v for k, v in config.items() if k != "mesh"}  # and so may the devices
+    return {**rest, "train": kept, "data": data}
 
 
 def _first_difference(a: Any, b: Any, path: str = "") -> str | None:

@@ -268,5 +268,5 @@ def _first_line(error: Exception) -> str:
 
 def _restored(leaf: Any) -> type_handlers.ArrayRestoreArgs:
     """How one parameter is restored: as a jax array, in the dtype of the file, onto the sharding of its leaf."""
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return type_handlers.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
