@@ -48,8 +48,10 @@ CHIPS: dict[str, Chip] = {
     "v4": Chip("tpu", 32 * GIB, int(30.75 * GIB), 1228e9, {"bfloat16": 275e12, "int8": 275e12}, 50e9, 6, 32 * MIB, 3),
     # 16 GB, 819 GB/s, 197 TFLOP/s bf16, 394 TOP/s int8, 1600 Gbit/s over 4 links
     "v5e": Chip("tpu", 16 * GIB, int(15.75 * GIB), 819e9, {"bfloat16": 197e12, "int8": 394e12}, 50e9, 4, 128 * MIB, 2),
-    # 95 GB (which are 96 GiB less what the runtime keeps), 2765 GB/s, 459 TFLOP/s bf16, 918 TOP/s int8, 4800 Gbit/s over 6 links
-    "v5p": Chip("tpu", 96 * GIB, int(95.73 * GIB), 2765e9, {"bfloat16": 459e12, "int8": 918e12}, 100e9, 6, 128 * MIB, 3),
+    # 95 GB (of 96 GiB), 2765 GB/s, 459 TFLOP/s bf16, 918 TOP/s int8, 4800 Gbit/s over 6 links
+    "v5p": Chip(
+        "tpu", 96 * GIB, int(95.73 * GIB), 2765e9, {"bfloat16": 459e12, "int8": 918e12}, 100e9, 6, 128 * MIB, 3
+    ),
     # 32 GB, 1640 GB/s, 918 TFLOP/s bf16, 1836 TOP/s int8, 3200 Gbit/s over 4 links
     "v6e": Chip(
         "tpu", 32 * GIB, int(31.24 * GIB), 1640e9, {"bfloat16": 918e12, "int8": 1836e12}, 100e9, 4, 128 * MIB, 2

@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices and multiplies, read from XLA's optimised text with loops multiplied out.
+"""What a compiled program moves between devices and multiplies, from XLA's optimised text, loops multiplied out.
 
 XLA's own cost analysis counts a loop's body once, and knows no collectives. Its text says how often most loops run: as
 `known_trip_count` (CPU, GPU), or in the constant that the condition compares a counter with (TPU). A loop of which
@@ -39,10 +39,10 @@ class Module(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """One kind of collective in a run of a program: how often each device takes part, bytes of what it takes part with
+    """One kind of collective in a run of a program: times each device takes part, bytes of what it takes part with
     (of an all-gather the whole, of the others its own), and bytes that leave it over its links."""
 
-    count: float
+    times: float
     bytes: float
     sent: float
 

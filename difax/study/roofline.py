@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
 from difax.build import Setup
@@ -25,14 +26,13 @@ from difax.core.shapes import memory_for, trunk_spec
 from difax.core.target import Target, lowering_for
 from difax.core.trunk import neutral, reference_attention
 
-# axes of a mesh: what each divides
+# axes of a mesh (`difax.core.placement.Axes`): what each divides
 DIVIDES = {
     "data": "the batch",
+    "fsdp": "the batch, and the weights until they are used",
     "cfg": "the halves of guidance",
-    "ulysses": "the tokens, and in attention the heads",
-    "ring": "the tokens",
-    "tensor": "the columns of the products",
-    "fsdp": "the weights, gathered where they are used",
+    "seq": "the tokens",
+    "tensor": "the columns and rows of the products, and the heads",
 }
 EIGHT_BITS = {"int8": ("int8", "int4"), "float8_e4m3fn": ("float8_e4m3fn",)}  # rate -> types of both operands
 
@@ -42,8 +42,8 @@ class Work(NamedTuple):
 
     operations: {type of operands that names the rate: operations}; weights, activations: bytes that are read and
     written, weights once an evaluation and activations by all samples; parameters, caches, inputs, widest: bytes that
-    are held: weights, what is remembered between evaluations, arguments beside the weights, and what the widest branch
-    of a block reads and writes. evaluations: of the network. decided: False where a cache decides in the run what is
+    are held: weights, what is remembered between evaluations, samples with keys and conditions, and what the widest
+    branch of a block reads and writes; tables: the rows, which every device has. evaluations: of the network. decided: False where a cache decides in the run what is
     computed: the work is then that of a run that computes everything, which is the most. heads, attended: of every
     attention call of an evaluation: heads, and bytes of (q, k, v, o). tokens: bytes of the tokens between blocks, and
     blocks: how many there are. halves: copies of the batch that run together. output: bytes of the network's output.
@@ -55,6 +55,7 @@ class Work(NamedTuple):
     parameters: int
     caches: int
     inputs: int
+    tables: int
     widest: float
     evaluations: float
     decided: bool
@@ -109,13 +110,13 @@ def work(setup: Setup, params: Params, batch: int) -> Work:
     total = run_bytes(moved, trace, batch, setup.guide.together)
     weights = run_bytes(moved, trace, 0, setup.guide.together)
     return Work(
-        operations={"bfloat16": batch * per_sample - sum(eight.values()), **eight},
+        operations={str(jnp.dtype(model.dtype)): batch * per_sample - sum(eight.values()), **eight},
         weights=weights,
         activations=total - weights,
         parameters=size_in_bytes(params),
         caches=cache_bytes(setup, params, batch),
-        inputs=batch * (4 * math.prod(model.input_shape) + 8 + size_in_bytes(model.cond))
-        + size_in_bytes(jax.tree.map(np.asarray, setup.rows)),
+        inputs=batch * (4 * math.prod(model.input_shape) + 8 + size_in_bytes(model.cond)),
+        tables=size_in_bytes(jax.tree.map(np.asarray, setup.rows)),
         widest=widest * batch * setup.guide.halves,
         evaluations=float(np.sum(np.asarray(trace.halves) > 0)),
         decided=decided,
@@ -123,7 +124,7 @@ def work(setup: Setup, params: Params, batch: int) -> Work:
         attended=tuple(part for _, part in calls),
         tokens=float(size_in_bytes(spec.tokens)),
         blocks=blocks,
-        halves=setup.guide.halves,
+        halves=setup.guide.halves if setup.guide.together else 1,
         output=float(size_in_bytes(spec.output)),
         batch=batch,
     )
@@ -163,7 +164,7 @@ def _trace_alone(setup: Setup, params: Params) -> Trace | None:
     if any(used[:first]):
         return None
     given = [a for a, needed in zip(known, used[first:], strict=True) if needed]
-    leaves = jax.jit(lambda *a: jax.core.eval_jaxpr(jaxpr, closed.consts, *a))(*given)
+    leaves = jax.jit(lambda *a: jaxpr_as_fun(ClosedJaxpr(jaxpr, closed.consts))(*a))(*given)
     return jax.tree.unflatten(jax.tree.structure(shapes[1]), [np.asarray(a) for a in leaves])
 
 
@@ -208,12 +209,18 @@ def cache_bytes(setup: Setup, params: Params, batch: int) -> int:
     return size_in_bytes(jax.eval_shape(memory))
 
 
-Axes = Mapping[str, int]  # of `DIVIDES`; what is not named is 1
+Axes = Mapping[str, int]  # of `DIVIDES`, and "ulysses" of "seq"; what is not named is 1
 
 
-def share(axes: Axes) -> int:
-    """Into how many parts a mesh divides the samples' work: over all axes but that of the weights alone."""
-    return math.prod(n for axis, n in axes.items() if axis != "fsdp")
+def share(of: Work, axes: Axes) -> int:
+    """Into how many parts a mesh divides the samples' work; an axis "cfg" without two halves at once divides none."""
+    return math.prod(axes.get(axis, 1) for axis in DIVIDES if axis != "cfg" or of.halves == 2)
+
+
+def ulysses(of: Work, axes: Axes) -> int:
+    """Of the devices along "seq", those that exchange heads for tokens; the rest are a ring."""
+    local = math.gcd(*of.heads) // axes.get("tensor", 1)
+    return axes.get("ulysses") or math.gcd(axes.get("seq", 1), local)
 
 
 class Seconds(NamedTuple):
@@ -258,52 +265,49 @@ def seconds(chip: Chip, operations: Mapping[str, float], moved: float, sent: flo
 
 def per_device(of: Work, axes: Axes) -> tuple[dict[str, float], float]:
     """(operations by type, bytes moved) of one device: work over `share`, weights over the axis of the columns."""
-    parts = share(axes)
+    parts = share(of, axes)
     moved = of.activations / parts + of.weights / axes.get("tensor", 1)
     return {kind: count / parts for kind, count in of.operations.items()}, moved
 
 
 def held(of: Work, axes: Axes) -> dict[str, float]:
     """An estimate of what one device holds, in bytes: weights, caches, inputs, and the widest branch's activations."""
-    parts = share(axes)
+    parts = share(of, axes)
     rest = parts // axes.get("tensor", 1)
     return {
         "weights": of.parameters / (axes.get("tensor", 1) * axes.get("fsdp", 1)),
         "caches": of.caches / rest,
-        "inputs": of.inputs / axes.get("data", 1),
+        "inputs": of.tables + of.inputs / (axes.get("data", 1) * axes.get("fsdp", 1)),
         "activations": of.widest / parts + of.tokens * of.batch * of.halves / rest,
     }
 
 
 def sent(of: Work, axes: Axes) -> float:
     """An estimate of the bytes that a device sends in a run, by the algorithms that the axes stand for."""
-    data, cfg, u, r, t, f = (axes.get(axis, 1) for axis in ("data", "cfg", "ulysses", "ring", "tensor", "fsdp"))
-    samples = of.batch * of.halves / (data * cfg)
-    tokens = samples / (u * r)
+    t, f, cfg = (axes.get(axis, 1) for axis in ("tensor", "fsdp", "cfg"))
+    u = ulysses(of, axes)
+    r = axes.get("seq", 1) // u
+    tokens = of.batch * of.halves * t / share(of, axes)  # samples whose tokens a device has: a fraction of one
     total = 0.0
     for q, k, v, o in of.attended:
         total += tokens / t * (q + k + v + o) * (u - 1) / u  # all-to-all of q, k, v and back
         total += tokens / t * (k + v) * (r - 1)  # keys and values pass from neighbour to neighbour
     total += of.blocks * 2 * (tokens * of.tokens * 2 * (t - 1) / t)  # two all-reduces of the tokens a block
     total += of.parameters / t * (f - 1) / f  # weights, gathered at each evaluation
-    total += samples * of.output * (cfg - 1)
+    total += of.batch * of.output * (cfg - 1) * cfg * t / share(of, axes)  # the other half's output
     return total * of.evaluations
 
 
-def factorised(n: int, of: Work, together: bool) -> Iterator[dict[str, int]]:
+def factorised(n: int, of: Work) -> Iterator[dict[str, int]]:
     """All meshes of n devices that divide what they must: the batch, both halves, the heads."""
+    heads = math.gcd(*of.heads)
     for data in _divisors(math.gcd(n, of.batch)):
-        for cfg in (1, 2) if of.halves == 2 and together else (1,):
-            rest = n // data
-            if rest % cfg:
-                continue
-            for tensor in _divisors(rest // cfg):
-                for fsdp in _divisors(rest // cfg // tensor):
-                    for ulysses in _divisors(rest // cfg // tensor // fsdp):
-                        ring = rest // cfg // tensor // fsdp // ulysses
-                        if all(heads % (ulysses * tensor) == 0 for heads in of.heads):
-                            sizes = (data, cfg, ulysses, ring, tensor, fsdp)
-                            yield {a: s for a, s in zip(DIVIDES, sizes, strict=True) if s > 1}
+        for fsdp in _divisors(math.gcd(n // data, of.batch // data)):
+            rest = n // data // fsdp
+            for cfg in (1, 2) if of.halves == 2 and rest % 2 == 0 else (1,):
+                for tensor in _divisors(math.gcd(rest // cfg, heads)):
+                    sizes = (data, fsdp, cfg, rest // cfg // tensor, tensor)
+                    yield {axis: size for axis, size in zip(DIVIDES, sizes, strict=True) if size > 1}
 
 
 def _divisors(n: int) -> list[int]:

@@ -1,0 +1,446 @@
+"""The work of `difax plan`, in a process of its own whose environment was set for a target that is not there.
+
+A request comes in on stdin, as `difax.study.plan` writes it, and the answer goes out on stdout as one line of JSON.
+Everything is compiled from shapes alone: no weights, no device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.build import Setup, axes_of, build_setup
+from difax.core import hlo
+from difax.core.chips import Absent, devices, parse_target
+from difax.core.target import lowering_for, target_of
+from difax.program import model_shapes
+from difax.study import roofline
+
+INT8 = "int8_w8a8"
+CONFIRMED = 3  # placements that are compiled, at most, to find one that fits or to rank the best
+WORTH = 1.5  # compilations that must fit into the seconds that are left, for one more to be begun
+
+
+class Lowered(NamedTuple):
+    """A sampler lowered for a mesh, and the shapes of its arguments (params, x, keys, cond, rows, scale), with where
+    each lies."""
+
+    lowered: Any
+    arguments: tuple[Any, ...]
+
+
+def lower(config: Mapping[str, Any], there: list[Any], axes: Mapping[str, int], batch: int) -> Lowered:
+    """The sampler of a configuration, lowered for a mesh of devices that need not be there.
+
+    Args:
+      config: what to sample with. there: devices. axes: the section `mesh`. batch: samples.
+    """
+    setup = build_setup({**config, "mesh": dict(axes)}, devices=there)
+    placement = setup.placement
+    assert placement is not None  # it has a mesh
+    groups = axes.get("data", 1) * axes.get("fsdp", 1)
+    if batch % groups:
+        raise ValueError(f"batch={batch} on mesh {mesh_text(axes)}; allowed: multiples of {groups}")
+
+    def at(tree: Any, where: Any) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+
+    params = jax.eval_shape(setup.prepare, model_shapes(setup.model))
+    params = jax.tree.map(
+        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), params, placement.params(params)
+    )
+    x, keys, cond = (at(a, placement.batch()) for a in roofline.input_shapes(setup, batch))
+    rows = at(jax.tree.map(np.asarray, setup.rows), placement.sharding())
+    scale = at(jax.ShapeDtypeStruct((), jnp.float32), placement.sharding())
+    arguments = (params, x, keys, cond, rows, scale)
+    # some lowerings of a kernel look at the devices of the mesh that is set, and would find the host's
+    with lowering_for(target_of(there[0])), jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+        return Lowered(setup.sampler().lower(*arguments), arguments)
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a program, per device: memory {what: bytes}, the largest arguments and temporaries
+    [(name, bytes)], collectives as a run executes them (`hlo.Moved`; fewest: if every conditional takes its cheapest
+    branch), products: operations, loops of unknown length, and seconds that it took. refused: its own words where the
+    program does not fit into the device's memory."""
+
+    memory: dict[str, int]
+    arguments: list[tuple[str, int]]
+    temporaries: list[tuple[str, int, str]]
+    collectives: dict[str, hlo.Moved]
+    fewest: dict[str, hlo.Moved]
+    products: float
+    least_products: float
+    unknown: int
+    seconds: float
+    refused: str | None = None
+
+
+def compiled(setup: Setup, made: Lowered, options: Mapping[str, Any]) -> Compiled:
+    """Compiles a lowered sampler and reads what it takes."""
+    start = time.perf_counter()
+    arguments = largest_arguments(made.arguments)
+    nothing = Compiled({}, arguments, [], {}, {}, 0.0, 0.0, 0, 0.0)
+    try:
+        program = made.lowered.compile(compiler_options=dict(options) or None)
+    except Exception as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+            if options and ("option" in text.lower() or "flag" in text.lower()):
+                raise ValueError(f"--xla: {' '.join(text.split())[:200]}") from None
+            raise
+        took = time.perf_counter() - start
+        return nothing._replace(memory=_asked(text), temporaries=_allocations(text), refused=_first(text), seconds=took)
+    memory, text = program.memory_analysis(), program.as_text()
+    module = hlo.parse(text)
+    likely = branches(setup)
+    moved, unknown = hlo.collectives(module, likely)
+    sizes = {
+        "argument": int(memory.argument_size_in_bytes),
+        "output": int(memory.output_size_in_bytes),
+        "temporary": int(memory.temp_size_in_bytes),
+        "aliased": int(memory.alias_size_in_bytes),
+    }
+    sizes["peak"] = sizes["argument"] + sizes["output"] + sizes["temporary"] - sizes["aliased"]
+    return Compiled(
+        memory=sizes,
+        arguments=arguments,
+        temporaries=[(kind, int(bytes_), where) for kind, bytes_, where in hlo.largest(module)],
+        collectives=moved,
+        fewest=hlo.collectives(module, hlo.least)[0],
+        products=hlo.products(module, likely),
+        least_products=hlo.products(module, hlo.least),
+        unknown=unknown,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def branches(setup: Setup) -> hlo.Branches:
+    """What a conditional of the compiled sampler counts as: where the plan says which mode each evaluation has, a
+    choice among as many is taken so often; any other is its dearest branch."""
+    modes = len(setup.rows.plan.modes)
+    if modes < 2 or setup.accelerator.lookup is not None:
+        return hlo.most
+    index = np.asarray(setup.rows.plan.index)
+    return hlo.taken([float(np.mean(index == mode)) for mode in range(modes)])
+
+
+def largest_arguments(arguments: Any, count: int = 8) -> list[tuple[str, int]]:
+    """(name, bytes on each device) of the largest arguments."""
+    names = ("params", "x", "keys", "cond", "rows", "scale")
+    rows = [
+        (f"{name}{jax.tree_util.keystr(path)}", leaf_bytes(leaf))
+        for name, tree in zip(names, arguments, strict=True)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+    return sorted(rows, key=lambda row: -row[1])[:count]
+
+
+def leaf_bytes(leaf: Any) -> int:
+    """Bytes of an argument on each device, without what a layout pads."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 8 * math.prod(shape)
+    return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * _UNITS[unit])
+
+
+def _first(text: str) -> str:
+    """The first sentence of a compiler's refusal."""
+    line = next((line for line in text.splitlines() if line.strip()), text)
+    return " ".join(re.sub(r"^\w+: ", "", line).split())[:300]
+
+
+def _asked(text: str) -> dict[str, int]:
+    """{"peak": bytes that were asked for, "usable": that there are} by the words of a refusal."""
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", text)
+    if used is None:
+        used = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", text)
+    return {"peak": _bytes(used[1], used[2]), "usable": _bytes(used[3], used[4])} if used else {}
+
+
+def _allocations(text: str) -> list[tuple[str, int, str]]:
+    """(type, bytes, where) of the largest allocations, by the words of a refusal."""
+    found = []
+    for part in re.split(r"\n\s*\d+\. ", text)[1:]:
+        much = re.search(r"Size: ([\d.]+)([KMGT]?)", part)
+        shape, name = re.search(r"Shape: (\S+)", part), re.search(r'op_name="([^"]*)"', part)
+        if much:
+            kind = re.sub(r"\{.*", "", shape[1]) if shape else "unknown"
+            found.append((kind, _bytes(much[1], much[2]), name[1] if name else ""))
+    return found[:8]
+
+
+class Asked(NamedTuple):
+    """A request: the configuration, whose section `mesh` is compiled (without one: all devices along "data"); the
+    target; whether to rank all meshes instead; samples, None for one in each group of the mesh's; XLA's options; whether
+    to look for another placement where this one does not fit; seconds that the answer may take."""
+
+    config: dict[str, Any]
+    target: str
+    auto: bool
+    batch: int | None
+    xla: dict[str, Any]
+    search: bool = True
+    patience: float = 160.0
+
+
+def answer(asked: Asked, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """The plan of a request, as plain numbers (`difax.study.plan.plan` says what they are)."""
+    deadline = time.perf_counter() + asked.patience
+    target = parse_target(asked.target)
+    there = devices(target)
+    config = {key: value for key, value in asked.config.items() if key != "mesh"}
+    axes = None if asked.auto else checked_axes(asked.config.get("mesh", {"data": target.size}), target)
+    batch = asked.batch or (axes or {}).get("data", 1) * (axes or {}).get("fsdp", 1)
+    setup = build_setup(config)
+    asked = asked._replace(batch=batch, config=config)
+    params = jax.eval_shape(setup.prepare, model_shapes(setup.model))
+    of = roofline.work(setup, params, batch)
+    found: dict[str, Any] = {
+        "model": setup.model.name,
+        **{key: setup.described.get(key, "none") for key in ("cache", "quant", "attend", "solver", "guide")},
+        "target": target.name,
+        "devices": target.size,
+        "device": there[0].device_kind,
+        "batch": batch,
+        "evaluations": len(setup.rows.i),
+        "decided": of.decided,
+        "xla": asked.xla,
+        "jax": jax.__version__,
+    }
+    trial = Trial(setup, asked, target, there, of, tell, deadline)
+    if axes is None:
+        rows = trial.ranked()
+        best = trial.confirmed([row["axes"] for row in rows])
+        best.sort(key=lambda plan: (plan["fits"] is False, (plan["seconds"] or {}).get("summed", 0.0)))
+        return {**found, **best[0], "candidates": rows, "compiled": [shortened(plan) for plan in best]}
+    chosen = trial.plan(axes)
+    if chosen["fits"] is False and asked.search:
+        chosen["instead"] = trial.nearest(axes)
+    return {**found, **chosen}
+
+
+def checked_axes(section: Mapping[str, Any], target: Absent) -> dict[str, int]:
+    """A section `mesh` whose sizes multiply to the target's devices.
+
+    Raises:
+      ValueError: an unknown axis, a size that is none, or another product.
+    """
+    axes = axes_of(section)
+    if axes.devices != target.size:
+        raise ValueError(
+            f"--mesh {mesh_text(section)} has {axes.devices} devices; allowed: the {target.size} of {target.name}"
+        )
+    return {name: size for name, size in axes._asdict().items() if size not in (1, None)}
+
+
+class Trial(NamedTuple):
+    """What placements are tried with."""
+
+    setup: Setup
+    asked: Asked
+    target: Absent
+    there: list[Any]
+    of: roofline.Work
+    tell: Callable[[str], None]
+    deadline: float
+
+    def plan(self, axes: Mapping[str, int]) -> dict[str, Any]:
+        """One placement, compiled."""
+        shown = mesh_text(axes)
+        self.tell(f"compiling {self.setup.model.name} for {self.target.name}, mesh {shown}")
+        made = lower(self.asked.config, self.there, axes, self.of.batch)
+        return self.judged(axes, compiled(self.setup, made, self.asked.xla))
+
+    def judged(self, axes: Mapping[str, int], program: Compiled) -> dict[str, Any]:
+        """What a compiled program amounts to on the chip."""
+        chip = self.target.published
+        usable = program.memory.get("usable") or chip.usable
+        peak = program.memory.get("peak")
+        fits = False if program.refused else (peak <= usable if usable and peak is not None else None)
+        operations, moved = roofline.per_device(self.of, axes)
+        sent = sum(m.sent for m in program.collectives.values())
+        bound = None if program.refused else roofline.seconds(chip, operations, moved, sent)
+        return {
+            "mesh": mesh_text(axes),
+            "fits": fits,
+            "refused": program.refused,
+            "memory": {"chip": chip.memory or None, "usable": usable or None, **program.memory},
+            "holds": self.holds(axes, program),
+            "arguments": [{"name": name, "bytes": n} for name, n in program.arguments],
+            "temporaries": [{"type": kind, "bytes": n, "where": w} for kind, n, w in program.temporaries],
+            "operations": operations,
+            "operations_compiled": program.products,
+            "operations_compiled_least": program.least_products,
+            "bytes": moved,
+            "divided": divided(self.of, axes),
+            "collectives": {kind: m._asdict() for kind, m in program.collectives.items()},
+            "collectives_least": {kind: m._asdict() for kind, m in program.fewest.items()},
+            "loops_of_unknown_length": program.unknown,
+            "seconds": None if bound is None else {**bound._asdict(), "least": bound.least, "summed": bound.summed},
+            "compile_seconds": round(program.seconds, 1),
+        }
+
+    def holds(self, axes: Mapping[str, int], program: Compiled) -> dict[str, int]:
+        """Bytes of one device by what they hold; caches are part of the temporaries, of their size by shape."""
+        estimate = roofline.held(self.of, axes)
+        if program.refused:
+            return {name: int(n) for name, n in estimate.items()}
+        memory = program.memory
+        inputs = min(int(estimate["inputs"]), memory["argument"])
+        caches = min(int(estimate["caches"]), memory["temporary"])
+        rest = memory["temporary"] - caches + memory["output"] - memory["aliased"]
+        return {
+            "weights": memory["argument"] - inputs,
+            "caches": caches,
+            "activations": max(rest, 0),
+            "inputs": inputs,
+        }
+
+    def estimated(self, axes: Mapping[str, int]) -> dict[str, Any]:
+        """A placement by arithmetic alone."""
+        operations, moved = roofline.per_device(self.of, axes)
+        bound = roofline.seconds(self.target.published, operations, moved, roofline.sent(self.of, axes))
+        held, usable = sum(roofline.held(self.of, axes).values()), self.target.published.usable
+        return {
+            "mesh": mesh_text(axes),
+            "axes": dict(axes),
+            "bytes": int(held),
+            "fits": held <= usable if usable else None,
+            "seconds": None if bound is None else bound.summed,
+        }
+
+    def ranked(self) -> list[dict[str, Any]]:
+        """All placements by arithmetic: those that fit first, the quickest first."""
+        meshes = roofline.factorised(self.target.size, self.of)
+        rows = [self.estimated(axes) for axes in meshes]
+        if not rows:
+            raise ValueError(f"--mesh auto: no mesh of {self.target.size} devices divides a batch of {self.of.batch}")
+        return sorted(rows, key=lambda row: (row["fits"] is False, row["seconds"] or 0.0, row["bytes"]))
+
+    def confirmed(self, meshes: list[Mapping[str, int]], most: int = CONFIRMED) -> list[dict[str, Any]]:
+        """The first few placements, compiled, as far as the time goes."""
+        plans: list[dict[str, Any]] = []
+        for axes in meshes[:most]:
+            took = max((plan["compile_seconds"] for plan in plans), default=0.0)
+            if plans and time.perf_counter() + WORTH * took > self.deadline:
+                break
+            plans.append(self.plan(axes))
+        return plans
+
+    def nearest(self, axes: Mapping[str, int]) -> list[dict[str, Any]]:
+        """Placements near one that does not fit and that do: other meshes of the same devices, and int8 weights."""
+        found: list[dict[str, Any]] = []
+        near = [row for row in self.ranked() if row["fits"] is not False and row["axes"] != dict(axes)]
+        near.sort(key=lambda row: (distance(axes, row["axes"]), row["seconds"] or 0.0))
+        quantised = self.quantised()
+        tried: list[tuple[Trial, list[dict[str, Any]], str]] = [(self, near, self.setup.described.get("quant", "none"))]
+        if quantised is not None:
+            tried.append((quantised, [quantised.estimated(axes)], INT8))
+        for trial, rows, quant in tried:
+            for row in rows[:CONFIRMED]:
+                if row["fits"] is False or time.perf_counter() > self.deadline:
+                    break
+                plan = trial.plan(row["axes"])
+                if plan["fits"]:
+                    found.append({**shortened(plan), "quant": quant})
+                    break
+        if not found:  # by arithmetic alone, and said so
+            for trial, _, quant in tried:
+                best = next((row for row in trial.ranked() if row["fits"] is not False), None)
+                if best is not None:
+                    kept = {key: best[key] for key in ("mesh", "bytes", "seconds")}
+                    found.append({**kept, "quant": quant, "estimated": True})
+        return found
+
+    def quantised(self) -> Trial | None:
+        """The same run with int8 weights and activations, if it is not quantised yet."""
+        if self.setup.rules:
+            return None
+        config = {**self.asked.config, "quant": {"name": INT8}}
+        setup = build_setup(config)
+        params = jax.eval_shape(setup.prepare, model_shapes(setup.model))
+        return self._replace(
+            setup=setup, asked=self.asked._replace(config=config), of=roofline.work(setup, params, self.of.batch)
+        )
+
+
+def distance(one: Mapping[str, int], other: Mapping[str, int]) -> float:
+    """How far two meshes are apart: the sum over axes of |log2 of the ratio|."""
+    return sum(abs(math.log2(one.get(a, 1) / other.get(a, 1))) for a in roofline.DIVIDES)
+
+
+def divided(of: roofline.Work, axes: Mapping[str, int]) -> str:
+    """In words, by what the figures of one device were divided."""
+    used = [axis for axis in roofline.DIVIDES if axes.get(axis, 1) > 1 and (axis != "cfg" or of.halves == 2)]
+    parts = [f"{roofline.DIVIDES[axis]} by {axes[axis]} ({axis})" for axis in used]
+    if axes.get("seq", 1) > 1:
+        parts.append(f"of seq {roofline.ulysses(of, axes)} exchange heads, the rest is a ring")
+    return "; ".join(parts) or "nothing is divided"
+
+
+def mesh_text(axes: Mapping[str, int]) -> str:
+    """A mesh as `--mesh` takes it."""
+    return ",".join(f"{axis}={n}" for axis, n in axes.items() if n not in (1, None)) or "data=1"
+
+
+def shortened(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a plan what a table of several shows."""
+    bound = plan["seconds"]
+    return {
+        "mesh": plan["mesh"],
+        "fits": plan["fits"],
+        "bytes": plan["memory"].get("peak"),
+        "least": bound and bound["least"],
+        "seconds": bound and bound["summed"],
+        "compile_seconds": plan["compile_seconds"],
+    }
+
+
+def main() -> int:
+    """Answers one request; what libraries tell on stderr is kept out of the way, and shown where the work fails."""
+    telling = os.fdopen(os.dup(2), "w")
+    answering = os.fdopen(os.dup(1), "w")
+    with tempfile.TemporaryFile() as noise:
+        os.dup2(noise.fileno(), 1)
+        os.dup2(noise.fileno(), 2)
+        try:
+            request, quiet = pickle.load(sys.stdin.buffer)
+
+            def tell(text: str) -> None:
+                if not quiet:
+                    print(f"difax: {text}", file=telling, flush=True)
+
+            found = {"plan": answer(Asked(*request), tell)}
+        except ValueError as error:
+            found = {"refused": str(error)}
+        except Exception as error:
+            found = {"failed": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(found), file=answering, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
