@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,16 +14,19 @@ import numpy as np
 
 from difax.accel.attention import attention, first_of
 from difax.accel.caches import measured
+from difax.accel.parallel import parallel
 from difax.checkpoints import find_weights
 from difax.core import grids
 from difax.core.annotations import annotations_of, brief, check_value
-from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver
+from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver, TrunkSpec
 from difax.core.device import check_memory
 from difax.core.noise import sample_keys
+from difax.core.placement import Axes, Placement, make_placement
 from difax.core.process import PREDICTIONS, Process
 from difax.core.qtensor import Rules, quantize_params, size_in_bytes
 from difax.core.qtensor import cast as cast_params
 from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.shapes import trunk_spec
 from difax.core.stack import stack, with_learned
 from difax.core.trunk import unstack
 from difax.models import MODELS
@@ -49,6 +52,7 @@ class Setup(NamedTuple):
     rows: Row
     scale: float
     described: Mapping[str, str]  # the names that the configuration gave to its sections
+    placement: Placement | None = None  # None: the device that jax runs on
 
     def sampler(self, accelerator: Accelerator | None = None, **options: Any) -> Any:
         """The jitted sampler (`difax.core.sample.make_sampler`), with another accelerator if one is given."""
@@ -61,6 +65,7 @@ class Setup(NamedTuple):
             self.accelerator if accelerator is None else accelerator,
             attention=self.attention,
             ahead=self.ahead,
+            placement=self.placement,
             **options,
         )
 
@@ -69,20 +74,30 @@ class Setup(NamedTuple):
         keys = sample_keys(seed, n, start)
         index = (start + np.arange(n)) % len(jax.tree.leaves(cond)[0])
         some = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[index]), cond)
-        return initial_noise(self.process, keys, self.model.input_shape), keys, some
+        return self.placed_samples((initial_noise(self.process, keys, self.model.input_shape), keys, some))
+
+    def placed_samples(self, tree: Any) -> Any:
+        """Arrays that lead with the samples, cut along the mesh's axes of samples."""
+        return tree if self.placement is None else jax.device_put(tree, self.placement.batch())
 
     def prepare(self, params: Params) -> Params:
         """Parameters as they are sampled with: quantised, cast to the model's dtype, with those that the cache has
         learned, in the layout that was chosen."""
+        if self.placement is not None:
+            params = self.placement.arranged(params)
         params = cast_params(quantize_params(params, self.rules), self.model.dtype)
         params = with_learned(params, self.accelerator)
         return params if self.stacked else unstack(self.model, params)
+
+    def place(self, params: Params) -> Params:
+        """Prepared parameters where the run has them: on the device, or cut over those of the mesh."""
+        return params if self.placement is None else jax.device_put(params, self.placement.params(params))
 
 
 SECTIONS = (
     "model", "process", "prediction", "weights",
     "solver", "grid", "steps", "guide", "scale", "cache", "attend", "quant", "layout", "conditioning", "reduced",
-    "data", "loss", "train",
+    "mesh", "data", "loss", "train",
 )  # fmt: skip
 # the values that stand alone, and what each may be
 ALONE: dict[str, Any] = {
@@ -121,11 +136,15 @@ def check_config(config: Mapping[str, Any]) -> None:
             check_config(value)
 
 
-EXAMPLES = {"train": "steps=1000", "reduced": "model"}
+EXAMPLES = {"train": "steps=1000", "reduced": "model", "mesh": "seq=4"}
 
 
-def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
-    """Builds process, seams and (unless given) the model of a configuration; every refusal is a ValueError."""
+def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: Sequence[Any] | None = None) -> Setup:
+    """Builds process, seams and (unless given) the model of a configuration; every refusal is a ValueError.
+
+    Args:
+      devices: that a section `mesh` is laid over; None is all of this process.
+    """
     check_config(config)
     model = _sampled(config) if model is None else model
     for key in ("process", "prediction", "solver", "grid", "steps", "guide", "scale"):
@@ -142,6 +161,9 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
         with _naming("quant", config):
             shapes = jax.eval_shape(model.init, jax.random.key(0))
             jax.eval_shape(lambda params: quantize_params(params, rules), shapes)  # before any weight is read
+    placement = build_placement(config, model, accelerator, devices)
+    if placement is not None:
+        attending = parallel(attending, placement, joint=_is_joint(model))
     layout = choose("layout", config.get("layout", "stacked"), LAYOUTS)
     conditioning = choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
     if conditioning == "ahead" and any(stage.takes for stage in model.stages):
@@ -198,7 +220,47 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None) -> Setup:
         rows=rows,
         scale=float(config["scale"]),
         described=names,
+        placement=placement,
     )
+
+
+def axes_of(section: Mapping[str, Any]) -> Axes:
+    """The section `mesh` of a configuration, its keys and values checked."""
+    known = annotations_of(Axes)
+    for key, value in section.items():
+        check_value(f"mesh.{choose('key of mesh', key, known)}", value, known[key], Axes._field_defaults[key])
+    return Axes(**section)
+
+
+def build_placement(
+    config: Mapping[str, Any], model: Model, accelerator: Accelerator, devices: Sequence[Any] | None = None
+) -> Placement | None:
+    """The placement of a configuration's section `mesh`; None where it has none."""
+    if "mesh" not in config:
+        return None
+    axes = axes_of(config["mesh"])
+    if axes.tensor > 1 and accelerator.learned is not None:
+        raise ValueError(
+            f"mesh.tensor={axes.tensor} with cache {accelerator.name}, whose factors were fitted to whole layers; "
+            "allowed: tensor=1"
+        )
+    spec = _abstract_trunk(model)
+    attends = [c for branches in spec.attention.values() for c in branches.values() if c is not None]
+    heads = [call.q.shape[2] for call in attends]
+    return make_placement(axes, jax.devices() if devices is None else devices, heads, model.shards)
+
+
+def _abstract_trunk(model: Model) -> TrunkSpec:
+    """Shapes of everything that one sample of a model makes."""
+    shape = lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype)  # noqa: E731
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    return trunk_spec(model, params, x, jax.tree.map(shape, model.cond))
+
+
+def _is_joint(model: Model) -> bool:
+    """Whether a model has several streams of tokens."""
+    return len(jax.tree.leaves(_abstract_trunk(model).tokens)) > 1
 
 
 def _sampled(config: Mapping[str, Any]) -> Model:

@@ -207,6 +207,11 @@ def _parser() -> argparse.ArgumentParser:
         "--conditioning", metavar="NAME", help="what no image goes into: at each evaluation, or ahead of all of them"
     )
     opened = _Parser(add_help=False)
+    opened.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="devices along each axis, such as data=2,cfg=2,seq=4 (default: one device)",
+    )
     opened.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
     opened.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
     opened.add_argument("--weights", metavar="PATH", help="a training run, a .safetensors file, a published checkpoint")

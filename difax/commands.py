@@ -37,7 +37,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     """The configuration of a command: the one that it names, or else that of its weights, or else the default; with
     its settings."""
     from difax.checkpoints import RANDOM, embedded_weights
-    from difax.config import SHORT, configuration, gin_settings, parse_value
+    from difax.config import SHORT, configuration, gin_settings, mesh_settings, parse_value
 
     settings: list[tuple[str, Any]] = []
     base: str | None = options.config
@@ -50,6 +50,8 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     for flag, key in SHORT.items():
         if getattr(options, flag, None) is not None:
             settings.append((key, getattr(options, flag)))
+    if getattr(options, "mesh", None):
+        settings += mesh_settings(options.mesh)
     weights = getattr(options, "weights", None)
     if weights in (RANDOM, *embedded_weights()):
         weights = None

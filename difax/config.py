@@ -32,8 +32,9 @@ from difax.checkpoints import (
     stored_model,
     without_preset,
 )
-from difax.core.annotations import brief
+from difax.core.annotations import brief, check_value
 from difax.core.contracts import Model
+from difax.core.placement import Axes
 from difax.registry import REGISTRIES, check_name, choose, make, shown
 from difax.training.train import read_run
 from difax.weights.checkpoint import Source, read_metadata, tensor_shapes
@@ -340,11 +341,29 @@ def keyword_settings(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
         choose("setting", section, dict.fromkeys((*SECTIONS, "dtype")))
         if isinstance(value, Mapping):
             found += [(f"{key}.{k}", v) for k, v in value.items()]
+        elif key == "mesh":
+            found += mesh_settings(check_value("mesh", value, str))
         elif "." in key or key in ALONE:
             found.append((key, value))
         else:
             found.append((SHORT.get(key, f"{key}.name"), value))
     return found
+
+
+def mesh_settings(text: str) -> list[tuple[str, Any]]:
+    """The axes of a mesh, "data=2,cfg=2,seq=4", as settings.
+
+    Raises:
+      ValueError: what is no axis, or no number.
+    """
+    settings = []
+    for part in text.split(","):
+        name, given, value = part.partition("=")
+        choose("axis of --mesh", name.strip(), Axes._fields)
+        if not given or not (value.strip().isascii() and value.strip().isdigit() and len(value) < 10):
+            raise ValueError(f"--mesh {brief(text)}: {brief(part)}; allowed: {name.strip()}=N, N 1 or more")
+        settings.append((f"mesh.{name.strip()}", int(value)))
+    return settings
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from difax.core.cost import model_cost, run_cost
 from difax.core.decisions import averaged, inert, known, summary
 from difax.core.device import check_memory, device_name, memory_available, peak_memory
 from difax.core.noise import sample_keys
+from difax.core.placement import SAMPLES
 from difax.core.qtensor import size_in_bytes
 from difax.media.images import image_grid, to_uint8
 
@@ -46,6 +47,9 @@ class Program:
         very setup was compiled to before."""
         self.setup, self.params = setup, params
         self.rows, self.scale = jax.tree.map(jnp.asarray, setup.rows), jnp.float32(setup.scale)
+        if setup.placement is not None:
+            whole = setup.placement.sharding()
+            self.rows, self.scale = jax.device_put((self.rows, self.scale), whole)
         if known is not None:
             self.compiled, self.shared, self.compile_seconds = known, True, 0.0
             return
@@ -119,9 +123,9 @@ def draw(
 ) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
-    Samples go through in equal chunks of at most 64. Sample i depends on (seed, i), its condition and its latents, to
-    rounding, and on nothing else, but for caches that decide in the run: without `per_sample` one decision serves a
-    whole chunk, and depends on all of it.
+    Samples go through in equal chunks of at most 64 (times the devices that share them). Sample i depends on (seed,
+    i), its condition and its latents, to rounding, and on nothing else, but for caches that decide in the run: without
+    `per_sample` one decision serves a whole chunk, and depends on all of it.
 
     Args:
       setup, params: what to sample with; params as `Setup.prepare` returns them.
@@ -142,14 +146,16 @@ def draw(
         cond = np.asarray(cond, np.int32)
     n = len(jax.tree.leaves(cond)[0])
     check_samples(setup, n)
-    chunks = -(-n // CHUNK)
-    size = -(-n // chunks)
+    shards = 1 if setup.placement is None else setup.placement.size(*SAMPLES)
+    chunks = -(-n // (CHUNK * shards))
+    size = -(-n // (chunks * shards)) * shards
     bar = tqdm(total=chunks * len(setup.rows.i), unit="evaluation", disable=not progress, file=sys.stderr)
 
     def inputs(chunk: int) -> tuple[jax.Array, jax.Array, Any]:
         x, keys, some = setup.inputs(seed, size, cond, chunk * size)
         if latents is not None:
             x = jnp.asarray(latents[np.arange(chunk * size, (chunk + 1) * size) % n], jnp.float32)
+            x = setup.placed_samples(x)
         return x, keys, some
 
     compiled = program(setup, params, inputs(0), on_step=(lambda _: bar.update()) if progress else None)

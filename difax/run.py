@@ -168,13 +168,13 @@ class Run:
         """What `Setup.prepare` goes by; equal to nothing where parameters that a cache has learned go in."""
         if self.setup.accelerator.learned is not None:
             return object()
-        return list(self.setup.rules), str(self.setup.model.dtype), self.setup.stacked
+        return list(self.setup.rules), str(self.setup.model.dtype), self.setup.stacked, self.setup.placement
 
     @property
     def prepared(self) -> Params:
         """The weights as they are sampled with: quantised, cast, in the layout of the configuration."""
         if self._prepared is None:
-            self._prepared = jax.block_until_ready(self.setup.prepare(self.params))
+            self._prepared = jax.block_until_ready(self.setup.place(self.setup.prepare(self.params)))
         return self._prepared
 
     @property

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.core.annotations import LARGEST
-from difax.core.contracts import Context, Model, Params, Stage
+from difax.core.contracts import Context, Model, Params, Shard, Stage
 from difax.core.ops import attend
+from difax.core.placement import split
 from difax.models.layers import (
     ACTIVATIONS,
     Dense,
@@ -131,7 +132,7 @@ class DiTBlock(nn.Module):
         shift, scale, _ = mods["attn"]
         x = modulate(h_BND, shift, scale)
         b, n, d = x.shape
-        q, k, v = jnp.split(self.qkv(x).reshape(b, n, 3 * self.config.heads, -1), 3, axis=2)
+        q, k, v = (a.reshape(b, n, self.config.heads, -1) for a in split(self.qkv(x), (d, d, d)))
         return self.out(attend(q, k, v).reshape(b, n, d))
 
     def mlp(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
@@ -285,6 +286,12 @@ def dit(
         learn_sigma=c.learn_sigma,
         classes=c.classes,
         dtype=c.dtype,
+        shards=(
+            ("/qkv/", Shard("columns", (1, 1, 1))),
+            ("/fc1/", Shard("columns", (1,) * ACTIVATIONS[c.activation][0])),
+            ("/ada/", Shard("columns")),
+            ("blocks/out/|down/out/|up/out/|/fc2/", Shard("rows")),
+        ),
     )
 
 

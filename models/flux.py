@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.core.contracts import Context, Model, Params, Stage, Tokens
+from difax.core.contracts import Context, Model, Params, Shard, Stage, Tokens
+from difax.core.placement import cut, fuse, join, split
 from difax.models.layers import Dense, check_size, gelu, model_dtype, modulate, timestep_embedding
 from difax.models.rope import apply_rotary, rotary_table
 
@@ -95,9 +97,9 @@ def token_positions(text_tokens: int, rows: int, columns: int) -> np.ndarray:
     return np.concatenate([np.zeros((text_tokens, 3)), image])
 
 
-def _heads(qkv_BT3D: jax.Array, heads: int, q_scale: jax.Array, k_scale: jax.Array) -> tuple[jax.Array, ...]:
-    """Queries, keys (both normed, float32) and values [B, T, H, K]."""
-    q, k, v = jnp.split(qkv_BT3D.reshape(*qkv_BT3D.shape[:2], 3 * heads, -1), 3, axis=2)
+def _heads(qkv: Sequence[jax.Array], heads: int, q_scale: jax.Array, k_scale: jax.Array) -> tuple[jax.Array, ...]:
+    """Queries, keys (both normed, float32) and values [B, T, H, K] of three arrays [B, T, D]."""
+    q, k, v = (a.reshape(*a.shape[:2], heads, -1) for a in qkv)
     return rms_norm(q, q_scale), rms_norm(k, k_scale), v
 
 
@@ -128,7 +130,8 @@ class Stream(nn.Module):
         return tuple(jnp.split(self.ada(silu_c_BD).astype(jnp.float32), 6, axis=-1))
 
     def heads(self, h_BND: jax.Array, six: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return _heads(self.qkv(modulate(h_BND, six[0], six[1])), self.config.heads, self.q_norm, self.k_norm)
+        qkv = split(self.qkv(modulate(h_BND, six[0], six[1])), 3 * (self.config.width,))
+        return _heads(qkv, self.config.heads, self.q_norm, self.k_norm)
 
     def project(self, o_BND: jax.Array) -> jax.Array:
         return self.out(o_BND)
@@ -152,10 +155,9 @@ class DoubleBlock(nn.Module):
     def attn(self, tokens: Tokens, mods: Any, context: Context, attend: Any) -> Tokens:
         img = self.img.heads(tokens["img"], mods["img"])
         txt = self.txt.heads(tokens["txt"], mods["txt"])
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt, img, strict=True))
-        o = _attend(q, k, v, context, attend)
-        cut = tokens["txt"].shape[1]
-        return {"txt": self.txt.project(o[:, :cut]), "img": self.img.project(o[:, cut:])}
+        q, k, v = (join(*pair) for pair in zip(txt, img, strict=True))
+        o_txt, o_img = cut(_attend(q, k, v, context, attend), [tokens[s].shape[1] for s in ("txt", "img")])
+        return {"txt": self.txt.project(o_txt), "img": self.img.project(o_img)}
 
     def mlp(self, tokens: Tokens, mods: Any, context: Context, attend: Any) -> Tokens:
         return {"txt": self.txt.mlp(tokens["txt"], mods["txt"]), "img": self.img.mlp(tokens["img"], mods["img"])}
@@ -189,13 +191,14 @@ class SingleBlock(nn.Module):
         return tuple(jnp.split(self.ada(context["silu_c"]).astype(jnp.float32), 3, axis=-1))
 
     def attn_mlp(self, tokens: Tokens, mods: Any, context: Context, attend: Any) -> Tokens:
-        c, cut = self.config, tokens["txt"].shape[1]
-        h_BTD = jnp.concatenate([tokens["txt"], tokens["img"]], axis=1)
-        qkv, hidden = jnp.split(self.linear1(modulate(h_BTD, mods[0], mods[1])), [3 * c.width], axis=-1)
+        c = self.config
+        h_BTD = join(tokens["txt"], tokens["img"])
+        wide = self.linear1(modulate(h_BTD, mods[0], mods[1]))
+        *qkv, hidden = split(wide, (c.width, c.width, c.width, c.mlp_ratio * c.width))
         q, k, v = _heads(qkv, c.heads, self.q_norm, self.k_norm)
         o = _attend(q, k, v, context, attend)
-        update = self.linear2(jnp.concatenate([o, gelu(hidden)], axis=-1))
-        return {"txt": update[:, :cut], "img": update[:, cut:]}
+        txt, img = cut(self.linear2(fuse(o, gelu(hidden))), [tokens[s].shape[1] for s in ("txt", "img")])
+        return {"txt": txt, "img": img}
 
     def gate(self, mods: Any, branch: str) -> dict[str, jax.Array]:
         return dict.fromkeys(("txt", "img"), mods[2][:, None])
@@ -239,8 +242,10 @@ class Ends(nn.Module):
             c = c + vector
         tokens = {"txt": cond["projected"], "img": self.img(pack(x).astype(dtype))}
         positions = token_positions(tokens["txt"].shape[1], *config.grid)
-        cos, sin = rotary_table(positions, config.axes_dim, config.theta)
-        return tokens, {"silu_c": nn.silu(c), "cos": jnp.asarray(cos), "sin": jnp.asarray(sin)}
+        text = tokens["txt"].shape[1]
+        tables = (jnp.asarray(a) for a in rotary_table(positions, config.axes_dim, config.theta))
+        cos, sin = (join(a[:text], a[text:], axis=0) for a in tables)  # in the order of the joined tokens
+        return tokens, {"silu_c": nn.silu(c), "cos": cos, "sin": sin}
 
     def head(self, tokens: Tokens, context: Context) -> jax.Array:
         shift, scale = jnp.split(self.ada(context["silu_c"]).astype(jnp.float32), 2, axis=-1)
@@ -364,6 +369,13 @@ def flux(
         cond=spec,
         once=once,
         hidden=lambda tokens: tokens["img"],
+        shards=(
+            ("/qkv/", Shard("columns", (1, 1, 1))),
+            ("single/linear1/", Shard("columns", (1, 1, 1, c.mlp_ratio))),
+            ("single/linear2/", Shard("rows", (1, c.mlp_ratio))),
+            ("/fc1/|(double/.*|single)/ada/", Shard("columns")),
+            ("double/.*/(out|fc2)/", Shard("rows")),
+        ),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from difax.core.device import check_memory
 from difax.core.ops import dot, layer_norm
+from difax.core.placement import split
 
 DTYPES = ("float32", "bfloat16")
 
@@ -85,7 +86,7 @@ ACTIVATIONS: dict[str, tuple[int, Callable[..., jax.Array]]] = {
 def activate(x: jax.Array, name: str) -> jax.Array:
     """An activation of `ACTIVATIONS`, in float32 and returned in the dtype of x; gated ones halve the last axis."""
     widths, function = ACTIVATIONS[name]
-    return function(*jnp.split(x.astype(jnp.float32), widths, axis=-1)).astype(x.dtype)
+    return function(*split(x.astype(jnp.float32), widths * (x.shape[-1] // widths,))).astype(x.dtype)
 
 
 def modulate(

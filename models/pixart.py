@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.core.contracts import Context, Model, Params, Segments, Stage
+from difax.core.contracts import Context, Model, Params, Segments, Shard, Stage
 from difax.core.ops import attend
+from difax.core.placement import split
 from difax.models.layers import (
     ACTIVATIONS,
     Dense,
@@ -110,14 +111,14 @@ class PixArtBlock(nn.Module):
         shift, scale, _ = mods["attn"]
         x = modulate(h_BND, shift, scale, self.config.norm_eps, self.attn_norm)
         b, n, d = x.shape
-        q, k, v = jnp.split(self.qkv(x).reshape(b, n, 3 * self.config.heads, -1), 3, axis=2)
+        q, k, v = (a.reshape(b, n, self.config.heads, -1) for a in split(self.qkv(x), (d, d, d)))
         return self.out(attend(q, k, v).reshape(b, n, d))
 
     def once(self, context: Context) -> dict[str, Any]:
         """Keys and values of the caption, [B, L, H, K] each."""
         kv_BLD = self.cross_kv(context["text"])
-        kv_BLHK = kv_BLD.reshape(*kv_BLD.shape[:2], 2 * self.config.heads, -1)
-        return {"keys_values": tuple(jnp.split(kv_BLHK, 2, axis=2))}
+        k_v = split(kv_BLD, 2 * (self.config.width,))
+        return {"keys_values": tuple(a.reshape(*a.shape[:2], self.config.heads, -1) for a in k_v)}
 
     def cross(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
         b, n, d = h_BND.shape
@@ -336,6 +337,13 @@ def pixart(
         dtype=c.dtype,
         cond=cond_spec,
         once=once,
+        shards=(
+            ("/qkv/", Shard("columns", (1, 1, 1))),
+            ("/cross_kv/", Shard("columns", (1, 1))),
+            ("/cross_q/", Shard("columns")),
+            ("/fc1/", Shard("columns", (1,) * ACTIVATIONS[c.activation][0])),
+            ("blocks/(out|cross_out|fc2)/", Shard("rows")),
+        ),
     )
 
 

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.core.contracts import Context, Model, Params, Stage
+from difax.core.contracts import Context, Model, Params, Shard, Stage
 from difax.core.ops import attend
+from difax.core.placement import split
 from difax.models.layers import Dense, affine_norm, check_size, gelu, model_dtype, modulate, timestep_embedding
 from difax.models.rope import apply_rotary, rotary_table
 
@@ -131,7 +132,8 @@ class WanBlock(nn.Module):
         return x.reshape(*x.shape[:2], self.config.heads, -1)
 
     def attn(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
-        q, k, v = jnp.split(self.qkv(modulate(h_BND, *mods["attn"][:2], eps=self.config.eps)), 3, axis=-1)
+        x = modulate(h_BND, *mods["attn"][:2], eps=self.config.eps)
+        q, k, v = split(self.qkv(x), 3 * (self.config.width,))
         rotary = context["cos"], context["sin"]
         q = apply_rotary(self._heads(self.norm_q(q)), *rotary).astype(v.dtype)
         k = apply_rotary(self._heads(self.norm_k(k)), *rotary).astype(v.dtype)
@@ -139,7 +141,7 @@ class WanBlock(nn.Module):
 
     def once(self, context: Context) -> dict[str, Any]:
         """Normed keys, and values, of the caption, [B, L, H, K] each."""
-        k, v = jnp.split(self.cross_kv(context["text"]), 2, axis=-1)
+        k, v = split(self.cross_kv(context["text"]), 2 * (self.config.width,))
         return {"keys_values": (self._heads(self.cross_norm_k(k).astype(v.dtype)), self._heads(v))}
 
     def cross(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
@@ -311,6 +313,13 @@ def wan(
         dtype=c.dtype,
         cond=cond_spec,
         once=once,
+        shards=(
+            ("/qkv/", Shard("columns", (1, 1, 1))),
+            ("/cross_kv/", Shard("columns", (1, 1))),
+            ("/cross_q/", Shard("columns")),
+            ("/fc1/", Shard("columns")),
+            ("blocks/(out|cross_out|fc2)/", Shard("rows")),
+        ),
     )
 
 

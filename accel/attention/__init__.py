@@ -93,21 +93,27 @@ def first_of(choices: Mapping[str, Attention]) -> Attention:
         raise ValueError("first_of: no choices; allowed: one or more")
     decided: dict[Any, str] = {}
 
-    def taking(spec: AttentionSpec) -> Attention:
+    def taking(spec: AttentionSpec, what: str = "apply") -> Any:
         leaves, structure = jax.tree.flatten(spec)
-        key = target(), structure, tuple((a.shape, str(a.dtype)) for a in leaves)
+        key = target(), what, structure, tuple((a.shape, str(a.dtype)) for a in leaves)
         if key not in decided:
-            decided[key] = _decide(choices, spec)
+            decided[key] = _decide({n: c for n, c in choices.items() if getattr(c, what) is not None}, spec, what)
         return choices[decided[key]]
 
     def apply(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, where: Where, row: Any, state: State) -> Any:
         spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), AttentionSpec(q, k, v, segments))
         return taking(spec).apply(q, k, v, segments, where, row, state)
 
-    return Attention(init=lambda spec: taking(spec).init(spec), apply=apply)
+    def lse(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, where: Where, row: Any, state: State) -> Any:
+        spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), AttentionSpec(q, k, v, segments))
+        return taking(spec, "lse").lse(q, k, v, segments, where, row, state)
+
+    ordered = any(choice.ordered for choice in choices.values())
+    has_lse = any(choice.lse is not None for choice in choices.values())
+    return Attention(lambda spec: taking(spec).init(spec), apply, lse if has_lse else None, ordered)
 
 
-def _decide(choices: Mapping[str, Attention], spec: AttentionSpec) -> str:
+def _decide(choices: Mapping[str, Attention], spec: AttentionSpec, what: str) -> str:
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)  # noqa: E731
     f32, i32, flag = scalar(jnp.float32), scalar(jnp.int32), scalar(jnp.bool_)
     row = Row(i32, i32, f32, f32, Level(f32, f32, f32, f32), (), flag, flag)
@@ -115,7 +121,7 @@ def _decide(choices: Mapping[str, Attention], spec: AttentionSpec) -> str:
     for name, choice in choices.items():
 
         def call(given: AttentionSpec, layer: Any, row: Row, choice: Attention = choice) -> Any:
-            return choice.apply(*given, Where("", "", layer, 1), row, choice.init(spec))
+            return getattr(choice, what)(*given, Where("", "", layer, 1), row, choice.init(spec))
 
         try:
             jax.eval_shape(call, spec, i32, row)

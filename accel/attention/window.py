@@ -46,7 +46,7 @@ def windowed(
         attend = every if q.shape[1] != k.shape[1] or where.branch in full else near
         return attend(q, k, v, segments), state
 
-    return Attention(init=lambda spec: (), apply=apply)
+    return Attention(init=lambda spec: (), apply=apply, ordered=True)
 
 
 @checked

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from difax.core import ops
 from difax.core.contracts import Segments, Tokens
+from difax.core.placement import cut
 
 STREAMS = ("txt", "img")  # the order in which a joint attention takes the streams of a model with several
 QUERIES = 128  # so many rows of an attention map exist at once while its columns are summed
@@ -101,8 +101,7 @@ def by_stream(score_BS: jax.Array, like: Tokens) -> Any:
     if not set(like) <= set(STREAMS):
         raise ValueError(f"tokens of the streams {', '.join(like)}; allowed: {', '.join(STREAMS)}, in this order")
     names = [s for s in STREAMS if s in like]
-    cuts = np.cumsum([like[s].shape[1] for s in names])[:-1]
-    return dict(zip(names, jnp.split(score_BS, cuts, axis=1), strict=True))
+    return dict(zip(names, cut(score_BS, [like[s].shape[1] for s in names]), strict=True))
 
 
 def normalised(score: jax.Array) -> jax.Array:

@@ -151,6 +151,17 @@ class Known(NamedTuple):
     once: dict[str, Any]
 
 
+class Shard(NamedTuple):
+    """How a dense layer is cut among devices: by "columns" (outputs) or "rows" (inputs).
+
+    parts: relative widths of what is fused along that axis, queries, keys and values (1, 1, 1): every device has its
+    own piece of each.
+    """
+
+    axis: str
+    parts: tuple[int, ...] = (1,)
+
+
 class Model(NamedTuple):
     """A network as data: pure functions over one plain dict of parameters.
 
@@ -174,6 +185,8 @@ class Model(NamedTuple):
     cond: Any = jax.ShapeDtypeStruct((), "int32")  # of one sample's condition, without the batch: here a label
     hidden: Callable[[Tokens], jax.Array] = lambda tokens: tokens  # the stream [B, N, D] that the head reads
     once: Callable[[Params, Any], Any] = lambda params, cond: cond
+    # (pattern of a path such as "blocks/qkv/", how these weights are cut); weights that no rule names are not
+    shards: tuple[tuple[str, Shard], ...] = ()
 
 
 class Classifier(NamedTuple):
@@ -264,10 +277,14 @@ class Attention(NamedTuple):
     init(spec: AttentionSpec) -> state of one layer's call. Raises NotImplementedError to say "not me".
     apply(q, k, v, segments, where, row, state) -> (o, state): o [B, T, H, K] in the dtype of q; `row` is None outside
         of sampling. Raises NotImplementedError, at trace time, with what it cannot do.
+    lse: the same arguments -> ((o, lse [B, H, T] float32), state), what a ring of devices merges by; None: it has none.
+    ordered: does it go by the order of the tokens (a window does).
     """
 
     init: Callable[[AttentionSpec], State]
     apply: Callable[..., tuple[jax.Array, State]]
+    lse: Callable[..., tuple[tuple[jax.Array, jax.Array], State]] | None = None
+    ordered: bool = False
 
 
 class TrunkSpec(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from difax.core import placement
 from difax.core.contracts import (
     Accelerator,
     Attention,
@@ -142,6 +143,7 @@ class Fold:
 
     def _block(self, carry: Any, params: Any, index: Any, skip: Any, state: State) -> Any:
         (tokens, along), (p, learned, known) = carry, params
+        tokens = placement.tokens(tokens, self.halves)
         where = Where(self.stage.name, None, index, self.stage.depth, learned)
 
         def run(tokens: Tokens, inner: Any) -> tuple[Tokens, Any, Report]:
@@ -154,7 +156,7 @@ class Fold:
             block = Block(run, self.hidden)
             tokens, own, inner, done = self.accelerator.block(block, where, tokens, own, inner, self.row)
         return (
-            (tokens, inner["along"]),
+            (placement.tokens(tokens, self.halves), inner["along"]),
             {"block": own, "branch": inner["branch"], "attention": inner["attention"]},
             done,
         )

@@ -9,6 +9,7 @@ A technique enters through its seam (solver, guide, accelerator, attention) and 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.core import noise
+from difax.core import placement as placement_
 from difax.core import process as process_
 from difax.core.contracts import (
     Accelerator,
@@ -37,8 +39,10 @@ from difax.core.contracts import (
 from difax.core.cost import count
 from difax.core.guidance import unguided
 from difax.core.ops import narrowed
+from difax.core.placement import Placement
 from difax.core.process import Process
 from difax.core.shapes import first_layer, memory_for, trunk_spec
+from difax.core.target import lowering_for
 from difax.core.trunk import neutral, reference_attention, run_trunk
 
 
@@ -93,6 +97,7 @@ def make_sampler(
     on_step: Callable[[Any], None] | None = None,
     remat: bool = False,
     ahead: bool = False,
+    placement: Placement | None = None,
 ) -> Any:
     """Builds the jitted sampler `sample(params, x, keys, cond, rows, scale) -> (samples, trace)`.
 
@@ -111,6 +116,8 @@ def make_sampler(
         blocks' modulation gives at all evaluations, which reads its weights once a run: worth it in small batches,
         where a cached evaluation does little else, for a memory of E L halves B (6 D in a DiT) values; left in the loop
         where it has no products. The samples differ by rounding.
+      placement: where the arrays lie, and what is compiled for (`difax.core.placement`); None is the device that jax
+        runs on.
 
     Args of the sampler:
       params: the model's parameters.
@@ -144,9 +151,11 @@ def make_sampler(
         if ahead:
             cond, null, known = _known(model, params, x, cond, null, rows.model_time, guide.halves)
         axes, memory = _memory(model, params, accelerator, attention, x, cond, guide, rows.plan.modes, ahead)
+        x = placement_.rows(x)
 
         def denoise(x_in, cond_in, row, memory, half):
             halves = 2 if half == "both" else 1
+            x_in, cond_in = placement_.rows((x_in, cond_in), halves)
             at = None if halves == guide.halves else int(half == "uncond")  # which half of the memory
 
             index, values = row.plan.index, row.plan.values
@@ -180,6 +189,7 @@ def make_sampler(
                 else:
                     output, state, new, report, ran = accelerator.output(run, part["output"], part, chosen)
                     new = {**new, "output": state}
+                output = placement_.rows(output, halves)
                 return output, _write(memory, part, new, axes, at), _padded(report, guide.halves, at or 0), halves * ran
 
             def bordered(mode, memory):
@@ -211,7 +221,12 @@ def make_sampler(
             trace = trace._replace(entered=entered)
         return x, trace._replace(ahead=jnp.float32(guide.halves if ahead else 0))
 
-    return jax.jit(sample, donate_argnames="x")
+    def sample_there(params, x, keys, cond, rows, scale):
+        where = contextlib.nullcontext() if placement is None else lowering_for(placement.target)
+        with placement_.placed(placement), where:
+            return sample(params, x, keys, cond, rows, scale)
+
+    return jax.jit(sample_there, donate_argnames="x")
 
 
 def _known(model, params, x, cond, null, model_time, halves) -> tuple[Any, Any, dict[str, Known]]:
@@ -268,7 +283,10 @@ def _memory(model, params, accelerator, attention, x, cond, guide, modes, ahead)
     specs = {copies: spec(copies) for copies in (1, 2)}
     small, large = (jax.eval_shape(lambda s=s: memory_for(s, accelerator, attention, modes)) for s in specs.values())
     axes = jax.tree.map(_batch_axis, small, large)
-    return axes, memory_for(specs[guide.halves], accelerator, attention, modes)
+    memory, placement = memory_for(specs[guide.halves], accelerator, attention, modes), placement_.current()
+    if placement is not None:
+        memory = placement.memory(memory, axes, specs[guide.halves].tokens, guide.halves)
+    return axes, memory
 
 
 def _batch_axis(small: Any, large: Any) -> int:

@@ -25,6 +25,7 @@ def stateless(attend: Callable[..., Any]) -> Attention:
     return Attention(
         init=lambda spec: (),
         apply=lambda q, k, v, segments, where, row, state: (attend(q, k, v, segments), state),
+        lse=lambda q, k, v, segments, where, row, state: (attend(q, k, v, segments, with_lse=True), state),
     )
 
 

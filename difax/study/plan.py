@@ -26,17 +26,19 @@ HOLDS = {"weights": "#0b5fa5", "caches": "#c2410c", "activations": "#0a8291", "i
 
 
 class Planned:
-    """A plan: `figures`, plain numbers for JSON; shows itself as a table, and in a notebook as a picture too.
+    """A plan: `figures`, plain numbers for JSON; shows itself as a table.
 
-    figures: model, cache, quant, ...: of the run. target, devices, device, mesh, batch, xla: compiled for. fits: True,
-    False, or None where the chip's memory is nobody's figure (cpu). memory: bytes of one device {"argument",
-    "temporary", "output", "aliased", "peak", "chip" (as published), "usable"}; holds: the same by what it holds. arguments,
-    temporaries: the largest, each with its bytes. operations {type: of one device}, bytes: of its memory, both of a run
-    and by `difax.core.cost`, divided as `divided` says; operations_compiled: of the products in the compiled program.
-    decided: False where a cache decides in the run what is computed, and the figures are the most that it may be.
+    model, cache, quant, ...: of the run. target, devices, device, mesh, batch, xla: compiled for.
+    fits: True, False, or None where the memory is nobody's figure (cpu).
+    memory: bytes of one device {"argument", "temporary", "output", "aliased", "peak", "chip" (as published), "usable"};
+    holds: the same by what it holds. arguments, temporaries: the largest, each with its bytes.
+    operations {type: of one device}, bytes: to and from its memory, both of a run, by `difax.core.cost`, divided as
+    `divided` says; operations_compiled: of the products in the compiled program. decided: False where a cache decides
+    in the run what is computed, and the figures are the most that it may be.
     collectives {kind: {"times", "bytes", "sent"}}: of one device in a run; collectives_least: if every conditional took
-    its cheapest branch. seconds: {"compute", "memory", "collectives", "least", "summed", "rates"}, None without
-    published peaks. instead: placements that fit where this one does not. candidates, compiled: of mesh "auto".
+    its cheapest branch.
+    seconds: {"compute", "memory", "collectives", "least", "summed", "rates"}, None without published peaks.
+    instead: placements that fit where this one does not. candidates, compiled: of mesh "auto".
     """
 
     def __init__(self, figures: Mapping[str, Any]):

@@ -193,8 +193,8 @@ def _allocations(text: str) -> list[tuple[str, int, str]]:
 
 class Asked(NamedTuple):
     """A request: the configuration, whose section `mesh` is compiled (without one: all devices along "data"); the
-    target; whether to rank all meshes instead; samples, None for one in each group of the mesh's; XLA's options; whether
-    to look for another placement where this one does not fit; seconds that the answer may take."""
+    target; whether to rank all meshes instead; samples, None for one in each group of the mesh's; XLA's options;
+    whether to look for another placement where this one does not fit; seconds that the answer may take."""
 
     config: dict[str, Any]
     target: str

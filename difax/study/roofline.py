@@ -40,13 +40,16 @@ EIGHT_BITS = {"int8": ("int8", "int4"), "float8_e4m3fn": ("float8_e4m3fn",)}  # 
 class Work(NamedTuple):
     """A run of a batch, on all devices together.
 
-    operations: {type of operands that names the rate: operations}; weights, activations: bytes that are read and
-    written, weights once an evaluation and activations by all samples; parameters, caches, inputs, widest: bytes that
-    are held: weights, what is remembered between evaluations, samples with keys and conditions, and what the widest
-    branch of a block reads and writes; tables: the rows, which every device has. evaluations: of the network. decided: False where a cache decides in the run what is
-    computed: the work is then that of a run that computes everything, which is the most. heads, attended: of every
-    attention call of an evaluation: heads, and bytes of (q, k, v, o). tokens: bytes of the tokens between blocks, and
-    blocks: how many there are. halves: copies of the batch that run together. output: bytes of the network's output.
+    operations: {type of the operands, which names the rate: operations}.
+    weights, activations: bytes that are read and written: weights at every evaluation, activations by all samples.
+    parameters, caches, inputs, widest: bytes that are held: weights, what is remembered between evaluations, samples
+    with keys and conditions, and what the widest branch of a block reads and writes. tables: the rows, which every
+    device has.
+    evaluations: of the network. decided: False where a cache decides in the run what is computed: the work is then that
+    of a run that computes everything, which is the most.
+    heads, attended: of every attention call of an evaluation: heads, and bytes of (q, k, v, o) of a sample.
+    tokens, output: bytes of a sample's tokens between blocks, and of the network's output. blocks: how many there are.
+    halves: copies of the batch that run together.
     """
 
     operations: dict[str, float]
