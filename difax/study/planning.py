@@ -395,8 +395,9 @@ def divided(of: roofline.Work, axes: Mapping[str, int]) -> str:
     """In words, by what the figures of one device were divided."""
     used = [axis for axis in roofline.DIVIDES if axes.get(axis, 1) > 1 and (axis != "cfg" or of.halves == 2)]
     parts = [f"{roofline.DIVIDES[axis]} by {axes[axis]} ({axis})" for axis in used]
-    if axes.get("seq", 1) > 1:
-        parts.append(f"of seq {roofline.ulysses(of, axes)} exchange heads, the rest is a ring")
+    seq, heads = axes.get("seq", 1), roofline.ulysses(of, axes)
+    if seq > heads:
+        parts.append(f"seq is {seq // heads} in a ring x {heads} that exchange heads")
     return "; ".join(parts) or "nothing is divided"
 
 
