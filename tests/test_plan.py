@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -310,7 +311,7 @@ def test_meshes_multiply_to_the_devices_and_divide_batch_and_heads():
 def test_the_roofline_is_arithmetic():
     """Operations, bytes and bytes sent over the published rates; the bounds are their maximum and their sum."""
     chip = CHIPS["v5e"]
-    found = roofline.seconds(chip, {"bfloat16": 197e12, "int8": 394e12}, 819e9 * 3, 4 * 50e9 / 2)
+    found: Any = roofline.seconds(chip, {"bfloat16": 197e12, "int8": 394e12}, 819e9 * 3, 4 * 50e9 / 2)
     assert (found.compute, found.memory, found.collectives) == pytest.approx((2.0, 3.0, 0.5))
     assert found.least == pytest.approx(3.0) and found.summed == pytest.approx(5.5)
     assert roofline.seconds(CHIPS["cpu"], {"float32": 1.0}, 1.0, 1.0) is None

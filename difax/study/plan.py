@@ -159,8 +159,8 @@ def format_plan(found: Mapping[str, Any]) -> str:
         lines.append(f"  products as compiled      {compiled} (without what is inside kernels)")
     lines.append(f"  memory traffic            {_large(found['bytes'], 'B')}")
     for kind, moved in found["collectives"].items():
-        least = found["collectives_least"].get(kind, {"times": 0})
-        few = "" if least["times"] == moved["times"] else f" (at least {least['times']:g} times)"
+        least = found["collectives_least"].get(kind, {"times": 0})["times"]
+        few = "" if found["decided"] or least == moved["times"] else f" (at least {least:g} times)"
         lines.append(f"  {kind:<26}{moved['times']:g} times, {_gib(moved['bytes'])}, {_gib(moved['sent'])} sent{few}")
     if not found["collectives"] and not found["refused"]:
         lines.append("  collectives               none")
@@ -246,15 +246,18 @@ def draw_plan(found: Mapping[str, Any], path: pathlib.Path | io.BytesIO) -> None
         usable, others = found["memory"]["usable"], found.get("instead", ())
         widest = max([sum(found["holds"].values()), usable or 0, *(row["bytes"] for row in others)])
         unit, scale = ("GiB", GIB) if widest > GIB else ("MiB", 2**20)
-        left = 0.0
-        for name, colour in HOLDS.items():
-            n = found["holds"][name] / scale
-            axes.barh([found["mesh"]], [n], left=left, color=colour, height=0.5, label=f"{name} {n:.2f} {unit}")
-            left += n
+        bars = [(found["mesh"], found["holds"], None)]
         for row in others:
-            name = f"{row['mesh']}{', ' + row['quant'] if row.get('quant', 'none') != found['quant'] else ''}"
-            axes.barh([name], [row["bytes"] / scale], color="#a0a5ab", height=0.5)
-            axes.text(row["bytes"] / scale, name, f" {row['bytes'] / scale:.2f} {unit}", va="center")
+            quantised = f", {row['quant']}" if row.get("quant", "none") != found["quant"] else ""
+            bars.append((f"{row['mesh']}{quantised}", row.get("holds"), row["bytes"]))
+        for i, (name, holds, total) in enumerate(bars):
+            left = 0.0
+            for what, n in (holds or {"by arithmetic": total}).items():
+                colour, n = HOLDS.get(what, "#a0a5ab"), n / scale
+                label = f"{what} {n:.2f} {unit}" if i == 0 else None
+                axes.barh([name], [n], left=left, color=colour, height=0.5, label=label)
+                left += n
+            axes.text(left, name, f" {left:.2f} {unit}", va="center")
         if usable:
             axes.axvline(usable / scale, color="#1c1d1f", linestyle="--", linewidth=1)
             axes.text(usable / scale, len(others) + 0.35, f" {usable / scale:.2f} {unit}", va="bottom", ha="left")

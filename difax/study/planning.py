@@ -413,6 +413,7 @@ def shortened(plan: Mapping[str, Any]) -> dict[str, Any]:
         "mesh": plan["mesh"],
         "fits": plan["fits"],
         "bytes": plan["memory"].get("peak"),
+        "holds": plan["holds"],
         "least": bound and bound["least"],
         "seconds": bound and bound["summed"],
         "compile_seconds": plan["compile_seconds"],
