@@ -165,6 +165,34 @@ def test_products_are_counted_by_what_is_compiled():
     assert hlo.products(module) == 7 * 2 * ROWS * WIDTH * WIDTH
 
 
+# attributes of a convolution -> the product that it is: operations
+CONVOLUTIONS = {
+    "window={size=2x6 stride=1x5 lhs_dilate=2x6}, dim_labels=0b1f_0o1i->01bf": (
+        "bf16[2,512,6,128]", "bf16[2,512,6,128]", "f32[2,6,512,512]", 2 * 2 * 6 * 512 * 512 * 128,
+    ),
+    "window={size=1}, dim_labels=0bf_io0->0bf": (
+        "bf16[4,512,768]", "bf16[768,1024,1]", "bf16[4,512,1024]", 2 * 4 * 512 * 768 * 1024,
+    ),
+    "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f": (
+        "f32[1,5,2]", "f32[3,2,7]", "f32[1,5,7]", 2 * 2 * 7 * (3 * 5 - 2),  # two taps fall on padding
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", CONVOLUTIONS)
+def test_a_convolution_counts_the_taps_that_are_no_padding(how):
+    image, kernel, out, operations = CONVOLUTIONS[how]
+    text = f"""HloModule m
+
+ENTRY %main (x: f32[1], w: f32[1]) -> f32[1] {{
+  %x = {image}{{0}} parameter(0)
+  %w = {kernel}{{0}} parameter(1)
+  ROOT %c = {out}{{0}} convolution(%x, %w), {how}
+}}
+"""
+    assert hlo.products(hlo.parse(text)) == operations
+
+
 @pytest.mark.parametrize("name", CHIPS)
 def test_published_figures_are_those_of_a_chip(name):
     """Figures that belong together: a chip computes more than it reads, and reads more than a link carries."""

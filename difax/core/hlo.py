@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 COLLECTIVES = (
     "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all",
     "reduce-scatter",
@@ -359,9 +361,7 @@ def _multiplies(module: Module, name: str, instruction: Instruction) -> Counter[
         inner = [sides[0][int(i)] for i in contracted[1].split(",") if i] if contracted else []
         return Counter({"operations": 2.0 * out * math.prod(inner)})
     if instruction.opcode == "convolution" and len(sides) == 2:
-        labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.rest)
-        features = sides[1][labels[1].index("o")] if labels else 1
-        return Counter({"operations": 2.0 * out * math.prod(sides[1]) / max(features, 1)})
+        return Counter({"operations": _convolved(instruction.rest, sides[0], sides[1], _dims(instruction.type))})
     if instruction.opcode == "custom-call" and "__cublas$" in instruction.rest and len(sides) == 2:
         contracted = re.search(r'"lhs_contracting_dimensions":\["?(\d+)', instruction.rest)
         inner = sides[0][int(contracted[1])] if contracted else sides[0][-1]
@@ -369,6 +369,29 @@ def _multiplies(module: Module, name: str, instruction: Instruction) -> Counter[
         out = math.prod(int(d) for d in first[1].split(",") if d) if first else 0
         return Counter({"operations": 2.0 * out * inner})
     return Counter()
+
+
+def _convolved(rest: str, image: list[int], kernel: list[int], out: list[int]) -> float:
+    """Operations of a convolution: 2 x batch x features in and out x taps that fall on the image, not on padding.
+
+    A TPU's compiler writes the batch axes of a product as axes of the window, diluted so that one tap of each counts.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
+    if labels is None:
+        return 0.0
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", rest) or ["", ""])[1]))
+    each = lambda name, default: [v for v in window.get(name, "").split("x") if v] or [default] * len(image)  # noqa: E731
+    strides, pads = each("stride", "1"), each("pad", "0_0")
+    dilated, spread = each("lhs_dilate", "1"), each("rhs_dilate", "1")
+    total = 2.0 * out[labels[3].index("b")] * out[labels[3].index("f")] * kernel[labels[2].index("i")]
+    for d in range(sum(label.isdigit() for label in labels[1])):
+        size_, taps, places = (
+            dims[names.index(str(d))] for dims, names in zip((image, kernel, out), labels.groups(), strict=True)
+        )
+        at = np.arange(places)[:, None] * int(strides[d]) + np.arange(taps) * int(spread[d])
+        at = at - int(pads[d].split("_")[0])
+        total *= int(np.sum((at >= 0) & (at % int(dilated[d]) == 0) & (at <= (size_ - 1) * int(dilated[d]))))
+    return total
 
 
 def largest(module: Module, count: int = 8) -> list[tuple[str, float, str]]:

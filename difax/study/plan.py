@@ -252,7 +252,7 @@ def draw_plan(found: Mapping[str, Any], path: pathlib.Path | io.BytesIO) -> None
             bars.append((f"{row['mesh']}{quantised}", row.get("holds"), row["bytes"]))
         for i, (name, holds, total) in enumerate(bars):
             left = 0.0
-            for what, n in (holds or {"by arithmetic": total}).items():
+            for what, n in (holds or {"by arithmetic": total or 0}).items():
                 colour, n = HOLDS.get(what, "#a0a5ab"), n / scale
                 label = f"{what} {n:.2f} {unit}" if i == 0 else None
                 axes.barh([name], [n], left=left, color=colour, height=0.5, label=label)
