@@ -24,7 +24,7 @@ from difax.config import load_config, override
 from difax.core import hlo
 from difax.core.chips import CHIPS, devices, environment, parse_target, target_config
 from difax.program import draw, model_shapes
-from difax.study import planning, roofline
+from difax.study import lowered, planning, roofline
 from tests.families import some
 
 N = 8
@@ -263,7 +263,7 @@ def test_a_plan_is_what_the_same_program_says():
     """Memory as XLA has it of the program that this process compiles for its own eight devices."""
     found = tiny_plan().figures
     config = override(load_config("flux_tiny"), TINY)
-    made = planning.lower(config, jax.devices()[:8], {"data": 2, "seq": 4}, 2)
+    made = lowered.lower(config, jax.devices()[:8], {"data": 2, "seq": 4}, 2)
     memory = made.lowered.compile().memory_analysis()
     assert found["memory"]["argument"] == memory.argument_size_in_bytes
     assert found["memory"]["output"] == memory.output_size_in_bytes
@@ -281,6 +281,11 @@ def test_operations_of_a_device_are_those_that_are_compiled():
     assert found["operations_compiled"] == pytest.approx(sum(found["operations"].values()), rel=0.1)
 
 
+def test_code_that_another_process_cannot_find_is_refused():
+    with pytest.raises(ValueError, match="path/to/file.py:factory"):
+        difax.plan("flux_tiny", "cpu:8", "data=8", cache=lambda: None)
+
+
 def test_a_plan_shows_itself(tmp_path):
     found = tiny_plan()
     text = repr(found)
@@ -296,13 +301,13 @@ def test_a_plan_shows_itself(tmp_path):
 def test_a_mesh_that_does_not_divide_is_refused(axes, said):
     config = override(load_config("flux_tiny"), TINY)
     with pytest.raises(ValueError, match=said):
-        planning.lower(config, jax.devices()[:8], planning.checked_axes(axes, parse_target("cpu:8")), 8)
+        lowered.lower(config, jax.devices()[:8], planning.checked_axes(axes, parse_target("cpu:8")), 8)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
     config = override(load_config("flux_tiny"), TINY)
     with pytest.raises(ValueError, match="multiples of 8"):
-        planning.lower(config, jax.devices()[:8], {"data": 8}, 3)
+        lowered.lower(config, jax.devices()[:8], {"data": 8}, 3)
 
 
 # cache -> is what it computes known before the run
@@ -364,8 +369,8 @@ Total hbm usage >= 22.48G:
 
 
 def test_the_words_of_a_compiler_that_refuses_are_read():
-    assert planning._asked(REFUSAL) == {"peak": int(22.48 * 2**30), "usable": int(15.75 * 2**30)}
-    first, second = planning._allocations(REFUSAL)
+    assert lowered._asked(REFUSAL) == {"peak": int(22.48 * 2**30), "usable": int(15.75 * 2**30)}
+    first, second = lowered._allocations(REFUSAL)
     assert first == ("bf16[38,3072,21504]", int(4.68 * 2**30), "args[0]")
     assert second[:2] == ("f32[128]", 2**29)
 

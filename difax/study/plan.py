@@ -106,9 +106,9 @@ def plan(
         child.wait()
         raise
     if child.returncode or not out.strip():
-        ended = -child.returncode
-        how = signal.Signals(ended).name if ended in set(signal.Signals) else f"exit code {child.returncode}"
-        raise RuntimeError(f"plan: the compiler's process for {target} ended ({how}), of memory on this host perhaps")
+        if child.returncode == -signal.SIGKILL:
+            raise MemoryError(f"the compiler's process for {target} was killed")
+        raise RuntimeError(f"plan: the compiler's process for {target} ended with exit code {child.returncode}")
     found = json.loads(out)
     if "refused" in found:
         raise ValueError(found["refused"])
