@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from difax.core import placement
 from difax.core.contracts import BlockList, BlockScales, Scales, Segments
 from difax.core.qtensor import QTensor, quantized_dot
 
@@ -106,6 +107,9 @@ def dot(x: jax.Array, w: jax.Array | Trainable | QTensor, bias: jax.Array) -> ja
       [..., N] in the dtype of x.
     """
     *lead, k = x.shape
+    if len(lead) == 2 and placement.cuts_tokens() and not isinstance(w, Trainable):
+        # samples and tokens that are both cut, or tokens alone, do not fold into one axis that is
+        return jax.vmap(dot, (0, None, None))(x, w, bias)
     x_MK, b_N = x.reshape(-1, k), bias.astype(x.dtype)
     if isinstance(w, Trainable):
         y_MN = _affine(x_MK, w.array.astype(x.dtype), b_N)

@@ -201,6 +201,12 @@ def current() -> Placement | None:
     return _current.get()
 
 
+def cuts_tokens() -> bool:
+    """Whether the tokens of what is being traced lie on several devices."""
+    p = current()
+    return p is not None and p.seq > 1
+
+
 def rows(tree: Any, halves: int = 1) -> Any:
     """Arrays that lead with the batch, cut along the axes of samples; of both halves along "cfg" too."""
     p = current()
