@@ -120,7 +120,7 @@ def plan(
 def _gib(n: float | None) -> str:
     if n is None:
         return "?"
-    return f"{n / GIB:.2f} GiB" if n >= GIB / 100 else f"{n / 2**20:.2f} MiB"
+    return f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n / 2**20:.2f} MiB"
 
 
 def _large(n: float, unit: str) -> str:
@@ -172,18 +172,26 @@ def format_plan(found: Mapping[str, Any]) -> str:
         lines.append(f"seconds: none, {why}")
     else:
         rates = bound["rates"]
-        compute = ", ".join(f"{_large(v, 'FLOP/s')} {k.split()[0]}" for k, v in rates.items() if "operations" in k)
+        compute = ", ".join(
+            f"{_large(v, 'FLOP/s')} {k.removesuffix(' operations/s')}" for k, v in rates.items() if "operations" in k
+        )
         lines += [
             "seconds of a run on one device, at the chip's published peaks",
             f"  compute                   {_seconds(bound['compute'])} ({compute})",
             f"  memory                    {_seconds(bound['memory'])} ({_large(rates['memory bytes/s'], 'B/s')})",
             f"  collectives               {_seconds(bound['collectives'])} ({_large(rates['link bytes/s'], 'B/s')}: "
-            "all links, one way)",
+            f"all links, one way{_hosts(found)})",
             f"  a bound from below        {_seconds(bound['least'])} if all three overlap, "
             f"{_seconds(bound['summed'])} if none does",
         ]
     lines.append(f"compiled in {found['compile_seconds']} s with jax {found['jax']}")
     return "\n".join(lines)
+
+
+def _hosts(found: Mapping[str, Any]) -> str:
+    """What the links of a chip are not: GPUs of one host have NVLink, those of others a network."""
+    several = parse_target(found["target"]).published.platform == "gpu" and found["devices"] > 8
+    return "; between hosts slower, which is not counted" if several else ""
 
 
 def _memory(found: Mapping[str, Any], memory: Mapping[str, Any]) -> list[str]:

@@ -259,7 +259,7 @@ def seconds(chip: Chip, operations: Mapping[str, float], moved: float, sent: flo
         memory=moved / chip.bandwidth,
         collectives=sent / (chip.link * chip.links),
         rates={
-            **{f"{kind} operations/s": rate[kind] for kind in operations},
+            **{f"{kind}{'' if kind in chip.rates else ' as bfloat16'} operations/s": rate[kind] for kind in operations},
             "memory bytes/s": chip.bandwidth,
             "link bytes/s": chip.link * chip.links,
         },
