@@ -75,6 +75,8 @@ def answer(asked: Asked, tell: Callable[[str], None] = lambda _: None) -> dict[s
         rows = trial.ranked()
         best = trial.confirmed([row["axes"] for row in rows])
         best.sort(key=lambda plan: (plan["fits"] is False, (plan["seconds"] or {}).get("summed", 0.0)))
+        if best[0]["fits"] is False and asked.search:
+            best[0]["instead"] = trial.nearest(best[0]["axes"])
         return {**found, **best[0], "candidates": rows, "compiled": [shortened(plan) for plan in best]}
     chosen = trial.plan(axes)
     if chosen["fits"] is False and asked.search:
@@ -125,6 +127,7 @@ class Trial(NamedTuple):
         bound = None if program.refused else roofline.seconds(chip, operations, moved, sent)
         return {
             "mesh": described(Axes(**axes)),
+            "axes": dict(axes),
             "fits": fits,
             "refused": program.refused,
             "memory": {"chip": chip.memory or None, "usable": usable or None, **program.memory},
@@ -187,8 +190,19 @@ class Trial(NamedTuple):
             took = max((plan["compile_seconds"] for plan in plans), default=0.0)
             if plans and time.perf_counter() + WORTH * took > self.deadline:
                 break
-            plans.append(self.plan(axes))
+            plan = self.attempt(axes)
+            plans += [] if plan is None else [plan]
+        if not plans:
+            raise ValueError(f"--mesh auto: {self.setup.model.name} could not be compiled for any of the best meshes")
         return plans
+
+    def attempt(self, axes: Mapping[str, int]) -> dict[str, Any] | None:
+        """One placement, compiled; None where it is refused, which is told."""
+        try:
+            return self.plan(axes)
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            self.tell(f"mesh {described(Axes(**axes))} is left out: {' '.join(str(error).split())[:200]}")
+            return None
 
     def nearest(self, axes: Mapping[str, int]) -> list[dict[str, Any]]:
         """Placements near one that does not fit and that do: other meshes of the same devices, and int8 weights."""
@@ -203,8 +217,8 @@ class Trial(NamedTuple):
             for row in rows[:CONFIRMED]:
                 if row["fits"] is False or time.perf_counter() > self.deadline:
                     break
-                plan = trial.plan(row["axes"])
-                if plan["fits"]:
+                plan = trial.attempt(row["axes"])
+                if plan is not None and plan["fits"]:
                     found.append({**shortened(plan), "quant": quant})
                     break
         if not found:  # by arithmetic alone, and said so
