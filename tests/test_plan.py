@@ -106,6 +106,7 @@ def test_a_conditional_counts_by_what_is_taken():
     assert times(hlo.least) == {}
     assert times(hlo.taken([1 / 3, 1 / 2, 1 / 6])) == pytest.approx({"all-reduce": 2, "all-to-all": 3})
     assert times(hlo.taken([0.5, 0.5])) == times(hlo.most)  # not its branches
+    assert (hlo.conditionals(module, 3), hlo.conditionals(module, 2)) == (1, 0)
 
 
 def test_a_loop_of_unknown_length_is_reported():
@@ -249,6 +250,7 @@ def test_a_compiler_that_is_not_there_is_named(target, package, extra, monkeypat
     assert f"difax[{extra}]" in capsys.readouterr().err
 
 
+FORA_COMPUTES = 2  # of four evaluations, at its default interval of 3
 TINY = [("model.double_depth", 1), ("model.single_depth", 1), ("steps", 4)]
 
 
@@ -284,6 +286,16 @@ def test_operations_of_a_device_are_those_that_are_compiled():
 def test_code_that_another_process_cannot_find_is_refused():
     with pytest.raises(ValueError, match="path/to/file.py:factory"):
         difax.plan("flux_tiny", "cpu:8", "data=8", cache=lambda: None)
+
+
+def test_what_a_planned_cache_does_is_counted_as_often_as_it_is_planned():
+    """Of FORA's four evaluations two compute: every third, and the first."""
+    found = tiny_plan(cache="fora").figures
+    whole = tiny_plan().figures
+    assert found["planned"] and found["decided"]
+    attending = lambda plan: plan["collectives"]["all-to-all"]["times"]  # noqa: E731
+    assert attending(found) == attending(whole) * FORA_COMPUTES / 4
+    assert found["holds"]["caches"] > whole["holds"]["caches"] == 0
 
 
 def test_a_plan_shows_itself(tmp_path):

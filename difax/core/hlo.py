@@ -142,6 +142,12 @@ def taken(shares: Sequence[float]) -> Branches:
     return mixed
 
 
+def conditionals(module: Module, branches: int) -> int:
+    """How many conditionals of so many branches a program has."""
+    every = [i for c in module.computations.values() for i in c.values() if i.opcode == "conditional"]
+    return sum(len(_branches(i)) == branches for i in every)
+
+
 def total(module: Module, figure: Callable[[Module, str, Instruction], Counter[str]], branches: Branches) -> Counter:
     """The sum of a figure over all that a run of a program executes; "loops of unknown length" counts those."""
     done: dict[str, Counter[str]] = {}

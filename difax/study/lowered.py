@@ -60,7 +60,8 @@ def lower(config: Mapping[str, Any], there: list[Any], axes: Mapping[str, int], 
 class Compiled(NamedTuple):
     """What the compiler says of a program, per device: memory {what: bytes}, the largest arguments and temporaries
     [(name, bytes)], collectives as a run executes them (`hlo.Moved`; fewest: if every conditional takes its cheapest
-    branch), products: operations, loops of unknown length, and seconds that it took. refused: its own words where the
+    branch), products: operations, loops of unknown length; planned: were a
+    cache's modes counted as its plan takes them; and seconds that it took. refused: its own words where the
     program does not fit into the device's memory."""
 
     memory: dict[str, int]
@@ -71,6 +72,7 @@ class Compiled(NamedTuple):
     products: float
     least_products: float
     unknown: int
+    planned: bool
     seconds: float
     refused: str | None = None
 
@@ -79,7 +81,7 @@ def compiled(setup: Setup, made: Lowered, options: Mapping[str, Any]) -> Compile
     """Compiles a lowered sampler and reads what it takes."""
     start = time.perf_counter()
     arguments = largest_arguments(made.arguments)
-    nothing = Compiled({}, arguments, [], {}, {}, 0.0, 0.0, 0, 0.0)
+    nothing = Compiled({}, arguments, [], {}, {}, 0.0, 0.0, 0, False, 0.0)
     try:
         program = made.lowered.compile(compiler_options=dict(options) or None)
     except Exception as error:
@@ -92,7 +94,7 @@ def compiled(setup: Setup, made: Lowered, options: Mapping[str, Any]) -> Compile
         return nothing._replace(memory=_asked(text), temporaries=_allocations(text), refused=_first(text), seconds=took)
     memory, text = program.memory_analysis(), program.as_text()
     module = hlo.parse(text)
-    likely = branches(setup)
+    likely = branches(setup, module) or hlo.most
     moved, unknown = hlo.collectives(module, likely)
     sizes = {
         "argument": int(memory.argument_size_in_bytes),
@@ -110,16 +112,17 @@ def compiled(setup: Setup, made: Lowered, options: Mapping[str, Any]) -> Compile
         products=hlo.products(module, likely),
         least_products=hlo.products(module, hlo.least),
         unknown=unknown,
+        planned=likely is not hlo.most,
         seconds=time.perf_counter() - start,
     )
 
 
-def branches(setup: Setup) -> hlo.Branches:
-    """What a conditional of the compiled sampler counts as: where the plan says which mode each evaluation has, a
-    choice among as many is taken so often; any other is its dearest branch."""
+def branches(setup: Setup, module: hlo.Module) -> hlo.Branches | None:
+    """What a conditional of the compiled sampler counts as where the plan of its cache tells: the one choice among as
+    many as there are modes is taken as often as evaluations have each. None where there is no such one choice."""
     modes = len(setup.rows.plan.modes)
-    if modes < 2 or setup.accelerator.lookup is not None:
-        return hlo.most
+    if modes < 2 or setup.accelerator.lookup is not None or hlo.conditionals(module, modes) != 1:
+        return None
     index = np.asarray(setup.rows.plan.index)
     return hlo.taken([float(np.mean(index == mode)) for mode in range(modes)])
 

@@ -37,6 +37,7 @@ class Planned:
     in the run what is computed, and the figures are the most that it may be.
     collectives {kind: {"times", "bytes", "sent"}}: of one device in a run; collectives_least: if every conditional took
     its cheapest branch.
+    planned: True where a cache's modes were counted as often as its plan takes each, so that neither is a bound.
     seconds: {"compute", "memory", "collectives", "least", "summed", "rates"}, None without published peaks.
     instead: placements that fit where this one does not. candidates, compiled: of mesh "auto".
     """
@@ -160,7 +161,7 @@ def format_plan(found: Mapping[str, Any]) -> str:
     lines.append(f"  memory traffic            {_large(found['bytes'], 'B')}")
     for kind, moved in found["collectives"].items():
         least = found["collectives_least"].get(kind, {"times": 0})["times"]
-        few = "" if found["decided"] or least == moved["times"] else f" (at least {least:g} times)"
+        few = "" if found["planned"] or least == moved["times"] else f" at most, {least:g} times at least"
         lines.append(f"  {kind:<26}{moved['times']:g} times, {_gib(moved['bytes'])}, {_gib(moved['sent'])} sent{few}")
     if not found["collectives"] and not found["refused"]:
         lines.append("  collectives               none")

@@ -142,6 +142,7 @@ class Trial(NamedTuple):
             "collectives": {kind: m._asdict() for kind, m in program.collectives.items()},
             "collectives_least": {kind: m._asdict() for kind, m in program.fewest.items()},
             "loops_of_unknown_length": program.unknown,
+            "planned": program.planned,
             "seconds": None if bound is None else {**bound._asdict(), "least": bound.least, "summed": bound.summed},
             "compile_seconds": round(program.seconds, 1),
         }
