@@ -14,7 +14,11 @@ import numpy as np
 
 from difax.accel.attention import attention, first_of
 from difax.accel.caches import measured
+<<<<<<< HEAD
 from difax.accel.parallel import parallel
+=======
+from difax.accel.quant import check_kernels, fitted
+>>>>>>> h/suite
 from difax.checkpoints import find_weights
 from difax.core import grids
 from difax.core.annotations import annotations_of, brief, check_value
@@ -28,6 +32,7 @@ from difax.core.qtensor import cast as cast_params
 from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.shapes import trunk_spec
 from difax.core.stack import stack, with_learned
+from difax.core.target import Target, target
 from difax.core.trunk import unstack
 from difax.models import MODELS
 from difax.registry import REGISTRIES, check_name, choose, is_outside, make, resolved, shown
@@ -53,6 +58,11 @@ class Setup(NamedTuple):
     scale: float
     described: Mapping[str, str]  # the names that the configuration gave to its sections
     placement: Placement | None = None  # None: the device that jax runs on
+
+    @property
+    def target(self) -> Target:
+        """What its programs are compiled for."""
+        return target() if self.placement is None else self.placement.target
 
     def sampler(self, accelerator: Accelerator | None = None, **options: Any) -> Any:
         """The jitted sampler (`difax.core.sample.make_sampler`), with another accelerator if one is given."""
@@ -81,11 +91,12 @@ class Setup(NamedTuple):
         return tree if self.placement is None else jax.device_put(tree, self.placement.batch())
 
     def prepare(self, params: Params) -> Params:
-        """Parameters as they are sampled with: quantised, cast to the model's dtype, with those that the cache has
-        learned, in the layout that was chosen."""
+        """Parameters as they are sampled with: quantised, cast to the model's dtype, as the target multiplies them,
+        with those that the cache has learned, in the layout that was chosen."""
+        devices = 1
         if self.placement is not None:
-            params = self.placement.arranged(params)
-        params = cast_params(quantize_params(params, self.rules), self.model.dtype)
+            params, devices = self.placement.arranged(params), self.placement.mesh.size
+        params = fitted(cast_params(quantize_params(params, self.rules), self.model.dtype), self.target, devices)
         params = with_learned(params, self.accelerator)
         return params if self.stacked else unstack(self.model, params)
 
@@ -156,14 +167,15 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
     guide = make("guide", config["guide"])
     accelerator = _accelerator(config.get("cache", {"name": "none"}))
     attending = _attention(config.get("attend", {"name": "xla"}))
+    placement = build_placement(config, model, accelerator, devices)
+    if placement is not None:
+        attending = parallel(attending, placement, joint=_is_joint(model))
     rules = make("quant", config.get("quant", {"name": "none"}), model)
     if rules:
         with _naming("quant", config):
             shapes = jax.eval_shape(model.init, jax.random.key(0))
             jax.eval_shape(lambda params: quantize_params(params, rules), shapes)  # before any weight is read
-    placement = build_placement(config, model, accelerator, devices)
-    if placement is not None:
-        attending = parallel(attending, placement, joint=_is_joint(model))
+            check_kernels(rules, target() if placement is None else placement.target, model.dtype)
     layout = choose("layout", config.get("layout", "stacked"), LAYOUTS)
     conditioning = choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
     if conditioning == "ahead" and any(stage.takes for stage in model.stages):

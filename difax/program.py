@@ -149,6 +149,11 @@ def draw(
     shards = 1 if setup.placement is None else setup.placement.size(*SAMPLES)
     chunks = -(-n // (CHUNK * shards))
     size = -(-n // (chunks * shards)) * shards
+    if setup.accelerator.batchwide and shards > 1 and n % shards:
+        raise ValueError(
+            f"{n} samples over data x fsdp = {shards} with cache {setup.accelerator.name}, whose decisions those that "
+            f"fill the last device would change; allowed: a multiple of {shards} samples, or per_sample=True"
+        )
     bar = tqdm(total=chunks * len(setup.rows.i), unit="evaluation", disable=not progress, file=sys.stderr)
 
     def inputs(chunk: int) -> tuple[jax.Array, jax.Array, Any]:

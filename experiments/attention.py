@@ -2,6 +2,7 @@
 
   python -m experiments.attention                                                     difax alone
   python -m experiments.attention --lane jax012 --torch-python PYTHON_WITH_TORCH      also torch's SDPA
+  python -m experiments.attention --lists                                             lists of blocks, by density
 
 One call on q, k, v [1, tokens, 8, 64], default settings, the contenders turn by turn; torch's
 scaled_dot_product_attention runs in a process of its own. GFLOP/s count the two products over the pairs that attend
@@ -10,6 +11,11 @@ leaves out what one product hands to the next at run time; `memory_growth_mib` (
 memory of a process of its own grows at most during a call. A contender that needs more than 0.7 of what is free is
 left out, with that as the reason. Rows go to
 experiments/results/attention/LANE.jsonl; a row that is there already is not measured again.
+
+With `--lists` a row is one length, dtype and block size: `chunked` without a list, and with random lists of distinct
+blocks for every head that hold each `density` of all blocks (at least one), turn by turn; `over_dense` is the seconds
+over those of the call without a list, and `listed` the share of blocks that the lists hold. Those rows go to
+experiments/results/attention/LANE_lists.jsonl.
 """
 
 from __future__ import annotations
@@ -27,10 +33,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from difax.accel.attention.chunked import chunked
 from difax.accel.attention.window import window
 from difax.accel.attention.xla import xla
+from difax.core.contracts import BlockList
 from difax.core.device import peak_memory
 from difax.core.files import read_rows
 from difax.study.profile import ceiling
@@ -39,6 +47,7 @@ from experiments.provenance import RESULTS, append_row, provenance
 
 TOKENS, DTYPES, HEADS, WIDTH, RADIUS = (1024, 4096, 16384), ("float32", "bfloat16"), 8, 64, 512
 WINDOW = f"window {RADIUS}"
+DENSITIES, BLOCKS = (1.0, 0.5, 0.2), ((128, 128), (128, 64), (512, 1024))
 
 
 class TorchAttention(Torch):
@@ -150,6 +159,59 @@ def bench(tokens: int, dtype: str, repeats: int, python: str | None = None) -> d
     return row
 
 
+def random_list(tokens: int, block_q: int, block_k: int, density: float) -> BlockList:
+    """For every head and block of queries so large a share of the blocks of keys, at random, in ascending order."""
+    n_q, n_k = -(-tokens // block_q), -(-tokens // block_k)
+    n = max(1, round(density * n_k))
+    order = np.argsort(np.random.default_rng(0).random((1, HEADS, n_q, n_k)), -1)[..., :n]
+    counts = jnp.full((1, HEADS, n_q), n, jnp.int32)
+    return BlockList(jnp.asarray(np.sort(order, -1), jnp.int32), counts, block_q, block_k)
+
+
+def bench_lists(tokens: int, dtype: str, block_q: int, block_k: int, repeats: int) -> dict[str, Any]:
+    """One row: calls with lists of each density at one length, beside the dense call, turn by turn.
+
+    Args:
+      repeats: measured calls of each, after one that is thrown away.
+    """
+    arguments = inputs(tokens, dtype)
+    row: dict[str, Any] = {"tokens": tokens, "heads": HEADS, "head_width": WIDTH, "dtype": dtype, "repeats": repeats}
+    row |= {"block_q": block_q, "block_k": block_k, "load_before": os.getloadavg()[0]}
+    lists = {f"density {density:g}": random_list(tokens, block_q, block_k, density) for density in DENSITIES}
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, blocks in [("dense", None), *lists.items()]:
+        program = jax.jit(lambda q, k, v, blocks: chunked()(q, k, v, blocks=blocks))
+        program = program.lower(*arguments, blocks).compile()
+        calls[name] = partial(lambda p, blocks: jax.block_until_ready(p(*arguments, blocks)), program, blocks)
+        calls[name]()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, run in calls.items():
+            wall, cpu = measure(run, 1, warm=False)
+            times[name].append((wall[0], cpu[0]))
+    for name, values in times.items():
+        wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
+        row[name] = {"seconds": wall, "seconds_min": min(values)[0], "seconds_max": max(values)[0], "cpu_seconds": cpu}
+    for name, blocks in lists.items():
+        row[name]["listed"] = blocks.indices.shape[-1] / -(-tokens // block_k)
+        row[name]["over_dense"] = row[name]["seconds"] / row["dense"]["seconds"]
+    return row
+
+
+def measure_lists(options: argparse.Namespace, path: pathlib.Path) -> None:
+    """Every row of lists that is not in the file yet."""
+    for dtype in options.dtypes:
+        for tokens in options.tokens:
+            for block_q, block_k in BLOCKS:
+                key = (tokens, dtype, block_q, block_k)
+                if key in {tuple(row[k] for k in ("tokens", "dtype", "block_q", "block_k")) for row in read_rows(path)}:
+                    continue
+                row = bench_lists(tokens, dtype, block_q, block_k, options.repeats)
+                append_row(path, {**row, "provenance": provenance()})
+                parts = [f"{name} {1e3 * row[name]['seconds']:8.1f} ms" for name in row if name.startswith("den")]
+                print(f"{tokens:6} {dtype:8} {block_q:4} x {block_k:4}  {'  '.join(parts)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
@@ -158,12 +220,16 @@ def main() -> None:
     parser.add_argument("--torch-python", help="interpreter that has the parity extra; without it torch is left out")
     parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
     parser.add_argument("--out", type=pathlib.Path, help="file of rows, instead of the lane's")
+    parser.add_argument("--lists", action="store_true", help="lists of blocks by density, instead")
     parser.add_argument("--growth-of", choices=contenders(), help="only print how much memory a call of it takes")
     options = parser.parse_args()
     if options.growth_of:
         print(growth(options.growth_of, options.tokens[0], options.dtypes[0]))
         return
-    path = options.out or RESULTS / "attention" / f"{options.lane}.jsonl"
+    path = options.out or RESULTS / "attention" / f"{options.lane}{'_lists' if options.lists else ''}.jsonl"
+    if options.lists:
+        measure_lists(options, path)
+        return
     for dtype in options.dtypes:
         top = None
         for tokens in options.tokens:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -11,7 +13,7 @@ import sys
 from typing import Any
 
 from difax.core.device import device_name, processor, versions
-from difax.core.writing import drop_cut_line
+from difax.core.writing import append_line, drop_cut_line
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
@@ -31,11 +33,19 @@ def provenance() -> dict[str, Any]:
 
 
 def append_row(path: pathlib.Path, row: dict[str, Any]) -> None:
-    """Appends one JSON line; a line is written whole."""
+    """Appends one JSON line in one write; what a killed process has left of a line goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drop_cut_line(path)
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_line(path, json.dumps(row))
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _module() -> str:

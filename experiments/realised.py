@@ -30,6 +30,7 @@ import numpy as np
 from difax.accel.caches import CACHES
 from difax.accel.solvers import SOLVERS
 from difax.build import CONDITIONINGS, LAYOUTS
+from difax.core.contracts import Attention
 from difax.core.cost import model_cost, run_cost
 from difax.core.device import peak_memory
 from difax.core.files import read_rows
@@ -46,6 +47,7 @@ from difax.models.wan import wan
 from difax.weights.conditions import random_conditions
 from experiments.provenance import RESULTS, append_row, provenance
 
+TOY = {"depth": 2, "width": 64, "heads": 2, "patch": 8}  # the variant "toy", to see that everything runs
 GEOMETRIES = (("B/2", 1), ("B/2", 4), ("XL/2", 1))
 
 
@@ -104,9 +106,19 @@ CAPTIONED: dict[str, Any] = {
 class Work:
     """One geometry: weights, inputs, and a compiled sampler per method."""
 
-    def __init__(self, variant: str, batch: int, dtype: str, steps: int, conditioning: str, layout: str = "unstacked"):
-        self.batch, self.ahead = batch, conditioning == "ahead"
-        of_dit = (lambda dtype: dit(variant, dtype=dtype), vp_linear(), "eps", "ddim", "leading")
+    def __init__(
+        self,
+        variant: str,
+        batch: int,
+        dtype: str,
+        steps: int,
+        conditioning: str,
+        layout: str = "unstacked",
+        attention: Attention | None = None,
+    ):
+        self.batch, self.ahead, self.attention = batch, conditioning == "ahead", attention
+        size: dict[str, Any] = TOY if variant == "toy" else {"variant": variant}
+        of_dit = (lambda dtype: dit(**size, dtype=dtype), vp_linear(), "eps", "ddim", "leading")
         make, self.process, self.prediction, solver, grid = CAPTIONED.get(variant, of_dit)
         self.model = make(dtype)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0))
@@ -126,6 +138,8 @@ class Work:
         host = make_rows(self.solver, self.guide, self.process, self.times, accelerator, self.model.stages)
         rows, scale = jax.tree.map(jnp.asarray, host), jnp.float32(2.0)
         seams: dict[str, Any] = {"solver": self.solver, "guide": self.guide, "accelerator": accelerator}
+        if self.attention is not None:
+            seams["attention"] = self.attention
         sampler = make_sampler(self.model, self.process, self.prediction, ahead=ahead, **seams)
         start = time.perf_counter()
         compiled = sampler.lower(self.params, self.noise(), self.keys, self.cond, rows, scale).compile()

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from difax.accel.attention import ATTENTIONS, attention, first_of
+from difax.accel.attention.block_sparse import block_sparse
 from difax.accel.attention.chunked import chunked
 from difax.accel.attention.cudnn import cudnn
 from difax.accel.attention.window import window
@@ -25,7 +26,7 @@ from difax.core.trunk import forward, stateless
 from tests.toys import tiny_dit
 
 B, H, K = 2, 2, 4
-BACKENDS = {"xla": xla, "chunked": chunked, "cudnn": cudnn, "window": window}
+BACKENDS = {"xla": xla, "chunked": chunked, "cudnn": cudnn, "window": window, "block_sparse": block_sparse}
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 
 
@@ -55,13 +56,15 @@ CASES = [
     Case("window", {"radius": 1, "prefix": 3, "block": 2}, [(11, 11)]),
     Case("window", {"radius": 2, "prefix": 9, "block": 4}, [(11, 11), (7, 7)]),
     Case("window", {"radius": 0, "block": 5}, [(8, 8)]),
+    Case("block_sparse", {}, [(7, 10)]),
 ]
 ids = [f"{c.name}-{'-'.join(map(str, c.settings.values()))}" for c in CASES]
 cases = pytest.mark.parametrize("case", CASES, ids=ids)
 
 
 def test_every_attention_is_tried():
-    assert list(BACKENDS) == list(ATTENTIONS) and {c.name for c in CASES} | {"cudnn"} == set(ATTENTIONS)
+    assert [*BACKENDS, "auto"] == list(ATTENTIONS)  # auto is a choice among the others: tests/test_block_sparse.py
+    assert {c.name for c in CASES} | {"cudnn"} == set(BACKENDS)
 
 
 def inputs(t: int, s: int, dtype="float32", seed=0):
@@ -191,7 +194,6 @@ def test_gradients_are_those_of_masked_softmax(case, with_segments):
 
 
 DECLINES = [
-    ("chunked", {}, {"blocks": (4, 4)}, "a list of blocks of 4 x 4, made for 512 x 1024"),
     ("window", {"radius": 1}, {"keys": 9}, "8 queries of 9 keys"),
     ("window", {"radius": 1}, {"blocks": (4, 4)}, "a list of blocks"),
     ("cudnn", {}, {"dtype": "float32"}, "float32; it computes in one of bfloat16, float16"),

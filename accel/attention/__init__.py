@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from difax.accel.attention.block_sparse import block_sparse_attention
 from difax.accel.attention.chunked import chunked
 from difax.accel.attention.cudnn import cudnn
 from difax.accel.attention.window import windowed
 from difax.accel.attention.xla import xla
 from difax.core.annotations import check_arguments, check_keys, check_value, choose
 from difax.core.contracts import Attention, AttentionSpec, Level, Row, State, Where
-from difax.core.target import target
+from difax.core.target import Target, target
 from difax.core.trunk import stateless
 
 
@@ -29,11 +30,50 @@ def _lifted(factory: Callable[..., Callable[..., Any]]) -> Callable[..., Attenti
     return make
 
 
+# platform -> what `auto` takes the first of that does not decline
+BEST: dict[str, tuple[str, ...]] = {
+    "gpu": ("cudnn", "block_sparse", "chunked"),
+    "tpu": ("chunked",),
+    "cpu": ("chunked",),
+}
+
+
+def auto() -> Attention:
+    """The best exact attention for the device that is compiled for, decided for each shape of call.
+
+    GPU: cudnn, block_sparse, chunked. cuDNN's kernel is the fastest dense one (on an H100 at 4,608 tokens, 24 heads of
+    128: 449 us, a full list 545 us by the Mosaic kernel and 670 us by Triton's), but takes no segments and no
+    log-sum-exp; the list kernels do, in 16 bits and heads up to 128; chunked takes what is left, float32 first.
+    TPU: chunked. The list kernel's schedule, as the TPU compiler writes it, promises more (88 bundles for a block that
+    costs the v5e's matrix unit 64), but it has not run on a TPU yet. CPU: chunked, in 0.2 to 1.0 of the reference's
+    time from 1,024 tokens on (experiments/results/attention); what is as small as one of its blocks is the reference
+    itself.
+
+    Returns:
+      An `Attention`; its `chosen` names what serves each call.
+    """
+    names = {name for best in BEST.values() for name in best}
+    made = {name: ATTENTIONS[name]() for name in sorted(names)}
+    by_platform = {p: first_of({name: made[name] for name in best}) for p, best in BEST.items()}
+
+    def mine() -> Attention:
+        return by_platform[choose("platform of attend auto", target().platform, by_platform)]
+
+    return Attention(
+        init=lambda spec: mine().init(spec),
+        apply=lambda *arguments: mine().apply(*arguments),
+        lse=lambda *arguments: mine().lse(*arguments),
+        chosen=lambda: mine().chosen(),
+    )
+
+
 ATTENTIONS: dict[str, Callable[..., Attention]] = {
     "xla": _lifted(xla),
     "chunked": _lifted(chunked),
     "cudnn": _lifted(cudnn),
     "window": windowed,
+    "block_sparse": block_sparse_attention,
+    "auto": auto,
 }
 
 
@@ -84,7 +124,8 @@ def first_of(choices: Mapping[str, Attention]) -> Attention:
       choices: name -> `Attention`, in order of preference. They may decline by shapes and dtypes, not by place.
 
     Returns:
-      An `Attention` with the state of the chosen one. A call that all decline raises ValueError with every reason.
+      An `Attention` with the state of the chosen one, and `chosen`. A call that all decline raises ValueError with
+      every reason.
 
     Raises:
       ValueError: no choices.
@@ -92,12 +133,14 @@ def first_of(choices: Mapping[str, Attention]) -> Attention:
     if not choices:
         raise ValueError("first_of: no choices; allowed: one or more")
     decided: dict[Any, str] = {}
+    served: dict[tuple[Target, str], str] = {}  # the same by the words of a call
 
     def taking(spec: AttentionSpec, what: str = "apply") -> Any:
         leaves, structure = jax.tree.flatten(spec)
         key = target(), what, structure, tuple((a.shape, str(a.dtype)) for a in leaves)
         if key not in decided:
-            decided[key] = _decide({n: c for n, c in choices.items() if getattr(c, what) is not None}, spec, what)
+            able = {n: c for n, c in choices.items() if getattr(c, what) is not None}
+            decided[key] = served[target(), spec.in_words()] = _decide(able, spec, what)
         return choices[decided[key]]
 
     def apply(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, where: Where, row: Any, state: State) -> Any:
@@ -110,7 +153,12 @@ def first_of(choices: Mapping[str, Attention]) -> Attention:
 
     ordered = any(choice.ordered for choice in choices.values())
     has_lse = any(choice.lse is not None for choice in choices.values())
-    return Attention(lambda spec: taking(spec).init(spec), apply, lse if has_lse else None, ordered)
+
+    def chosen() -> dict[str, str]:
+        mine = {call: name for (what, call), name in served.items() if what == target()}
+        return {call: choices[name].chosen().get(call, name) for call, name in mine.items()}
+
+    return Attention(lambda spec: taking(spec).init(spec), apply, lse if has_lse else None, ordered, chosen)
 
 
 def _decide(choices: Mapping[str, Attention], spec: AttentionSpec, what: str) -> str:
@@ -128,6 +176,4 @@ def _decide(choices: Mapping[str, Attention], spec: AttentionSpec, what: str) ->
             return name
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
-    q, dtype = list(spec.q.shape), spec.q.dtype
-    ids = "" if spec.segments is None else ", segments"
-    raise ValueError(f"no attention takes this call (q {q} {dtype}, S {spec.k.shape[1]}{ids}): {'; '.join(reasons)}")
+    raise ValueError(f"no attention takes this call ({spec.in_words()}): {'; '.join(reasons)}")

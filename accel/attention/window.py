@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difax.accel.attention.chunked import chunked, cut, dequantized, each_block, over_heads
+from difax.accel.attention.chunked import chunked
+from difax.accel.attention.running import cut, dequantized, each_block, over_heads
 from difax.core.annotations import checked
 from difax.core.contracts import Attention, BlockList, BlockScales, Scales, Segments, State, Where
-from difax.core.ops import MASKED
+from difax.core.ops import MASKED, attended_values
 
 
 @checked
@@ -92,6 +93,7 @@ def window(radius: int = 128, prefix: int = 0, block: int = 256, heads: int | No
         if blocks is not None:
             raise NotImplementedError("a list of blocks")
         q_BTHK, k_BSHK, v_BSHK = dequantized(q_BTHK, k_BSHK, v_BSHK, scales)
+        v_BSHK = attended_values(v_BSHK, segments)
         o_BTHK, lse_BHT = over_heads(head, heads, q_BTHK, k_BSHK, v_BSHK, segments)
         if prefix:
             ids = None if segments is None else Segments(segments.q[:, :prefix], segments.k)

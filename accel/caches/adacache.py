@@ -154,7 +154,14 @@ def adacache(
         shown = {k: by_group(a, row.plan.halves, per_sample) for k, a in shown.items()}
         return tokens, state, memory, report._replace(metric={**report.metric, "trunk": shown})
 
-    return Accelerator(name="adacache", plan=plan, init=init, trunk=trunk, branch=probing("adacache", watched))
+    return Accelerator(
+        name="adacache",
+        plan=plan,
+        init=init,
+        trunk=trunk,
+        branch=probing("adacache", watched),
+        batchwide=not per_sample,
+    )
 
 
 def _codebook(codebook: str | Sequence[tuple[float, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -168,7 +168,7 @@ def dbprune(
         inner = {**inner, "along": {**inner["along"], "dbprune": tally}}
         return out, own, inner, done._replace(metric={**done.metric, "block": shown})
 
-    return Accelerator(name="dbprune", plan=plan, init=init, block=block)
+    return Accelerator(name="dbprune", plan=plan, init=init, block=block, batchwide=not per_sample)
 
 
 def _with(tokens: Tokens, residual: Tokens) -> Tokens:

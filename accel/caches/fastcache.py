@@ -136,7 +136,8 @@ def fastcache(
         return out, now, inner, done._replace(metric={**done.metric, "block": shown})
 
     says = measured.record("fastcache", file)
-    return tokens_that_move._replace(plan=plan, init=init, block=block, learned=learned, measured=says)
+    own = {"plan": plan, "init": init, "block": block, "learned": learned, "measured": says}
+    return tokens_that_move._replace(**own, batchwide=not per_sample)
 
 
 def quantile(z: Any, freedom: int) -> Any:

@@ -229,7 +229,7 @@ def gated(
         report = report._replace(metric={**report.metric, "trunk": shown})
         return tokens, state, memory, report
 
-    return Accelerator(name=name, plan=plan, init=init, trunk=trunk)
+    return Accelerator(name=name, plan=plan, init=init, trunk=trunk, batchwide=not per_sample)
 
 
 def relative_change(reference: jax.Array, now: jax.Array, groups: int) -> jax.Array:

@@ -138,7 +138,9 @@ def lazydit(
         shown = {k: a.astype(jnp.float32).reshape(halves, -1).T for k, a in shown.items()}  # [samples, halves]
         return gate(update), held, inner, Done(1.0 - lazy.astype(jnp.float32), shown)
 
-    return Accelerator(name="lazydit", plan=plan, init=init, branch=branch, learned=learned, measured=says)
+    return Accelerator(
+        name="lazydit", plan=plan, init=init, branch=branch, learned=learned, measured=says, batchwide=not per_sample
+    )
 
 
 def _mixed(new: jax.Array, old: jax.Array, keep: jax.Array, soft: bool) -> jax.Array:

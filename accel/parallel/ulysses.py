@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difax.core.contracts import Attention, Row, Segments, State, Where
+from difax.core.contracts import Attention, AttentionSpec, Row, Segments, State, Where
 
 GROUPS = 2  # of heads that are exchanged one after the other, so that one travels while the other is attended with
 
@@ -53,8 +53,15 @@ def ulysses(attention: Attention, axis: str, size: int, groups: int = GROUPS) ->
 
         return apply
 
+    def init(spec: AttentionSpec) -> State:
+        def whole(a: Any) -> Any:
+            b, t, *heads = a.shape
+            return jax.ShapeDtypeStruct((b, t * size, *(heads and (heads[0] // size, heads[1]))), a.dtype)
+
+        return attention.init(jax.tree.map(whole, spec))
+
     lse = None if attention.lse is None else run(attention.lse, True)
-    return Attention(attention.init, run(attention.apply, False), lse, attention.ordered)
+    return Attention(init, run(attention.apply, False), lse, attention.ordered)
 
 
 def _grouped(a_BtHK: jax.Array, size: int, groups: int) -> list[jax.Array]:

@@ -1,5 +1,9 @@
-"""Quantisation of weights: named recipes, each a factory of rules for `difax.core.qtensor.quantize_params`."""
+"""Quantisation of weights: named recipes, each a factory of rules for `difax.core.qtensor.quantize_params`, and which
+product serves them on which device."""
 
+from difax.accel.quant.products import check_kernels as check_kernels
+from difax.accel.quant.products import fitted as fitted
+from difax.accel.quant.products import products_of as products_of
 from difax.accel.quant.uniform import (
     fp8,
     fp8_weight,

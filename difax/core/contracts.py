@@ -270,6 +270,11 @@ class AttentionSpec(NamedTuple):
     v: Any
     segments: Segments | None
 
+    def in_words(self) -> str:
+        """What a message and a table call it: "q [2, 256, 6, 64] bfloat16, S 256, segments"."""
+        ids = "" if self.segments is None else ", segments"
+        return f"q {list(self.q.shape)} {self.q.dtype}, S {self.k.shape[1]}{ids}"
+
 
 class Attention(NamedTuple):
     """How the blocks attend, with what is remembered per layer from one evaluation to the next.
@@ -279,12 +284,15 @@ class Attention(NamedTuple):
         of sampling. Raises NotImplementedError, at trace time, with what it cannot do.
     lse: the same arguments -> ((o, lse [B, H, T] float32), state), what a ring of devices merges by; None: it has none.
     ordered: does it go by the order of the tokens (a window does).
+    chosen() -> {call in words (`AttentionSpec.in_words`): name of what serves it}: where there is a choice, what was
+        decided for the target so far, which is all calls of a program once it has been traced.
     """
 
     init: Callable[[AttentionSpec], State]
     apply: Callable[..., tuple[jax.Array, State]]
     lse: Callable[..., tuple[tuple[jax.Array, jax.Array], State]] | None = None
     ordered: bool = False
+    chosen: Callable[[], dict[str, str]] = dict
 
 
 class TrunkSpec(NamedTuple):
@@ -351,6 +359,7 @@ class Accelerator(NamedTuple):
     learned: {stage: {name: array [L, ...]}}, fitted parameters, which become `params["accelerator"]`
         (`difax.core.stack.with_learned`) and reach block and branch, layer by layer, as `where.learned`.
     measured: what each file that it plans from says of itself (`difax.accel.caches.measured.record`).
+    batchwide: does a decision in the run go by the whole batch, so that other samples beside one change it.
     plan(rows, stages) -> Plan, on the host.
     guide(guide) -> guide: how the unconditional half is produced.
     init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "along": {name: pytree}, "block": {stage: pytree
@@ -387,6 +396,7 @@ class Accelerator(NamedTuple):
     branch: Callable[..., Any] | None = None
     learned: dict[str, dict[str, Any]] | None = None
     measured: tuple[Mapping[str, Any], ...] = ()
+    batchwide: bool = False
 
 
 class Trace(NamedTuple):

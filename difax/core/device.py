@@ -70,8 +70,15 @@ def processor() -> str:
 
 def versions() -> dict[str, str]:
     """Of python, difax and what its figures depend on."""
-    of = {name: importlib.metadata.version(name) for name in ("difax", "jax", "jaxlib", "flax", "numpy")}
+    of = {name: _version(name) for name in ("difax", "jax", "jaxlib", "flax", "numpy")}
     return {"python": platform.python_version(), **of}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # a clone on the path, on a machine where nothing is installed
+        return "not installed"
 
 
 def memory_available() -> int:

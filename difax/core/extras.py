@@ -9,6 +9,8 @@ import sys
 EXTRAS: dict[str, str | None] = {
     "matplotlib": "plot",
     "optuna": "search",
+    "triton": "triton",
+    "jax_triton": "triton",
     "torch": "features",
     "transformers": "features",
     "efficientnet_lite_pytorch": "features",

@@ -114,7 +114,7 @@ def dot(x: jax.Array, w: jax.Array | Trainable | QTensor, bias: jax.Array) -> ja
     if isinstance(w, Trainable):
         y_MN = _affine(x_MK, w.array.astype(x.dtype), b_N)
     elif isinstance(w, QTensor):
-        y_MN = quantized_dot(x_MK, w) + b_N[None]
+        y_MN = quantized_dot(x_MK, w, b_N)
     else:
         product = jnp.matmul
         if x_MK.shape[0] == 1 and x.dtype == jnp.bfloat16:
@@ -203,7 +203,7 @@ def softmax(logits: jax.Array) -> jax.Array:
 def block_mask(blocks: BlockList, queries: int, keys: int) -> jax.Array:
     """The mask bool [B or 1, H or 1, T, S] that a list of blocks stands for."""
     n = blocks.indices.shape[-1]
-    listed = jnp.arange(n) < blocks.counts[..., None]
+    listed = jnp.arange(n)[None, None, None] < blocks.counts[..., None]
     hit = jax.nn.one_hot(blocks.indices, -(-keys // blocks.block_k), dtype=bool) & listed[..., None]
     tiles = hit.any(-2)  # [B or 1, H or 1, T / block_q, S / block_k]
     mask = jnp.repeat(jnp.repeat(tiles, blocks.block_q, -2), blocks.block_k, -1)

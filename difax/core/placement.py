@@ -32,6 +32,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from difax.core.contracts import Shard
+from difax.core.qtensor import QTensor, is_quantized
 from difax.core.target import Target, target_of
 
 NAMES = ("data", "fsdp", "cfg", "ring", "ulysses", "tensor")  # of a mesh, neighbours last
@@ -105,32 +106,32 @@ class Placement:
         that it divides.
         """
 
-        def leaf(path: tuple[Any, ...], a: Any) -> NamedSharding:
-            spec: list[Any] = [None] * a.ndim
-            axis = self._cut(path, a)
-            if axis is not None:
+        n = self.size("fsdp")
+
+        def sharding(shape: tuple[int, ...], axis: int | None) -> NamedSharding:
+            spec: list[Any] = [None] * len(shape)
+            if axis is not None and self.tensor > 1 and shape[axis] % self.tensor == 0 and shape[axis] > 1:
                 spec[axis] = "tensor"
-            n = self.size("fsdp")
-            free = [i for i, d in enumerate(a.shape) if spec[i] is None and d % n == 0 and d >= n]
+            free = [i for i, d in enumerate(shape) if spec[i] is None and d % n == 0 and d >= n]
             if n > 1 and free:
-                spec[max(free, key=lambda i: a.shape[i])] = "fsdp"
+                spec[max(free, key=lambda i: shape[i])] = "fsdp"
             return self.sharding(*spec)
 
-        return jax.tree_util.tree_map_with_path(leaf, params)
+        def leaf(path: tuple[Any, ...], a: Any) -> Any:
+            how = self.shard(path)
+            if isinstance(a, QTensor):
+                last = {"columns": -1, "rows": -2}.get(how.axis) if how else None
+                values = None if last is None else (-3 - last if a.layout == "transposed" else last)
+                inputs = last if last == -2 and a.scale.shape[-2] > 1 else None
+                axes = {"values": values, "scale": -1 if last == -1 else inputs, "down": last if last == -2 else None}
+                axes |= {"zero": axes["scale"], "up": -1 if last == -1 else None}
+                parts = {k: getattr(a, k) for k in axes if getattr(a, k) is not None}
+                return dataclasses.replace(a, **{k: sharding(part.shape, axes[k]) for k, part in parts.items()})
+            if how is None or (_name(path[-1]) == "bias" and how.axis == "rows"):
+                return sharding(a.shape, None)
+            return sharding(a.shape, -1 if how.axis == "columns" else -2)
 
-    def _cut(self, path: tuple[Any, ...], a: Any) -> int | None:
-        """The axis of a leaf that is cut along "tensor", if a rule of the model names it and it divides."""
-        how = self.shard(path)
-        if self.tensor == 1 or how is None or a.ndim == 0:
-            return None
-        # of a weight, and of what a quantised one is made of; a bias has columns alone
-        part = _name(path[-1])
-        if part in ("bias", "down") and how.axis != ("columns" if part == "bias" else "rows"):
-            return None
-        if part == "up" and how.axis != "columns":
-            return None
-        axis = a.ndim - (1 if how.axis == "columns" else 2)
-        return axis if axis >= 0 and a.shape[axis] % self.tensor == 0 and a.shape[axis] > 1 else None
+        return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=is_quantized)
 
     def shard(self, path: tuple[Any, ...]) -> Shard | None:
         """How a parameter is cut, by the first rule of the model that its path matches."""
@@ -305,8 +306,9 @@ def make_placement(
     if axes.cfg > 2:
         raise ValueError(f"mesh.cfg={axes.cfg}; allowed: 1, or 2: guidance has two halves")
     if axes.devices > len(devices):
-        kind = devices[0].device_kind if len(devices) else "device"
-        raise ValueError(f"mesh of {axes.devices} devices ({described(axes)}); allowed: up to {len(devices)} ({kind})")
+        there = f"up to {len(devices)} ({devices[0].device_kind})"
+        how = "; JAX_NUM_CPU_DEVICES=N makes N of a CPU" if devices[0].platform == "cpu" else ""
+        raise ValueError(f"mesh of {axes.devices} devices ({described(axes)}); allowed: {there}{how}")
     common = math.gcd(*heads) if heads else 0
     if common % axes.tensor:
         raise ValueError(f"mesh.tensor={axes.tensor} for {common} heads; allowed: {_divisors(common)}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from difax.core.contracts import Params
+from difax.core.target import target
 
 
 class Format(NamedTuple):
@@ -41,6 +42,19 @@ FORMATS = {
     "float8_e5m2": Format(jnp.float8_e5m2, 1, 57344.0, -57344.0),
 }
 ACTIVATIONS = ("int8", "float8_e4m3fn", "float8_e5m2")
+KERNELS = ("auto", "xla", "triton")
+LAYOUTS = ("stored", "transposed", "native")
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A function (x [M, K], w, bias [N] or None) -> [M, N] in the dtype of x, which `quantized_dot` hands over to.
+
+    It is static in a `QTensor`, shown by its name alone.
+    """
+
+    name: str
+    apply: Callable[[jax.Array, QTensor, jax.Array | None], jax.Array] = dataclasses.field(repr=False)
 
 
 @flax.struct.dataclass
@@ -55,6 +69,11 @@ class QTensor:
     down, up: float32 or bfloat16 [..., K, R] and [..., R, N], added at full precision; or None.
     format: of the values, a key of `FORMATS`. activation: None (weight only), or the format to which the activations
         of each row are rounded for a product in that format.
+    kernel: the product that was asked for, one of `KERNELS`; what a device makes of it says `difax.accel.quant`.
+    layout: of the values. "stored": as above, which is what is made and saved. Two others are made of it for a device
+        (`relaid`): "transposed": [..., N, K'] or packed [..., N, K'/2], as the 8-bit products of GPUs read weights;
+        "native": int4 as `jnp.int4` [..., K', N], which a TPU's compiler widens inside a product.
+    product: a function that computes x @ w in place of `quantized_dot`, or None.
     """
 
     values: jax.Array
@@ -65,16 +84,21 @@ class QTensor:
     format: str = flax.struct.field(pytree_node=False, default="int8")
     activation: str | None = flax.struct.field(pytree_node=False, default=None)
     inputs: int | None = flax.struct.field(pytree_node=False, default=None)  # K where it is not K'
+    kernel: str = flax.struct.field(pytree_node=False, default="auto")
+    layout: str = flax.struct.field(pytree_node=False, default="stored")
+    product: Product | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def rows(self) -> int:
         """K': inputs that there are values for."""
-        return self.values.shape[-2] * FORMATS[self.format].packed
+        packed = 1 if self.layout == "native" else FORMATS[self.format].packed
+        return self.values.shape[-1 if self.layout == "transposed" else -2] * packed
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight that this stands for."""
-        *lead, _, n = self.values.shape
+        *lead, a, b = self.values.shape
+        n = a if self.layout == "transposed" else b
         return (*lead, self.rows if self.inputs is None else self.inputs, n)
 
 
@@ -86,6 +110,7 @@ class Quantisation(NamedTuple):
     group: int | str = "channel"
     zero_point: bool = False
     rank: int = 0
+    kernel: str = "auto"
 
 
 def quantize(w: jax.Array, how: Quantisation) -> QTensor:
@@ -100,7 +125,7 @@ def quantize(w: jax.Array, how: Quantisation) -> QTensor:
       how: `format`: a key of `FORMATS`; `activation`: None, or one of `ACTIVATIONS` (dynamic, symmetric, one scale
         per row); `group`: "tensor", "channel" (one scale per output) or the number of inputs that share one, of which
         the last group has what is left (all of them, if K is less);
-        `zero_point`: asymmetric, for integers; `rank`: 0 for none (32 in SVDQuant).
+        `zero_point`: asymmetric, for integers; `rank`: 0 for none (32 in SVDQuant); `kernel`: one of `KERNELS`.
 
     Raises:
       ValueError: an unknown format or group, a product that the formats do not have.
@@ -144,6 +169,7 @@ def quantize(w: jax.Array, how: Quantisation) -> QTensor:
         format=how.format,
         activation=how.activation,
         inputs=None if rows == k else k,
+        kernel=how.kernel,
     )
 
 
@@ -166,6 +192,8 @@ def check(how: Quantisation, shape: tuple[int, ...]) -> None:
         raise ValueError(f"format={how.format!r} with activation={how.activation!r}; allowed: both integer or both fp8")
     if how.zero_point and not integer:
         raise ValueError(f"zero_point=True with format={how.format!r}; allowed: int8, int4")
+    if how.kernel not in KERNELS:
+        raise ValueError(f"kernel={how.kernel!r}; allowed: {', '.join(KERNELS)}")
     if len(shape) < 2:
         raise ValueError(f"shape {shape}; allowed: [..., K, N]")
     k, n = shape[-2:]
@@ -183,54 +211,87 @@ def dequantize(w: QTensor, dtype: Any = jnp.float32) -> jax.Array:
     return full.astype(dtype)
 
 
-def quantized_dot(x_MK: jax.Array, w: QTensor) -> jax.Array:
-    """x @ w for a quantised w [K, N].
+def relaid(w: QTensor, layout: str) -> QTensor:
+    """The same weight with its values in another layout (of `LAYOUTS`; "native" is for int4 alone)."""
+    values = jnp.swapaxes(w.values, -1, -2) if w.layout == "transposed" else w.values
+    if (w.layout == "native") != (layout == "native"):
+        values = _unpack(values).astype(jnp.int4) if layout == "native" else _pack(values.astype(jnp.int8))
+    if layout == "transposed":
+        values = jnp.swapaxes(values, -1, -2)
+    return dataclasses.replace(w, values=values, layout=layout)
+
+
+def quantized_dot(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None = None) -> jax.Array:
+    """x @ w for a quantised w [K, N], and with a bias x @ w + bias.
 
     Weight only: the values are widened to the dtype of x. With an activation format: each row of x is rounded to it,
     x ~ s xq, and y = s (xq . (values - zero)) scale, the inner product in int8 with int32 sums, or in fp8 with float32
     sums; int4 values are unpacked to int8 first.
 
+    Where that would write much, two things are rounded to the dtype of x (by `target()`; with bfloat16 each adds up to
+    2^-8 of itself, as the rounding of y does, to what the formats already lose). On a GPU the sums of a product without
+    groups and zero points, if x is bfloat16: XLA writes them to memory and reads them again for the scales. But on a
+    CPU the weights of groups, (values - zero) scale: one product in the dtype of x, where a product for each group
+    would read and write [M, N] as often.
+
+    Args:
+      x_MK: [M, K]. w: as it was made, or in a layout and with a product for a device. bias_N: [N], in the dtype of x.
+
     Returns:
       [M, N] in the dtype of x.
     """
+    if w.product is not None:
+        return w.product.apply(x_MK, w, bias_N)
     if w.activation is None:
         y_MN = _weight_only(x_MK, w)
     else:
-        f = FORMATS[w.activation]
-        top_M1 = jnp.abs(x_MK.astype(jnp.float32)).max(-1, keepdims=True)
-        s_M1 = _nonzero(top_M1 / f.top)
-        xq_MK = _round(x_MK.astype(jnp.float32) / s_M1, f).astype(f.dtype)
-        y_MN = s_M1 * _grouped(xq_MK, w)
+        xq_MK, s_M1 = rounded_rows(x_MK, w.activation)
+        y_MN = s_M1 * _grouped(xq_MK, w, x_MK.dtype)
     if w.down is not None and w.up is not None:
         y_MN = y_MN + (x_MK @ w.down.astype(x_MK.dtype)) @ w.up.astype(x_MK.dtype)
-    return y_MN.astype(x_MK.dtype)
+    y_MN = y_MN.astype(x_MK.dtype)
+    return y_MN if bias_N is None else y_MN + bias_N[None]
+
+
+def rounded_rows(x_MK: jax.Array, activation: str) -> tuple[jax.Array, jax.Array]:
+    """Each row as values of a format and its scale [M, 1] float32: x ~ s xq, with max |xq| the format's largest."""
+    f = FORMATS[activation]
+    top_M1 = jnp.abs(x_MK.astype(jnp.float32)).max(-1, keepdims=True)
+    s_M1 = _nonzero(top_M1 / f.top)
+    return _round(x_MK.astype(jnp.float32) / s_M1, f).astype(f.dtype), s_M1
 
 
 def _weight_only(x_MK: jax.Array, w: QTensor) -> jax.Array:
     if w.scale.shape[-2] > 1 or w.zero is not None:
         return x_MK @ _scaled(w, x_MK.dtype)
     # one scale per output leaves the product: the weight is only widened
-    values = _values(w) if w.inputs is None else _values(w)[: w.inputs]
-    y_MN = jnp.matmul(x_MK, values.astype(x_MK.dtype), preferred_element_type=jnp.float32)
+    codes = values_of(w) if w.inputs is None else values_of(w)[: w.inputs]
+    y_MN = jnp.matmul(x_MK, codes.astype(x_MK.dtype), preferred_element_type=jnp.float32)
     return y_MN * w.scale
 
 
-def _grouped(xq_MK: jax.Array, w: QTensor) -> jax.Array:
-    """sum over groups of (xq . (values - zero)) scale, one product after the other."""
+def _grouped(xq_MK: jax.Array, w: QTensor, dtype: Any) -> jax.Array:
+    """sum over groups of (xq . (values - zero)) scale for activations that were of `dtype`."""
     sums = jnp.int32 if w.activation == "int8" else jnp.float32
-    groups, k, n = w.scale.shape[-2], w.rows, w.shape[-1]
+    groups, k, n, platform = w.scale.shape[-2], w.rows, w.shape[-1], target().platform
+    if groups > 1 and platform != "cpu":
+        return jnp.matmul(xq_MK.astype(dtype), _scaled(w, dtype), preferred_element_type=jnp.float32)
     xq_MK = jnp.pad(xq_MK, ((0, 0), (0, k - xq_MK.shape[1])))
+    # sums that a zero point is taken from may be much larger than what is left of them
+    narrow = platform == "gpu" and dtype == jnp.bfloat16 and w.zero is None
 
     def product(xq_Mk: jax.Array, q_kN: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        y_MN = jnp.matmul(xq_Mk, q_kN, preferred_element_type=sums).astype(jnp.float32)
+        kind = jnp.bfloat16 if narrow and sums == jnp.float32 else sums
+        y_MN = jnp.matmul(xq_Mk, q_kN, preferred_element_type=kind)
+        y_MN = (y_MN.astype(jnp.bfloat16) if narrow else y_MN).astype(jnp.float32)
         if zero is not None:
             y_MN = y_MN - xq_Mk.astype(jnp.float32).sum(-1, keepdims=True) * zero
         return y_MN * scale
 
     if groups == 1:
-        return product(xq_MK, _values(w), w.scale, w.zero)
+        return product(xq_MK, values_of(w), w.scale, w.zero)
     xq_GMk = jnp.swapaxes(xq_MK.reshape(-1, groups, k // groups), 0, 1)
-    leaves = (xq_GMk, _values(w).reshape(groups, k // groups, n), w.scale[:, None], w.zero)
+    leaves = (xq_GMk, values_of(w).reshape(groups, k // groups, n), w.scale[:, None], w.zero)
     leaves = leaves if w.zero is None else (*leaves[:3], w.zero[:, None])
 
     def add(total_MN: jax.Array, group: Any) -> tuple[jax.Array, None]:
@@ -243,14 +304,18 @@ def _scaled(w: QTensor, dtype: Any) -> jax.Array:
     """(values - zero) scale, group by group, without the low-rank part."""
     *lead, inputs, n = w.shape
     k, groups = w.rows, w.scale.shape[-2]
-    q = _values(w).astype(jnp.float32).reshape(*lead, groups, k // groups, n)
+    q = values_of(w).astype(jnp.float32).reshape(*lead, groups, k // groups, n)
     if w.zero is not None:
         q = q - w.zero[..., None, :]
     return (q * w.scale[..., None, :]).reshape(*lead, k, n)[..., :inputs, :].astype(dtype)
 
 
-def _values(w: QTensor) -> jax.Array:
-    return _unpack(w.values) if w.format == "int4" else w.values
+def values_of(w: QTensor) -> jax.Array:
+    """The values [..., K', N], int4 ones as int8, whatever their layout."""
+    if w.layout == "native":
+        return w.values.astype(jnp.int8)
+    values = jnp.swapaxes(w.values, -1, -2) if w.layout == "transposed" else w.values
+    return _unpack(values) if w.format == "int4" else values
 
 
 def _pack(q: jax.Array) -> jax.Array:
@@ -343,5 +408,6 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def size_in_bytes(params: Params) -> int:
-    """Bytes of all leaves as they are stored."""
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+    """Bytes of all leaves as they are stored, two values of `jnp.int4` in one."""
+    leaves = jax.tree.leaves(params)
+    return sum(-(-a.size // 2) if a.dtype == jnp.int4 else a.size * jnp.dtype(a.dtype).itemsize for a in leaves)

@@ -1,0 +1,234 @@
+"""Which product serves a quantised weight on which device, and in which layout its values lie there.
+
+Two products there are: XLA's (`difax.core.qtensor.quantized_dot`), for every device, and the fused kernel for Hopper
+(`difax.accel.kernels.triton_products`). `fitted` brings weights into the layout of the device that is compiled for and
+hangs the choice on them; it is made where a product is traced, by the shapes that are known there.
+
+Measured on an H100 80GB HBM3 (driver 580.159, jax 0.11.2, triton 3.6.0; M 4608, us, the rounding of activations
+included):
+
+  K, N           bfloat16   int8: XLA, Triton   fp8: XLA, Triton
+  3072, 12288    513        459, 391            347, 332
+  12288, 3072    463        419, 461            368, 390
+
+XLA's are the ones with sums rounded to bfloat16 and weights [N, K]. So the kernel serves int8 with more outputs than
+inputs, where it is faster by more than a tenth, and nothing else: for fp8 it gains 4 % at best. int4 values unpacked
+inside the kernel took 853 (K 3072) and 930 us; they are unpacked in one pass before it.
+
+Not measured, and decided by the same rule: other shapes between these, int4 after that pass, a low-rank branch. Not
+measured, and left to XLA: groups (in the kernel, 128 inputs or 64 at a time), GPUs other than Hopper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from difax.accel.kernels import triton_launch
+from difax.core.contracts import Params
+from difax.core.qtensor import (
+    Product,
+    QTensor,
+    Quantisation,
+    is_quantized,
+    quantized_dot,
+    relaid,
+    rounded_rows,
+    values_of,
+)
+from difax.core.target import Target, target
+
+HOPPER = 9  # major number of its compute capability: what was measured
+ROWS = 128  # of a tile of the kernel: a product of fewer leaves most of it empty
+DTYPES = ("bfloat16", "float16")
+GROUP = 32  # inputs that one matrix instruction takes
+
+
+def refused(w: QTensor | Quantisation, where: Target, dtype: Any) -> str | None:
+    """Why the fused kernel cannot serve a weight with activations of `dtype` on a target; None: it can."""
+    if where.platform != "gpu" or where.capability < (9, 0):
+        device = where.kind or where.platform
+        return f"the device {device}; it needs an NVIDIA GPU of compute capability 9.0 or later"
+    if jnp.dtype(dtype).name not in DTYPES:
+        return f"a model in {jnp.dtype(dtype).name}; it computes in {' and '.join(DTYPES)}"
+    if w.activation is None:
+        return "weights alone; it multiplies 8-bit activations"
+    if isinstance(w, Quantisation):
+        zero, group = w.zero_point, w.group if isinstance(w.group, int) else GROUP
+    else:
+        groups = w.scale.shape[-2]
+        zero, group = w.zero is not None, w.rows // groups if groups > 1 else GROUP
+    if w.format != w.activation and not w.format.startswith("int"):
+        return f"weights in {w.format} with activations in {w.activation}; it takes one format"
+    if zero:
+        return "zero points; it has none"
+    return None if group % GROUP == 0 else f"groups of {group} inputs; it takes multiples of {GROUP}"
+
+
+def product_of(w: QTensor, where: Target, dtype: Any, rows: int) -> str:
+    """The product that serves a weight: "triton" or "xla".
+
+    Args:
+      w: as it was quantised, or `fitted`; its `kernel` "xla" and "triton" are followed, "auto" is the rule above.
+      where: the target. dtype: of the activations. rows: M, how many there are of them.
+    """
+    if w.kernel != "auto" or where.capability[0] != HOPPER or refused(w, where, dtype) is not None:
+        return "triton" if w.kernel == "triton" else "xla"
+    inputs, outputs = w.shape[-2:]
+    faster = w.activation == "int8" and w.scale.shape[-2] == 1 and outputs > inputs
+    return "triton" if faster and rows >= ROWS and _missing() is None else "xla"
+
+
+def _missing() -> str | None:
+    """What a kernel of Triton lacks here, or None."""
+    try:
+        triton_launch.triton_call()
+    except NotImplementedError as reason:
+        return str(reason)
+    return None
+
+
+def products_of(params: Params, where: Target, dtype: Any, rows: int) -> dict[str, int]:
+    """How many quantised weights each product serves, as {"triton": 4, "xla": 2}; layers count one by one.
+
+    Args:
+      params: parameters with `QTensor`s, prepared or not, or their shapes. where, dtype, rows: as of `product_of`.
+    """
+    found: Counter[str] = Counter()
+    for w in _quantised(params):
+        layers = 1
+        for size in w.shape[:-2]:
+            layers *= size
+        found[product_of(w, where, dtype, rows)] += layers
+    return dict(found)
+
+
+def check_kernels(rules: Iterable[tuple[str, Quantisation | None]], where: Target, dtype: Any) -> None:
+    """Refuses kernel="triton" where the kernel cannot serve.
+
+    Raises:
+      ValueError: the key, and why; or the package that is missing.
+    """
+    for _, how in rules:
+        if how is not None and how.kernel == "triton":
+            reason = refused(how, where, dtype)
+            if reason is not None:
+                raise ValueError(f"quant.kernel='triton' is not for {reason}; allowed: auto, xla")
+            if (lacks := _missing()) is not None:
+                raise ValueError(f"quant.kernel='triton': {lacks}; allowed: auto, xla")
+
+
+def fitted(params: Params, where: Target, devices: int = 1) -> Params:
+    """Parameters with quantised weights in the layout of a device and with the product that is chosen there.
+
+    GPUs: weights that take part in 8-bit products lie transposed (XLA would transpose them in every call), and on
+    Hopper the fused kernel serves where `product_of` says so. TPUs: int4 values become `jnp.int4`. CPUs: as they are.
+    XLA divides its own products among the devices of a mesh and a kernel not, so there it keeps them all.
+
+    Args:
+      params: of a model, with `QTensor`s as they were quantised. where: the target.
+      devices: of the mesh, where that is not to be seen in the arrays.
+
+    Raises:
+      ValueError: kernel="triton" for a weight that it cannot serve.
+    """
+
+    def fit(path: tuple[Any, ...], w: Any) -> Any:
+        if not isinstance(w, QTensor):
+            return w
+        several = max(devices, _devices(w.values)) > 1
+        if w.kernel == "triton":
+            reason = "weights on several devices" if several else refused(w, where, jnp.bfloat16)
+            if reason is not None:
+                at = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(f"{at}: quant.kernel='triton' is not for {reason}; allowed: auto, xla")
+        if where.platform == "tpu" and w.format == "int4":
+            return _relaid(w, "native")
+        if where.platform != "gpu" or w.activation is None:
+            return w
+        served = w.kernel != "xla" and where.capability >= (9, 0) and not several
+        return dataclasses.replace(_relaid(w, "transposed"), product=CHOSEN if served else None)
+
+    return jax.tree_util.tree_map_with_path(fit, params, is_leaf=is_quantized)
+
+
+_relaid = jax.jit(relaid, static_argnums=1)
+
+
+def _devices(values: Any) -> int:
+    """On how many devices an array lies; 1 where it is none yet."""
+    return 1 if isinstance(values, Tracer) or not isinstance(values, jax.Array) else len(values.devices())
+
+
+def chosen_dot(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None) -> jax.Array:
+    """x @ w + bias by the product of `product_of` for these shapes."""
+    if product_of(w, target(), x_MK.dtype, x_MK.shape[0]) == "triton":
+        return _differentiable(x_MK, w, bias_N)
+    return _by_xla(x_MK, w, bias_N)
+
+
+CHOSEN = Product("chosen", chosen_dot)
+
+
+def _by_xla(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None) -> jax.Array:
+    return quantized_dot(x_MK, dataclasses.replace(w, product=None), bias_N)
+
+
+def fused_dot(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None = None, packed: bool = False) -> jax.Array:
+    """x @ w + bias by the fused kernel; what it cannot do raises NotImplementedError.
+
+    Args:
+      x_MK: [M, K] bfloat16 or float16. w: with `activation`, in any layout. bias_N: [N] or None.
+      packed: int4 values are unpacked in the kernel, and not in a pass before it.
+    """
+    from difax.accel.kernels.triton_products import product
+
+    assert w.activation is not None
+    xq_MK, s_M1 = rounded_rows(x_MK, w.activation)
+    xq_MK = jnp.pad(xq_MK, ((0, 0), (0, w.rows - xq_MK.shape[1])))
+    if packed and w.format == "int4":
+        w_NK = relaid(w, "transposed").values
+    else:
+        w_NK = jnp.swapaxes(values_of(w), 0, 1)
+    n = w.shape[-1]
+    scale_GN = jnp.broadcast_to(w.scale, (w.scale.shape[0], n))
+    t_MR = up_RN = None
+    if w.down is not None and w.up is not None:
+        t_MR, up_RN = x_MK @ w.down.astype(x_MK.dtype), w.up.astype(x_MK.dtype)
+    return product(xq_MK, w_NK, s_M1[:, 0], scale_GN, t_MR, up_RN, bias_N, dtype=x_MK.dtype)
+
+
+@jax.custom_jvp
+def _differentiable(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None) -> jax.Array:
+    return _batched(x_MK, w, bias_N)
+
+
+@_differentiable.defjvp
+def _(primals: Any, tangents: Any) -> Any:  # a kernel has no derivative: XLA's product has, in both directions
+    return jax.jvp(_by_xla, primals, tangents)
+
+
+@jax.custom_batching.custom_vmap
+def _batched(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None) -> jax.Array:
+    return fused_dot(x_MK, w, bias_N)
+
+
+@_batched.def_vmap
+def _(size: int, batched: Any, x: jax.Array, w: QTensor, bias: jax.Array | None) -> Any:
+    """A kernel takes no further axis: examples become rows where they share a weight, else go one by one."""
+    if any(jax.tree.leaves(batched[1:])):
+        every = jax.tree.map(
+            lambda a, b: a if b else jnp.broadcast_to(a, (size, *a.shape)), (x, w, bias), tuple(batched)
+        )
+        return jax.lax.map(lambda one: fused_dot(*one), every), True
+    return fused_dot(x.reshape(-1, x.shape[-1]), w, bias).reshape(size, -1, w.shape[-1]), True
+
+
+def _quantised(params: Params) -> list[QTensor]:
+    return [a for a in jax.tree.leaves(params, is_leaf=is_quantized) if isinstance(a, QTensor)]
