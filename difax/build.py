@@ -14,11 +14,8 @@ import numpy as np
 
 from difax.accel.attention import attention, first_of
 from difax.accel.caches import measured
-<<<<<<< HEAD
 from difax.accel.parallel import parallel
-=======
 from difax.accel.quant import check_kernels, fitted
->>>>>>> h/suite
 from difax.checkpoints import find_weights
 from difax.core import grids
 from difax.core.annotations import annotations_of, brief, check_value

@@ -280,11 +280,11 @@ def compiled(
         jax.eval_shape(lambda *given: call(*given, **options), *args)
     [binary] = made
     (folder / "k.cubin").write_bytes(binary.asm["cubin"])
-    show = lambda *what: (
-        subprocess.run(  # noqa: E731
-            [tool, *what, folder / "k.cubin"], capture_output=True, text=True, check=True
-        ).stdout
-    )
+
+    def show(*what: str) -> str:
+        command = [tool, *what, folder / "k.cubin"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     used = dict(re.findall(r"(REG|STACK):(\d+)", show("-res-usage")))
     return Compiled(binary.asm["ptx"], show("-sass"), int(used["REG"]), int(used["STACK"]), binary.metadata.shared)
 
