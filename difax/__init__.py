@@ -5,8 +5,9 @@
   run = difax.load("fmnist_dit", solver="dpmpp_2m", steps=12)
   run.sample("bag,sneaker", seed=0).save("garments.png")
 
-`load` opens a configuration or a checkpoint as a `Run`, which samples, calibrates and profiles; `train` trains one. The
-other names are the contracts (`difax.core.contracts`) of those who write a technique of their own.
+`load` opens a configuration or a checkpoint as a `Run`, which samples, calibrates and profiles; `train` trains one;
+`plan` says what one would take on devices that are not there. The other names are the contracts
+(`difax.core.contracts`) of those who write a technique of their own.
 """
 
 import importlib
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
         TrunkSpec,
         Where,
     )
-    from difax.run import Result, Run, load, train
+    from difax.run import Result, Run, load, plan, train
     from difax.training.data import Images
 
 _here = pathlib.Path(__file__).resolve().parent
@@ -50,7 +51,7 @@ _CONTRACTS = (
 )  # fmt: skip
 # what is heavy is imported when it is first asked for: `import difax` alone takes milliseconds
 _HOMES = {
-    **dict.fromkeys(("Result", "Run", "load", "train"), "difax.run"),
+    **dict.fromkeys(("Result", "Run", "load", "plan", "train"), "difax.run"),
     **dict.fromkeys(_CONTRACTS, "difax.core.contracts"),
     "Images": "difax.training.data",
 }
@@ -58,7 +59,7 @@ _HOMES = {
 __all__ = [
     "Accelerator", "Attention", "AttentionSpec", "Classifier", "Done", "Guide", "Images", "Level", "Model", "Plan",
     "Prediction", "Report", "Result", "Row", "Run", "Segments", "Solver", "Stage", "Trace", "TrunkSpec", "Where",
-    "load", "train",
+    "load", "plan", "train",
 ]  # fmt: skip
 
 

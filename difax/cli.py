@@ -198,16 +198,17 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--log", metavar="FILE.jsonl", help="append what happens as lines of JSON")
     common.add_argument("--platform", metavar="NAME", help="cpu, gpu or tpu (default: what JAX finds)")
 
-    opened = _Parser(add_help=False)
+    composed = _Parser(add_help=False)
     for name in commands.NAMED:
-        opened.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
-    opened.add_argument("--steps", type=int, help="solver steps")
-    opened.add_argument("--scale", type=float, help="guidance scale")
-    opened.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
-    opened.add_argument("--layout", metavar="NAME", help="of the weights: stacked, or unstacked (blocks written out)")
-    opened.add_argument(
+        composed.add_argument(f"--{name}", metavar="NAME", help=f"short for --config.{name}.name=NAME")
+    composed.add_argument("--steps", type=int, help="solver steps")
+    composed.add_argument("--scale", type=float, help="guidance scale")
+    composed.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype of the model")
+    composed.add_argument("--layout", metavar="NAME", help="of the weights: stacked, or unstacked (blocks written out)")
+    composed.add_argument(
         "--conditioning", metavar="NAME", help="what no image goes into: at each evaluation, or ahead of all of them"
     )
+    opened = _Parser(add_help=False)
     opened.add_argument(
         "--mesh",
         metavar="AXES",
@@ -217,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     opened.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
     opened.add_argument("--weights", metavar="PATH", help="a training run, a .safetensors file, a published checkpoint")
     opened.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
-    from_weights = [common, opened]
+    from_weights = [common, composed, opened]
 
     sample = added.add_parser("sample", parents=from_weights, help="draw images and say what they cost")
     sample.add_argument("--repeat", type=int, default=1, help="rows of the labels, each with other noise")
@@ -327,6 +328,25 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--perfetto", metavar="DIR", help="also JAX's trace of one run, for ui.perfetto.dev")
     profile.add_argument("--json", action="store_true", help="print the parts as JSON")
     profile.set_defaults(run=commands.profile)
+
+    plan = added.add_parser(
+        "plan",
+        parents=[common, composed],
+        help="what a run would take on devices that are not there, compiled for them",
+    )
+    plan.add_argument(
+        "--target", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4, v6e:2x4, v5p:2x2x2, h200:8 or cpu:8"
+    )
+    plan.add_argument(
+        "--mesh", metavar="AXIS=SIZE,...", help="such as data=2,seq=8, or auto to rank all (default: all along data)"
+    )
+    plan.add_argument("--batch", type=int, help="samples at once (default: one for each part of the data axis)")
+    plan.add_argument(
+        "--xla", action="append", default=[], metavar="KEY=VALUE", help="an option of XLA's compiler; may be repeated"
+    )
+    plan.add_argument("--picture", metavar="FILE.png", help="the memory by what holds it (needs difax[plot])")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.set_defaults(run=commands.plan)
 
     convert = added.add_parser(
         "convert", parents=[every], help="turn a published safetensors checkpoint into an orbax one"

@@ -132,7 +132,7 @@ def _start(options: argparse.Namespace, together: bool = False) -> Callable[...,
 def _apart(options: argparse.Namespace) -> None:
     """Refuses flags that name one place to write two things to."""
     taken: dict[str, str] = {}
-    for flag in ("out", "trace", "log", "figure", "sheet", "perfetto", "workdir"):
+    for flag in ("out", "trace", "log", "figure", "sheet", "perfetto", "picture", "workdir"):
         if path := getattr(options, flag, None):
             other = taken.setdefault(os.path.abspath(path), flag)
             if other != flag:
@@ -407,6 +407,39 @@ def profile(options: argparse.Namespace) -> int:
     if options.perfetto:
         where = perfetto(run.setup, run.prepared, cond, options.seed, options.perfetto)
         print(f"difax: trace in {where}", file=sys.stderr)
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    if options.platform:
+        raise ValueError(f"--platform {options.platform}: a plan is for --target {options.target}; allowed: none")
+    log = _start(options)
+    from difax.config import parse_value
+    from difax.core.chips import check_compiler, parse_target
+    from difax.core.extras import needs
+    from difax.study.plan import plan
+
+    check_compiler(parse_target(options.target))
+    if options.batch is not None:
+        _counts(options, "batch")
+    if options.picture:
+        writable(options.picture, (".png",), "--picture")
+        needs("--picture", "matplotlib")
+    xla = {}
+    for setting in options.xla:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--xla {setting}; allowed: KEY=VALUE")
+        xla[key] = parse_value(value, key)
+    auto = options.mesh == "auto"
+    config = _config(argparse.Namespace(**{**vars(options), "mesh": None}) if auto else options, "fmnist_dit")
+    quiet = options.quiet or options.json
+    found = plan(config, options.target, auto, options.batch, xla, quiet=quiet)
+    log("plan", **found.figures)
+    print(json.dumps(found.figures) if options.json else found)
+    if options.picture:
+        found.draw(options.picture)
+        print(f"difax: the picture is {options.picture}", file=sys.stderr)
     return 0
 
 

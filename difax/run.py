@@ -29,6 +29,7 @@ from difax.program import Drawn, Program, ahead_of_time, check_samples, draw, mo
 from difax.registry import choose
 from difax.report import format_table
 from difax.study import calibrate as calibrate_
+from difax.study import plan as plan_
 from difax.study import profile as profile_
 from difax.training.data import CLASS_NAMES, check_images, data_section
 from difax.training.train import TrainState, Unfit, resumes
@@ -327,6 +328,55 @@ class Run:
         profile_.check_setup(self.setup)
         all_of = self._repeated(self.conditions(cond), repeat)
         return profile_.profile(self.setup, self.prepared, all_of, seed, turns)
+
+    def plan(
+        self,
+        target: str,
+        mesh: str | None = None,
+        *,
+        batch: int | None = None,
+        xla: Mapping[str, Any] | None = None,
+        search: bool = True,
+    ) -> plan_.Planned:
+        """What this run would take on devices that are not there (`difax.plan`)."""
+        return plan(self.config, target, mesh, batch=batch, xla=xla, search=search)
+
+
+def plan(
+    what: str | Mapping[str, Any],
+    target: str,
+    mesh: str | None = None,
+    *,
+    batch: int | None = None,
+    xla: Mapping[str, Any] | None = None,
+    search: bool = True,
+    **settings: Any,
+) -> plan_.Planned:
+    """Compiles a run's whole sampler for devices that are not there, from shapes alone, and says what it would take.
+
+    Args:
+      what: a name of `difax list configs` ("flux_dev", "wan2_1:14B"), a .py file with get_config, or a configuration.
+      target: "v5e:4x4", "v6e:2x4", "v5p:2x2x2", "v4:2x2x1" (all need difax[tpu]), "h100:8", "h200:8" (difax[cuda]),
+        "cpu:8".
+      mesh: sizes of its axes, such as "data=2,seq=8"; "auto" ranks all meshes; None is the configuration's own, or all
+        devices along "data".
+      batch: samples at once, 1 or more; None is one for each group of devices with samples of its own.
+      xla: options of XLA's compiler. search: look for a placement that fits where this one does not.
+      settings: of sections, as `load` takes them.
+
+    Returns:
+      `difax.study.plan.Planned`, which shows itself as a table; `figures` are its numbers.
+
+    Raises:
+      ValueError: what is not there or does not fit: the key, the value, what is allowed and the nearest match.
+    """
+    if batch is not None:
+        _counted(batch=batch)
+    check_value("target", target, str)
+    if mesh is not None and check_value("mesh", mesh, str) != "auto":
+        settings["mesh"] = mesh
+    config = configuration(what, None, keyword_settings(settings))
+    return plan_.plan(config, target, mesh == "auto", batch, xla, search)
 
 
 def check_seed(seed: Any) -> None:

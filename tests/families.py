@@ -34,6 +34,7 @@ FAMILIES = {
     "calibration": ("fit",),
     "files": ("files", "fuzz_files"),
     "study": ("metrics", "networks", "pareto", "pareto_report", "pareto_search", "profile", "experiments", "peers"),
+    "plans": ("plan",),
     "front door": ("run", "outside", "readme", "colab"),
     "commands": ("cli", "catalogue", "interrupts"),
     "settings": ("fuzz_settings", "settings"),

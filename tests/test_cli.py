@@ -233,7 +233,7 @@ def test_the_traceback_lies_beside_the_log_and_may_fail(here, capsys, monkeypatc
 
 def test_version_and_help(capsys):
     assert run(capsys, "--version") == (0, f"difax {difax.__version__}\n", "")
-    for command in ("sample", "train", "export", "calibrate", "pareto", "profile", "convert", "list"):
+    for command in ("sample", "train", "export", "calibrate", "pareto", "profile", "plan", "convert", "list"):
         code, out, err = run(capsys, command, "--help")
         assert (code, err) == (0, "") and f"usage: difax {command}" in out and "--traceback" in out
     code, out, err = run(capsys)

@@ -59,14 +59,17 @@ def count(function: Callable[..., Any], *specs: Any) -> float:
     return _count(jax.make_jaxpr(function)(*specs).jaxpr)
 
 
-def model_cost(model: Model, params: Params, attention: Attention | None = None) -> ModelCost:
+def model_cost(
+    model: Model, params: Params, attention: Attention | None = None, of: tuple[str, ...] | None = None
+) -> ModelCost:
     """Counts a model's parts for one sample, from shapes alone.
 
     Args:
       model: the network. params: its parameters, or their ShapeDtypeStructs (`jax.eval_shape(model.init, key)`).
       attention: how the blocks attend; None is the reference.
+      of: only products whose two operands are of one of these types, such as ("int8",); None is all.
     """
-    return _each_part(lambda part: _count(part.jaxpr), model, params, attention, 1)
+    return _each_part(lambda part: _count(part.jaxpr, of), model, params, attention, 1)
 
 
 class _Part(NamedTuple):
@@ -239,10 +242,12 @@ def _size(aval: Any) -> float:
     return math.prod(aval.shape) * bits / 8
 
 
-def _count(jaxpr: Any) -> float:
-    """Operations of the products in a jaxpr."""
+def _count(jaxpr: Any, of: tuple[str, ...] | None = None) -> float:
+    """Operations of the products in a jaxpr, or of those whose operands have certain types."""
 
     def operations(equation: Any) -> float:
+        if of is not None and not all(str(v.aval.dtype) in of for v in equation.invars[:2]):
+            return 0.0
         out = math.prod(equation.outvars[0].aval.shape)
         if equation.primitive.name == "dot_general":
             (contract, _), _ = equation.params["dimension_numbers"]

