@@ -120,15 +120,19 @@ def _product(bench: Bench, m: int, k: int, n: int) -> None:
             f"{at} triton {kind} 4 warps": partial(made.triton, kind, block=(128, 128, 128), warps=4) for kind in TOPS
         }
     bench.group(f"products {at}", variants, base, repeats=7)
+    if not bench.toy:
+        fours = {
+            f"{at} quant=int4_w4a8 kernel={kernel}": partial(made.recipe, "int4_w4a8", kernel=kernel)
+            for kernel in ("xla", "triton")
+        }
+        fours[f"{at} quant=int4_w4a8 group=64"] = partial(made.recipe, "int4_w4a8", group=64)
+        bench.group(f"products {at}, int4", {base: made.bf16, **fours}, base)
     recipes = {
         f"{at} quant={name} kernel={kernel}": partial(made.recipe, name, kernel=kernel)
         for name in ("int8_w8a8", "fp8")
         for kernel in (("xla",) if bench.toy else ("xla", "triton"))
     }
-    recipes |= {
-        f"{at} quant=int8_weight": partial(made.recipe, "int8_weight"),
-        f"{at} quant=int4_w4a8": partial(made.recipe, "int4_w4a8"),
-    }
+    recipes |= {f"{at} quant=int8_weight": partial(made.recipe, "int8_weight")}
     if bench.toy:
         recipes = dict(list(recipes.items())[:1])
     bench.group(f"products {at}, other recipes", {base: made.bf16, **recipes}, base)

@@ -326,12 +326,13 @@ def test_tpus_multiply_int8_and_write_no_sums(how, v6e):
 # ---------------------------------------------------------------- the choice
 
 CHOICES = [
-    (INT8, HOPPER, (3072, 12288), 4608, "triton"),
-    (INT8, HOPPER, (12288, 3072), 4608, "xla"),
-    (INT8, HOPPER, (3072, 3072), 4608, "xla"),
-    (INT8, HOPPER, (3072, 12288), 127, "xla"),
-    (INT8, BLACKWELL, (3072, 12288), 4608, "xla"),
-    (INT8, AMPERE, (3072, 12288), 4608, "xla"),
+    (INT8, HOPPER, (3072, 12288), 4608, "xla"),
+    (W4A8, HOPPER, (3072, 12288), 4608, "triton"),
+    (W4A8, HOPPER, (12288, 3072), 4608, "xla"),
+    (W4A8, HOPPER, (3072, 3072), 4608, "xla"),
+    (W4A8, HOPPER, (3072, 12288), 127, "xla"),
+    (W4A8, BLACKWELL, (3072, 12288), 4608, "xla"),
+    (W4A8, AMPERE, (3072, 12288), 4608, "xla"),
     (INT8, TPU, (3072, 12288), 4608, "xla"),
     (INT8, CPU, (3072, 12288), 4608, "xla"),
     (INT8._replace(kernel="xla"), HOPPER, (3072, 12288), 4608, "xla"),
@@ -370,7 +371,7 @@ def test_what_is_chosen(how, where, sizes, rows, want, monkeypatch):
 
 
 def test_auto_is_xla_where_triton_is_missing_or_the_model_is_wide(monkeypatch):
-    w = jax.eval_shape(lambda w: quantize(w, INT8), jax.ShapeDtypeStruct((64, 128), jnp.float32))
+    w = jax.eval_shape(lambda w: quantize(w, W4A8), jax.ShapeDtypeStruct((64, 128), jnp.float32))
     monkeypatch.setattr(triton_launch, "triton_call", lambda: None)
     assert product_of(w, HOPPER, jnp.float16, 4608) == "triton"
     assert product_of(w, HOPPER, jnp.float32, 4608) == "xla"

@@ -4,19 +4,20 @@ Two products there are: XLA's (`difax.core.qtensor.quantized_dot`), for every de
 (`difax.accel.kernels.triton_products`). `fitted` brings weights into the layout of the device that is compiled for and
 hangs the choice on them; it is made where a product is traced, by the shapes that are known there.
 
-Measured on an H100 80GB HBM3 (driver 580.159, jax 0.11.2, triton 3.6.0; M 4608, us, the rounding of activations
-included):
+Measured with M 4608, in us, the rounding of activations included (jax 0.11.2, triton 3.6.0, driver 580.159; rows in
+experiments/results/gpu):
 
-  K, N           bfloat16   int8: XLA, Triton   fp8: XLA, Triton
-  3072, 12288    513        459, 391            347, 332
-  12288, 3072    463        419, 461            368, 390
+  K, N                 bfloat16   int8: XLA, Triton   fp8: XLA, Triton
+  3072, 12288, H100    513        459, 391            347, 332
+  12288, 3072, H100    463        419, 461            368, 390
+  3072, 12288, H200    452        444, 481            346, 352
 
-XLA's are the ones with sums rounded to bfloat16 and weights [N, K]. So the kernel serves int8 with more outputs than
-inputs, where it is faster by more than a tenth, and nothing else: for fp8 it gains 4 % at best. int4 values unpacked
-inside the kernel took 853 (K 3072) and 930 us; they are unpacked in one pass before it.
+XLA's are the ones with sums rounded to bfloat16 and weights [N, K]; the H100's Triton column is an earlier form of the
+kernel. Where one card gains a sixth the next one loses a tenth, so int8 and fp8 are XLA's. The kernel serves int4 with
+more outputs than inputs, whose values are unpacked in one pass before it (486 us on the H200; unpacked inside it took
+853 on the H100), and the low-rank branch of such weights, which it adds to the sums before they are rounded.
 
-Not measured, and decided by the same rule: other shapes between these, int4 after that pass, a low-rank branch. Not
-measured, and left to XLA: groups (in the kernel, 128 inputs or 64 at a time), GPUs other than Hopper.
+Not measured, and left to XLA: groups (in the kernel, 128 inputs or 64 at a time), GPUs other than Hopper.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def product_of(w: QTensor, where: Target, dtype: Any, rows: int) -> str:
     if w.kernel != "auto" or where.capability[0] != HOPPER or refused(w, where, dtype) is not None:
         return "triton" if w.kernel == "triton" else "xla"
     inputs, outputs = w.shape[-2:]
-    faster = w.activation == "int8" and w.scale.shape[-2] == 1 and outputs > inputs
+    faster = w.format == "int4" and w.scale.shape[-2] == 1 and outputs > inputs
     return "triton" if faster and rows >= ROWS and _missing() is None else "xla"
 
 
