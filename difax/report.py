@@ -41,6 +41,7 @@ _ROWS = {
     "metric": "the gate's metric",
     "gflops_per_image": "GFLOPs per image",
     "weights_mib": "weights (MiB)",
+    "program": "program was",
     "compile_seconds": "compile seconds",
     "seconds_per_image": "seconds per image",
     "peak_memory_mib": "peak memory (MiB)",
