@@ -71,7 +71,8 @@ class _Pending:
 
 
 class Made(NamedTuple):
-    """executable: a compiled program. origin: "compiled", or "loaded" from where a process before has kept it."""
+    """executable: a compiled program. origin: "compiled", or "loaded" from where a process before has kept it, in
+    difax's folder or JAX's own cache."""
 
     executable: Any
     origin: str
@@ -150,6 +151,21 @@ class Program:
         return self.compiled(self.params, x, keys, cond, self.rows, self.scale)
 
 
+def program_key(setup: Setup, arguments: tuple[Any, ...]) -> str | None:
+    """The key of a setup's program that needs no tracing; None where the setup is no plain data (`recipe_of`).
+
+    It is of the configuration, the files that it names, difax's own code, shapes, and all that is around
+    (`difax.core.executables.environment`): what changes the program changes it, and so does some of what does not.
+
+    Args:
+      arguments: (params, x, keys, cond, rows, scale), or their shapes.
+    """
+    recipe, code = recipe_of(setup), executables.sources()
+    if recipe is None or code is None:
+        return None
+    return executables.digest(executables.environment(), code, recipe, executables.signature(arguments))
+
+
 def _begun(
     setup: Setup,
     arguments: tuple[Any, ...],
@@ -160,13 +176,11 @@ def _begun(
     """The executable of a setup, found in this process or where it is kept, or begun to be compiled; whether this
     process had it; and the seconds that it took to know that.
 
-    The key of a setup that is plain data (`recipe_of`) needs no tracing, that of any other is its lowered text.
+    Kept is what was compiled by its lowered text; where a setup has a `program_key`, that stands for it.
     """
     start = time.perf_counter()
     place = None if on_step is not None else executables.folder()  # no file calls back to this process
-    around, recipe = (executables.environment(), recipe_of(setup)) if place is not None else ({}, None)
-    shapes, code = (executables.signature(arguments), executables.sources()) if place is not None else ([], None)
-    short = None if None in (recipe, code) else executables.digest(around, code, recipe, shapes)
+    short = None if place is None else program_key(setup, arguments)
 
     def trace() -> tuple[Any, str]:
         lowered = setup.sampler(on_step=on_step).lower(*arguments)
@@ -175,20 +189,23 @@ def _begun(
 
     def compile_(lowered: Any, text: str) -> Made:
         if place is None:
-            return Made(lowered.compile(), "compiled")
-        key = executables.digest(around, text, shapes)
-        loaded = executables.load(place, key, arguments)
-        made = Made(lowered.compile(), "compiled") if loaded is None else Made(loaded, "loaded")
-        kept = loaded is not None or executables.save(place, key, made.executable)
+            executable, had = executables.compiled(lowered)
+            return Made(executable, "loaded" if had else "compiled")
+        key = executables.digest(executables.environment(), text, executables.signature(arguments))
+        loaded, had = executables.load(place, key, arguments), True
+        executable = loaded
+        if loaded is None:
+            executable, had = executables.compiled(lowered)
+        kept = loaded is not None or (not had and executables.save(place, key, executable))
         if kept and short is not None:
             executables.point(place, short, key)
-        return made
+        return Made(executable, "loaded" if had else "compiled")
 
     def load_(key: str) -> Made | None:
         loaded = None if place is None else executables.load(place, key, arguments)
         return None if loaded is None else Made(loaded, "loaded")
 
-    if short in compiled and not compiled[short].failed:
+    if short is not None and short in compiled and not compiled[short].failed:
         return compiled[short], True, time.perf_counter() - start
     key = executables.pointed(place, short) if place is not None and short is not None else None
     if key is not None and short is not None:

@@ -34,6 +34,7 @@ FAMILIES = {
     "commands": ("cli", "catalogue", "interrupts"),
     "settings": ("fuzz_settings", "settings"),
     "packaging": ("packaging",),
+    "start": ("executables",),
 }
 
 

@@ -21,6 +21,7 @@ import pathlib
 import pickle
 import platform
 import stat
+import threading
 import time
 import uuid
 import warnings
@@ -235,12 +236,35 @@ def pointed(place: pathlib.Path, key: str) -> str | None:
     return None
 
 
-def save(place: pathlib.Path, key: str, compiled: Any) -> bool:
+_seen = threading.local()
+
+
+@functools.cache
+def _listen() -> None:
+    def note(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            _seen.hits = getattr(_seen, "hits", 0) + 1
+
+    jax.monitoring.register_event_listener(note)
+
+
+def compiled(lowered: Any) -> tuple[Any, bool]:
+    """A lowered program compiled, and whether JAX had it in its own cache of compilations.
+
+    One that it had is not to be saved: XLA's CPU backend writes such a program without its functions.
+    """
+    _listen()
+    before = getattr(_seen, "hits", 0)
+    made = lowered.compile()
+    return made, getattr(_seen, "hits", 0) > before
+
+
+def save(place: pathlib.Path, key: str, program: Any) -> bool:
     """Keeps a compiled program under a key; what cannot be kept is not: one that calls back to this process, one that
     is larger than the folder may be, and one for which there is no room (of which one line warns)."""
     try:
-        executable, _, out_tree = serialize(compiled)
-        content = pickle.dumps((executable, out_tree, _placed(compiled)))
+        executable, _, out_tree = serialize(program)
+        content = pickle.dumps((executable, out_tree, _placed(program)))
     except Exception:  # each backend refuses in its own words, what it cannot serialise
         return False
     return len(content) <= LIMIT and _write(place / f"{key}.executable", content)
@@ -271,9 +295,9 @@ def load(place: pathlib.Path, key: str, arguments: Any) -> Any:
         return None
 
 
-def _placed(compiled: Any) -> list[int]:
+def _placed(program: Any) -> list[int]:
     """Numbers of the devices that a program runs on, in its order."""
-    shardings = [s for s in jax.tree.leaves(compiled.input_shardings) if hasattr(s, "device_set")]
+    shardings = [s for s in jax.tree.leaves(program.input_shardings) if hasattr(s, "device_set")]
     meshes = [s.mesh.devices for s in shardings if isinstance(s, jax.sharding.NamedSharding)]
     most = max(shardings, key=lambda s: len(s.device_set)).device_set
     if len(most) == 1:
