@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import math
+import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +42,16 @@ from difax.training.data import Images
 from difax.training.train import Task, TrainOptions
 
 
+class Recipe(NamedTuple):
+    """A setup as plain data, by which its program is found again without being traced.
+
+    text: of all that the setup was built from. parts: the setup that it describes, and no other.
+    """
+
+    text: str
+    parts: tuple[Any, ...]
+
+
 class Setup(NamedTuple):
     """Everything that a sampling run is made of but its weights, built from one configuration."""
 
@@ -56,6 +70,7 @@ class Setup(NamedTuple):
     scale: float
     described: Mapping[str, str]  # the names that the configuration gave to its sections
     placement: Placement | None = None  # None: the device that jax runs on
+    recipe: Recipe | None = None
 
     @property
     def target(self) -> Target:
@@ -97,6 +112,13 @@ class Setup(NamedTuple):
         params = fitted(cast_params(quantize_params(params, self.rules), self.model.dtype), self.target, devices)
         params = with_learned(params, self.accelerator)
         return params if self.stacked else unstack(self.model, params)
+
+    def placed_shapes(self, shapes: Params) -> Params:
+        """The shapes of prepared parameters, with where each will lie on the mesh."""
+        if self.placement is None:
+            return shapes
+        held = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+        return jax.tree.map(held, shapes, self.placement.params(shapes))
 
     def place(self, params: Params) -> Params:
         """Prepared parameters where the run has them: on the device, or cut over those of the mesh."""
@@ -155,6 +177,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
       devices: that a section `mesh` is laid over; None is all of this process.
     """
     check_config(config)
+    own = model is None
     model = _sampled(config) if model is None else model
     for key in ("process", "prediction", "solver", "grid", "steps", "guide", "scale"):
         if key not in config:
@@ -215,7 +238,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
         )
     if config["solver"].get("variance") == "learned" and not model.learn_sigma:
         raise ValueError("solver ddpm: variance='learned' needs a model with learn_sigma; allowed: small, large")
-    return Setup(
+    setup = Setup(
         model=model,
         process=process,
         prediction=prediction,
@@ -232,6 +255,60 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
         described=names,
         placement=placement,
     )
+    return with_recipe(setup, config, config.get("model") if own else None)
+
+
+def with_recipe(setup: Setup, config: Mapping[str, Any], section: Mapping[str, Any] | None) -> Setup:
+    """A setup with its recipe, where it has one: it is built by difax's own factories from plain data alone.
+
+    Args:
+      config: that the setup was built from. section: that its model was made from, None where that is not known. What
+        is not plain (a factory, what one made, code of a user's own, whose modules may import any other) has no recipe.
+        Files that the configuration names, such as calibrations, are part of the recipe by their content.
+    """
+    sections = {**{k: v for k, v in config.items() if k not in UNDRAWN}, "made": section}
+    try:
+        text = json.dumps([sections, _files_in(sections)], sort_keys=True)
+    except (TypeError, ValueError, OSError):
+        text = None
+    plain = section is not None and text is not None and all(map(_is_own, TOLD, [config.get(k) for k in TOLD]))
+    parts = tuple(setup._replace(recipe=None))
+    return setup._replace(recipe=Recipe(text, parts) if plain and text is not None else None)
+
+
+def recipe_of(setup: Setup) -> str | None:
+    """The text of a setup's recipe; None where it has none, or where a part was replaced since."""
+    parts = tuple(setup._replace(recipe=None))
+    known = setup.recipe
+    if known is None or not all(part is was for part, was in zip(parts, known.parts, strict=True)):
+        return None
+    return known.text
+
+
+UNDRAWN = ("weights", "data", "loss", "train", "reduced")  # sections that say nothing of the program that draws
+TOLD = ("model", "process", "solver", "grid", "guide", "cache", "attend", "quant")
+
+
+def _is_own(kind: str, section: Any) -> bool:
+    """Whether what a section names are entries of the registries that are code of difax."""
+    if section is None:
+        return True
+    names = split_names(kind, section.get("name"))
+    factories = [REGISTRIES[kind].get(name) if isinstance(name, str) else None for name in names]
+    return all(str(getattr(f, "__module__", "")).partition(".")[0] == "difax" for f in factories)
+
+
+def _files_in(value: Any) -> list[Any]:
+    """Digests of the files that texts of a configuration name; ValueError where one may name anything else."""
+    if isinstance(value, Mapping):
+        return [found for part in value.values() for found in _files_in(part)]
+    if isinstance(value, (list, tuple)):
+        return [found for part in value for found in _files_in(part)]
+    if not isinstance(value, str):
+        return []
+    if is_outside(value) or os.path.isdir(value):
+        raise ValueError(value)
+    return [hashlib.sha256(pathlib.Path(value).read_bytes()).hexdigest()] if os.path.isfile(value) else []
 
 
 def axes_of(section: Mapping[str, Any]) -> Axes:

@@ -34,11 +34,12 @@ def embedded_weights() -> list[str]:
 class Weights:
     """Weights that are found, and read when they are first asked for.
 
-    model: that they are of; source: where they came from, in words.
+    model: that they are of; source: where they came from, in words; section: that the model was made from, of the
+    configuration or with what the checkpoint knows.
     """
 
-    def __init__(self, model: Any, source: str, read: Callable[[], Params]):
-        self.model, self.source, self._read = model, source, read
+    def __init__(self, model: Any, source: str, section: Mapping[str, Any], read: Callable[[], Params]):
+        self.model, self.source, self.section, self._read = model, source, section, read
 
     @functools.cached_property
     def params(self) -> Params:
@@ -77,7 +78,7 @@ def find_weights(
     if path is None:
         name = config.get("weights")
         if name == RANDOM:
-            return Weights(model, RANDOM, lambda: random_weights(model, seed))
+            return Weights(model, RANDOM, config["model"], lambda: random_weights(model, seed))
         if name is None:
             raise ValueError(
                 "this configuration has no weights of its own; give --weights FILE.safetensors, --weights RUN_FOLDER, "
@@ -97,17 +98,18 @@ def find_weights(
         stored = {"name": found.kind, **found.geometry}
     if stored is not None:
         check_stored(path, stored, section, model)
-        model = _completed(model, section, stored)
+        model, section = _completed(model, section, stored)
     where = None if shardings is None else shardings(spec)
     if is_run(path):
-        return Weights(model, f"{path} (step {last_step(path)}, EMA)", lambda: restore_ema(path, model.init, where)[1])
+        named_step = f"{path} (step {last_step(path)}, EMA)"
+        return Weights(model, named_step, section, lambda: restore_ema(path, model.init, where)[1])
     if is_converted(path):
         if where is not None:
             spec = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), spec, where)
-        return Weights(model, source, lambda: load_converted(path, spec))
+        return Weights(model, source, section, lambda: load_converted(path, spec))
     if found is not None:
-        return Weights(model, source, lambda: load_foreign(path, found))
-    return Weights(model, source, lambda: load_native(path, spec))
+        return Weights(model, source, section, lambda: load_foreign(path, found))
+    return Weights(model, source, section, lambda: load_native(path, spec))
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -209,13 +211,15 @@ def presets(name: Any) -> set[str]:
     return {k for k, p in inspect.signature(REGISTRIES["model"][name]).parameters.items() if p.default is None}
 
 
-def _completed(model: Any, section: Mapping[str, Any], stored: Mapping[str, Any]) -> Any:
-    """The model with what a configuration leaves open as the checkpoint has it; the same object if that is nothing."""
+def _completed(model: Any, section: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """The model with what a configuration leaves open as the checkpoint has it, and the section that it is made from;
+    the same objects if that is nothing."""
     if not settings_of(model) or section["name"] != stored["name"] or stored["name"] not in REGISTRIES["model"]:
-        return model
+        return model, section
     stated = {k: v for k, v in section.items() if k not in ("name", "variant")}
-    whole = make("model", {**stored, **stated, "dtype": str(jnp.dtype(model.dtype))})
-    return model if settings_of(whole) == settings_of(model) else whole
+    completed = {**stored, **stated, "dtype": str(jnp.dtype(model.dtype))}
+    whole = make("model", completed)
+    return (model, section) if settings_of(whole) == settings_of(model) else (whole, completed)
 
 
 # what a published checkpoint may not tell about its model

@@ -234,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         "--trace", metavar="FILE.npz", help="what was computed: step, layer, branch, half; the gate's metric"
     )
     sample.add_argument("--json", action="store_true", help="print the table as JSON")
-    sample.add_argument("--no-compile-cache", action="store_true", help="compile anew")
+    sample.add_argument("--no-compile-cache", action="store_true", help="compile anew, and keep nothing")
     sample.set_defaults(run=commands.sample)
 
     train = added.add_parser("train", parents=[common], help="train a model")

@@ -163,17 +163,19 @@ def sample(options: argparse.Namespace) -> int:
     config = _config(options, "fmnist_dit")
     import jax
 
+    from difax.core.executables import kept_in
     from difax.report import format_table
 
     if not options.no_compile_cache:
         _keep_compilations()
-    run = _run(options, config)
-    cond, latents = _cond(options, run), None
-    if options.latents:
-        n = len(jax.tree.leaves(cond)[0]) * options.repeat
-        latents = read_latents(options.latents, n, run.setup.model.input_shape)
-    progress = not (options.quiet or options.json) and sys.stderr.isatty() and hosts.processes() == 1
-    found = run.sample(cond, options.seed, repeat=options.repeat, latents=latents, progress=progress)
+    with kept_in(None if options.no_compile_cache else _cache_folder("executables")):
+        run = _run(options, config)
+        cond, latents = _cond(options, run), None
+        if options.latents:
+            n = len(jax.tree.leaves(cond)[0]) * options.repeat
+            latents = read_latents(options.latents, n, run.setup.model.input_shape)
+        progress = not (options.quiet or options.json) and sys.stderr.isatty() and hosts.processes() == 1
+        found = run.sample(cond, options.seed, repeat=options.repeat, latents=latents, progress=progress)
     if not hosts.is_first():
         return 0 if found.table["finite"] else 1
     out = found.save(options.out)
@@ -192,15 +194,23 @@ def _keep_compilations() -> None:
 
     if jax.config.values["jax_compilation_cache_dir"]:
         return
+    folder = _cache_folder("xla")
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # also what takes a few hundredths of a second: reading and preparing weights has fifty of those
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _cache_folder(name: str) -> pathlib.Path | None:
+    """difax's folder of that name among the user's caches; None where it is not and cannot be."""
     home = os.path.expanduser("~")  # itself, where nobody knows
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    if not os.path.isabs(caches):  # what is not is to be ignored, says the standard
+        return None
     try:
-        folder = makeable(os.path.join(caches, "difax", "xla"), "XDG_CACHE_HOME")
+        return makeable(os.path.join(caches, "difax", name), "XDG_CACHE_HOME")
     except ValueError:
-        return
-    if folder.is_absolute():  # what is not is to be ignored, says the standard
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        return None
 
 
 def pareto(options: argparse.Namespace) -> int:

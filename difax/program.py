@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
+import copy
 import hashlib
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,25 +16,80 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.build import Setup
-from difax.core import hosts
+from difax.accel.quant import products_of
+from difax.build import Setup, recipe_of
+from difax.core import executables, hosts
 from difax.core.contracts import Params, Trace
 from difax.core.cost import model_cost, run_cost
 from difax.core.decisions import averaged, inert, known, summary
 from difax.core.device import check_memory, device_name, memory_available, peak_memory
+from difax.core.executables import settings
 from difax.core.noise import sample_keys
 from difax.core.placement import SAMPLES
 from difax.core.qtensor import size_in_bytes
+from difax.core.target import lowering_for
 from difax.media.images import image_grid, to_uint8
 
 CHUNK = 64
 
 
+class _Pending:
+    """An executable that is being made: in a thread of its own, or where that is not asked for, when it is made.
+
+    work: makes it, or gives None where that has to be done by the caller's thread; otherwise: does so. Each returns the
+    executable and its origin. A thread has JAX's settings of its own; where they differ, it leaves all to the caller.
+    """
+
+    def __init__(self, work: Callable[[], Made | None], otherwise: Callable[[], Made], in_thread: bool):
+        self.seconds, self.failed = 0.0, False
+        self._otherwise, self._made, self._error = otherwise, None, None
+        self._thread: threading.Thread | None = None
+        if not in_thread:
+            self._make(work)
+            return
+        ours, context = settings(), contextvars.copy_context()
+        call = lambda: self._make(work) if settings() == ours else None  # noqa: E731
+        # no daemon: the interpreter waits for it, where XLA would be torn away beneath it
+        self._thread = threading.Thread(target=context.run, args=(call,), name="difax-compile")
+        self._thread.start()
+
+    def _make(self, work: Callable[[], Made | None]) -> None:
+        start = time.perf_counter()
+        try:
+            self._made = work()
+        except BaseException as error:
+            self._error, self.failed = error, True
+        self.seconds += time.perf_counter() - start
+
+    def result(self) -> Made:
+        """The executable and its origin; waits, and raises what kept it from being made."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._made is None and self._error is None:
+            self._make(self._otherwise)
+        if self._error is not None:
+            raise self._error
+        assert self._made is not None
+        return self._made
+
+
+class Made(NamedTuple):
+    """executable: a compiled program. origin: "compiled", or "loaded" from where a process before has kept it, in
+    difax's folder or JAX's own cache."""
+
+    executable: Any
+    origin: str
+
+
 class Program:
-    """One sampler compiled ahead of time.
+    """One sampler compiled ahead of time, or loaded from where it is kept (`difax.core.executables.kept_in`).
 
     A call takes x, keys and conditions of the shapes that it was compiled for, and returns (samples, trace); x is
-    donated. `shared`: was it compiled before, for another setup; `compile_seconds`: of tracing and compiling.
+    donated. `shared`: was it compiled before, for another setup; `compile_seconds`: of tracing and compiling, or of
+    loading; `origin`: "compiled", "loaded", or "kept" by this process.
+
+    Where the weights are shapes yet, the compiler goes on in a thread while they are read, and `params` is set when
+    they are there; what the program is refused for is then raised where it is first used.
     """
 
     def __init__(
@@ -39,65 +97,170 @@ class Program:
         setup: Setup,
         params: Params,
         inputs: tuple[Any, Any, Any],
-        compiled: dict[str, Any] | None = None,
+        compiled: dict[str, _Pending] | None = None,
         on_step: Callable[[Any], None] | None = None,
-        known: Any = None,
+        known: Program | None = None,
     ):
-        """params: as `Setup.prepare` returns them. inputs: x, keys, cond, or their shapes. compiled: by text, of
-        those that may be shared, to which this one is added. on_step: as `make_sampler` takes it. known: what this
-        very setup was compiled to before."""
+        """params: as `Setup.prepare` returns them, or their shapes. inputs: x, keys, cond, or their shapes. compiled:
+        by text, of those that may be shared, to which this one is added. on_step: as `make_sampler` takes it. known:
+        what this very setup was compiled to before."""
         self.setup, self.params = setup, params
         self.rows, self.scale = jax.tree.map(jnp.asarray, setup.rows), jnp.float32(setup.scale)
         if setup.placement is not None:
             whole = setup.placement.sharding()
             self.rows, self.scale = hosts.put((self.rows, self.scale), whole)
+        leaves = jax.tree.leaves(inputs)
+        self._at_once = leaves[0].shape[0] if any(isinstance(a, jax.Array) for a in leaves) else None
+        self._checked = False
+        in_thread = any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(params))
         if known is not None:
-            self.compiled, self.shared, self.compile_seconds = known, True, 0.0
-            return
-        compiled = {} if compiled is None else compiled
-        start = time.perf_counter()
-        lowered = setup.sampler(on_step=on_step).lower(params, *inputs, self.rows, self.scale)
-        # equal texts may differ in what their arguments are called, which a compiled program insists on
-        text = hashlib.sha256(f"{lowered.in_tree}{lowered.as_text()}".encode()).hexdigest()
-        self.shared = text in compiled
-        if not self.shared:
-            made = lowered.compile()
-            _check_program(setup, made, inputs)
-            compiled[text] = made
-        self.compiled = compiled[text]
-        self.compile_seconds = time.perf_counter() - start
+            self._pending, self.shared, self._before = known._pending, True, 0.0
+        else:
+            arguments = (params, *inputs, self.rows, self.scale)
+            compiled = {} if compiled is None else compiled
+            self._pending, self.shared, self._before = _begun(setup, arguments, compiled, on_step, in_thread)
+        if not in_thread:
+            self.compiled  # noqa: B018  (what is wrong with it is raised here)
+
+    @property
+    def failed(self) -> bool:
+        """Could it not be made; False too while that is not known."""
+        return self._pending.failed
+
+    @property
+    def compiled(self) -> Any:
+        """The executable; waits for it.
+
+        Raises:
+          ValueError: the device does not have the memory that it takes beside the weights, or what tracing refuses.
+        """
+        made = self._pending.result().executable
+        if not self._checked and self._at_once is not None:
+            _check_program(self.setup, made, self._at_once)
+        self._checked = True
+        return made
+
+    @property
+    def origin(self) -> str:
+        return "kept" if self.shared else self._pending.result().origin
+
+    @property
+    def compile_seconds(self) -> float:
+        made = self._pending.result()
+        return self._before + (self._pending.seconds if made and not self.shared else 0.0)
+
+    def again(self) -> None:
+        """Says that what follows is another draw, for which nothing is compiled."""
+        self.shared, self._before = True, 0.0
 
     def __call__(self, x: jax.Array, keys: jax.Array, cond: Any) -> tuple[jax.Array, Trace]:
         return self.compiled(self.params, x, keys, cond, self.rows, self.scale)
 
 
+def program_key(setup: Setup, arguments: tuple[Any, ...]) -> str | None:
+    """The key of a setup's program that needs no tracing; None where the setup is no plain data (`recipe_of`).
+
+    It is of the configuration, the files that it names, difax's own code, shapes, and all that is around
+    (`difax.core.executables.environment`): what changes the program changes it, and so does some of what does not.
+
+    Args:
+      arguments: (params, x, keys, cond, rows, scale), or their shapes.
+    """
+    recipe, code = recipe_of(setup), executables.sources()
+    if recipe is None or code is None:
+        return None
+    return executables.digest(executables.environment(), code, recipe, executables.signature(arguments))
+
+
+def _begun(
+    setup: Setup,
+    arguments: tuple[Any, ...],
+    compiled: dict[str, _Pending],
+    on_step: Callable[[Any], None] | None,
+    in_thread: bool,
+) -> tuple[_Pending, bool, float]:
+    """The executable of a setup, found in this process or where it is kept, or begun to be compiled; whether this
+    process had it; and the seconds that it took to know that.
+
+    Kept is what was compiled by its lowered text; where a setup has a `program_key`, that stands for it.
+    """
+    start = time.perf_counter()
+    place = None if on_step is not None else executables.folder()  # no file calls back to this process
+    short = None if place is None else program_key(setup, arguments)
+
+    def trace() -> tuple[Any, str]:
+        lowered = setup.sampler(on_step=on_step).lower(*arguments)
+        # equal texts may differ in what their arguments are called, which a compiled program insists on
+        return lowered, hashlib.sha256(f"{lowered.in_tree}{lowered.as_text()}".encode()).hexdigest()
+
+    def compile_(lowered: Any, text: str) -> Made:
+        if place is None:
+            executable, had = executables.compiled(lowered)
+            return Made(executable, "loaded" if had else "compiled")
+        key = executables.digest(executables.environment(), text, executables.signature(arguments))
+        loaded, had = executables.load(place, key, arguments), True
+        executable = loaded
+        if loaded is None:
+            executable, had = executables.compiled(lowered)
+        kept = loaded is not None or (not had and executables.save(place, key, executable))
+        if kept and short is not None:
+            executables.point(place, short, key)
+        return Made(executable, "loaded" if had else "compiled")
+
+    def load_(key: str) -> Made | None:
+        loaded = None if place is None else executables.load(place, key, arguments)
+        return None if loaded is None else Made(loaded, "loaded")
+
+    if short is not None and short in compiled and not compiled[short].failed:
+        return compiled[short], True, time.perf_counter() - start
+    key = executables.pointed(place, short) if place is not None and short is not None else None
+    if key is not None and short is not None:
+        before = time.perf_counter() - start
+        compiled[short] = _Pending(lambda: load_(key), lambda: compile_(*trace()), in_thread)
+        return compiled[short], False, before
+    try:
+        lowered, text = trace()
+    except Exception:
+        if not in_thread:
+            raise
+        # told when it is asked for: what is wrong with the weights comes first
+        return _Pending(lambda: compile_(*trace()), lambda: compile_(*trace()), False), False, 0.0
+    before = time.perf_counter() - start
+    if text in compiled and not compiled[text].failed:
+        return compiled[text], True, before
+    work = lambda: compile_(lowered, text)  # noqa: E731
+    compiled[text] = _Pending(work, work, in_thread)
+    return compiled[text], False, before
+
+
 _KEPT = 8  # programs of setups that were drawn with last
-_texts: dict[str, Any] = {}
-_drawn: list[tuple[Setup, Any, Any]] = []
+_texts: dict[str, _Pending] = {}
+_drawn: list[tuple[Setup, Any, Program]] = []
 
 
 def kept_program(setup: Setup, params: Params, inputs: Any, on_step: Callable[[Any], None] | None = None) -> Program:
     """A `Program`, of which this process keeps the last few without their weights, as a jitted function does."""
     if on_step is not None:  # it calls back to this draw's bar
         return Program(setup, params, inputs, on_step=on_step)
-    shapes = jax.tree.map(lambda a: (jnp.shape(a), str(jnp.result_type(a))), (params, inputs))
-    for before, of, compiled in _drawn:
-        if before is setup and of == shapes:
-            return Program(setup, params, inputs, known=compiled)
+    shapes = executables.signature((params, inputs))
+    for before, of, drawn in _drawn:
+        if before is setup and of == shapes and not drawn.failed:
+            return Program(setup, params, inputs, known=drawn)
     program = Program(setup, params, inputs, _texts)
-    _drawn.insert(0, (setup, shapes, program.compiled))
+    weightless = copy.copy(program)
+    weightless.params = None
+    _drawn.insert(0, (setup, shapes, weightless))
     del _drawn[_KEPT:]
     for text in list(_texts)[:-_KEPT]:
         del _texts[text]
     return program
 
 
-def _check_program(setup: Setup, compiled: Any, inputs: Any) -> None:
+def _check_program(setup: Setup, compiled: Any, n: int) -> None:
     """Refuses a program whose own memory, beside the weights that are there already, the device does not have."""
     memory = compiled.memory_analysis()
-    if memory is not None and any(isinstance(a, jax.Array) for a in jax.tree.leaves(inputs)):
+    if memory is not None:
         own = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        n = jax.tree.leaves(inputs)[0].shape[0]
         what = f"sampling {setup.model.name}, {n} at once with cache {setup.described.get('cache', 'none')},"
         check_memory(what, own, memory_available(), "a smaller size, fewer conditions or steps, or another cache")
 
@@ -114,7 +277,7 @@ class Drawn(NamedTuple):
 
 def draw(
     setup: Setup,
-    params: Params,
+    params: Params | Callable[[], Params],
     cond: Any,
     seed: int = 0,
     *,
@@ -129,10 +292,11 @@ def draw(
     `per_sample` one decision serves a whole chunk, and depends on all of it.
 
     Args:
-      setup, params: what to sample with; params as `Setup.prepare` returns them.
+      setup, params: what to sample with; params as `Setup.prepare` returns them, or a function that does so, which is
+        called while the program is compiled.
       cond: labels [n] int (a list too), or a tree of arrays that lead with [n]. seed: of the run.
       latents: [n, ...] to begin from, at t = 1; None is noise of the seed.
-      progress: a bar on stderr, at the price of a callback per step.
+      progress: a bar on stderr, at the price of a callback per step; by chunks where executables are kept.
       program: (setup, params, inputs, on_step=...) -> `Program`, for those that keep their programs.
 
     Returns:
@@ -155,7 +319,6 @@ def draw(
             f"{n} samples over data x fsdp = {shards} with cache {setup.accelerator.name}, whose decisions those that "
             f"fill the last device would change; allowed: a multiple of {shards} samples, or per_sample=True"
         )
-    bar = tqdm(total=chunks * len(setup.rows.i), unit="evaluation", disable=not progress, file=sys.stderr)
 
     def inputs(chunk: int) -> tuple[jax.Array, jax.Array, Any]:
         x, keys, some = setup.inputs(seed, size, cond, chunk * size)
@@ -164,7 +327,12 @@ def draw(
             x = setup.placed_samples(x)
         return x, keys, some
 
-    compiled = program(setup, params, inputs(0), on_step=(lambda _: bar.update()) if progress else None)
+    # a program that is kept cannot call back to a bar, which then moves by chunks
+    stepwise = progress and executables.folder() is None
+    on_step = (lambda _: bar.update()) if stepwise else None
+    started = lambda weights: program(setup, weights, inputs(0), on_step=on_step)  # noqa: E731
+    compiled, params = _with_weights(setup, params, started)
+    bar = tqdm(total=chunks * len(setup.rows.i), unit="evaluation", disable=not progress, file=sys.stderr)
     images, begun, seconds, traces = [], [], 0.0, []
     for chunk in range(chunks):
         x, keys, some = jax.block_until_ready(inputs(chunk))
@@ -172,6 +340,7 @@ def draw(
         start = time.perf_counter()
         image, trace = jax.block_until_ready(compiled(x, keys, some))
         seconds += time.perf_counter() - start
+        bar.update(0 if stepwise else len(setup.rows.i))
         images.append(hosts.fetch(image))
         traces.append(trace if hosts.processes() == 1 else hosts.fetch(trace))
     bar.close()
@@ -194,7 +363,9 @@ def draw(
         "computed_fraction": round(float(np.mean([np.mean(c) for c in trace.computed.values()])), 4),
         **({} if setup.rows.plan.owner == "none" else summary(trace)),
         "gflops_per_image": round(gflops, 3),
+        **_served(setup, params),
         "weights_mib": round(size_in_bytes(params) / 2**20, 1),
+        "program": compiled.origin,
         "compile_seconds": round(compiled.compile_seconds, 2),
         "seconds_per_image": round(seconds / (chunks * size), 4),
         "peak_memory_mib": round(peak_memory(compiled.compiled) / 2**20, 1),
@@ -205,13 +376,42 @@ def draw(
     return Drawn(samples, np.concatenate(begun)[:n], trace, cost)
 
 
+def _served(setup: Setup, params: Params) -> dict[str, Any]:
+    """What the names of a configuration came to on the device: attentions, and products of quantised weights."""
+    with lowering_for(setup.target):
+        attentions = dict.fromkeys(setup.attention.chosen().values())
+    products = products_of(params)
+    return {
+        **({"attended_by": ", ".join(attentions)} if attentions else {}),
+        **({"multiplied_by": ", ".join(f"{name} ({n})" for name, n in products.items())} if products else {}),
+    }
+
+
+def _with_weights(
+    setup: Setup, params: Params | Callable[[], Params], started: Callable[[Params], Program]
+) -> tuple[Program, Params]:
+    """A program with its weights, which are read, where a function does that, while the program is compiled."""
+    if not callable(params):
+        return started(params), params
+    try:
+        shapes = setup.placed_shapes(jax.eval_shape(setup.prepare, model_shapes(setup.model)))
+    except Exception:  # what is wrong with the weights themselves is told first
+        params = params()
+        return started(params), params
+    program, params = started(shapes), params()
+    if executables.signature(params) != executables.signature(shapes):  # such as where they are placed otherwise
+        program = started(params)
+    program.params = params
+    return program, params
+
+
 def ahead_of_time(setup: Setup, n: int = 1) -> dict[str, Any]:
     """Compiles the sampler of a setup from shapes alone, without weights in memory: what the whole model would cost.
 
     Returns:
       The part of `draw`'s table that needs no run; the GFLOPs are of the neutral accelerator.
     """
-    params = jax.eval_shape(setup.prepare, model_shapes(setup.model))
+    params = setup.placed_shapes(jax.eval_shape(setup.prepare, model_shapes(setup.model)))
     shape = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), tree)  # noqa: E731
     keys = jax.eval_shape(lambda: sample_keys(0, n))
     x = jax.ShapeDtypeStruct((n, *setup.model.input_shape), jnp.float32)

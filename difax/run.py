@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from difax.build import Setup, build_data, build_options, build_setup, build_task, described
+from difax.build import Setup, build_data, build_options, build_setup, build_task, described, with_recipe
 from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
 from difax.config import config_names, configuration, keyword_settings, load_config, override, plain
 from difax.core import hosts
@@ -21,6 +21,7 @@ from difax.core.annotations import OrInfinite, Seed, brief, check_arguments, che
 from difax.core.contracts import Params, Trace
 from difax.core.decisions import save_trace
 from difax.core.device import check_memory, memory_available
+from difax.core.executables import signature
 from difax.core.files import writable
 from difax.core.qtensor import size_in_bytes
 from difax.media.images import picture, pictured
@@ -232,7 +233,7 @@ class Run:
             with a cache that decides in the run without `per_sample`: one decision then serves the batch.
           repeat: how often the conditions are gone through, each time with other noise.
           latents: [n, ...] to begin from, in place of noise of the seed.
-          progress: a bar on stderr, at the price of a callback per step.
+          progress: a bar on stderr, at the price of a callback per step; by batches where executables are kept.
 
         Returns:
           `Result`: images, trace and cost.
@@ -247,7 +248,8 @@ class Run:
         if latents is not None:
             latents = check_latents(latents, columns * repeat, self.setup.model.input_shape)
         options: dict[str, Any] = {"latents": latents, "progress": progress, "program": self._program}
-        drawn = draw(self.setup, self.prepared, all_of, seed, **options)
+        weights = (lambda: self.prepared) if self._prepared is None else self._prepared
+        drawn = draw(self.setup, weights, all_of, seed, **options)
         return Result(self, all_of, columns, seed, drawn)
 
     def _repeated(self, row: Any, repeat: int) -> Any:
@@ -257,14 +259,13 @@ class Run:
         return jax.tree.map(lambda a: np.concatenate([np.asarray(a)] * repeat), row)
 
     def _program(self, setup: Setup, params: Params, inputs: Any, on_step: Any = None) -> Program:
-        shapes = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(inputs))
         if on_step is not None:  # a program of its own: it calls back to this draw's bar
             return Program(setup, params, inputs, on_step=on_step)
-        if shapes in self._programs:
-            program = self._programs[shapes]
-            program.compile_seconds = 0.0
-            return program
-        self._programs[shapes] = Program(setup, params, inputs, self._compiled)
+        shapes = str(signature((params, inputs)))
+        if shapes in self._programs and not self._programs[shapes].failed:
+            self._programs[shapes].again()
+        else:
+            self._programs[shapes] = Program(setup, params, inputs, self._compiled)
         return self._programs[shapes]
 
     def replace(self, *, weights: Any = None, **settings: Any) -> Run:
@@ -281,6 +282,8 @@ class Run:
         if weights is not None or whole(new) != whole(old) or (new != old and not self._as_configured):
             return _opened(config, self._path if weights is None else weights, self._seed, kept=self)
         setup = build_setup(config, self.setup.model if new == old else None)
+        if new == old:
+            setup = with_recipe(setup, config, self.weights.section)
         return Run(config, setup, self.weights, self._path, self._seed, self.full_size, self, self._as_configured)
 
     def calibrate(
@@ -451,7 +454,8 @@ def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = Non
     as_configured = weights.model is setup.model
     if weights.model.input_shape != setup.model.input_shape:  # what follows from the size follows from the model's
         setup = build_setup(config, weights.model)
-    return Run(config, setup._replace(model=weights.model), weights, path, seed, full, kept, as_configured)
+    setup = with_recipe(setup._replace(model=weights.model), config, weights.section)
+    return Run(config, setup, weights, path, seed, full, kept, as_configured)
 
 
 def _fitting(config: dict[str, Any], setup: Setup) -> tuple[dict[str, Any], Setup, dict[str, Any]]:

@@ -143,7 +143,7 @@ def _flux_block(bench: Bench, whole: Model, place: int, kind: str) -> None:
     }
     if any(map(bench.missing, variants)) and bench.enough(2 if bench.toy else 15, at):
         worker = Torch(kind, 1, bench)
-        bench.group(f"{at} tokens, batch 1", variants, base, at_once=1 if bench.toy else 3)
+        bench.group(f"{at} tokens, batch 1", variants, base)
         worker.close()
 
 
@@ -177,7 +177,7 @@ def _dit(bench: Bench, variant: str, batch: int) -> None:
         variants[f"{at} bf16 attend=block_sparse"] = partial(ours, "none", "block_sparse,xla")
     if any(map(bench.missing, variants)) and bench.enough(2 if bench.toy else 25, at):
         worker = Torch(f"dit {variant}", batch, bench)
-        bench.group(f"{at}, {model_tokens(model)} tokens", variants, base, at_once=1 if bench.toy else 3, reserve=15)
+        bench.group(f"{at}, {model_tokens(model)} tokens", variants, base, reserve=15)
         worker.close()
 
 

@@ -82,7 +82,7 @@ class Product:
         tree = {"blocks": {"fc1": {"kernel": self.w.T[None].astype(jnp.float32)}}}
         weights = cast(quantize_params(tree, QUANTS[name](dit("S/2"), **settings)), "bfloat16")
         w = jax.tree.map(lambda a: a[0], fitted(weights, target()))["blocks"]["fc1"]["kernel"]
-        served = product_of(w, target(), jnp.bfloat16, self.m)
+        served = product_of(w)
         limit = 0.2 if "4" in name else LIMITS["fp8" if "fp8" in name else "int8"]
         return self.variant(dot, w, self.bias, limit=limit, served=served)
 

@@ -40,6 +40,7 @@ FAMILIES = {
     "settings": ("fuzz_settings", "settings"),
     "packaging": ("packaging",),
     "hosts": ("hosts",),
+    "start": ("executables",),
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 from difax.accel.kernels import triton_launch
 from difax.accel.kernels.triton_products import product, tiles
 from difax.accel.quant import QUANTS
-from difax.accel.quant.products import CHOSEN, check_kernels, fitted, fused_dot, product_of, products_of
+from difax.accel.quant.products import FUSED, check_kernels, fitted, fused_dot, product_of, products_of
 from difax.build import build_setup
 from difax.config import load_config, override
 from difax.core.qtensor import (
@@ -327,21 +327,16 @@ def test_tpus_multiply_int8_and_write_no_sums(how, v6e):
 
 CHOICES = [
     (INT8, HOPPER, (3072, 12288), 4608, "xla"),
-    (W4A8, HOPPER, (3072, 12288), 4608, "triton"),
-    (W4A8, HOPPER, (12288, 3072), 4608, "xla"),
-    (W4A8, HOPPER, (3072, 3072), 4608, "xla"),
-    (W4A8, HOPPER, (3072, 12288), 127, "xla"),
-    (W4A8, BLACKWELL, (3072, 12288), 4608, "xla"),
-    (W4A8, AMPERE, (3072, 12288), 4608, "xla"),
+    (W4A8, HOPPER, (3072, 12288), 4608, "xla"),
+    (FP8, HOPPER, (3072, 12288), 4608, "xla"),
+    (INT8, BLACKWELL, (3072, 12288), 4608, "xla"),
+    (INT8, AMPERE, (3072, 12288), 4608, "xla"),
     (INT8, TPU, (3072, 12288), 4608, "xla"),
     (INT8, CPU, (3072, 12288), 4608, "xla"),
     (INT8._replace(kernel="xla"), HOPPER, (3072, 12288), 4608, "xla"),
     (INT8._replace(kernel="triton"), HOPPER, (12288, 3072), 1, "triton"),
-    (INT8._replace(zero_point=True), HOPPER, (3072, 12288), 4608, "xla"),
-    (FP8, HOPPER, (3072, 12288), 4608, "xla"),
     (FP8._replace(kernel="triton"), HOPPER, (3072, 12288), 4608, "triton"),
-    (W4A8._replace(rank=32), HOPPER, (3072, 12288), 4608, "triton"),
-    (W4A8._replace(group=64), HOPPER, (3072, 12288), 4608, "xla"),
+    (W4A8._replace(rank=32, kernel="triton"), HOPPER, (3072, 12288), 4608, "triton"),
     (Quantisation("int4"), HOPPER, (3072, 12288), 4608, "xla"),
 ]
 
@@ -350,13 +345,13 @@ CHOICES = [
 def test_what_is_chosen(how, where, sizes, rows, want, monkeypatch):
     monkeypatch.setattr(triton_launch, "triton_call", lambda: None)  # as if it were installed
     w = jax.eval_shape(lambda w: quantize(w, how), jax.ShapeDtypeStruct((5, *sizes), jnp.float32))
-    assert product_of(w, where, jnp.bfloat16, rows) == want
-    assert products_of({"a": {"kernel": w}, "b": jnp.ones(2)}, where, jnp.bfloat16, rows) == {want: 5}
+    assert product_of(w) == want
+    assert products_of({"a": {"kernel": w}, "b": jnp.ones(2)}) == {want: 5}
     placed = jax.eval_shape(lambda w: fitted({"w": w}, where)["w"], w)
-    assert product_of(placed, where, jnp.bfloat16, rows) == want
+    assert product_of(placed) == want
     layout = {"gpu": "stored" if how.activation is None else "transposed", "tpu": "stored", "cpu": "stored"}
     assert placed.layout == layout[where.platform] and placed.shape == w.shape
-    assert (placed.product is CHOSEN) or want == "xla"
+    assert (placed.product is FUSED) == (want == "triton")
     asked = []
 
     def call(*_: Any, out: Any, **more: Any) -> jax.Array:
@@ -370,17 +365,11 @@ def test_what_is_chosen(how, where, sizes, rows, want, monkeypatch):
     assert bool(asked) == (want == "triton")
 
 
-def test_auto_is_xla_where_triton_is_missing_or_the_model_is_wide(monkeypatch):
-    w = jax.eval_shape(lambda w: quantize(w, W4A8), jax.ShapeDtypeStruct((64, 128), jnp.float32))
-    monkeypatch.setattr(triton_launch, "triton_call", lambda: None)
-    assert product_of(w, HOPPER, jnp.float16, 4608) == "triton"
-    assert product_of(w, HOPPER, jnp.float32, 4608) == "xla"
-
+def test_a_kernel_whose_package_is_missing_is_refused(monkeypatch):
     def missing():
         raise NotImplementedError("a Triton kernel needs triton, of the extra triton")
 
     monkeypatch.setattr(triton_launch, "triton_call", missing)
-    assert product_of(w, HOPPER, jnp.float16, 4608) == "xla"
     with pytest.raises(ValueError, match="^quant.kernel='triton': a Triton kernel needs triton, .*; allowed: auto"):
         check_kernels([("", INT8._replace(kernel="triton"))], HOPPER, "bfloat16")
 
@@ -392,7 +381,10 @@ def test_weights_on_several_devices_keep_xla():
     placed = jax.device_put(w, jax.tree.map(lambda a: place, w))
     over = fitted({"w": placed}, HOPPER)["w"]
     assert over.layout == "transposed" and over.product is None and len(over.values.sharding.device_set) == 4
-    assert fitted({"w": w}, HOPPER)["w"].product is CHOSEN and fitted({"w": w}, HOPPER, devices=4)["w"].product is None
+    asking = dataclasses.replace(w, kernel="triton")
+    assert fitted({"w": asking}, HOPPER)["w"].product is FUSED
+    with pytest.raises(ValueError, match="w: quant.kernel='triton' is not for weights on several devices"):
+        fitted({"w": asking}, HOPPER, devices=4)
     with pytest.raises(ValueError, match="w: quant.kernel='triton' is not for weights on several devices"):
         fitted({"w": dataclasses.replace(placed, kernel="triton")}, HOPPER)
 
@@ -428,7 +420,7 @@ def test_a_configuration_says_which():
         there = jax.eval_shape(lambda params: setup.prepare(params), params)
     assert {w.layout for w in jax.tree.leaves(there, is_leaf=_is) if _is(w)} == {"transposed"}
     blocks = sum(stage.depth for stage in setup.model.stages)
-    assert products_of(here, CPU, jnp.float32, 64) == {"xla": 5 * blocks}
+    assert products_of(here) == {"xla": 5 * blocks}
 
 
 def _is(leaf: Any) -> bool:

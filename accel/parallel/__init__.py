@@ -107,7 +107,7 @@ def parallel(attention: Attention, placement: Placement, joint: bool = False) ->
         n = placement.mesh.size
         return jax.tree.map(lambda a: jnp.broadcast_to(a[None], (n, *a.shape)), state)
 
-    return Attention(init=init, apply=apply)
+    return Attention(init, apply, chosen=attention.chosen)
 
 
 def _cut(placement: Placement, q: Any, k: Any, branch: str | None, row: Row | None) -> Cut:

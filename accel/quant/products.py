@@ -1,8 +1,8 @@
 """Which product serves a quantised weight on which device, and in which layout its values lie there.
 
 Two products there are: XLA's (`difax.core.qtensor.quantized_dot`), for every device, and the fused kernel for Hopper
-(`difax.accel.kernels.triton_products`). `fitted` brings weights into the layout of the device that is compiled for and
-hangs the choice on them; it is made where a product is traced, by the shapes that are known there.
+(`difax.accel.kernels.triton_products`). `fitted` brings weights into the layout of the device that is compiled for
+and hangs the kernel on those that ask for it.
 
 Measured with M 4608, in us, the rounding of activations included (jax 0.11.2, triton 3.6.0, driver 580.159; rows in
 experiments/results/gpu):
@@ -12,17 +12,19 @@ experiments/results/gpu):
   12288, 3072, H100    463        419, 461            368, 390
   3072, 12288, H200    452        444, 481            346, 352
 
-XLA's are the ones with sums rounded to bfloat16 and weights [N, K]; the H100's Triton column is an earlier form of the
-kernel. Where one card gains a sixth the next one loses a tenth, so int8 and fp8 are XLA's. The kernel serves int4 with
-more outputs than inputs, whose values are unpacked in one pass before it (486 us on the H200; unpacked inside it took
-853 on the H100), and the low-rank branch of such weights, which it adds to the sums before they are rounded.
+  int4, 3072, 12288, H200: XLA 466, Triton 464 (both unpack in one pass before; inside the kernel: 853 on the H100)
 
-Not measured, and left to XLA: groups (in the kernel, 128 inputs or 64 at a time), GPUs other than Hopper.
+XLA's are the ones with sums rounded to bfloat16 and weights [N, K]; the H100's Triton column is an earlier form of the
+kernel. Where one card gains a sixth another loses a tenth, so "auto" is XLA's product everywhere, and the kernel is for
+who asks for it.
+
+Not measured: a low-rank branch or a bias in the kernel, groups in it (128 inputs or 64 at a time), other shapes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -43,10 +45,8 @@ from difax.core.qtensor import (
     rounded_rows,
     values_of,
 )
-from difax.core.target import Target, target
+from difax.core.target import Target
 
-HOPPER = 9  # major number of its compute capability: what was measured
-ROWS = 128  # of a tile of the kernel: a product of fewer leaves most of it empty
 DTYPES = ("bfloat16", "float16")
 GROUP = 32  # inputs that one matrix instruction takes
 
@@ -72,18 +72,9 @@ def refused(w: QTensor | Quantisation, where: Target, dtype: Any) -> str | None:
     return None if group % GROUP == 0 else f"groups of {group} inputs; it takes multiples of {GROUP}"
 
 
-def product_of(w: QTensor, where: Target, dtype: Any, rows: int) -> str:
-    """The product that serves a weight: "triton" or "xla".
-
-    Args:
-      w: as it was quantised, or `fitted`; its `kernel` "xla" and "triton" are followed, "auto" is the rule above.
-      where: the target. dtype: of the activations. rows: M, how many there are of them.
-    """
-    if w.kernel != "auto" or where.capability[0] != HOPPER or refused(w, where, dtype) is not None:
-        return "triton" if w.kernel == "triton" else "xla"
-    inputs, outputs = w.shape[-2:]
-    faster = w.format == "int4" and w.scale.shape[-2] == 1 and outputs > inputs
-    return "triton" if faster and rows >= ROWS and _missing() is None else "xla"
+def product_of(w: QTensor) -> str:
+    """The product that serves a weight: "triton" where its `kernel` says so, else "xla"."""
+    return "triton" if w.kernel == "triton" else "xla"
 
 
 def _missing() -> str | None:
@@ -95,18 +86,15 @@ def _missing() -> str | None:
     return None
 
 
-def products_of(params: Params, where: Target, dtype: Any, rows: int) -> dict[str, int]:
+def products_of(params: Params) -> dict[str, int]:
     """How many quantised weights each product serves, as {"triton": 4, "xla": 2}; layers count one by one.
 
     Args:
-      params: parameters with `QTensor`s, prepared or not, or their shapes. where, dtype, rows: as of `product_of`.
+      params: parameters with `QTensor`s, prepared or not, or their shapes.
     """
     found: Counter[str] = Counter()
     for w in _quantised(params):
-        layers = 1
-        for size in w.shape[:-2]:
-            layers *= size
-        found[product_of(w, where, dtype, rows)] += layers
+        found[product_of(w)] += math.prod(w.shape[:-2])
     return dict(found)
 
 
@@ -153,8 +141,7 @@ def fitted(params: Params, where: Target, devices: int = 1) -> Params:
             return _relaid(w, "native")
         if where.platform != "gpu" or w.activation is None:
             return w
-        served = w.kernel != "xla" and where.capability >= (9, 0) and not several
-        return dataclasses.replace(_relaid(w, "transposed"), product=CHOSEN if served else None)
+        return dataclasses.replace(_relaid(w, "transposed"), product=FUSED if product_of(w) == "triton" else None)
 
     return jax.tree_util.tree_map_with_path(fit, params, is_leaf=is_quantized)
 
@@ -165,16 +152,6 @@ _relaid = jax.jit(relaid, static_argnums=1)
 def _devices(values: Any) -> int:
     """On how many devices an array lies; 1 where it is none yet."""
     return 1 if isinstance(values, Tracer) or not isinstance(values, jax.Array) else len(values.devices())
-
-
-def chosen_dot(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None) -> jax.Array:
-    """x @ w + bias by the product of `product_of` for these shapes."""
-    if product_of(w, target(), x_MK.dtype, x_MK.shape[0]) == "triton":
-        return _differentiable(x_MK, w, bias_N)
-    return _by_xla(x_MK, w, bias_N)
-
-
-CHOSEN = Product("chosen", chosen_dot)
 
 
 def _by_xla(x_MK: jax.Array, w: QTensor, bias_N: jax.Array | None) -> jax.Array:
@@ -229,6 +206,9 @@ def _(size: int, batched: Any, x: jax.Array, w: QTensor, bias: jax.Array | None)
         )
         return jax.lax.map(lambda one: fused_dot(*one), every), True
     return fused_dot(x.reshape(-1, x.shape[-1]), w, bias).reshape(size, -1, w.shape[-1]), True
+
+
+FUSED = Product("triton", _differentiable)
 
 
 def _quantised(params: Params) -> list[QTensor]:
