@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -467,11 +468,15 @@ def build_task(config: Mapping[str, Any], previewer: Callable[[Setup], Any] | No
     if "process" not in config:
         if isinstance(model, Model):
             raise ValueError(f"config section process is missing; {model.name} is trained to sample, along a process")
+        if "mesh" in config:
+            raise ValueError(f"config section mesh: {model.name} is no model that samples; allowed: train.devices=N")
         return Task(model.init, make("loss", config["loss"], model), None, model.input_shape, model.classes)
     setup = build_setup(config, model)
     loss = make("loss", config["loss"], model, setup.process, setup.prediction)
     preview = None if previewer is None else previewer(setup)
-    return Task(model.init, loss, preview, model.input_shape, model.classes)
+    place = setup.placement if "mesh" in config else None
+    place = None if place is None else dataclasses.replace(place, arranges=False)
+    return Task(model.init, loss, preview, model.input_shape, model.classes, place)
 
 
 def build_data(config: Mapping[str, Any], split: str) -> Images:

@@ -244,6 +244,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="a folder of images (sub-folders are classes), an .npz, or the data set's files",
     )
+    train.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="devices along each axis, such as data=2,fsdp=2,tensor=2 (default: data on all)",
+    )
     train.add_argument("--minutes", type=float, help="stop with a checkpoint so long after the first step")
     train.add_argument(
         "--resume",

@@ -235,7 +235,7 @@ def checkpoint_config(path: str, settings: Sequence[tuple[str, Any]] = ()) -> di
 def _whole(path: Any, config: Any) -> dict[str, Any]:
     if not isinstance(config, Mapping) or not isinstance(config.get("model"), Mapping):
         raise ValueError(f"{path}: the configuration there has no section model")
-    return dict(config)
+    return {k: v for k, v in config.items() if k != "mesh"}  # weights lie wherever they are read
 
 
 def _sampled_with(path: str, kind: str, geometry: Mapping[str, Any]) -> dict[str, Any]:

@@ -239,3 +239,52 @@ def test_a_padded_batch_draws_the_same_samples():
 
 def test_settings_of_a_mesh():
     assert mesh_settings("data=2, seq=4") == [("mesh.data", 2), ("mesh.seq", 4)]
+
+
+# ---------------------------------------------------------------- training
+
+SMALL = {"model.width": 32, "model.depth": 2, "model.heads": 2, "train.batch": 8, "train.steps": 4, "train.warmup": 0}
+SMALL |= {"train.log_every": 1, "train.sample_every": 100, "train.checkpoint_every": 2, "train.decay": 0}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    path, rng = tmp_path_factory.mktemp("photos") / "photos.npz", np.random.default_rng(0)
+    np.savez(path, images=rng.integers(0, 256, (32, 28, 28, 1), np.uint8), labels=np.arange(32) % 10)
+    return path
+
+
+def losses(photos, folder, **more):
+    seen = []
+    state = difax.train("fmnist_smoke", folder, data=photos, log=seen.append, **{**SMALL, **more})
+    return [line["loss"] for line in seen if "loss" in line], state
+
+
+def test_training_over_devices_is_that_of_one_and_its_run_goes_on_and_is_drawn_from_anywhere(photos, tmp_path):
+    want, one = losses(photos, tmp_path / "one", **{"train.devices": 1})
+    half, _ = losses(photos, tmp_path / "cut", mesh="data=2,fsdp=2,tensor=2", **{"train.steps": 2})
+    rest, over = losses(photos, tmp_path / "cut", mesh="fsdp=4", resume=True)  # other devices, from the checkpoint on
+    np.testing.assert_allclose(half + rest, want, rtol=1e-5)
+    cut = [a for a in jax.tree.leaves(over.params) if not a.sharding.is_fully_replicated]
+    assert sum(a.size for a in cut) > 0.9 * sum(a.size for a in jax.tree.leaves(over.params))
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(over.params), strict=True):
+        np.testing.assert_allclose(a, np.asarray(b), atol=1e-5)
+    run = difax.load(tmp_path / "cut", steps=2)
+    assert run.setup.placement is None
+    drawn = run.sample([1, 2]).images
+    np.testing.assert_allclose(run.replace(mesh="tensor=2,data=2").sample([1, 2]).images, drawn, atol=1e-5)
+
+
+NOT_TRAINED = {
+    "cfg": ({"mesh": "cfg=2"}, "mesh.cfg=2 in training; allowed: 1"),
+    "seq": ({"mesh": "seq=2"}, "mesh.seq=2 in training; allowed: 1"),
+    "batch": ({"mesh": "data=3"}, "train.batch=8 over data x fsdp = 3; allowed: a multiple of 3"),
+    "both": ({"mesh": "data=2", "train.devices": 2}, "train.devices=2 beside a section mesh; allowed: one of them"),
+}
+
+
+@pytest.mark.parametrize(("settings", "says"), list(NOT_TRAINED.values()), ids=list(NOT_TRAINED))
+def test_a_mesh_that_does_not_train_is_refused(photos, tmp_path, settings, says):
+    with pytest.raises(ValueError, match=says):
+        losses(photos, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()

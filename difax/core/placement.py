@@ -66,10 +66,13 @@ class Placement:
     """A mesh, and which weights of a model are cut along its "tensor" axis.
 
     mesh: over devices, present or described, with the axes `NAMES`. shards: of the model (`Model.shards`).
+    arranges: do the parts of fused weights lie shard by shard (`arranged`). Weights in training do not: their
+    checkpoints are those of every mesh.
     """
 
     mesh: Mesh
     shards: tuple[tuple[str, Shard], ...] = ()
+    arranges: bool = True
 
     def size(self, *names: str) -> int:
         """Devices along the axes together."""
@@ -100,7 +103,8 @@ class Placement:
         return self.sharding(SAMPLES)
 
     def params(self, params: Any) -> Any:
-        """A `NamedSharding` for every leaf of a tree of parameters, stacked, quantised or neither.
+        """A `NamedSharding` for every leaf of a tree of parameters, stacked, quantised or neither, or of a state that
+        has the like of them (moments, averages).
 
         A weight that a rule of the model names is cut along "tensor"; every leaf along "fsdp" too, on the longest axis
         that it divides.
@@ -247,7 +251,7 @@ def fuse(*parts: jax.Array) -> jax.Array:
 
 def _tensor() -> int:
     p = current()
-    return 1 if p is None else p.tensor
+    return 1 if p is None or not p.arranges else p.tensor
 
 
 def _pieces(lengths: Sequence[int], what: str) -> int:

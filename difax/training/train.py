@@ -22,12 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
 
 from difax.core import hosts
 from difax.core import mesh as mesh_
 from difax.core.annotations import Seed
 from difax.core.files import check_object, listed, makeable, named, place_of, read_object
 from difax.core.lock import LOCK, locked
+from difax.core.placement import SAMPLES, Placement, placed
 from difax.core.shell import undone
 from difax.core.writing import append_line, remove, replacing, unwritable, writing
 from difax.training.checkpoints import not_finite, open_checkpoints, restored, restored_part
@@ -92,13 +94,15 @@ class TrainOptions:
 
 class Task(NamedTuple):
     """What is trained: init(key) -> params; loss(params, batch, key) -> (loss, metrics);
-    preview(ema_params) -> uint8 picture [H, W(, 3)] or None; input_shape, classes: of the images and labels."""
+    preview(ema_params) -> uint8 picture [H, W(, 3)] or None; input_shape, classes: of the images and labels; placement:
+    of the mesh that it trains on, None for samples over `TrainOptions.devices`."""
 
     init: Callable[[jax.Array], Any]
     loss: Loss
     preview: Callable[[Any], np.ndarray] | None = None
     input_shape: tuple[int, ...] = ()
     classes: int = 0
+    placement: Placement | None = None
 
 
 class TrainState(NamedTuple):
@@ -132,7 +136,9 @@ def optimizer(options: TrainOptions) -> optax.GradientTransformation:
     )
 
 
-def make_step(loss: Loss, options: TrainOptions) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+def make_step(
+    loss: Loss, options: TrainOptions, placement: Placement | None = None, shardings: Any = None
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted update (state, batch) -> (state, metrics); the state is donated.
 
     Among the metrics are the loss and the norms of the gradient and of the update: where all are finite, so are weights
@@ -153,7 +159,11 @@ def make_step(loss: Loss, options: TrainOptions) -> Callable[..., tuple[TrainSta
         metrics = {"loss": value, **metrics, **norms}
         return TrainState(state.step + 1, params, ema, inner), metrics
 
-    return jax.jit(update, donate_argnums=0)
+    def update_there(state: TrainState, batch: Any):
+        with placed(placement):
+            return update(state, batch)
+
+    return jax.jit(update_there, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
 def train(
@@ -197,9 +207,11 @@ def train(
     """
     resume = hosts.first(lambda: resumes(workdir, resume))
     folder = pathlib.Path(workdir).absolute()
-    mesh = mesh_.data_mesh(options.devices)
-    split = mesh_.batch_sharding(mesh, options.batch)
-    whole = mesh_.replicated(mesh)
+    if task.placement is None:
+        mesh = mesh_.data_mesh(options.devices)
+        split, whole = mesh_.batch_sharding(mesh, options.batch), mesh_.replicated(mesh)
+    else:
+        split, whole = _placed(task.placement, options), None
     indices = batches(len(data.image), options.batch, options.seed)
 
     def prepare() -> None:
@@ -262,19 +274,20 @@ def _train(
         folder,
         options=ocp.CheckpointManagerOptions(max_to_keep=options.keep, enable_async_checkpointing=True),
     )
+    shapes = jax.eval_shape(init)
+    held = jax.tree.map(lambda _: whole, shapes) if task.placement is None else task.placement.params(shapes)
     with checkpoints:
         latest = hosts.first(checkpoints.latest_step)
         if latest is None:
-            state = jax.jit(init, out_shardings=whole)()
+            state = jax.jit(init, out_shardings=held)()
         else:
             hosts.first(lambda: _check_schedule(folder, latest, options))
-            shapes = jax.eval_shape(init)
-            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
+            like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, held)
             state = cast(TrainState, restored(folder, checkpoints, latest, like))
         if hosts.is_first():
             _write_json(folder / "config.json", {**config, "train": {**config["train"], "steps": options.steps}})
         recorder = _Recorder(folder, int(state.step), options, progress, log)
-        update = make_step(task.loss, options)
+        update = make_step(task.loss, options, task.placement, None if task.placement is None else held)
         with recorder:
             for step in range(int(state.step), options.steps):
                 batch = hosts.put_rows({"image": data.image, "label": data.label}, indices(step), split)
@@ -304,6 +317,20 @@ def _train(
         with writing(checkpoints.directory):
             checkpoints.wait_until_finished()
     return state
+
+
+def _placed(placement: Placement, options: TrainOptions) -> NamedSharding:
+    """How a batch lies on a mesh; ValueError where the mesh, or the batch on it, is none to train on."""
+    for axes in ("cfg", "ring", "ulysses"):
+        if placement.size(axes) > 1:
+            name = "cfg" if axes == "cfg" else "seq"
+            raise ValueError(f"mesh.{name}={placement.size(axes)} in training; allowed: 1 (data, fsdp, tensor train)")
+    n = placement.size(*SAMPLES)
+    if options.batch % n:
+        raise ValueError(f"train.batch={options.batch} over data x fsdp = {n}; allowed: a multiple of {n}")
+    if options.devices is not None:
+        raise ValueError(f"train.devices={options.devices} beside a section mesh; allowed: one of them")
+    return placement.batch()
 
 
 def _check_finite(folder: pathlib.Path, step: int, state: TrainState) -> None:
