@@ -64,8 +64,7 @@ def find_weights(
       path: a .safetensors file (difax, facebookresearch/DiT, SiT or diffusers layout), a run's folder, or what
         `difax convert` wrote.
       seed: of random weights.
-      shardings: shapes -> where each parameter of an orbax checkpoint is read to, a run's or a converted one's; None is
-        the first device of this process.
+      shardings: shapes -> where each parameter is read to; None is the first device of this process.
 
     Returns:
       `Weights`; a checkpoint may know what the configuration leaves open (a DiT of the diffusers layout differs in two
@@ -108,8 +107,8 @@ def find_weights(
             spec = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), spec, where)
         return Weights(model, source, section, lambda: load_converted(path, spec))
     if found is not None:
-        return Weights(model, source, section, lambda: load_foreign(path, found))
-    return Weights(model, source, section, lambda: load_native(path, spec))
+        return Weights(model, source, section, lambda: load_foreign(path, found, shardings=where))
+    return Weights(model, source, section, lambda: load_native(path, spec, shardings=where))
 
 
 def is_run(path: str | os.PathLike) -> bool:

@@ -279,7 +279,8 @@ class Run:
         config = configuration(self.config, _file(weights), keyword_settings(settings))
         new, old = config["model"], self.config["model"]
         whole = lambda section: {k: v for k, v in section.items() if k != "dtype"}  # noqa: E731
-        if weights is not None or whole(new) != whole(old) or (new != old and not self._as_configured):
+        moved = self._path is not None and config.get("mesh") != self.config.get("mesh")  # read onto other devices
+        if weights is not None or moved or whole(new) != whole(old) or (new != old and not self._as_configured):
             return _opened(config, self._path if weights is None else weights, self._seed, kept=self)
         setup = build_setup(config, self.setup.model if new == old else None)
         if new == old:
@@ -448,8 +449,7 @@ def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = Non
     setup, full = build_setup(config), {}
     if path is None and config.get("weights") == RANDOM:
         config, setup, full = _fitting(config, setup)
-    # each process of a job reads the parts of its own devices; in one process another mesh may take these weights over
-    straight = setup.placement.params if setup.placement is not None and hosts.processes() > 1 else None
+    straight = None if setup.placement is None else setup.placement.params  # no host holds the whole
     weights = find_weights(config, setup.model, path, seed, straight)
     as_configured = weights.model is setup.model
     if weights.model.input_shape != setup.model.input_shape:  # what follows from the size follows from the model's

@@ -1,5 +1,6 @@
 """Meshes: every placement gives what one device gives, or is refused by name, and moves no more than it must."""
 
+import pathlib
 import re
 
 import jax
@@ -17,6 +18,8 @@ from difax.core import placement as placement_
 from difax.core.contracts import Attention, AttentionSpec, Segments, Shard, Where
 from difax.core.placement import Axes, make_placement, placed, shard_order
 from difax.program import Program
+from difax.weights import checkpoint
+from difax.weights.checkpoint import save_safetensors
 from experiments.placements import MESHES, MODELS, TECHNIQUES, difference, drawn, meshed, run_of
 from tests.families import some
 
@@ -288,3 +291,37 @@ def test_a_mesh_that_does_not_train_is_refused(photos, tmp_path, settings, says)
     with pytest.raises(ValueError, match=says):
         losses(photos, tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
+
+
+PIPELINES = pathlib.Path(__file__).parents[2] / "shared" / "pipelines"
+MESH = {"mesh.fsdp": 2, "mesh.tensor": 2}
+
+
+def same_where_it_is_cut(over, params):
+    cut = [a for a in jax.tree.leaves(over.params) if not a.sharding.is_fully_replicated]
+    assert sum(a.size for a in cut) > 0.9 * sum(a.size for a in jax.tree.leaves(over.params))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(over.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_weights_are_read_straight_into_their_shards(tmp_path):
+    run = difax.load("flux_tiny", weights="random", steps=2)
+    save_safetensors(tmp_path / "flux.safetensors", run.params)
+    over = difax.load("flux_tiny", weights=tmp_path / "flux.safetensors", steps=2, **MESH)
+    same_where_it_is_cut(over, run.params)
+    moved = over.replace(**{"mesh.tensor": 1})  # read again, onto other devices
+    same_where_it_is_cut(moved, run.params)
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint_is_read_layer_by_layer_into_its_shards(monkeypatch):
+    path = PIPELINES / "flux_dev" / "transformer"
+    if not path.exists():
+        pytest.skip("the published checkpoints are not there")
+    one = difax.load(path, steps=2)
+    largest = []
+    whole = checkpoint._whole
+    monkeypatch.setattr(checkpoint, "_whole", lambda p: largest.append(p.layers) or whole(p))
+    over = difax.load(path, steps=2, **MESH)
+    same_where_it_is_cut(over, one.params)
+    assert not any(largest)  # only what has no layers was read in one piece

@@ -107,7 +107,7 @@ class Placement:
         has the like of them (moments, averages).
 
         A weight that a rule of the model names is cut along "tensor"; every leaf along "fsdp" too, on the longest axis
-        that it divides.
+        behind the first that it divides.
         """
 
         n = self.size("fsdp")
@@ -117,6 +117,7 @@ class Placement:
             if axis is not None and self.tensor > 1 and shape[axis] % self.tensor == 0 and shape[axis] > 1:
                 spec[axis] = "tensor"
             free = [i for i, d in enumerate(shape) if spec[i] is None and d % n == 0 and d >= n]
+            free = [i for i in free if i] or free  # the leading axis is mostly the layers, which are read one by one
             if n > 1 and free:
                 spec[max(free, key=lambda i: shape[i])] = "fsdp"
             return self.sharding(*spec)

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from difax.core.contracts import Params
@@ -144,6 +145,7 @@ def load_safetensors(
     layers: Mapping[str, int] | None = None,
     constants: Mapping[str, np.ndarray] | None = None,
     dtype: Any = None,
+    shardings: Params | None = None,
 ) -> Params:
     """Reads a checkpoint of another project into a parameter tree, through a layout table.
 
@@ -156,6 +158,8 @@ def load_safetensors(
         agree within 1e-5, or within the rounding of the file's half precision.
       dtype: floating dtype of the result; None keeps the file's: where it has several the one that holds them all
         (float32 for bfloat16 beside float16 or float32, for fp8 with scales and for float64; bfloat16 for fp8 alone).
+      shardings: a tree like `spec` of where each parameter lies; None is the first device. A host then holds one
+        parameter at a time, and of those that a file has by layers one layer.
 
     Returns:
       A nested dict of jax arrays like `spec`.
@@ -166,7 +170,7 @@ def load_safetensors(
         what was expected.
     """
     with opened_safetensors(path, spec, table, layers or {}, constants or {}, dtype) as parameters:
-        return _read_all(parameters)
+        return _read_all(parameters, shardings)
 
 
 @contextlib.contextmanager
@@ -206,8 +210,31 @@ def opened_safetensors(
     yield {p: _streamed(table[p], wanted[p].shape, row, tensors, dtypes[p]) for p, row in rows.items()}
 
 
-def _read_all(parameters: Mapping[str, Streamed]) -> Params:
-    return unflatten_dict({p: jnp.asarray(_whole(parameter)) for p, parameter in parameters.items()}, sep="/")
+def _read_all(parameters: Mapping[str, Streamed], shardings: Params | None = None) -> Params:
+    where: dict[str, Any] = {} if shardings is None else dict(flatten_dict(shardings, sep="/"))
+    read = lambda p, parameter: _placed(parameter, where[p]) if p in where else jnp.asarray(_whole(parameter))  # noqa: E731
+    return unflatten_dict({p: read(p, parameter) for p, parameter in parameters.items()}, sep="/")
+
+
+def _placed(parameter: Streamed, sharding: NamedSharding) -> jax.Array:
+    """A parameter on the devices that hold its parts, one layer of it at a time."""
+
+    def put(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(values.shape, sharding, lambda part: values[part])
+
+    spec = [*sharding.spec, *[None] * (len(parameter.shape) - len(sharding.spec))]
+    if parameter.layers is None or spec[0] is not None:
+        return put(_whole(parameter), sharding)
+    of_layer = NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
+    array = jax.jit(lambda: jnp.zeros(parameter.shape, parameter.dtype), out_shardings=sharding)()
+    write = jax.jit(
+        lambda array, row, layer: jax.lax.dynamic_update_index_in_dim(array, row, layer, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
+    for layer in range(parameter.layers):
+        array = write(array, put(parameter.read(layer), of_layer), layer)
+    return array
 
 
 def _whole(parameter: Streamed) -> np.ndarray:
@@ -219,18 +246,18 @@ def _whole(parameter: Streamed) -> np.ndarray:
     return out
 
 
-def load_native(path: str | os.PathLike, spec: Params, finite: bool = True) -> Params:
+def load_native(path: str | os.PathLike, spec: Params, finite: bool = True, shardings: Params | None = None) -> Params:
     """Reads what `save_safetensors` wrote into a nested dict of jax arrays like `spec`, in the file's dtypes.
 
     Args:
-      finite: are values that are not refused?
+      finite: are values that are not refused? shardings: as of `load_safetensors`.
 
     Raises:
       ValueError: as `load_safetensors`.
     """
     table = {p: Source((p,)) for p in flatten_dict(spec, sep="/")}
     with opened_safetensors(path, spec, table, {}, {}, None, each=True, finite=finite) as parameters:
-        return _read_all(parameters)
+        return _read_all(parameters, shardings)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:

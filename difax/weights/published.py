@@ -79,9 +79,9 @@ class Published(NamedTuple):
         return max(known(table, names) for table in self.tables.values())
 
 
-def load_foreign(path: str | os.PathLike, found: Foreign, dtype: Any = None) -> Params:
+def load_foreign(path: str | os.PathLike, found: Foreign, dtype: Any = None, shardings: Params | None = None) -> Params:
     """`difax.weights.checkpoint.load_safetensors` for a checkpoint that has been looked at."""
-    return load_safetensors(path, found.spec, found.table, found.layers, found.constants, dtype)
+    return load_safetensors(path, found.spec, found.table, found.layers, found.constants, dtype, shardings)
 
 
 @contextlib.contextmanager
