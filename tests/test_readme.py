@@ -43,6 +43,7 @@ def test_there_are_commands():
         "calibrate",
         "pareto",
         "profile",
+        "plan",
         "train",
         "convert",
         "export",
