@@ -1,6 +1,7 @@
 """The front door of kernels for listed blocks: what serves which target, what is shared, gradients, and the choice."""
 
 import importlib.util
+import types
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from difax.accel.attention.block_sparse import KERNELS, block_sparse, every_bloc
 from difax.accel.attention.chunked import chunked
 from difax.core import ops
 from difax.core.contracts import BlockList, BlockScales, Scales, Segments, Where
-from difax.core.target import Target, lowering_for
+from difax.core.target import Target, lowering_for, target, target_of
 from tests.families import some
 from tests.oracles.attention import listed_attention, random_lists
 
@@ -298,6 +299,28 @@ def call(chosen: Any, t: int, s: int, dtype: str = "float32", segments: Any = No
 
 def words(t: int, s: int, dtype: str = "float32") -> str:
     return f"q [1, {t}, 2, 64] {dtype}, S {s}"
+
+
+def test_one_jitted_function_is_traced_for_each_target():
+    seen = []
+
+    @jax.jit
+    def function(x):
+        seen.append(target().platform)
+        return x
+
+    for what in (CPU, TPU, CPU, TPU):
+        with lowering_for(what):
+            function(jnp.ones(3))
+    assert seen == ["cpu", "tpu"]
+
+
+@pytest.mark.parametrize(
+    "platform, said, want", [("cuda", "9.0", (9, 0)), ("rocm", "gfx942", (0, 0)), ("tpu", None, (0, 0))]
+)
+def test_a_device_is_a_target(platform, said, want):
+    device = types.SimpleNamespace(platform=platform, device_kind="kind", compute_capability=said)
+    assert target_of(device) == Target("gpu" if platform == "cuda" else platform, "kind", want)
 
 
 def test_what_was_chosen_can_be_read_for_each_call_and_target():

@@ -1,7 +1,11 @@
 """Meshes: every placement gives what one device gives, or is refused by name, and moves no more than it must."""
 
+import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +188,20 @@ def test_every_rule_of_a_model_names_weights_that_are_cut(model):
     assert all(any(re.search(pattern, p) for pattern, _ in run.setup.model.shards) for p in large)
 
 
+def test_what_is_remembered_lies_like_what_it_remembers():
+    place = make_placement(Axes(data=2, cfg=2, seq=2), jax.devices(), [2])
+    memory = {"branch": jnp.zeros((3, 8, 16, 4)), "ring": jnp.zeros((2, 3, 8, 16, 4)), "score": jnp.zeros(8)}
+    memory |= {"other length": jnp.zeros((8, 15, 4)), "shared": jnp.zeros((16, 4))}
+    axes = {"branch": 1, "ring": 2, "score": 0, "other length": 0, "shared": -1}
+    halves, tokens = ("cfg", "data", "fsdp"), ("ring", "ulysses")
+    held = jax.jit(lambda: place.memory(memory, axes, jax.ShapeDtypeStruct((8, 16, 4), jnp.float32), 2))()
+    want = {"branch": P(None, halves, tokens), "ring": P(None, None, halves, tokens), "score": P(halves)}
+    want |= {"other length": P(halves), "shared": P()}
+    for name, spec in want.items():
+        there = jax.sharding.NamedSharding(place.mesh, spec)
+        assert held[name].sharding.is_equivalent_to(there, held[name].ndim), name
+
+
 def collectives(run):
     """Kinds of the collectives of a run's program, with the largest array that each moves."""
     setup = run.setup
@@ -206,6 +224,24 @@ def test_joining_streams_moves_nothing():
     tokens = spec[0] * spec[1] // 4
     assert found.pop("all-to-all") > 0
     assert all(size < tokens * width for size in found.values()), found  # nothing as large as the tokens
+
+
+@pytest.mark.slow
+def test_devices_whose_samples_differ_decide_as_one(tmp_path):
+    """A decision that devices took apart would leave some of them waiting in a collective for ever."""
+    command = [sys.executable, "-m", "difax", "sample", "--config", "flux_tiny", "--random-init", "--repeat", "4"]
+    command += ["--steps", "12", "--cache", "teacache+toca", "--config.cache.teacache.threshold", "0.15", "--json"]
+    command += ["--mesh", "data=2,seq=2,tensor=2", "--no-compile-cache", "--out", str(tmp_path / "a.npz")]
+    env = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+    }
+    env.pop("XLA_FLAGS", None)
+    done = subprocess.run(command, env=env, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0 < json.loads(done.stdout)["hit_rate"] < 1
 
 
 # ---------------------------------------------------------------- refusals

@@ -7,8 +7,7 @@ host's devices: a program that is compiled ahead of time for a TPU, on a machine
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +22,12 @@ class Target(NamedTuple):
     capability: tuple[int, int] = (0, 0)
 
 
-_lowered_for: ContextVar[Target | None] = ContextVar("difax_target", default=None)
+_lowered_for = jax.make_user_context(None)  # which jit keeps apart what it remembers of a function by
 
 
 def target() -> Target:
     """What is compiled for: within `lowering_for` what that names, else the device that jax would run on."""
-    named, chosen = _lowered_for.get(), getattr(jax.config, "jax_default_device", None)
+    named, chosen = _lowered_for.value, getattr(jax.config, "jax_default_device", None)
     return target_of(chosen or jax.devices()[0]) if named is None else named
 
 
@@ -37,16 +36,11 @@ def target_of(device: Any) -> Target:
     if isinstance(device, str):
         return Target("gpu" if device == "cuda" else device)
     platform = "gpu" if device.platform == "cuda" else device.platform
-    capability = str(getattr(device, "compute_capability", "") or "0.0") if platform == "gpu" else "0.0"
-    major, _, minor = capability.partition(".")
-    return Target(platform, device.device_kind, (int(major), int(minor or 0)))
+    said = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))  # an AMD GPU's is no number
+    major, minor = said.groups() if said and platform == "gpu" else (0, 0)
+    return Target(platform, device.device_kind, (int(major), int(minor)))
 
 
-@contextlib.contextmanager
-def lowering_for(what: Target) -> Iterator[None]:
+def lowering_for(what: Target) -> contextlib.AbstractContextManager[None]:
     """Within it, what is traced is made for this target."""
-    token = _lowered_for.set(what)
-    try:
-        yield
-    finally:
-        _lowered_for.reset(token)
+    return _lowered_for(what)
