@@ -17,8 +17,8 @@ from difax.core.decisions import averaged, inert, strip, summary
 from difax.core.device import peak_memory
 from difax.core.grids import GRIDS, make_times
 from difax.core.guidance import GUIDES
-from difax.core.mesh import batch_sharding, data_mesh, replicated
 from difax.core.noise import sample_keys
+from difax.core.placement import Axes, make_placement
 from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.shapes import trunk_spec
 from difax.core.stack import stack, with_learned
@@ -286,9 +286,9 @@ def test_decisions_are_the_same_on_any_number_of_devices(name):
     labels, found = (0, 1, 2, 3, 4, 0, 1, 2), []
     rows, sampler = p.rows(accelerator), p.sampler(accelerator)
     for devices in (1, 2, 4, 8):
-        mesh = data_mesh(devices)
-        x, keys, cond = (jax.device_put(a, batch_sharding(mesh, len(labels))) for a in p.inputs(labels=labels))
-        params = jax.device_put(p.params, replicated(mesh))
+        place = make_placement(Axes(data=devices), jax.devices())
+        x, keys, cond = (jax.device_put(a, place.batch()) for a in p.inputs(labels=labels))
+        params = jax.device_put(p.params, place.sharding())
         samples, trace = sampler(params, x, keys, cond, rows, 2.0)
         found.append((strip(trace), np.asarray(samples)))
     assert len({s for s, _ in found}) == 1 and "F" in found[0][0][1:-1] and set(found[0][0]) != {"F"}

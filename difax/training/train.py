@@ -22,14 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
 
 from difax.core import hosts
-from difax.core import mesh as mesh_
 from difax.core.annotations import Seed
 from difax.core.files import check_object, listed, makeable, named, place_of, read_object
 from difax.core.lock import LOCK, locked
-from difax.core.placement import SAMPLES, Placement, placed
+from difax.core.placement import SAMPLES, Axes, Placement, make_placement, placed
 from difax.core.shell import undone
 from difax.core.writing import append_line, remove, replacing, unwritable, writing
 from difax.training.checkpoints import not_finite, open_checkpoints, restored, restored_part
@@ -207,11 +205,7 @@ def train(
     """
     resume = hosts.first(lambda: resumes(workdir, resume))
     folder = pathlib.Path(workdir).absolute()
-    if task.placement is None:
-        mesh = mesh_.data_mesh(options.devices)
-        split, whole = mesh_.batch_sharding(mesh, options.batch), mesh_.replicated(mesh)
-    else:
-        split, whole = _placed(task.placement, options), None
+    placement = _placement(task, options)
     indices = batches(len(data.image), options.batch, options.seed)
 
     def prepare() -> None:
@@ -232,7 +226,7 @@ def train(
     with contextlib.ExitStack() as held:
         hosts.first(prepare)
         _check_shared(folder)
-        return _train(task, data, options, folder, config, progress, minutes, log, clock, (indices, split, whole))
+        return _train(task, data, options, folder, config, progress, minutes, log, clock, (indices, placement))
 
 
 def _check_shared(folder: pathlib.Path, patience: float = 60.0) -> None:
@@ -257,10 +251,10 @@ def _train(
     minutes: float | None,
     log: Callable[[dict[str, Any]], None] | None,
     clock: Callable[[], float],
-    placed: tuple[Any, Any, Any],
+    given: tuple[Any, Placement],
 ) -> TrainState:
-    """`train` in a folder that is ours and prepared; placed: rows of a step, shardings of a batch and of the state."""
-    indices, split, whole = placed
+    """`train` in a folder that is ours and prepared; given: rows of a step, and where everything lies."""
+    indices, placement = given
     transform = optimizer(options)
     deadline: float | None = None
 
@@ -275,7 +269,7 @@ def _train(
         options=ocp.CheckpointManagerOptions(max_to_keep=options.keep, enable_async_checkpointing=True),
     )
     shapes = jax.eval_shape(init)
-    held = jax.tree.map(lambda _: whole, shapes) if task.placement is None else task.placement.params(shapes)
+    held = placement.params(shapes)
     with checkpoints:
         latest = hosts.first(checkpoints.latest_step)
         if latest is None:
@@ -287,10 +281,10 @@ def _train(
         if hosts.is_first():
             _write_json(folder / "config.json", {**config, "train": {**config["train"], "steps": options.steps}})
         recorder = _Recorder(folder, int(state.step), options, progress, log)
-        update = make_step(task.loss, options, task.placement, None if task.placement is None else held)
+        update = make_step(task.loss, options, placement, held)
         with recorder:
             for step in range(int(state.step), options.steps):
-                batch = hosts.put_rows({"image": data.image, "label": data.label}, indices(step), split)
+                batch = hosts.put_rows({"image": data.image, "label": data.label}, indices(step), placement.batch())
                 state, metrics = update(state, batch)
                 done = step + 1
                 recorder.add(done, metrics)
@@ -319,8 +313,19 @@ def _train(
     return state
 
 
-def _placed(placement: Placement, options: TrainOptions) -> NamedSharding:
-    """How a batch lies on a mesh; ValueError where the mesh, or the batch on it, is none to train on."""
+def _placement(task: Task, options: TrainOptions) -> Placement:
+    """Of the task, or samples over the options' devices; ValueError where the mesh, or the batch on it, is none to train
+    on."""
+    placement, there = task.placement, jax.devices()
+    if placement is None:
+        n = len(there) if options.devices is None else options.devices
+        if not 1 <= n <= len(there):
+            raise ValueError(f"devices={n}; allowed: 1 ... {len(there)} ({there[0].platform})")
+        if n < len(there) and hosts.processes() > 1:
+            raise ValueError(f"devices={n}; allowed: {len(there)}, all those of the {hosts.processes()} processes")
+        if options.batch % n:
+            raise ValueError(f"batch={options.batch} must be divisible by the {n} devices of the mesh")
+        return make_placement(Axes(data=n), there)
     for axes in ("cfg", "ring", "ulysses"):
         if placement.size(axes) > 1:
             name = "cfg" if axes == "cfg" else "seq"
@@ -330,7 +335,7 @@ def _placed(placement: Placement, options: TrainOptions) -> NamedSharding:
         raise ValueError(f"train.batch={options.batch} over data x fsdp = {n}; allowed: a multiple of {n}")
     if options.devices is not None:
         raise ValueError(f"train.devices={options.devices} beside a section mesh; allowed: one of them")
-    return placement.batch()
+    return placement
 
 
 def _check_finite(folder: pathlib.Path, step: int, state: TrainState) -> None:
