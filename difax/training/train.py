@@ -314,8 +314,7 @@ def _train(
 
 
 def _placement(task: Task, options: TrainOptions) -> Placement:
-    """Of the task, or samples over the options' devices; ValueError where the mesh, or the batch on it, is none to train
-    on."""
+    """The task's, or samples over the options' devices; ValueError where mesh and batch are none to train on."""
     placement, there = task.placement, jax.devices()
     if placement is None:
         n = len(there) if options.devices is None else options.devices
