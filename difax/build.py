@@ -334,6 +334,11 @@ def build_placement(
             f"mesh of {axes.devices} devices ({placement_in_words(axes)}); allowed: {jax.device_count()}, all those of "
             f"the {hosts.processes()} processes"
         )
+    if axes.cfg > 1 and make("guide", config["guide"]).halves == 1:
+        raise ValueError(
+            f"mesh.cfg={axes.cfg} with guide {shown(config['guide']['name'])}, which runs one half; allowed: cfg=1, or a "
+            "guide such as cfg"
+        )
     if axes.tensor > 1 and accelerator.learned is not None:
         raise ValueError(
             f"mesh.tensor={axes.tensor} with cache {accelerator.name}, whose factors were fitted to whole layers; "

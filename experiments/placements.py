@@ -42,11 +42,12 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "int8_w8a8": {"quant": "int8_w8a8"},
 }
 STEPS = 4
+GUIDED = {"flux_tiny": {"guide": "cfg", "scale": 3.0}}  # the others are guided by themselves
 
 
 def run_of(model: str, technique: str) -> difax.Run:
     """A small model with random weights, no branch of which is zero."""
-    return difax.load(model, weights="random", steps=STEPS, **TECHNIQUES[technique])
+    return difax.load(model, weights="random", steps=STEPS, **GUIDED.get(model, {}), **TECHNIQUES[technique])
 
 
 def drawn(run: difax.Run) -> difax.Result:

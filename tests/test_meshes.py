@@ -252,6 +252,10 @@ REFUSED = {
     "no devices": ({"mesh": "data=3,seq=4"}, r"mesh of 12 devices \(data=3,seq=4\); allowed: up to 8"),
     "zero": ({"mesh": "seq=0"}, "mesh.seq=0; allowed: 1 or more"),
     "halves": ({"mesh": "cfg=4"}, "mesh.cfg=4; allowed: 1, or 2"),
+    "no halves": (
+        {"mesh": "cfg=2", "guide": "none", "scale": 1.0},
+        "mesh.cfg=2 with guide none, which runs one half; a",
+    ),
     "pipeline": ({"mesh": "pipe=2"}, "mesh.pipe=2; allowed: 1"),
     "tensor and heads": ({"mesh": "tensor=8"}, "mesh.tensor=8 for 4 heads; allowed: 1, 2, 4"),
     "ulysses and heads": ({"mesh": "seq=8,ulysses=8"}, "mesh.ulysses=8 of mesh.seq=8 of 4 heads; allowed: 1, 2, 4"),
