@@ -335,9 +335,9 @@ def build_placement(
             f"the {hosts.processes()} processes"
         )
     if axes.cfg > 1 and make("guide", config["guide"]).halves == 1:
+        name = shown(config["guide"]["name"])
         raise ValueError(
-            f"mesh.cfg={axes.cfg} with guide {shown(config['guide']['name'])}, which runs one half; allowed: 1, or a guide "
-            "such as cfg"
+            f"mesh.cfg={axes.cfg} with guide {name}, which runs one half; allowed: 1, or a guide such as cfg"
         )
     if axes.tensor > 1 and accelerator.learned is not None:
         raise ValueError(
