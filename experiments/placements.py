@@ -51,7 +51,7 @@ def run_of(model: str, technique: str) -> difax.Run:
 
 
 def drawn(run: difax.Run) -> difax.Result:
-    return run.sample([1, 2]) if run.setup.model.classes else run.sample(repeat=2)
+    return run.sample([1, 2, 3, 4]) if run.setup.model.classes else run.sample(repeat=4)
 
 
 def difference(one: difax.Result, other: difax.Result) -> tuple[float, bool]:

@@ -14,7 +14,9 @@ import itertools
 import json
 import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -179,6 +181,11 @@ def start(environment: Mapping[str, str] | None = None, patience: int = START) -
     if jax.config.values.get("jax_cpu_collectives_implementation") in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # its handler would swallow SIGTERM, which ends us
+    if job.process and not _answers(job.coordinator, patience):  # jax would wait and then abort()
+        raise LostHost(
+            f"process {job.process} did not meet process 0 at {job.coordinator} within {patience} s ({job.found}); nobody "
+            "answers there"
+        )
     try:
         jax.distributed.initialize(
             job.coordinator,
@@ -201,6 +208,20 @@ def start(environment: Mapping[str, str] | None = None, patience: int = START) -
     _job, _client = job, distributed.global_state.client
     watch.begin(_client, job)
     return job
+
+
+def _answers(address: str, patience: float) -> bool:
+    """Whether something takes connections at HOST:PORT, now or within so many seconds."""
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), max(min(end - time.monotonic(), 5.0), 0.1)).close()
+            return True
+        except OSError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.2)
 
 
 def processes() -> int:
