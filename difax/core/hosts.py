@@ -183,8 +183,8 @@ def start(environment: Mapping[str, str] | None = None, patience: int = START) -
     jax.config.update("jax_enable_preemption_service", False)  # its handler would swallow SIGTERM, which ends us
     if job.process and not _answers(job.coordinator, patience):  # jax would wait and then abort()
         raise LostHost(
-            f"process {job.process} did not meet process 0 at {job.coordinator} within {patience} s ({job.found}); nobody "
-            "answers there"
+            f"process {job.process} did not meet process 0 at {job.coordinator} within {patience} s ({job.found}); "
+            "nobody answers there"
         )
     try:
         jax.distributed.initialize(
