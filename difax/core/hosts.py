@@ -180,6 +180,8 @@ def start(environment: Mapping[str, str] | None = None, patience: int = START) -
 
     if jax.config.values.get("jax_cpu_collectives_implementation") in (None, "none"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # programs that run beside each other would send in another order here than there, which gloo takes for one message
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_enable_preemption_service", False)  # its handler would swallow SIGTERM, which ends us
     if job.process and not _answers(job.coordinator, patience):  # jax would wait and then abort()
         raise LostHost(
