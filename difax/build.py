@@ -27,7 +27,7 @@ from difax.core.annotations import annotations_of, brief, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver, TrunkSpec
 from difax.core.device import check_memory
 from difax.core.noise import sample_keys
-from difax.core.placement import Axes, Placement, make_placement
+from difax.core.placement import SAMPLES, Axes, Placement, make_placement, shapes_at
 from difax.core.placement import described as placement_in_words
 from difax.core.process import PREDICTIONS, Process
 from difax.core.qtensor import Rules, quantize_params, size_in_bytes
@@ -100,6 +100,11 @@ class Setup(NamedTuple):
         some = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[index]), cond)
         return self.placed_samples((initial_noise(self.process, keys, self.model.input_shape), keys, some))
 
+    @property
+    def shards(self) -> int:
+        """Parts that a batch is cut into; it has a multiple of so many samples."""
+        return 1 if self.placement is None else self.placement.size(*SAMPLES)
+
     def placed_samples(self, tree: Any) -> Any:
         """Arrays that lead with the samples, cut along the mesh's axes of samples."""
         return tree if self.placement is None else hosts.put(tree, self.placement.batch())
@@ -116,10 +121,7 @@ class Setup(NamedTuple):
 
     def placed_shapes(self, shapes: Params) -> Params:
         """The shapes of prepared parameters, with where each will lie on the mesh."""
-        if self.placement is None:
-            return shapes
-        held = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
-        return jax.tree.map(held, shapes, self.placement.params(shapes))
+        return shapes if self.placement is None else shapes_at(shapes, self.placement.params(shapes))
 
     def place(self, params: Params) -> Params:
         """Prepared parameters where the run has them: on the device, or cut over those of the mesh."""
@@ -352,10 +354,16 @@ def build_placement(
 
 def _abstract_trunk(model: Model) -> TrunkSpec:
     """Shapes of everything that one sample of a model makes."""
-    shape = lambda a: jax.ShapeDtypeStruct((1, *a.shape), a.dtype)  # noqa: E731
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    x = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
-    return trunk_spec(model, params, x, jax.tree.map(shape, model.cond))
+    x, _, cond = input_shapes(model, 1)
+    return trunk_spec(model, jax.eval_shape(model.init, jax.random.key(0)), x, cond)
+
+
+def input_shapes(model: Model, n: int) -> tuple[Any, Any, Any]:
+    """Shapes of the noise, keys and conditions of n samples."""
+    x = jax.ShapeDtypeStruct((n, *model.input_shape), jnp.float32)
+    keys = jax.eval_shape(lambda: sample_keys(0, n))
+    cond = jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), model.cond)
+    return x, keys, cond
 
 
 def _is_joint(model: Model) -> bool:

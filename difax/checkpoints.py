@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from difax.core.contracts import Params
+from difax.core.placement import shapes_at
 from difax.models import CHECKPOINTS
 from difax.registry import REGISTRIES, choose, make, shown
 from difax.training.train import last_step, read_run, restore_ema
@@ -104,7 +105,7 @@ def find_weights(
         return Weights(model, named_step, section, lambda: restore_ema(path, model.init, where)[1])
     if is_converted(path):
         if where is not None:
-            spec = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), spec, where)
+            spec = shapes_at(spec, where)
         return Weights(model, source, section, lambda: load_converted(path, spec))
     if found is not None:
         return Weights(model, source, section, lambda: load_foreign(path, found, shardings=where))

@@ -17,15 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.quant import products_of
-from difax.build import Setup, recipe_of
+from difax.build import Setup, input_shapes, recipe_of
 from difax.core import executables, hosts
 from difax.core.contracts import Params, Trace
 from difax.core.cost import model_cost, run_cost
 from difax.core.decisions import averaged, inert, known, summary
 from difax.core.device import check_memory, device_name, memory_available, peak_memory
 from difax.core.executables import settings
-from difax.core.noise import sample_keys
-from difax.core.placement import SAMPLES
 from difax.core.qtensor import size_in_bytes
 from difax.core.target import lowering_for
 from difax.media.images import image_grid, to_uint8
@@ -311,7 +309,7 @@ def draw(
         cond = np.asarray(cond, np.int32)
     n = len(jax.tree.leaves(cond)[0])
     check_samples(setup, n)
-    shards = 1 if setup.placement is None else setup.placement.size(*SAMPLES)
+    shards = setup.shards
     chunks = -(-n // (CHUNK * shards))
     size = -(-n // (chunks * shards)) * shards
     if setup.accelerator.batchwide and shards > 1 and n % shards:
@@ -412,10 +410,7 @@ def ahead_of_time(setup: Setup, n: int = 1) -> dict[str, Any]:
       The part of `draw`'s table that needs no run; the GFLOPs are of the neutral accelerator.
     """
     params = setup.placed_shapes(jax.eval_shape(setup.prepare, model_shapes(setup.model)))
-    shape = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), tree)  # noqa: E731
-    keys = jax.eval_shape(lambda: sample_keys(0, n))
-    x = jax.ShapeDtypeStruct((n, *setup.model.input_shape), jnp.float32)
-    program = Program(setup, params, (x, keys, shape(setup.model.cond)))
+    program = Program(setup, params, input_shapes(setup.model, n))
     cost = model_cost(setup.model, params, setup.attention)
     return {
         "parameters": parameter_count(setup.model),
@@ -464,8 +459,7 @@ def previewer(setup: Setup) -> Callable[[Params], np.ndarray]:
     classes = min(setup.model.classes, 10)
     labels = np.arange(2 * classes, dtype=np.int32) % classes
     placement = setup.placement
-    shards = 1 if placement is None else placement.size(*SAMPLES)
-    n = -(-len(labels) // shards) * shards
+    n = -(-len(labels) // setup.shards) * setup.shards
     rows, scale = jax.tree.map(jnp.asarray, setup.rows), jnp.float32(setup.scale)
     if placement is not None:
         rows, scale = hosts.put((rows, scale), placement.sharding())

@@ -5,8 +5,8 @@
 The image has Python 3.12, jax, torch, triton and most of what difax stands on (CONTRIBUTING.md, "A GPU machine without
 network"); these are what it lacks, for Linux on x86-64. They go where nothing of the image is replaced:
 
-  python3 -m pip install --no-index --no-deps --no-compile --target /tmp/site wheels/*.whl
-  PYTHONPATH=.:/tmp/site python3 -m experiments.gpu_suite
+  python3 -m pip install --no-index --no-deps --no-compile --target out/site wheels/*.whl
+  PYTHONPATH=.:out/site python3 -m experiments.gpu_suite
 """
 
 from __future__ import annotations

@@ -213,6 +213,13 @@ def cuts_tokens() -> bool:
     return p is not None and p.seq > 1
 
 
+def shapes_at(shapes: Any, where: Any) -> Any:
+    """Shapes with where each lies: one sharding for all, or a tree of them."""
+    if isinstance(where, jax.sharding.Sharding):
+        where = jax.tree.map(lambda _: where, shapes)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
+
+
 def rows(tree: Any, halves: int = 1) -> Any:
     """Arrays that lead with the batch, cut along the axes of samples; of both halves along "cfg" too."""
     p = current()
@@ -231,13 +238,13 @@ def tokens(tree: Any, halves: int = 1) -> Any:
 
 def join(*streams: jax.Array, axis: int = 1) -> jax.Array:
     """Streams of tokens as one sequence: [txt, img], or shard by shard where tokens are cut and both divide."""
-    n = _pieces([a.shape[axis] for a in streams], "seq")
+    n = _pieces([a.shape[axis] for a in streams])
     return _interleaved(streams, n, axis)
 
 
 def cut(joined: jax.Array, lengths: Sequence[int], axis: int = 1) -> list[jax.Array]:
     """The streams of `join`, of these lengths."""
-    return _parted(joined, lengths, _pieces(lengths, "seq"), axis)
+    return _parted(joined, lengths, _pieces(lengths), axis)
 
 
 def split(y: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
@@ -255,9 +262,9 @@ def _tensor() -> int:
     return 1 if p is None or not p.arranges else p.tensor
 
 
-def _pieces(lengths: Sequence[int], what: str) -> int:
+def _pieces(lengths: Sequence[int]) -> int:
     p = current()
-    n = 1 if p is None else getattr(p, what)
+    n = 1 if p is None else p.seq
     return n if all(length % n == 0 for length in lengths) else 1
 
 

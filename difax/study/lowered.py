@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.build import Setup, build_setup
+from difax.build import Setup, build_setup, input_shapes
 from difax.core import hlo
-from difax.core.placement import Axes, described
-from difax.core.target import lowering_for, target_of
+from difax.core.placement import Axes, described, shapes_at
+from difax.core.target import lowering_for
 from difax.program import model_shapes
-from difax.study import roofline
 
 
 class Lowered(NamedTuple):
@@ -41,19 +40,12 @@ def lower(config: Mapping[str, Any], there: list[Any], axes: Mapping[str, int], 
     if batch % groups:
         raise ValueError(f"batch={batch} on mesh {described(Axes(**axes))}; allowed: multiples of {groups}")
 
-    def at(tree: Any, where: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
-
-    params = jax.eval_shape(setup.prepare, model_shapes(setup.model))
-    params = jax.tree.map(
-        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), params, placement.params(params)
-    )
-    x, keys, cond = (at(a, placement.batch()) for a in roofline.input_shapes(setup, batch))
-    rows = at(jax.tree.map(np.asarray, setup.rows), placement.sharding())
-    scale = at(jax.ShapeDtypeStruct((), jnp.float32), placement.sharding())
-    arguments = (params, x, keys, cond, rows, scale)
+    params = setup.placed_shapes(jax.eval_shape(setup.prepare, model_shapes(setup.model)))
+    inputs = shapes_at(input_shapes(setup.model, batch), placement.batch())
+    tables = jax.tree.map(np.asarray, setup.rows), jax.ShapeDtypeStruct((), jnp.float32)
+    arguments = (params, *inputs, *shapes_at(tables, placement.sharding()))
     # some lowerings of a kernel look at the devices of the mesh that is set, and would find the host's
-    with lowering_for(target_of(there[0])), jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+    with lowering_for(placement.target), jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
         return Lowered(setup.sampler().lower(*arguments), arguments)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from difax.build import Setup
+from difax.build import Setup, input_shapes
 from difax.core.chips import Chip
 from difax.core.contracts import Attention, Params, Trace
 from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
@@ -155,7 +155,7 @@ def planned_trace(setup: Setup, params: Params) -> tuple[Trace, bool]:
 
 def _trace_alone(setup: Setup, params: Params) -> Trace | None:
     """The trace of a run, if nothing but the rows and the scale goes into it."""
-    x, keys, cond = input_shapes(setup, 1)
+    x, keys, cond = input_shapes(setup.model, 1)
     rows, scale = jax.tree.map(np.asarray, setup.rows), np.float32(setup.scale)
     known = jax.tree.leaves((rows, scale))
     sampler = setup.sampler()
@@ -191,18 +191,10 @@ def _unbound(jaxpr: Any) -> Any:
     return jaxpr.replace(eqns=equations)
 
 
-def input_shapes(setup: Setup, batch: int) -> tuple[Any, Any, Any]:
-    """Shapes of x, keys and conditions of a batch."""
-    x = jax.ShapeDtypeStruct((batch, *setup.model.input_shape), jnp.float32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    cond = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, *a.shape), a.dtype), setup.model.cond)
-    return x, keys, cond
-
-
 def cache_bytes(setup: Setup, params: Params, batch: int) -> int:
     """Bytes that a run remembers from one evaluation to the next, of all copies of the batch."""
     copies = batch * setup.guide.halves
-    x, _, cond = input_shapes(setup, copies)
+    x, _, cond = input_shapes(setup.model, copies)
 
     def memory() -> Any:
         attention = setup.attention or reference_attention()

@@ -27,7 +27,7 @@ from difax.core import hosts
 from difax.core.annotations import Seed
 from difax.core.files import check_object, listed, makeable, named, place_of, read_object
 from difax.core.lock import LOCK, locked
-from difax.core.placement import SAMPLES, Axes, Placement, make_placement, placed
+from difax.core.placement import SAMPLES, Axes, Placement, make_placement, placed, shapes_at
 from difax.core.shell import undone
 from difax.core.writing import append_line, remove, replacing, unwritable, writing
 from difax.training.checkpoints import not_finite, open_checkpoints, restored, restored_part
@@ -276,7 +276,7 @@ def _train(
             state = jax.jit(init, out_shardings=held)()
         else:
             hosts.first(lambda: _check_schedule(folder, latest, options))
-            like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, held)
+            like = shapes_at(shapes, held)
             state = cast(TrainState, restored(folder, checkpoints, latest, like))
         if hosts.is_first():
             _write_json(folder / "config.json", {**config, "train": {**config["train"], "steps": options.steps}})
