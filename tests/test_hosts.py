@@ -182,6 +182,40 @@ def test_the_first_word_counts():
     assert board.verdict() == "one" and judge.leave("was told to end") and not judge.leave("")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="an abort is put off on Linux only")
+@pytest.mark.parametrize("there", [False, True])
+def test_an_abort_waits_until_it_is_known_who_was_lost(there):
+    script = f"""
+import ctypes, threading
+from difax.core import watch
+from difax.core.hosts import Job
+from tests.test_hosts import Board
+
+class Both(Board):
+    count = 0
+    def key_value_dir_get(self, folder):
+        if {there} and folder == "difax/beat":
+            Both.count += 1
+            return [("difax/beat/1", str(self.count))]
+        return super().key_value_dir_get(folder)
+    def blocking_key_value_get(self, key, limit):
+        return "alpha"
+
+watch.BEAT, watch.HASTE, watch.LIMIT, watch.GRACE = 0.1, 7.0, 8.0, 0.1
+watch.begin(Both(**{{"difax/host/1": "beta"}}), Job("a:1", 2, 0, "DIFAX_PROCESSES"))
+thread = threading.Thread(target=ctypes.CDLL(None).abort)
+thread.start()
+thread.join()
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": ""}
+    since = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - since > 7  # the six seconds of the handler are over
+    lost = "difax: error: process 1 of 2 (host beta) was lost: no sign of life for 7 s\n"
+    assert (done.returncode, done.stderr) == ((-signal.SIGABRT, "") if there else (1, lost))
+
+
 @pytest.mark.parametrize("ending, said", [("", "noise\n"), ("end_now('lost', 1)", "difax: error: lost\n")])
 def test_streams_are_pythons_own(ending, said, tmp_path):
     script = (

@@ -5,10 +5,11 @@ collectives go over TCP they fail at once, on other devices they wait for ever. 
 coordination service that it is there, every second; process 0 looks who has not for `LIMIT` seconds and tells all; the
 others look whether process 0 still answers. Who fails by itself says so before it ends.
 
-The abort() comes as soon as process 0, with the service, is no more. It is put off by six seconds, in which we look for
-ourselves and end with a line that names the host: the C library's `sleep`, which takes the seconds to sleep, serves as
-the handler of signal 6, so that nothing of Python runs in a thread that is being aborted. An abort for any other reason
-takes its way after that.
+The abort() comes as soon as process 0, with the service, is no more, and from gloo where a message breaks off. It is
+put off by six seconds: the C library's `sleep`, which takes the seconds to sleep, serves as the handler of signal 6, so
+that nothing of Python runs in a thread that is being aborted. Where Python still runs, it stops that thread for good
+(`_Abort`), looks who is silent, and ends with a line that names the host. An abort for any other reason takes its way
+after that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
+import pathlib
 import platform
 import re
 import signal
@@ -30,9 +33,11 @@ from difax.core.shell import end_now, undone
 
 BEAT = 1.0  # seconds between two signs of life
 LIMIT = 20.0  # seconds without one after which a process counts as lost
+HASTE = 5.0  # the same where a process is being aborted: then one is known to be lost, but not which
 GRACE = 2.0  # seconds that process 0, where the service is, stays for the others to hear of it
 # what gloo, the coordination service and orbax's barriers say where another process is no more
 _OF_OTHERS = re.compile(r"(?i)gloo|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|coordination|connection (?:closed|reset)")
+_TGKILL = {"x86_64": 234, "aarch64": 131}  # number of the system call
 ENDED = 1  # the exit code of a process that another one has ended
 
 _watch: _Watch | None = None
@@ -46,6 +51,7 @@ class _Watch:
         self.over = threading.Event()  # nobody is to be ended any more
         self.told = False
         self.lock = threading.Lock()
+        self.abort = _Abort()
         self.answered, self.failures = time.monotonic(), 0
         self.client.key_value_set(f"difax/host/{job.process}", platform.node())
         self.first = self.client.blocking_key_value_get("difax/host/0", 60_000)
@@ -59,7 +65,12 @@ class _Watch:
         count, seen = 0, {}
         while not self.over.wait(BEAT):
             count += 1
+            since = self.abort.since()
+            if since is not None and time.monotonic() - since > LIMIT:
+                self.abort.go_on()
             try:
+                if since is not None:
+                    self.client.key_value_set(f"difax/haste/{self.job.process}", "", allow_overwrite=True)
                 self.client.key_value_set(f"difax/beat/{self.job.process}", str(count), allow_overwrite=True)
                 if self.job.process == 0:
                     self._judge(seen)
@@ -75,6 +86,7 @@ class _Watch:
         """Process 0: who has gone, or has not been seen to count for too long."""
         now = time.monotonic()
         beats = {_last(key): text for key, text in self.client.key_value_dir_get("difax/beat")}
+        limit = HASTE if self.client.key_value_dir_get("difax/haste") else LIMIT
         gone = {_last(key): json.loads(text) for key, text in self.client.key_value_dir_get("difax/gone")}
         for other in range(1, self.job.processes):
             text = beats.get(other, "")
@@ -82,8 +94,8 @@ class _Watch:
                 seen[other] = (text, now)
             if gone.get(other):
                 self.decide(f"{self._named(other)} {gone[other]}")
-            elif other not in gone and now - seen[other][1] > LIMIT:
-                self.decide(f"{self._named(other)} was lost: no sign of life for {LIMIT:.0f} s")
+            elif other not in gone and now - seen[other][1] > limit:
+                self.decide(f"{self._named(other)} was lost: no sign of life for {limit:.0f} s")
 
     def _named(self, process: int) -> str:
         hosts = {_last(key): text for key, text in self.client.key_value_dir_get("difax/host")}
@@ -142,13 +154,46 @@ def _refuses(address: str) -> bool:
     return False
 
 
+class _Abort:
+    """A thread of this process that is in abort(): stopped, until it is to go on. Linux only; elsewhere there is none.
+
+    Such a thread is in the handler of signal 6, `sleep`, and so the one that blocks this signal and not `self.stop`,
+    whose handler is the C library's `pause`, which never ends.
+    """
+
+    def __init__(self) -> None:
+        self.found: float | None = None
+        self.linux = sys.platform == "linux" and platform.machine() in _TGKILL
+        if self.linux:
+            self.libc = ctypes.CDLL(None)
+            self.libc.signal.argtypes, self.libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+            self.stop = signal.SIGRTMAX - 7
+            self._handle(self.stop, self.libc.pause)
+            self._handle(signal.SIGABRT, self.libc.sleep)
+
+    def _handle(self, number: int, function: Any) -> None:
+        self.libc.signal(int(number), ctypes.cast(function, ctypes.c_void_p))
+
+    def since(self) -> float | None:
+        """When an abort was first seen (time.monotonic); None without one."""
+        if self.linux and self.found is None:
+            for thread in pathlib.Path("/proc/self/task").iterdir():
+                with contextlib.suppress(OSError, ValueError, IndexError):  # threads come and go
+                    blocked = int((thread / "status").read_text().split("SigBlk:")[1].split()[0], 16)
+                    if blocked >> (signal.SIGABRT - 1) & 1 and not blocked >> (self.stop - 1) & 1:
+                        self.libc.syscall(_TGKILL[platform.machine()], os.getpid(), int(thread.name), int(self.stop))
+                        self.found = time.monotonic()
+        return self.found
+
+    def go_on(self) -> None:
+        """Ends this process as the abort would have."""
+        self.libc.signal(int(signal.SIGABRT), None)
+        os.kill(os.getpid(), signal.SIGABRT)
+
+
 def begin(client: Any, job: Any) -> None:
     """Watches over a job that this process has joined; client: of jax's coordination service."""
     global _watch
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-        libc.signal(int(signal.SIGABRT), ctypes.cast(libc.sleep, ctypes.c_void_p))
     _watch = _Watch(client, job)
 
 
