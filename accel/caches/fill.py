@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difax.core.mixing import lagrange
+
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -93,12 +95,7 @@ def newton(order: int = 1) -> Fill:
     check_order("newton", order)
 
     def weights(steps: Any, now: Any) -> Any:
-        xp = np if isinstance(steps, np.ndarray) else jnp
-        known = steps >= 0
-        apart = xp.where(xp.eye(order + 1, dtype=bool), 1, steps[:, None] - steps[None])
-        ratio = (now - steps[None]) / xp.where(apart == 0, 1, apart)
-        use = known[:, None] & known[None] & ~xp.eye(order + 1, dtype=bool)
-        return xp.where(known, xp.prod(xp.where(use, ratio, 1.0), axis=1), 0.0)
+        return lagrange(steps, now, steps >= 0)
 
     return Fill(order + 1, weights if order else None)
 
@@ -132,25 +129,6 @@ def foca() -> Fill:
         return xp.stack([1.0 + slope, -slope, slope, -slope])
 
     return Fill(2, weights, recent=2)
-
-
-def mix(ring: Any, weights: Any, like: Any) -> Any:
-    """sum_j weights[j] ring[j], leaf by leaf, in the types of `like`.
-
-    Args:
-      ring: tuple of pytrees; weights: [len(ring)], or None for the first as it is.
-    """
-    if weights is None:
-        return jax.tree.map(lambda a, b: a.astype(b.dtype), ring[0], like)
-
-    def one(b: Any, *values: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(b.dtype, jnp.float32)
-        total = jnp.zeros((), wide)
-        for w, v in zip(weights, values, strict=True):
-            total += w.astype(wide) * v.astype(wide)
-        return total.astype(b.dtype)
-
-    return jax.tree.map(one, like, *ring)
 
 
 def stored(value: Any, dtype: str | None) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from difax.accel.caches.fill import Fill, check_dtype, hold, mix, stored
+from difax.accel.caches.fill import Fill, check_dtype, hold, stored
 from difax.accel.caches.planned import ring_plan
 from difax.core.contracts import Accelerator, Plan, Row, Stage, State, TrunkSpec, no_memory
+from difax.core.mixing import mix
 from difax.core.shapes import zeros_of
 from difax.core.stack import indexed
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.accel.caches.fill import Fill, check_dtype, hold, mix, stored
+from difax.accel.caches.fill import Fill, check_dtype, hold, stored
 from difax.core.contracts import Accelerator, Done, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
+from difax.core.mixing import mix
 from difax.core.stack import indexed
 
 # {stage: {branch: bool [E] or [E, L]}}, True: computed; a branch that is missing is always computed

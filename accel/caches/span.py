@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.accel.caches.fill import Fill, check_dtype, hold, mix, stored
+from difax.accel.caches.fill import Fill, check_dtype, hold, stored
 from difax.accel.caches.gate import added
 from difax.core.contracts import Accelerator, Plan, Row, Stage, State, Tokens, TrunkSpec, no_memory
+from difax.core.mixing import mix
 from difax.core.stack import indexed
 from difax.core.trunk import Blocks
 

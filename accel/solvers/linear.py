@@ -1,0 +1,137 @@
+"""The engine of the linear solvers: each evaluation maps what is known, linearly, to the next x and to what is kept.
+
+  (x', slots') = W (x, x0, eps, slots, z_1, ...)
+
+x0 and eps are the two forms of the network's prediction at x, z standard normal noise, slots whatever the method keeps:
+past predictions, the start of a step, an earlier stage. Multistep, single-step and predictor-corrector methods differ
+in their tables W [E, outputs, inputs] alone, which are made in float64 on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from difax.core import noise
+from difax.core.contracts import Array, Row, Solver
+from difax.core.grids import check_times, lay_rows
+from difax.core.mixing import mix
+from difax.core.process import Process
+
+PREDICTED = ("x", "x0", "eps")
+
+
+@flax.struct.dataclass
+class LinearTable:
+    """W of a run. weights: [E, outputs, inputs]; used: for each output the inputs that any evaluation gives a weight,
+    negative (-1 - input) for an output that is one input as it is in all of them."""
+
+    weights: Array
+    used: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
+
+
+class Steps:
+    """A table under construction, one `row` an evaluation.
+
+    Args:
+      slots: names of what the method keeps, all zero before the first evaluation.
+      noises: how many independent draws z1, z2, ... an evaluation may use.
+    """
+
+    def __init__(self, slots: Sequence[str] = (), noises: int = 0):
+        self.outputs = ("x", *slots)
+        self.inputs = (*PREDICTED, *slots, *(f"z{k + 1}" for k in range(noises)))
+        self.t: list[float] = []
+        self.step: list[int] = []
+        self.weights: list[np.ndarray] = []
+
+    def row(self, t: float, step: int, x: Mapping[str, float], **slots: Mapping[str, float]) -> None:
+        """One evaluation.
+
+        Args:
+          t: the time at which the network is evaluated, on the x that the row before made. step: the solver step.
+          x: {input: weight} of the next x. slots: the same for the slots that change; the others are kept.
+        """
+        w = np.zeros((len(self.outputs), len(self.inputs)))
+        for o, name in enumerate(self.outputs):
+            given = x if name == "x" else slots.pop(name, {name: 1.0})
+            for key, value in given.items():
+                w[o, self.inputs.index(key)] += value
+        if slots:
+            raise KeyError(f"no such slot: {', '.join(slots)}")
+        self.t.append(float(t))
+        self.step.append(step)
+        self.weights.append(w)
+
+    def rows(self, process: Process) -> Row:
+        """The rows of the run."""
+        w = np.stack(self.weights)
+        used = tuple(_used(w[:, o]) for o in range(len(self.outputs)))
+        return lay_rows(process, np.asarray(self.t), np.asarray(self.step), LinearTable(w, used))
+
+
+def _used(w: np.ndarray) -> tuple[int, ...]:
+    """Of one output's weights [E, inputs]: as `LinearTable.used` has it."""
+    some = np.flatnonzero(w.any(0))
+    return (-1 - int(some[0]),) if len(some) == 1 and np.all(w[:, some[0]] == 1) else tuple(map(int, some))
+
+
+def linear(
+    lay: Callable[[Steps, Process, np.ndarray], None],
+    slots: Sequence[str] = (),
+    noises: int = 0,
+    bound: Callable[[jax.Array], jax.Array] | None = None,
+) -> Solver:
+    """A solver from a function that lays out its table.
+
+    Args:
+      lay(steps, process, times): gives `steps` one row an evaluation, for decreasing times [n + 1]; raises ValueError
+        for times that the method cannot use.
+      slots, noises: of `Steps`. Noise is drawn where a weight of it is not zero in all evaluations.
+      bound: x0 -> x0, what is made of the data prediction before the step (clipping, dynamic thresholding); eps
+        follows it.
+
+    Returns:
+      A `Solver` whose state is the slots, a tuple of arrays like x.
+    """
+
+    def grid(process: Process, times: np.ndarray) -> Row:
+        check_times(times)
+        steps = Steps(slots, noises)
+        lay(steps, process, times)
+        return steps.rows(process)
+
+    def step(prediction, x, state, row, keys):
+        c, x0, eps = row.coefficients, prediction.x0, prediction.eps
+        if bound is not None:
+            x0 = bound(x0)
+            eps = (x - row.level.alpha * x0) / row.level.sigma
+        known = [x, x0, eps, *state]
+        drawn = {i for used in c.used for i in used if i >= len(known)}
+        drawn |= {-1 - i for used in c.used for i in used if -1 - i >= len(known)}
+        values = dict(enumerate(known)) | {i: draw(keys, x, i - len(known)) for i in sorted(drawn)}
+        weights = jnp.asarray(c.weights)
+
+        def weight(o: int, i: int) -> jax.Array:
+            w = weights[..., o, i]  # of all samples, or of each
+            return w.reshape(*w.shape, *(1,) * (x.ndim - w.ndim)) if w.ndim else w
+
+        def output(o: int) -> jax.Array:
+            used = c.used[o]
+            if len(used) == 1 and used[0] < 0:
+                return jnp.asarray(values[-1 - used[0]], x.dtype)
+            return mix([values[i] for i in used], [weight(o, i) for i in used], x)
+
+        new, *kept = map(output, range(len(c.used)))
+        return new, tuple(kept)
+
+    return Solver(grid=grid, init=lambda x: tuple(jnp.zeros_like(x) for _ in slots), step=step)
+
+
+def draw(keys: jax.Array, x: jax.Array, k: int) -> jax.Array:
+    """The k-th independent standard normal noise of an evaluation, like x; the first is drawn from its keys as is."""
+    return noise.normal_like(keys if k == 0 else noise.fold(keys, k), x)
