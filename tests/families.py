@@ -12,7 +12,7 @@ BUDGET = 45.0  # seconds of the default run, of one core, on two cores without A
 # file of tests, or the folder of docstring examples -> family
 FAMILIES = {
     "core": ("process", "grids", "ops", "sampler", "cost", "conditioning"),
-    "solvers": ("solvers",),
+    "solvers": ("solvers", "drive"),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),

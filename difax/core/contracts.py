@@ -79,11 +79,17 @@ class Row(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A network output, converted once (`difax.core.process.convert`) into what solvers consume."""
+    """A network output, converted once (`difax.core.process.convert`) into what solvers consume.
+
+    jvp(dx, dt) -> (dx0, deps): how it changes with x and the process time t, [B] or a scalar; vjp(dx0, deps) -> dx: the
+    transpose in x. Both are of the network with its guidance, for solvers that ask for `derivatives`, else None.
+    """
 
     x0: jax.Array
     eps: jax.Array
     variance: jax.Array | None  # the learned-variance channels in [-1, 1] (DiT), or None
+    jvp: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    vjp: Callable[..., jax.Array] | None = None
 
 
 class Solver(NamedTuple):
@@ -93,11 +99,28 @@ class Solver(NamedTuple):
         float64. Raises ValueError for times that the method cannot use.
     init(x) -> state.
     step(prediction, x, state, row, keys) -> (x, state): `keys` [B] are this evaluation's per-sample keys.
+    start(x, row, keys) -> x: what is made of the initial noise, given the first row and keys of its own; None: nothing.
+    drive: what decides on the evaluations (`difax.core.drive`).
+      "scan": the rows, one after another.
+      "while": the solver, in the run. The rows are as many as it may make; of each it reads `i`, `step` and the
+        coefficients. ask(x, state, row) -> (t [B], live [B]): at which process time each sample is evaluated next, and
+        whether it goes on. Times, levels and model times of the row that `step` gets are those, [B] or [B, 1, ...];
+        what it returns for samples that do not go on is dropped. Leaves of the state lead with [B].
+      "window": `window` rows of each sample at once. init(x, rows) -> state, whose leaves lead with [B];
+        ask(state, rows) -> (x [B, W, ...], index [B, W], live [B]): at which points which rows are evaluated next;
+        step(prediction, x, state, row, keys) -> (samples [B, ...], state) gets all of it as [B, W, ...], and the keys
+        [B, W] that the scan would give these rows.
+    derivatives: is the prediction handed out with `jvp` and `vjp`.
     """
 
     grid: Callable[..., Row]
-    init: Callable[[jax.Array], State]
+    init: Callable[..., State]
     step: Callable[..., tuple[jax.Array, State]]
+    start: Callable[..., jax.Array] | None = None
+    drive: str = "scan"
+    ask: Callable[..., Any] | None = None
+    window: int = 1
+    derivatives: bool = False
 
 
 class Guide(NamedTuple):
@@ -409,6 +432,10 @@ class Trace(NamedTuple):
     metric: of the accelerator, as in `Report`, leaves lead with [E].
     ahead: float32, copies of the batch for which what depends on the condition alone was computed before the first
     evaluation, and in none; 0 where every evaluation computes it.
+    live: float32 [E], the share of the samples for which the evaluation was made; less than 1 only where the solver
+    decides in the run (`difax.core.drive`). Evaluations that were not made are zero in everything; one of a window
+    counts as often as it is wide.
+    unfinished: float32, the share of the samples that had not arrived after all E.
     """
 
     computed: dict[str, jax.Array]
@@ -416,3 +443,5 @@ class Trace(NamedTuple):
     halves: jax.Array
     metric: dict[str, Any]
     ahead: Any = 0.0
+    live: Any = 1.0
+    unfinished: Any = 0.0

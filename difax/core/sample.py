@@ -1,4 +1,4 @@
-"""The sampling loop: one `lax.scan` over model evaluations, the only one in difax.
+"""The sampler: one jitted function of model evaluations, driven by `difax.core.drive`.
 
   rows  = solver.grid(process, times)            on the host, float64, rounded once
   carry = (x, solver state, guide state, accelerator state, keys)
@@ -28,6 +28,7 @@ from difax.core.contracts import (
     Guide,
     Known,
     Model,
+    Prediction,
     Report,
     Row,
     Solver,
@@ -37,6 +38,7 @@ from difax.core.contracts import (
     no_plan,
 )
 from difax.core.cost import count
+from difax.core.drive import DRIVES, Run, check_drive, per_sample
 from difax.core.guidance import unguided
 from difax.core.ops import narrowed
 from difax.core.placement import Placement
@@ -68,6 +70,7 @@ def make_rows(
     accelerator = accelerator or neutral()
     rows = _guided(guide, accelerator).plan(solver.grid(process, np.asarray(times, np.float64)))
     rows = rows._replace(plan=accelerator.plan(rows, stages))
+    check_drive(solver, rows, accelerator)
     return rounded(rows)
 
 
@@ -137,6 +140,8 @@ def make_sampler(
         raise ValueError(f"unknown prediction {prediction!r}; allowed: {', '.join(process_.PREDICTIONS)}")
     if ahead and any(stage.takes for stage in model.stages):
         raise ValueError(f"{model.name} has long skips, which are not conditioning; allowed: ahead=False")
+    if ahead and solver.drive != "scan":
+        raise ValueError("conditioning ahead needs times that are known before the run; allowed: ahead=False")
     accelerator = accelerator or neutral()
     guide = _guided(guide or unguided(), accelerator)
     attention = attention or reference_attention()
@@ -146,15 +151,20 @@ def make_sampler(
         if rows.plan.owner != planner:
             raise ValueError(f"the rows were laid out for {rows.plan.owner}, the sampler runs {planner}: see make_rows")
         rows, cond, scale = narrowed((rows, cond, scale), x.dtype)
+        if solver.window > 1:
+            cond = jax.tree.map(lambda a: jnp.repeat(a, solver.window, 0), cond)
         null = model.null(cond)
         known = None
         if ahead:
             cond, null, known = _known(model, params, x, cond, null, rows.model_time, guide.halves)
-        axes, memory = _memory(model, params, accelerator, attention, x, cond, guide, rows.plan.modes, ahead)
+        wide = jax.ShapeDtypeStruct((solver.window * len(x), *x.shape[1:]), x.dtype)
+        axes, memory = _memory(model, params, accelerator, attention, wide, cond, guide, rows.plan.modes, ahead)
         x = placement_.rows(x)
 
         def denoise(x_in, cond_in, row, memory, half):
             halves = 2 if half == "both" else 1
+            if jnp.ndim(row.model_time):  # of each sample
+                row = row._replace(model_time=jnp.tile(row.model_time, halves))
             x_in, cond_in = placement_.rows((x_in, cond_in), halves)
             at = None if halves == guide.halves else int(half == "uncond")  # which half of the memory
 
@@ -174,7 +184,7 @@ def make_sampler(
                 chosen = row._replace(plan=Chosen(mode, values, halves))
 
                 def run(part):
-                    time = jnp.full(x_in.shape[:1], row.model_time)
+                    time = jnp.broadcast_to(row.model_time, x_in.shape[:1])
                     tokens, context = model.embed(params, x_in, time, cond_in)
                     tokens, part, report = run_trunk(
                         model, params, tokens, context, accelerator, attention, part, chosen, known=here
@@ -202,24 +212,33 @@ def make_sampler(
                 out = jax.lax.switch(index, [partial(bordered, mode) for mode in row.plan.modes], memory)
             output, memory, report, ran = out
             ran = jnp.asarray(ran, jnp.float32)
-            return output, memory, Trace(report.computed, report.entered, ran, report.metric, ())
+            return output, memory, Trace(report.computed, report.entered, ran, report.metric, (), (), ())
 
-        def body(carry, row):
-            x, solver_state, guide_state, memory, keys = carry
+        def network(x, row, guide_state, memory):
             output, guide_state, memory, trace = guide.apply(denoise, x, cond, null, scale, row, guide_state, memory)
-            predicted = process_.predict(output, prediction, model.learn_sigma, x, row.level)
-            # evaluation i draws from index i + 1; index 0 made the initial noise
-            x, solver_state = solver.step(predicted, x, solver_state, row, noise.fold(keys, row.i + 1))
+            return process_.predict(output, prediction, model.learn_sigma, x, row.level), guide_state, memory, trace
+
+        def evaluation(x, row, guide_state, memory):
+            if solver.derivatives:
+                found = _differentiated(network, process, x, row, guide_state, memory)
+            else:
+                found = network(x, row, guide_state, memory)
             if on_step is not None:
                 jax.debug.callback(on_step, row.i)
-            return (x, solver_state, guide_state, memory, keys), trace
+            return found
 
-        carry = (x, solver.init(x), guide.init(x), memory, keys)
-        (x, *_), trace = jax.lax.scan(jax.checkpoint(body) if remat else body, carry, rows)
+        if solver.start is not None:
+            first = jax.tree.map(lambda a: a[0], rows)
+            x = solver.start(x, first, noise.fold(keys, len(rows.i) + 1))  # an index that no evaluation has
+        run = Run(solver, process, evaluation, rows, keys, remat)
+        x, trace = DRIVES[solver.drive](run, x, guide.init(jnp.repeat(x, solver.window, 0)), memory)
         if known is not None:  # all of it was computed, whatever was made of it
             entered = {n: a if known[n].mods is None else jnp.ones_like(a) for n, a in trace.entered.items()}
             trace = trace._replace(entered=entered)
-        return x, trace._replace(ahead=jnp.float32(guide.halves if ahead else 0))
+        trace = trace._replace(ahead=jnp.float32(guide.halves if ahead else 0))
+        if solver.drive == "scan":
+            trace = trace._replace(live=jnp.ones(len(rows.i), jnp.float32), unfinished=jnp.float32(0))
+        return x, trace
 
     def sample_there(params, x, keys, cond, rows, scale):
         where = contextlib.nullcontext() if placement is None else lowering_for(placement.target)
@@ -227,6 +246,33 @@ def make_sampler(
             return sample(params, x, keys, cond, rows, scale)
 
     return jax.jit(sample_there, donate_argnames="x")
+
+
+def _differentiated(network, process, x, row, guide_state, memory):
+    """The network's prediction with its derivatives in x and in the time, of which the noise level is a function."""
+
+    def at(x, t):
+        def moving(value, of_t):  # the numbers of the table, with their slope
+            return value + (of_t - jax.lax.stop_gradient(of_t))
+
+        level = process.level(t, jnp)
+        if jnp.ndim(t):
+            level = jax.tree.map(lambda a: per_sample(a, x.ndim), level)
+        here = row._replace(
+            model_time=moving(row.model_time, process.model_time(t)), level=jax.tree.map(moving, row.level, level)
+        )
+        predicted, *rest = network(x, here, guide_state, memory)
+        return (predicted.x0, predicted.eps), (predicted.variance, *rest)
+
+    (x0, eps), linear, (variance, *rest) = jax.linearize(at, x, row.t, has_aux=True)
+
+    def vjp(dx0, deps):
+        return jax.linear_transpose(lambda dx: linear(dx, jnp.zeros_like(row.t)), x)((dx0, deps))[0]
+
+    def jvp(dx, dt):
+        return linear(dx, jnp.broadcast_to(jnp.asarray(dt, row.t.dtype), row.t.shape))
+
+    return Prediction(x0, eps, variance, jvp, vjp), *rest
 
 
 def _known(model, params, x, cond, null, model_time, halves) -> tuple[Any, Any, dict[str, Known]]:
