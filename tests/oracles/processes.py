@@ -44,3 +44,15 @@ def ve(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def flow(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Liu et al. 2022, equation 1, with X_1 the data: x_t = (1 - t) x0 + t eps."""
     return 1 - t, t
+
+
+def edm(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Karras et al. 2022, table 1, of data divided by sigma_data = 0.5: c_in y = c_in 0.5 (x0/0.5) + c_in sigma eps."""
+    sigma = 0.002 * 40000.0**t
+    c_in = (sigma**2 + 0.5**2) ** -0.5
+    return 0.5 * c_in, sigma * c_in
+
+
+def trig(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Salimans & Ho 2022, section 4: alpha = cos(phi), sigma = sin(phi)."""
+    return np.cos(np.pi * t / 2), np.sin(np.pi * t / 2)
