@@ -9,7 +9,8 @@ from tests.oracles import timesteps as oracle
 
 DISCRETE_ONLY, FLOW_ONLY = ("leading",), ("shifted",)
 # where the first evaluation is; grids in log-SNR or sqrt(t) start at t_max
-STARTS = {"uniform": 1.0, "trailing": 1.0, "shifted": 1.0, "quadratic": None, "log_snr": None, "karras": None}
+IN_LEVELS = ("quadratic", "log_snr", "karras", "exponential", "beta")
+STARTS = {"uniform": 1.0, "linspace": 1.0, "trailing": 1.0, "shifted": 1.0, "logit": 1.0, **dict.fromkeys(IN_LEVELS)}
 
 
 def allowed(grid: str, process) -> bool:
@@ -38,9 +39,11 @@ def test_every_grid_on_every_process(grid, process, n):
     assert np.all(np.diff(times) < 0) and times[-1] == 0
     if grid == "leading":
         assert times[0] == ((n - 1) * (1000 // n) + 1) / 1000
+    elif grid == "linspace" and n == 1 and p.steps is not None:
+        assert times[0] == 1 / 1000  # as numpy's linspace, and diffusers
     else:
         np.testing.assert_allclose(times[0], STARTS[grid] or p.t_max, rtol=1e-14)
-    if grid in ("quadratic", "log_snr", "karras") and n > 1:
+    if grid in IN_LEVELS and n > 1:
         np.testing.assert_allclose(times[-2], p.t_min, rtol=1e-4)
 
 
