@@ -4,7 +4,9 @@ from difax.accel.solvers.dc_solver import dc_solver
 from difax.accel.solvers.ddim import ddim
 from difax.accel.solvers.ddpm import ddpm
 from difax.accel.solvers.deis import deis
-from difax.accel.solvers.dpmpp_2m import dpmpp_2m
+from difax.accel.solvers.dpm_solver import dpm_solver_2m, dpm_solver_2s, dpm_solver_3m, dpm_solver_3s
+from difax.accel.solvers.dpmpp_2m import dpmpp_2m, dpmpp_3m
+from difax.accel.solvers.dpmpp_singlestep import dpmpp_2s, dpmpp_3s
 from difax.accel.solvers.euler import euler
 from difax.accel.solvers.heun import heun
 from difax.accel.solvers.lms import lms
@@ -18,6 +20,13 @@ SOLVERS = {
     "euler": euler,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_2s": dpmpp_2s,
+    "dpmpp_3s": dpmpp_3s,
+    "dpm_solver_2m": dpm_solver_2m,
+    "dpm_solver_3m": dpm_solver_3m,
+    "dpm_solver_2s": dpm_solver_2s,
+    "dpm_solver_3s": dpm_solver_3s,
     "unipc": unipc,
     "dc_solver": dc_solver,
     "sa_solver": sa_solver,
