@@ -225,8 +225,9 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
         rows = make_rows(solver, guide, process, times, accelerator, model.stages)
     _check_rows(rows, config)
     names = {k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
+    fitted_to = (said for kind in ("grid", "solver") for said in measured.fitted_record(kind, config[kind]))
     measured.compare(
-        accelerator.measured,
+        (*accelerator.measured, *fitted_to),
         model=model.name,
         stages=model.stages,
         solver=names["solver"],

@@ -6,6 +6,8 @@ network is told other times than `Process.model_time` (rounded to whole steps) r
 gives the times with the process that tells so, and `make_times` the times alone.
 """
 
+from difax.core.grids.diffusers import diffusers, diffusers_flow, flow_match, lcm
+from difax.core.grids.given import given, measured
 from difax.core.grids.levels import beta, exponential, karras, log_snr_uniform
 from difax.core.grids.plain import leading, linspace, logit, quadratic, shift_time, shifted, trailing, uniform
 from difax.core.grids.times import Grid, Times, check_times, lay_rows, lay_times, make_times
@@ -27,4 +29,10 @@ GRIDS = {
     "beta": beta,
     "shifted": shifted,
     "logit": logit,
+    "given": given,
+    "measured": measured,
+    "lcm": lcm,
+    "flow_match": flow_match,
+    "diffusers": diffusers,
+    "diffusers_flow": diffusers_flow,
 }
