@@ -6,12 +6,16 @@ from difax.accel.solvers.ddpm import ddpm
 from difax.accel.solvers.deis import deis
 from difax.accel.solvers.dpm_solver import dpm_solver_2m, dpm_solver_2s, dpm_solver_3m, dpm_solver_3s
 from difax.accel.solvers.dpmpp_2m import dpmpp_2m, dpmpp_3m
+from difax.accel.solvers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
 from difax.accel.solvers.dpmpp_singlestep import dpmpp_2s, dpmpp_3s
 from difax.accel.solvers.euler import euler
 from difax.accel.solvers.heun import heun
 from difax.accel.solvers.lms import lms
+from difax.accel.solvers.pfdiff import pfdiff
 from difax.accel.solvers.pndm import ipndm, pndm
 from difax.accel.solvers.sa_solver import sa_solver
+from difax.accel.solvers.scire import scire_2, scire_3
+from difax.accel.solvers.seeds import seeds_1, seeds_2, seeds_3
 from difax.accel.solvers.unipc import unipc
 
 SOLVERS = {
@@ -23,6 +27,9 @@ SOLVERS = {
     "dpmpp_3m": dpmpp_3m,
     "dpmpp_2s": dpmpp_2s,
     "dpmpp_3s": dpmpp_3s,
+    "dpmpp_sde": dpmpp_sde,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
     "dpm_solver_2m": dpm_solver_2m,
     "dpm_solver_3m": dpm_solver_3m,
     "dpm_solver_2s": dpm_solver_2s,
@@ -34,4 +41,10 @@ SOLVERS = {
     "ipndm": ipndm,
     "pndm": pndm,
     "lms": lms,
+    "scire_2": scire_2,
+    "scire_3": scire_3,
+    "seeds_1": seeds_1,
+    "seeds_2": seeds_2,
+    "seeds_3": seeds_3,
+    "pfdiff": pfdiff,
 }

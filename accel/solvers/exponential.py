@@ -71,13 +71,18 @@ def check_multistep(solver: str, lower_order_final: int, stretch: float, solver_
 def check_singlestep(
     solver: str, solver_type: str, stage: str = "exponential", **ratios: float | None
 ) -> tuple[float, ...] | None:
-    """Raises ValueError for settings of `lay_singlestep` that are out of range.
-
-    Returns:
-      The inner times as shares of a step, or None: the grid's own.
-    """
+    """Raises ValueError for settings of `lay_singlestep` that are out of range, else `check_ratios`."""
     checked_choice(solver, "solver_type", solver_type, SOLVER_TYPES)
     checked_choice(solver, "stage", stage, STAGES)
+    return check_ratios(solver, **ratios)
+
+
+def check_ratios(solver: str, **ratios: float | None) -> tuple[float, ...] | None:
+    """The inner times of a single step as shares of it, or None where none is given: the grid's own times.
+
+    Raises:
+      ValueError: some of them only, or shares that do not rise within (0, 1).
+    """
     if all(r is None for r in ratios.values()):
         return None
     given = tuple(r for r in ratios.values() if r is not None)
