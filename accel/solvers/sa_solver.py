@@ -54,7 +54,7 @@ def sa_solver(
 
     References: Xue et al. 2023, arXiv:2309.05019, equations 14 to 18 and algorithm 1. Of the forms, the data prediction
       alone is here; the paper finds it better, and the other has noise left at sigma = 0. diffusers and the authors
-      stop at the smallest sigma of the process, the authors with one more step to the data prediction, as to t = 0 here.
+      stop at the smallest sigma of the process, the authors with one more step to the data prediction, as here to 0.
     """
     if not callable(tau) and not tau >= 0:
         raise ValueError(f"sa_solver: tau={tau}; allowed: 0 or more")
