@@ -1,9 +1,9 @@
-"""Noise levels and timesteps that diffusers' schedulers lay out, as tests/golden/grids.npz; needs torch and diffusers 0.42.1.
+"""Noise levels and timesteps that diffusers' schedulers lay out, as tests/golden/grids.npz.
 
-python tests/golden/make_grids.py
+python tests/golden/make_grids.py    needs torch, scipy and diffusers 0.42.1
 
-The schedulers get tables of their noise levels in float64 (their own are float32), so that what is compared is the rule;
-"as shipped" are the same without that.
+The schedulers get tables of their noise levels in float64 (their own are float32), so that what is compared is the
+rule; "shipped" are the same without that.
 """
 
 import itertools

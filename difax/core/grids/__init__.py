@@ -7,6 +7,7 @@ gives the times with the process that tells so, and `make_times` the times alone
 """
 
 from difax.core.grids.diffusers import diffusers, diffusers_flow, flow_match, lcm
+from difax.core.grids.dm_nonuniform import dm_nonuniform
 from difax.core.grids.given import given, measured
 from difax.core.grids.levels import beta, exponential, karras, log_snr_uniform
 from difax.core.grids.plain import leading, linspace, logit, quadratic, shift_time, shifted, trailing, uniform
@@ -29,6 +30,7 @@ GRIDS = {
     "beta": beta,
     "shifted": shifted,
     "logit": logit,
+    "dm_nonuniform": dm_nonuniform,
     "given": given,
     "measured": measured,
     "lcm": lcm,

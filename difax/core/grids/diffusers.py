@@ -82,10 +82,10 @@ def diffusers(
     """The grid of a scheduler of diffusers, on the discrete VP process that its betas are.
 
     Where diffusers departs from what its steps assume, so does this: what is told is rounded while the noise level is
-    not, and with "log_linear" the steps told are not those of the levels. Not taken over: its tables of noise levels are
-    float32, of which 1 - 0.9999 has three digits, so its smallest sigma is 3e-4 off; a "trailing" that rounding makes one
-    step too long; DDIM's and DDPM's habit of stepping to k - T // n whatever the spacing was. A last step from sigma_min to
-    sigma_min, as after a curve, changes nothing and is left out, with its evaluation.
+    not, and with "log_linear" the steps told are not those of the levels. Not taken over: its tables of noise levels
+    are float32, of which 1 - 0.9999 has three digits, so its smallest sigma is 3e-4 off; a "trailing" that rounding
+    makes one step too long; DDIM's and DDPM's habit of stepping to k - T // n whatever the spacing was. A last step
+    from sigma_min to sigma_min, as after a curve, changes nothing and is left out, with its evaluation.
 
     Args:
       scheduler: the class (`VP`). timestep_spacing: None is the default of the class.
@@ -231,8 +231,8 @@ def flow_match(
     """The grid of diffusers' FlowMatchEuler, FlowMatchHeun and FlowMatchLCM schedulers, on a flow.
 
     The scheduler's own sigmas run evenly from 1 to what 1/T is after the shift, and are shifted then: the smallest one
-    is shifted twice. Pipelines such as FLUX's give sigmas of their own, even from 1 to 1/n, which are shifted once: that is
-    `shifted`.
+    is shifted twice. Pipelines such as FLUX's give sigmas of their own, even from 1 to 1/n, which are shifted once:
+    that is `shifted`.
 
     Args:
       num_train_timesteps: T, 1 or more.
