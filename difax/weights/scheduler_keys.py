@@ -222,3 +222,6 @@ INERT: dict[str, tuple[str, ...]] = {
     "TCDScheduler": ("timestep_spacing", "steps_offset", "set_alpha_to_one", "timestep_scaling", "clip_sample", "clip_sample_range", *THRESHOLD),
     "IPNDMScheduler": ("num_train_timesteps",),
 }
+
+# keys whose values are lists of numbers
+LISTS = ("trained_betas", "disable_corrector")
