@@ -11,16 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difax.accel.solvers import linear as engine
 from difax.accel.solvers import ddpm
+from difax.accel.solvers import linear as engine
 from difax.core import process as P
 from difax.core.grids import lay_times
 from difax.core.guidance import GUIDES
 from difax.core.sample import make_rows
 from difax.registry import make
-from difax.weights.scheduler import FILE, MAPPINGS, read_scheduler, scheduler_keys, scheduler_sections
-from difax.weights.scheduler_keys import CLASSES, REFUSED
-from tests.families import some
+from difax.weights.scheduler import scheduler_sections
 from tests.golden.schedulers_cases import CALL, CASES, MU
 from tests.oracles.schedulers import network
 
@@ -31,7 +29,9 @@ ETA = {"DDIMScheduler": "eta", "TCDScheduler": "gamma"}  # what a pipeline's eta
 def sections_of(name: str) -> dict[str, Any]:
     """The sections of a case, with what its pipeline adds."""
     cls, config, n = CASES[name]
-    found = scheduler_sections({"_class_name": cls, **config}, steps=n, mu=MU if "use_dynamic_shifting" in config else None)
+    found = scheduler_sections(
+        {"_class_name": cls, **config}, steps=n, mu=MU if "use_dynamic_shifting" in config else None
+    )
     for value in CALL.get(name, {}).values():
         found["solver"][ETA[cls]] = value
     return found

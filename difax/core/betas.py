@@ -61,18 +61,32 @@ SCHEDULES = {
 
 
 def log_alphas(
-    betas: np.ndarray | Sequence[float], snr_shift: float = 1.0, terminal: float | None = None
+    betas: np.ndarray | Sequence[float],
+    snr_shift: float = 1.0,
+    terminal: float | None = None,
+    precision: str = "float64",
 ) -> np.ndarray:
-    """log(alpha_k) [T] of betas.
+    """log(alpha_k) [T] of betas, float64.
 
     Args:
       snr_shift: r, alpha^2 becomes alpha^2/(r + (1 - r) alpha^2), that is alpha^2/sigma^2 is divided by r (CogVideoX).
       terminal: if given, alpha is then shifted and scaled so that its first value stays and its last one is 0 (zero
         terminal SNR), whose square is then set to this.
+      precision: "float32" rounds alpha^2 as diffusers does, which computes with 1 - beta and its products in it.
 
     References: Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2023, arXiv:2305.08891; Yang
     et al., CogVideoX, 2024, arXiv:2408.06072.
     """
+    if precision == "float32":
+        alpha2 = np.cumprod(np.float32(1) - np.asarray(betas, np.float32))
+        if terminal is not None:
+            root = np.sqrt(alpha2)
+            root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+            ratio = root[1:] ** 2 / root[:-1] ** 2
+            alpha2 = np.cumprod(np.float32(1) - (np.float32(1) - np.append(root[:1] ** 2, ratio)))
+            alpha2[-1] = terminal
+        with np.errstate(divide="ignore"):
+            return 0.5 * np.log(np.asarray(alpha2, np.float64))
     log_alpha = 0.5 * np.cumsum(np.log1p(-np.asarray(betas, np.float64)))
     if snr_shift != 1.0:
         log_alpha = log_alpha - 0.5 * np.log(snr_shift + (1 - snr_shift) * np.exp(2 * log_alpha))

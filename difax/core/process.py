@@ -160,6 +160,7 @@ def vp(
     terminal: float | None = None,
     between: Literal["log_alpha", "log_sigma"] = "log_alpha",
     prior_std: float = 1.0,
+    precision: Literal["float64", "float32"] = "float64",
 ) -> Process:
     """Variance-preserving process of any schedule of betas that diffusers has.
 
@@ -177,6 +178,8 @@ def vp(
       between: what is linear in t between the steps, log(alpha) or log(sigma/alpha); the latter is how schedulers of
         sigma find the step of a noise level.
       prior_std: standard deviation of x at the first time, 0.1 ... 10 (1).
+      precision: "float32" has the alpha^2 of diffusers, which are products in float32: of the smallest sigma, where
+        1 - 0.9999 has three digits, that is another fourth digit. Without snr_shift.
 
     References: Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.09672; Lin et al., Common Diffusion
     Noise Schedules and Sample Steps are Flawed, 2023, arXiv:2305.08891.
@@ -199,7 +202,9 @@ def vp(
         found = np.asarray(trained, np.float64)
         if not np.all((found > 0) & (found < 1)):
             raise ValueError(f"vp: trained={brief(list(trained))}; allowed: numbers between 0 and 1")
-    return _from_log_alphas("vp", log_alphas(found, snr_shift, terminal), between, prior_std)
+    if precision == "float32" and snr_shift != 1.0:
+        raise ValueError(f"vp: precision='float32' with snr_shift={snr_shift}; allowed: float64, or no shift")
+    return _from_log_alphas("vp", log_alphas(found, snr_shift, terminal, precision), between, prior_std)
 
 
 def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:

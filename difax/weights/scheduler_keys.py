@@ -7,9 +7,7 @@ from typing import Any
 
 Keys = dict[str, Any]
 
-BETAS: Keys = dict(
-    num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", trained_betas=None
-)
+BETAS: Keys = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", trained_betas=None)
 PREDICTED: Keys = dict(prediction_type="epsilon")
 LEADING: Keys = dict(timestep_spacing="leading", steps_offset=0)
 LINSPACE: Keys = dict(timestep_spacing="linspace", steps_offset=0)
@@ -119,9 +117,7 @@ CLASSES: dict[str, Keys] = {
         sigma_max=None,
         shift_terminal=None,
     ),
-    "DEISMultistepScheduler": dict(
-        MULTISTEP, **DYNAMIC, solver_order=2, algorithm_type="deis", solver_type="logrho"
-    ),
+    "DEISMultistepScheduler": dict(MULTISTEP, **DYNAMIC, solver_order=2, algorithm_type="deis", solver_type="logrho"),
     "SASolverScheduler": dict(
         MULTISTEP,
         **CLIPPED,
@@ -157,9 +153,7 @@ CLASSES: dict[str, Keys] = {
     "CosineDPMSolverMultistepScheduler": dict(
         EDM, solver_order=2, solver_type="midpoint", lower_order_final=True, euler_at_final=False
     )
-    | dict(
-        sigma_min=0.3, sigma_max=500, sigma_data=1.0, sigma_schedule="exponential", prediction_type="v_prediction"
-    ),
+    | dict(sigma_min=0.3, sigma_max=500, sigma_data=1.0, sigma_schedule="exponential", prediction_type="v_prediction"),
     "FlowMatchEulerDiscreteScheduler": dict(FLOW, stochastic_sampling=False),
     "FlowMatchHeunDiscreteScheduler": dict(num_train_timesteps=1000, shift=1.0),
     "FlowMatchLCMScheduler": dict(FLOW, scale_factors=None, upscale_mode="bicubic"),
@@ -169,7 +163,13 @@ CLASSES: dict[str, Keys] = {
         num_train_timesteps=2000, snr=0.15, sigma_min=0.01, sigma_max=1348.0, sampling_eps=1e-5, correct_steps=1
     ),
     "CMStochasticIterativeScheduler": dict(
-        num_train_timesteps=40, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, s_noise=1.0, rho=7.0, clip_denoised=True
+        num_train_timesteps=40,
+        sigma_min=0.002,
+        sigma_max=80.0,
+        sigma_data=0.5,
+        s_noise=1.0,
+        rho=7.0,
+        clip_denoised=True,
     ),
 }
 
@@ -219,7 +219,15 @@ INERT: dict[str, tuple[str, ...]] = {
     "CosineDPMSolverMultistepScheduler": ("num_train_timesteps",),
     "FlowMatchLCMScheduler": ("upscale_mode",),
     "LCMScheduler": ("timestep_spacing", "steps_offset", "set_alpha_to_one"),
-    "TCDScheduler": ("timestep_spacing", "steps_offset", "set_alpha_to_one", "timestep_scaling", "clip_sample", "clip_sample_range", *THRESHOLD),
+    "TCDScheduler": (
+        "timestep_spacing",
+        "steps_offset",
+        "set_alpha_to_one",
+        "timestep_scaling",
+        "clip_sample",
+        "clip_sample_range",
+        *THRESHOLD,
+    ),
     "IPNDMScheduler": ("num_train_timesteps",),
 }
 
