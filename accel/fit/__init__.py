@@ -4,7 +4,7 @@ and solvers that are fitted to a model."""
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.accel.fit import fastcache, icc, tables
+from difax.accel.fit import fastcache, icc, schedules, tables
 from difax.accel.fit.record import record, record_inputs
 from difax.core.contracts import Accelerator
 
@@ -66,6 +66,10 @@ class Made(NamedTuple):
     suffix: str = ".json"
 
 
-GRID_FITS: dict[str, Made] = {}
+GRID_FITS: dict[str, Made] = {
+    "gits": Made(schedules.gits),
+    "align_your_steps": Made(schedules.align_your_steps),
+    "watson": Made(schedules.watson),
+}
 
 SOLVER_FITS: dict[str, Made] = {}

@@ -27,14 +27,15 @@ def dm_nonuniform(
     """Times at which the data prediction's error, weighted as a multistep solver of that order sums it up, is least.
 
     Over lambda = log(alpha/sigma) the solver adds e^lambda x0 integrated through the last outputs, so the output at
-    lambda_i enters with the weight c_i, the sum over the steps that use it of the integral of e^lambda l_i(lambda). With
-    |x0 - x0_theta| taken as sigma^power / alpha, what is minimised is sum_i |c_i| sigma_i^power / alpha_i. In runs of up to
-    7 steps the steps before the third count for themselves, by the root of their squares, as the authors' code has it.
+    lambda_i enters with the weight c_i, the sum over the steps that use it of the integral of e^lambda l_i(lambda).
+    With |x0 - x0_theta| taken as sigma^power / alpha, what is minimised is sum_i |c_i| sigma_i^power / alpha_i. In runs
+    of up to 7 steps the steps before the third count for themselves, by the root of their squares, as the authors' code
+    has it.
 
     Args:
       order: of the solver, 1 ... 3 (3). Its first steps are of lower order, and with lower_order_final its last ones.
-      power: of the assumed error; None is 2 (latent spaces) for start="time" and 1 (pixels) for "log_snr", as the authors
-        recommend.
+      power: of the assumed error; None is 2 (latent spaces) for start="time" and 1 (pixels) for "log_snr", as the
+        authors recommend.
       start: the grid that the minimisation begins at; the bound has several minima.
       lower_order_final: are the last order - 1 steps of falling order.
 
@@ -68,7 +69,7 @@ def dm_nonuniform(
             return np.log(error_bound(lambdas(free), process, orders, power))
 
         times = np.linspace(process.t_max, process.t_min, n + 1)
-        first = 0.5 * log_snr(process, times) if start == "time" else np.linspace(*ends, n + 1)
+        first = 0.5 * log_snr(process, times) if start == "time" else np.linspace(ends[0], ends[1], n + 1)
         free = minimised(loss, np.log(np.diff(first)))
         found = process.inverse(lambdas(free))
         found[0], found[-1] = process.t_max, 0.0
