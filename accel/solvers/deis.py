@@ -16,6 +16,7 @@ from difax.accel.solvers.adams import (
     refuse_pure_noise,
     slots_of,
 )
+from difax.accel.solvers.bounds import bounded
 from difax.accel.solvers.linear import Steps, linear
 from difax.accel.solvers.quadrature import integrated_lagrange
 from difax.core.annotations import checked
@@ -37,7 +38,11 @@ RUNGE_KUTTA = {
 
 @checked
 def deis(
-    kind: Literal["tab", "rhoab", "logrho", "rhork"] = "tab", order: int = 3, lower_order_final: int = 0
+    kind: Literal["tab", "rhoab", "logrho", "rhork"] = "tab",
+    order: int = 3,
+    lower_order_final: int = 0,
+    thresholding: float | None = None,
+    sample_max_value: float | None = None,
 ) -> Solver:
     """Exponential integrator on the noise prediction, in rho = sigma/alpha: with y = x/alpha, dy/d rho = eps.
 
@@ -55,6 +60,7 @@ def deis(
         tAB3 is order 4 here).
       lower_order_final: with fewer steps than this, the last steps are of order ..., 2, 1 (0, never, as in the paper;
         15 in diffusers).
+      thresholding, sample_max_value: dynamic thresholding of the data prediction, which eps follows (`bounds.bounded`).
 
     Returns:
       A `Solver` whose state is the past noise predictions, or the stages of a step.
@@ -86,7 +92,8 @@ def deis(
         return lay_adams(steps, times, "eps", predict)
 
     stages = tuple(f"stage{k + 1}" for k in range(order - 1))
-    return linear(lay, ("start", *stages) if kind == "rhork" else slots_of(order - 1))
+    bound = bounded("deis", None, thresholding, sample_max_value)
+    return linear(lay, ("start", *stages) if kind == "rhork" else slots_of(order - 1), bound=bound)
 
 
 def adams_bashforth(process: Process, times: np.ndarray, levels: Ladder, j: int, order: int, kind: str) -> Update:

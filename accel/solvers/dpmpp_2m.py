@@ -19,6 +19,7 @@ def dpmpp_2m(
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
+    euler_at_final: bool = False,
 ) -> Solver:
     """Second-order multistep exponential integrator on the data prediction, one evaluation a step.
 
@@ -47,6 +48,7 @@ def dpmpp_2m(
       solver_type: "midpoint", or "heun", where the difference weighs its exact integral alpha_s (1 + (e^{-h} - 1)/h)
         ("dpmsolver" and "taylor" in the authors' code).
       clip, thresholding, sample_max_value: bounds of the data prediction (`bounds.bounded`).
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the previous data prediction.
@@ -62,6 +64,7 @@ def dpmpp_2m(
         lower_order_final=lower_order_final,
         stretch=stretch,
         solver_type=solver_type,
+        euler_at_final=euler_at_final,
     )
     return linear(lay, slots=("before",), bound=bounded("dpmpp_2m", clip, thresholding, sample_max_value))
 
@@ -74,6 +77,7 @@ def dpmpp_3m(
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
+    euler_at_final: bool = False,
 ) -> Solver:
     """DPM-Solver++ 3M: `dpmpp_2m` with one more past output, one evaluation a step.
 
@@ -91,6 +95,7 @@ def dpmpp_3m(
 
     Args:
       lower_order_final, stretch, clip, thresholding, sample_max_value: as in `dpmpp_2m`.
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
       solver_type: of the steps of second order, "midpoint" or "heun".
 
     Returns:
@@ -106,6 +111,7 @@ def dpmpp_3m(
         lower_order_final=lower_order_final,
         stretch=stretch,
         solver_type=solver_type,
+        euler_at_final=euler_at_final,
     )
     bound = bounded("dpmpp_3m", clip, thresholding, sample_max_value)
     return linear(lay, slots=("before", "before2"), bound=bound)

@@ -104,13 +104,15 @@ def _pseudo_runge_kutta(steps: Steps, process: Process, times: np.ndarray, j: in
 
 
 @checked
-def ipndm(order: int = 4) -> Solver:
+def ipndm(order: int = 4, from_noise: bool = False) -> Solver:
     """PNDM's steps without a start of its own: Adams-Bashforth of equal steps, of order 1, 2, 3, then 4.
 
     One evaluation a step (Zhang & Chen 2022 name it iPNDM); x_s and the weights are those of `pndm`.
 
     Args:
       order: 1 ... 4 (4).
+      from_noise: may the first time have alpha = 0, where eps is x and says nothing of the image: x0 is then taken for
+        0, as diffusers' IPNDMScheduler does.
 
     Returns:
       A `Solver` whose state is the past noise predictions.
@@ -119,17 +121,20 @@ def ipndm(order: int = 4) -> Solver:
       ValueError: from `grid`, times at which alpha = 0.
 
     References: Zhang & Chen 2022, arXiv:2204.13902, appendix; diffusers' IPNDMScheduler, which is bound to a process of
-      its own and takes alpha = 0 for 1e-8.
+      its own (`trig`).
     """
     if not 1 <= order <= 4:
         raise ValueError(f"ipndm: order={order}; allowed: 1 ... 4")
 
     def lay(steps: Steps, process: Process, times: np.ndarray) -> None:
         levels = ladder(process, times)
-        refuse_pure_noise("ipndm", process, levels, times)
         alpha, sigma = levels.level.alpha, levels.level.sigma
+        if not (from_noise and np.all(alpha[1:] > 0)):
+            refuse_pure_noise("ipndm", process, levels, times)
 
         def predict(j: int) -> Update:
+            if alpha[j] == 0:
+                return Update(0.0, sigma[j + 1] * ADAMS_BASHFORTH[1])
             ratio = alpha[j + 1] / alpha[j]
             return Update(ratio, (sigma[j + 1] - ratio * sigma[j]) * ADAMS_BASHFORTH[min(order, j + 1)])
 

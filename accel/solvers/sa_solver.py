@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from difax.accel.solvers.adams import Ladder, Update, exponential, ladder, lay_adams, order_at, slots_of
+from difax.accel.solvers.bounds import bounded
 from difax.accel.solvers.linear import Steps, linear
 from difax.core.annotations import checked
 from difax.core.contracts import Solver
@@ -23,6 +24,8 @@ def sa_solver(
     corrector_order: int = 2,
     few_steps: bool = True,
     lower_order_final: bool = True,
+    thresholding: float | None = None,
+    sample_max_value: float | None = None,
 ) -> Solver:
     """Stochastic Adams predictor and corrector on the data prediction, of any amount of noise.
 
@@ -48,6 +51,7 @@ def sa_solver(
       few_steps: order 2 takes int r e^{r (lambda - lambda_s)} (lambda - lambda_t) as r h^2/2, which is of third order
         from it, as the authors do for few steps and diffusers always.
       lower_order_final: the last steps are of order ..., 2, 1 (true).
+      thresholding, sample_max_value: dynamic thresholding of the data prediction (`bounds.bounded`).
 
     Returns:
       A `Solver` whose state is the past outputs, the corrected start of the step and its noise.
@@ -104,7 +108,8 @@ def sa_solver(
         lay_adams(steps, times, "x0", predict, correct if corrects else None)
 
     kept = max(predictor_order, corrector_order) - 1
-    return linear(lay, slots_of(kept, corrects, noisy), noises=int(noisy))
+    bound = bounded("sa_solver", None, thresholding, sample_max_value)
+    return linear(lay, slots_of(kept, corrects, noisy), noises=int(noisy), bound=bound)
 
 
 def _checked_tau(value: float) -> float:

@@ -18,6 +18,7 @@ from difax.accel.solvers.adams import (
     refuse_pure_noise,
     slots_of,
 )
+from difax.accel.solvers.bounds import bounded
 from difax.accel.solvers.linear import Steps, linear
 from difax.core.annotations import checked
 from difax.core.contracts import Solver
@@ -32,6 +33,8 @@ def unipc(
     corrector: bool = True,
     corrector_off: Sequence[int] = (),
     lower_order_final: bool = True,
+    thresholding: float | None = None,
+    sample_max_value: float | None = None,
 ) -> Solver:
     """UniPC-p: the predictor UniP of order p and the corrector UniC, which lifts it to p + 1 at no evaluation more.
 
@@ -53,6 +56,7 @@ def unipc(
       corrector: False is UniP-p.
       corrector_off: indices of steps whose end is not corrected (diffusers' `disable_corrector`).
       lower_order_final: the last steps are of order ..., 2, 1 (true).
+      thresholding, sample_max_value: dynamic thresholding of the data prediction (`bounds.bounded`).
 
     Returns:
       A `Solver` whose state is the past outputs and the corrected start of the step.
@@ -65,7 +69,8 @@ def unipc(
     def lay(steps: Steps, process: Process, times: np.ndarray) -> None:
         lay_unipc(steps, process, times, order, variant, prediction, corrector, corrector_off, lower_order_final)
 
-    return linear(lay, slots_of(order - 1 + corrector, corrector))
+    bound = bounded("unipc", None, thresholding, sample_max_value)
+    return linear(lay, slots_of(order - 1 + corrector, corrector), bound=bound)
 
 
 def lay_unipc(

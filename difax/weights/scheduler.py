@@ -166,6 +166,8 @@ def _vp(case: Case, terminal: float = 0.0, **more: Any) -> Sections:
             section |= {"beta_start": case["beta_start"], "beta_end": case["beta_end"]}
     if case.get("rescale_betas_zero_snr"):
         section["terminal"] = terminal
+    if not case.name.startswith("CogVideoX"):  # which alone keeps its table in float64
+        section["precision"] = "float32"
     return section | more
 
 
@@ -188,6 +190,8 @@ def _grid(case: Case, **more: Any) -> Sections:
     read = ("timestep_spacing", "steps_offset", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
             "use_lu_lambdas", "lambda_min_clipped")  # fmt: skip
     found = {key: case[key] for key in read if key in case.keys and case[key] != _UNSET.get(key)}
+    if _curved(case):
+        found["float32"] = True
     return {"name": "diffusers", "scheduler": case.name.replace("Parallel", "")} | found | more
 
 
@@ -275,7 +279,7 @@ def _pndm(case: Case) -> Sections:
 
 def _ipndm(case: Case) -> Sections:
     case.only("trained_betas", (None,), "they are no betas there")
-    return _all_given(case, {"name": "trig"}, "v", {"name": "ipndm"}, {"name": "sine"})
+    return _all_given(case, {"name": "trig"}, "v", {"name": "ipndm", "from_noise": True}, {"name": "ipndm"})
 
 
 def _levels(case: Case, solver: Sections, kinds: Mapping[str, str] = PREDICTIONS) -> Sections:
@@ -405,6 +409,9 @@ def _discrete_or_flow(case: Case, solver: Sections, **grid: Any) -> Sections:
         section["shift_terminal"] = case["shift_terminal"]
     if case["use_karras_sigmas"]:
         section["use_karras_sigmas"] = True
+    whose = case.sigmas or ("pipeline" if case.get("use_dynamic_shifting") else "scheduler")
+    if choose("sigmas", whose, ("scheduler", "pipeline")) == "pipeline" and case.name == "UniPCMultistepScheduler":
+        section["sigmas"] = whose
     section["table"] = [float(table[0]), float(table[-1])]
     process = {"name": "flow", "shift": shift, "time_scale": float(total)}
     return _all_given(case, process, kind, solver, section)

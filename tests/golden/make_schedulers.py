@@ -34,6 +34,21 @@ def main() -> None:
     from tests.oracles.schedulers import network
 
     files: dict[str, np.ndarray] = {}
+
+    def motion(draw):
+        """Increments of one Brownian motion over sigma, of unit variance: two that start together share the shorter."""
+        before: list[Any] = []
+
+        def sampler(start, end):
+            z = draw()
+            if before and before[0] == start:
+                c = ((start - before[1]) / (start - end)) ** 0.5
+                z = c * before[2] + (1 - c**2) ** 0.5 * z
+            before[:] = start, end, z
+            return z
+
+        return sampler
+
     for at, (name, (cls, config, n)) in enumerate(CASES.items()):
         rng = np.random.default_rng(1000 + at)
         made = getattr(D, cls)
@@ -47,7 +62,7 @@ def main() -> None:
         if hasattr(module, "randn_tensor"):
             module.randn_tensor = draw
         if hasattr(module, "BrownianTreeNoiseSampler"):
-            module.BrownianTreeNoiseSampler = lambda *a, draw=draw, **b: draw
+            module.BrownianTreeNoiseSampler = lambda *a, draw=draw, **b: motion(draw)
         scheduler = made(**config)
         if config.get("use_dynamic_shifting"):
             scheduler.set_timesteps(sigmas=np.linspace(1, 1 / n, n), mu=MU)

@@ -64,7 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "unclip_learned": ("UnCLIPScheduler", dict(variance_type="learned_range"), 8),
     # multistep
     "pndm": ("PNDMScheduler", dict(SD, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1), 8),
-    "pndm_prk": ("PNDMScheduler", dict(SD, steps_offset=1), 8),
+    "pndm_prk": ("PNDMScheduler", dict(SD, steps_offset=1), 10),
     "pndm_one": ("PNDMScheduler", dict(set_alpha_to_one=True, skip_prk_steps=True), 8),
     "ipndm": ("IPNDMScheduler", dict(), 8),
     "lms": ("LMSDiscreteScheduler", dict(SD), 8),
@@ -117,11 +117,6 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         dict(algorithm_type="dpmsolver", solver_type="heun", final_sigmas_type="sigma_min"),
         8,
     ),
-    "dpm_2m_sde": (
-        "DPMSolverMultistepScheduler",
-        dict(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"),
-        8,
-    ),
     "dpmpp_2s": ("DPMSolverSinglestepScheduler", dict(), 8),
     "dpmpp_2s_9": ("DPMSolverSinglestepScheduler", dict(lower_order_final=True), 9),
     "dpmpp_3s": ("DPMSolverSinglestepScheduler", dict(solver_order=3), 9),
@@ -130,12 +125,11 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         dict(solver_order=3, solver_type="heun", lower_order_final=True),
         10,
     ),
-    "dpmpp_2s_sde": ("DPMSolverSinglestepScheduler", dict(algorithm_type="sde-dpmsolver++"), 8),
     "dpm_2s": ("DPMSolverSinglestepScheduler", dict(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"), 8),
     "dpm_3s": (
         "DPMSolverSinglestepScheduler",
         dict(algorithm_type="dpmsolver", solver_order=3, final_sigmas_type="sigma_min"),
-        9,
+        10,
     ),
     "dpmpp_2s_karras": ("DPMSolverSinglestepScheduler", dict(SD, use_karras_sigmas=True), 8),
     "unipc": ("UniPCMultistepScheduler", dict(), 8),
@@ -159,7 +153,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "deis_v": ("DEISMultistepScheduler", dict(SD, prediction_type="v_prediction", timestep_spacing="trailing"), 8),
     "sa_ode": ("SASolverScheduler", dict(predictor_order=3, corrector_order=3), 8),
     "sa": ("SASolverScheduler", dict(), 8),
-    "sa_noise": ("SASolverScheduler", dict(algorithm_type="noise_prediction"), 8),
+    "unipc_threshold": ("UniPCMultistepScheduler", dict(thresholding=True, sample_max_value=1.5), 8),
+    "deis_threshold": ("DEISMultistepScheduler", dict(thresholding=True, sample_max_value=1.5), 8),
+    "sa_threshold": ("SASolverScheduler", dict(thresholding=True, sample_max_value=1.5), 8),
     # k-diffusion
     "euler": ("EulerDiscreteScheduler", dict(), 8),
     "euler_sdxl": ("EulerDiscreteScheduler", dict(SD, timestep_spacing="leading", steps_offset=1), 8),
@@ -234,7 +230,6 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "lcm_clip": ("LCMScheduler", dict(SD, clip_sample=True, original_inference_steps=40), 3),
     "tcd": ("TCDScheduler", dict(SD), 4),
     "tcd_deterministic": ("TCDScheduler", dict(SD), 4),
-    "cm": ("CMStochasticIterativeScheduler", dict(), 4),
 }
 
 MU = 0.9

@@ -6,7 +6,7 @@ network is told other times than `Process.model_time` (rounded to whole steps) r
 gives the times with the process that tells so, and `make_times` the times alone.
 """
 
-from difax.core.grids.diffusers import diffusers, diffusers_flow, flow_match, lcm
+from difax.core.grids.diffusers import diffusers, diffusers_flow, flow_match, ipndm, lcm
 from difax.core.grids.dm_nonuniform import dm_nonuniform
 from difax.core.grids.given import given, measured
 from difax.core.grids.levels import beta, exponential, karras, log_snr_uniform
@@ -34,6 +34,7 @@ GRIDS = {
     "given": given,
     "measured": measured,
     "lcm": lcm,
+    "ipndm": ipndm,
     "flow_match": flow_match,
     "diffusers": diffusers,
     "diffusers_flow": diffusers_flow,

@@ -78,6 +78,7 @@ def diffusers(
     final_sigmas_type: Literal["zero", "sigma_min"] | None = None,
     lambda_min_clipped: OrInfinite = -math.inf,
     round_karras: bool = True,
+    float32: bool = False,
 ) -> Grid:
     """The grid of a scheduler of diffusers, on the discrete VP process that its betas are.
 
@@ -96,6 +97,8 @@ def diffusers(
       final_sigmas_type: where the run ends, None is "zero", but "sigma_min" for DEIS and SA-Solver, which do not ask.
         DDIM's and PNDM's set_alpha_to_one=False is "sigma_min".
       lambda_min_clipped: cuts off the steps whose log(alpha/sigma) is below.
+      float32: are steps looked up in logarithms of float32, as diffusers does, where the rounding of the last digit
+        decides which step is told when it is cut off. For processes whose levels are in float32 too (vp's `precision`).
       round_karras: False where beta_schedule is "squaredcos_cap_v2", for which DPMSolverMultistep does not round.
 
     References: Lin et al. 2023, arXiv:2305.08891 (spacings); Karras et al. 2022, arXiv:2206.00364; Lee et al. 2024,
@@ -138,7 +141,7 @@ def diffusers(
         if curve:
             low, high = (table[0], table[-1]) if rule.table else (sigma[-1], sigma[0])
             sigma = _curve(curve, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max, n)
-            told = _steps_of(sigma, table)
+            told = _steps_of(sigma, table, float32)
             told = np.round(told) if curve in rule.nearest and (round_karras or rule.more is False) else told
         elif interpolation_type == "log_linear":
             *sigma, end = geometric(table[0], table[-1], n + 1)
@@ -171,6 +174,7 @@ def diffusers_flow(
     use_karras_sigmas: bool = False,
     final_sigmas_type: Literal["zero", "sigma_min"] | None = None,
     table: tuple[float, float] | None = None,
+    sigmas: Literal["scheduler", "pipeline"] = "scheduler",
 ) -> Grid:
     """`use_flow_sigmas` of diffusers' multistep schedulers, on a flow: the steps told are cut off to whole numbers.
 
@@ -182,6 +186,7 @@ def diffusers_flow(
       final_sigmas_type: "zero" or "sigma_min"; None is "zero", but for DEIS and SA-Solver.
       table: the smallest and largest sigma/alpha of the betas in the same configuration, which UniPC's curve runs
         between, and of which DPMSolver's "sigma_min" is the smallest.
+      sigmas: UniPC's, before the shift; "pipeline" are even from 1 to 1/n.
 
     References: Esser et al. (SD3), 2024, arXiv:2403.03206; https://github.com/huggingface/diffusers.
     """
@@ -200,7 +205,7 @@ def diffusers_flow(
             sigma = powers(*table, n, 7.0)
             sigma = sigma / (1 + sigma)
         elif unipc:
-            sigma = np.linspace(1, 1 / total, n + 1)[:-1]
+            sigma = np.linspace(1, 1 / n, n) if sigmas == "pipeline" else np.linspace(1, 1 / total, n + 1)[:-1]
             sigma = _shifted(sigma, flow_shift, use_dynamic_shifting, mu, time_shift_type)
             sigma = sigma if shift_terminal is None else stretched(sigma, shift_terminal)
             sigma[0] -= 1e-6 if abs(sigma[0] - 1) < 1e-6 else 0.0
@@ -272,11 +277,12 @@ def flow_match(
 
 
 @checked
-def lcm(original_inference_steps: int = 50) -> Grid:
+def lcm(original_inference_steps: int = 50, last: Literal["zero", "sigma_min"] = "zero") -> Grid:
     """The steps on which LCM and TCD were distilled, every (T // m)-th less one, and evenly n of these.
 
     Args:
       original_inference_steps: m, of the distillation, 1 ... T (50); more than n.
+      last: "zero" ends at the clean sample, "sigma_min" at the first discrete step, as diffusers' TCD.
 
     References: Luo et al. (LCM), 2023, arXiv:2310.04378; Zheng et al. (TCD), 2024, arXiv:2402.19159.
     """
@@ -291,7 +297,21 @@ def lcm(original_inference_steps: int = 50) -> Grid:
             raise ValueError(f"lcm: original_inference_steps={m}; allowed: {n} ... {steps} for {n} steps")
         distilled = (np.arange(1, m + 1) * (steps // m) - 1)[::-1]
         k = distilled[np.floor(np.linspace(0, m, n, endpoint=False)).astype(int)]
-        return np.append((k + 1) / steps, 0.0)
+        return np.append((k + 1) / steps, 1 / steps if last == "sigma_min" else 0.0)
+
+    return grid
+
+
+def ipndm() -> Grid:
+    """The times of diffusers' IPNDMScheduler on `trig`: sin(pi t/2) = sin(pi s/2)^2 for even s in [0, 1].
+
+    References: https://github.com/huggingface/diffusers, 0.42.1, after Crowson's v-diffusion.
+    """
+
+    def grid(process: Process, n: int) -> np.ndarray:
+        if process.name != "trig":
+            raise ValueError(f"grid ipndm needs the process trig, not {process.name}")
+        return 2 / math.pi * np.arcsin(np.sin(np.linspace(1, 0, n + 1) * (math.pi / 2)) ** 2)
 
     return grid
 
@@ -322,9 +342,14 @@ def _curve(name: str, low: float, high: float, n: int) -> np.ndarray:
     return geometric(low, high, n)
 
 
-def _steps_of(sigma: np.ndarray, table: np.ndarray) -> np.ndarray:
+def _steps_of(sigma: np.ndarray, table: np.ndarray, float32: bool = False) -> np.ndarray:
     """The steps at which a table has these noise levels, between two of them linear in log(sigma)."""
-    return np.interp(np.log(sigma), np.log(table), np.arange(len(table)))
+    if not float32:
+        return np.interp(np.log(sigma), np.log(table), np.arange(len(table)))
+    logs, value = np.log(table.astype(np.float32)), np.log(sigma)
+    low = np.clip(np.sum(value[:, None] - logs >= 0, axis=1) - 1, 0, len(table) - 2)
+    w = np.clip((logs[low] - value) / (logs[low] - logs[low + 1]), 0, 1)
+    return (1 - w) * low + w * (low + 1)
 
 
 def only_flows(name: str, process: Process) -> None:
