@@ -218,12 +218,7 @@ def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -
 
     References: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv:2011.13456.
     """
-    if not 1e-6 <= beta_min <= beta_max <= 300:  # beyond that alpha(1) is 0 in float32
-        raise ValueError(
-            f"vp_sde: beta_min={beta_min}, beta_max={beta_max}; allowed: 1e-6 <= beta_min <= beta_max <= 300"
-        )
-    if not 0 < t_min < 1:
-        raise ValueError(f"vp_sde: t_min={t_min}; need 0 < t_min < 1")
+    _check_sde("vp_sde", beta_min, beta_max, t_min)
     spread = beta_max - beta_min
 
     def level(t, xp=np):
@@ -335,6 +330,31 @@ def trig() -> Process:
         t_max=1.0 - 1e-3,
         prior_std=1.0,
     )
+
+
+def subvp(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:
+    """Sub-variance-preserving SDE: alpha(t) of `vp_sde`, and sigma = 1 - alpha^2, which is the square of its sigma.
+
+    Args:
+      beta_min, beta_max, t_min: as in `vp_sde`; the network is told 999 t. Data of unit variance have at t = 1 the
+        standard deviation 1 - 2e-5 with the defaults, and sampling starts in 1.
+
+    References: Song et al. 2021, arXiv:2011.13456, equation 34.
+    """
+    _check_sde("subvp", beta_min, beta_max, t_min)
+    vp = vp_sde(beta_min, beta_max, t_min)
+
+    def level(t, xp=np):
+        alpha, sigma, alpha_dot, _ = vp.level(t, xp)
+        return Level(alpha, sigma**2, alpha_dot, -2 * alpha * alpha_dot)
+
+    def inverse(value):
+        # alpha/(1 - alpha^2) = e^value is sinh(-log alpha) = e^-value/2
+        la = -np.arcsinh(0.5 * np.exp(-np.asarray(value, np.float64)))
+        with np.errstate(divide="ignore"):
+            return vp.inverse(la - 0.5 * np.log(-np.expm1(2 * la)))
+
+    return vp._replace(name="subvp", level=level, inverse=inverse)
 
 
 def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
@@ -471,6 +491,7 @@ PROCESSES = {
     "vp_linear": vp_linear,
     "vp_cosine": vp_cosine,
     "vp_sde": vp_sde,
+    "subvp": subvp,
     "ve": ve,
     "flow": flow,
     "sit": sit,
@@ -570,6 +591,15 @@ def _log_range(name: str, sigma_min: float, sigma_max: float) -> float:
             f"{name}: sigma_min={sigma_min}, sigma_max={sigma_max}; allowed: 1e-9 <= sigma_min < sigma_max <= 1e6"
         )
     return math.log(sigma_max / sigma_min)
+
+
+def _check_sde(name: str, beta_min: float, beta_max: float, t_min: float) -> None:
+    if not 1e-6 <= beta_min <= beta_max <= 300:  # beyond that alpha(1) is 0 in float32
+        raise ValueError(
+            f"{name}: beta_min={beta_min}, beta_max={beta_max}; allowed: 1e-6 <= beta_min <= beta_max <= 300"
+        )
+    if not 0 < t_min < 1:
+        raise ValueError(f"{name}: t_min={t_min}; need 0 < t_min < 1")
 
 
 def _check_steps(name: str, steps: int) -> None:

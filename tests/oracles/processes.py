@@ -36,6 +36,12 @@ def vp_sde(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(-integral / 2), np.sqrt(1 - np.exp(-integral))
 
 
+def subvp(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Song et al. 2021, equation 34: the mean of the variance-preserving SDE, and 1 - e^(-integral) as deviation."""
+    integral = 0.1 * t + 19.9 * t**2 / 2
+    return np.exp(-integral / 2), 1 - np.exp(-integral)
+
+
 def ve(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Song et al. 2021, equation 30: sigma_min (sigma_max/sigma_min)^t, with EDM's 0.002 and 80."""
     return np.ones_like(t), 0.002 * 40000.0**t

@@ -8,6 +8,7 @@ gives the times with the process that tells so, and `make_times` the times alone
 
 from difax.core.grids.diffusers import diffusers, diffusers_flow, flow_match, ipndm, lcm
 from difax.core.grids.dm_nonuniform import dm_nonuniform
+from difax.core.grids.fastdpm import fastdpm
 from difax.core.grids.given import given, measured
 from difax.core.grids.levels import beta, exponential, karras, log_snr_uniform
 from difax.core.grids.plain import leading, linspace, logit, quadratic, shift_time, shifted, trailing, uniform
@@ -33,6 +34,7 @@ GRIDS = {
     "dm_nonuniform": dm_nonuniform,
     "given": given,
     "measured": measured,
+    "fastdpm": fastdpm,
     "lcm": lcm,
     "ipndm": ipndm,
     "flow_match": flow_match,
