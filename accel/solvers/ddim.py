@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from difax.accel.solvers.bounds import bounded
 from difax.accel.solvers.linear import Steps, linear
 from difax.core.annotations import checked
 from difax.core.contracts import Level, Solver
@@ -13,7 +14,15 @@ SIGMA_DATA = 0.5  # of the boundary condition of LCM
 
 
 @checked
-def ddim(eta: float = 0.0, gamma: float | None = None, boundary: float | None = None) -> Solver:
+def ddim(
+    eta: float = 0.0,
+    gamma: float | None = None,
+    boundary: float | None = None,
+    clip: float | None = None,
+    thresholding: float | None = None,
+    sample_max_value: float | None = None,
+    equal_steps: bool = False,
+) -> Solver:
     """DDIM, the deterministic (eta = 0) to ancestral (eta = 1) family, for any (alpha, sigma).
 
     x_s = alpha_s x0 + sqrt(sigma_s^2 - w^2) eps + w z,
@@ -34,6 +43,10 @@ def ddim(eta: float = 0.0, gamma: float | None = None, boundary: float | None = 
       boundary: LCM's timestep_scaling c, 0.001 ... 1e6 (10 in LCM; None: no scaling), with gamma = 1: x0 is then
         (0.25 x + q sqrt(q^2 + 0.25) x0)/(q^2 + 0.25), q = c times what the network is told. It is x itself at q = 0,
         and changes the second digit below 1/c alone.
+      clip, thresholding, sample_max_value: bounds of the data prediction (`bounds.bounded`). eps stays as predicted, as
+        in diffusers without use_clipped_model_output.
+      equal_steps: each of n steps goes T // n discrete steps down, wherever the grid goes on, as diffusers' DDIM does:
+        the same on "leading", and on "trailing" where n divides T; elsewhere x is not at the level of the next time.
 
     Returns:
       A `Solver` without state.
@@ -53,9 +66,12 @@ def ddim(eta: float = 0.0, gamma: float | None = None, boundary: float | None = 
     if boundary is not None and not 1e-3 <= boundary <= 1e6:
         raise ValueError(f"ddim: boundary={boundary}; allowed: 0.001 ... 1e6, or None")
 
+    bound = bounded("ddim", clip, thresholding, sample_max_value)
+
     def lay(steps: Steps, process: Process, times: np.ndarray) -> None:
-        t, s = process.level(times[:-1]), process.level(times[1:])
-        w = width(t, s, eta) if gamma is None else _down_and_up(process, times[1:], s, gamma)
+        ends = _equal_ends(process, times) if equal_steps else times[1:]
+        t, s = process.level(times[:-1]), process.level(ends)
+        w = width(t, s, eta) if gamma is None else _down_and_up(process, ends, s, gamma)
         eps = np.sqrt(np.maximum(s.sigma**2 - w**2, 0.0))
         skip, out = np.zeros(len(w)), np.ones(len(w))
         if boundary is not None:
@@ -66,7 +82,7 @@ def ddim(eta: float = 0.0, gamma: float | None = None, boundary: float | None = 
             x = {"x": s.alpha[j] * skip[j], "x0": s.alpha[j] * out[j], "eps": eps[j], "z1": w[j]}
             steps.row(times[j], j, x=x)
 
-    return linear(lay, noises=1)
+    return linear(lay, noises=1, bound=bound, follows=False)
 
 
 @checked
@@ -90,6 +106,14 @@ def width(t: Level, s: Level, eta: float) -> np.ndarray:
     """Standard deviation of DDIM's noise in a step from t to s."""
     between = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
     return eta * s.sigma / t.sigma * np.sqrt(np.maximum(between, 0.0))
+
+
+def _equal_ends(process: Process, times: np.ndarray) -> np.ndarray:
+    """Where steps of T // n discrete steps end, and the grid's own end for those that would go below the first one."""
+    if process.steps is None:
+        raise ValueError(f"ddim: equal_steps=True needs discrete steps; {process.name} is continuous; allowed: false")
+    k = np.round(times[:-1] * process.steps) - process.steps // (len(times) - 1)
+    return np.where(k > 0, k / process.steps, times[-1])
 
 
 def _down_and_up(process: Process, s: np.ndarray, at: Level, gamma: float) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from difax.accel.solvers.bounds import bounded
 from difax.accel.solvers.linear import Steps, linear
 from difax.core.annotations import checked
 from difax.core.contracts import Level, Solver
@@ -19,7 +20,7 @@ Weights = dict[str, float]
 
 
 @checked
-def heun(space: str | None = None) -> Solver:
+def heun(space: str | None = None, clip: float | None = None) -> Solver:
     """Heun's second-order method: Euler to the next time, then the mean of both slopes; 2n - 1 evaluations.
 
     space "sigma" integrates dy/du = eps with y = x/alpha, u = sigma/alpha, as EDM; "flow" integrates
@@ -36,6 +37,7 @@ def heun(space: str | None = None) -> Solver:
 
     Args:
       space: "sigma", "flow", or None: flow for the flow processes, for the others sigma but for such steps.
+      clip: bound of |x0|, which eps follows, or None (none, as in the paper; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the start of the step and its slope.
@@ -52,7 +54,7 @@ def heun(space: str | None = None) -> Solver:
         for j in range(len(times) - 1):
             lay_step(steps, process, times[j], times[j + 1], j, flow[j])
 
-    return linear(lay, SLOTS)
+    return linear(lay, SLOTS, bound=bounded("heun", clip))
 
 
 def check_space(name: str, space: str | None) -> None:
