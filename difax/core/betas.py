@@ -78,15 +78,15 @@ def log_alphas(
     et al., CogVideoX, 2024, arXiv:2408.06072.
     """
     if precision == "float32":
-        alpha2 = np.cumprod(np.float32(1) - np.asarray(betas, np.float32))
+        square = _products(np.float32(1) - np.asarray(betas, np.float32))
         if terminal is not None:
-            root = np.sqrt(alpha2)
+            root = np.sqrt(square)
             root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-            ratio = root[1:] ** 2 / root[:-1] ** 2
-            alpha2 = np.cumprod(np.float32(1) - (np.float32(1) - np.append(root[:1] ** 2, ratio)))
-            alpha2[-1] = terminal
+            alphas = np.append(root[:1] ** 2, root[1:] ** 2 / root[:-1] ** 2)
+            square = _products(np.float32(1) - (np.float32(1) - alphas))
+            square[-1] = terminal
         with np.errstate(divide="ignore"):
-            return 0.5 * np.log(np.asarray(alpha2, np.float64))
+            return 0.5 * np.log(square.astype(np.float64))
     log_alpha = 0.5 * np.cumsum(np.log1p(-np.asarray(betas, np.float64)))
     if snr_shift != 1.0:
         log_alpha = log_alpha - 0.5 * np.log(snr_shift + (1 - snr_shift) * np.exp(2 * log_alpha))
@@ -96,3 +96,8 @@ def log_alphas(
     alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     with np.errstate(divide="ignore"):
         return np.append(np.log(alpha[:-1]), 0.5 * np.log(terminal))
+
+
+def _products(alphas: np.ndarray) -> np.ndarray:
+    """Cumulative products of float32 numbers, multiplied in float64 and rounded each, as torch has them on CPUs."""
+    return np.cumprod(alphas.astype(np.float64)).astype(np.float32)

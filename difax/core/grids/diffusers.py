@@ -130,7 +130,7 @@ def diffusers(
         if process.steps is None:
             raise ValueError(f"grid diffusers needs a process of discrete steps; {process.name} is continuous")
         steps = process.steps
-        table = ratios(process, (np.arange(steps) + 1) / steps)
+        table = _table(process, float32)
         kept = steps - int(np.sum(-np.log(table) < lambda_min_clipped))
         if kept < n:
             raise ValueError(f"diffusers: lambda_min_clipped={lambda_min_clipped:g} leaves {kept} steps; allowed: {n}")
@@ -340,6 +340,16 @@ def _curve(name: str, low: float, high: float, n: int) -> np.ndarray:
     if name == "beta":
         return low + beta_quantiles(1 - np.linspace(0, 1, n), 0.6, 0.6) * (high - low)
     return geometric(low, high, n)
+
+
+def _table(process: Process, float32: bool) -> np.ndarray:
+    """sigma/alpha of the discrete steps, in float64, or as float32 has it of alpha^2 in float32."""
+    assert process.steps is not None
+    k = (np.arange(process.steps) + 1) / process.steps
+    if not float32:
+        return ratios(process, k)
+    square = np.asarray(process.level(k).alpha ** 2, np.float32)
+    return np.sqrt((1 - square) / square).astype(np.float64)
 
 
 def _steps_of(sigma: np.ndarray, table: np.ndarray, float32: bool = False) -> np.ndarray:
