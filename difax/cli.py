@@ -217,6 +217,11 @@ def _parser() -> argparse.ArgumentParser:
     opened.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
     opened.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
     opened.add_argument("--weights", metavar="PATH", help="a training run, a .safetensors file, a published checkpoint")
+    opened.add_argument(
+        "--scheduler",
+        metavar="PATH",
+        help="a scheduler_config.json of diffusers or a pipeline's folder: process, prediction, solver and grid",
+    )
     opened.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
     from_weights = [common, composed, opened]
 

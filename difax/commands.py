@@ -38,7 +38,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     """The configuration of a command: the one that it names, or else that of its weights, or else the default; with
     its settings."""
     from difax.checkpoints import RANDOM, embedded_weights
-    from difax.config import SHORT, configuration, gin_settings, mesh_settings, parse_value
+    from difax.config import SHORT, configuration, gin_settings, mesh_settings, parse_value, scheduled
 
     settings: list[tuple[str, Any]] = []
     base: str | None = options.config
@@ -57,7 +57,9 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     if weights in (RANDOM, *embedded_weights()):
         weights = None
     base = default if base is None and not weights else base
-    return configuration(base, weights or None, settings)
+    config = configuration(base, weights or None, settings)
+    scheduler = getattr(options, "scheduler", None)
+    return config if scheduler is None else scheduled(config, scheduler, settings)
 
 
 def _run(options: argparse.Namespace, config: dict[str, Any]) -> Any:

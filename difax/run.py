@@ -15,7 +15,7 @@ import numpy as np
 
 from difax.build import Setup, build_data, build_options, build_setup, build_task, described, with_recipe
 from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
-from difax.config import config_names, configuration, keyword_settings, load_config, override, plain
+from difax.config import config_names, configuration, keyword_settings, load_config, override, plain, scheduled
 from difax.core import hosts
 from difax.core.annotations import OrInfinite, Seed, brief, check_arguments, check_value
 from difax.core.contracts import Params, Trace
@@ -403,7 +403,12 @@ def _counted(**numbers: Any) -> None:
 
 
 def load(
-    what: str | os.PathLike | Mapping[str, Any] = "fmnist_dit", *, weights: Any = None, seed: int = 0, **settings: Any
+    what: str | os.PathLike | Mapping[str, Any] = "fmnist_dit",
+    *,
+    weights: Any = None,
+    seed: int = 0,
+    scheduler: str | os.PathLike | Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Run:
     """Opens a configuration or a checkpoint.
 
@@ -414,6 +419,8 @@ def load(
       weights: of a configuration: the path of a checkpoint, a name of `difax list weights`, or "random"; None is what
         the configuration or the checkpoint names.
       seed: of random weights.
+      scheduler: a scheduler_config.json of diffusers, a folder that has it (a pipeline's), or what it says: it is the
+        sections process, prediction, solver and grid, in which settings still win.
       settings: of sections, by keyword: a name (`solver="dpmpp_2m"`, `quant="int8_w8a8"`), a value (`steps=12`), a
         mapping of keys (`cache={"name": "fora", "interval": 3}`), code of one's own (`cache="my/file.py:mine"`), a
         factory, or what a factory made (`cache=difax.Accelerator(...)`); `dtype` is that of the model.
@@ -426,16 +433,18 @@ def load(
     """
     check_seed(seed)
     path, given = weights, keyword_settings(settings)
+    check_value("scheduler", scheduler, str | os.PathLike | Mapping | None)
+    finish = (lambda config: config) if scheduler is None else (lambda config: scheduled(config, scheduler, given))
     if not isinstance(what, (str, os.PathLike, Mapping)):
         raise ValueError(f"load {brief(what)}: allowed: a configuration, its name or file, or a checkpoint")
     if isinstance(what, Mapping):
         config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in what.items()}
-        return _opened(override(config, given), path, seed)
+        return _opened(finish(override(config, given)), path, seed)
     what, base = os.fspath(what), os.fspath(what)
     if _is_checkpoint(what):
         base = None if weights is None else configuration(None, what, given)
         path = what if weights is None else weights
-    return _opened(configuration(base, _file(path), given), path, seed)
+    return _opened(finish(configuration(base, _file(path), given)), path, seed)
 
 
 def _file(weights: Any) -> str | None:

@@ -159,22 +159,14 @@ CLASSES: dict[str, Keys] = {
     "FlowMatchLCMScheduler": dict(FLOW, scale_factors=None, upscale_mode="bicubic"),
     "LCMScheduler": DISTILLED,
     "TCDScheduler": DISTILLED,
-    "ScoreSdeVeScheduler": dict(
-        num_train_timesteps=2000, snr=0.15, sigma_min=0.01, sigma_max=1348.0, sampling_eps=1e-5, correct_steps=1
-    ),
-    "CMStochasticIterativeScheduler": dict(
-        num_train_timesteps=40,
-        sigma_min=0.002,
-        sigma_max=80.0,
-        sigma_data=0.5,
-        s_noise=1.0,
-        rho=7.0,
-        clip_denoised=True,
-    ),
 }
 
 # classes of diffusers that are not taken, and why
 REFUSED: dict[str, str] = {
+    "ScoreSdeVeScheduler": "its corrector goes by the mean norm of a batch, and a batch of difax is its singles; solver "
+    "pc is its method",
+    "CMStochasticIterativeScheduler": "its networks have their boundary condition at sigma_min, a prediction that difax "
+    "does not have",
     "DDIMInverseScheduler": "it adds noise to an image step by step, and difax draws samples",
     "DPMSolverMultistepInverseScheduler": "it adds noise to an image step by step, and difax draws samples",
     "RePaintScheduler": "it needs an image and a mask at each step, which a sampler of difax is not given",
@@ -210,7 +202,6 @@ TEXTS: dict[str, tuple[str, ...]] = {
 
 # keys of these classes that change nothing of what difax takes, whatever their value
 INERT: dict[str, tuple[str, ...]] = {
-    "DDPMScheduler": (),
     "CogVideoXDDIMScheduler": ("clip_sample", "clip_sample_range", "sample_max_value"),
     "CogVideoXDPMScheduler": ("clip_sample", "clip_sample_range", "sample_max_value"),
     "DPMSolverSDEScheduler": ("noise_sampler_seed",),
