@@ -14,6 +14,7 @@ FAMILIES = {
     "core": ("process", "grids", "ops", "sampler", "cost", "conditioning"),
     "solvers": ("solvers", "drive"),
     "solvers: k-diffusion": ("solvers_kdiffusion",),
+    "schedulers": ("schedulers",),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),

@@ -1,12 +1,13 @@
 """Writes schedulers.npz: trajectories of diffusers' schedulers on the Gaussian mixture, one for each scheduler file of
 schedulers_cases.py.
 
-The network is the mixture's exact one (tests/oracles/schedulers.py) at the time that the scheduler tells it, in float64
-and rounded to float32. Per case: `told` [E]; `path` [E + 1, 4, 8], what the network is given at each evaluation, and
-the final sample; `prior`, what unit noise was multiplied by to become the first input; `noise` [E, 4, 8], the draw
-that an evaluation's step used, where there is any.
+`defaults` is a JSON text: of every class of schedulers, its keys with their defaults. The network is the mixture's
+exact one (tests/oracles/schedulers.py) at the time that the scheduler tells it, in float64 and rounded to float32. Per
+case: `told` [E]; `path` [E + 1, 4, 8], what the network is given at each evaluation, and the final sample; `prior`,
+what unit noise was multiplied by to become the first input; `noise` [E, 4, 8], the draw that an evaluation's step used,
+where there is any.
 
-Needs torch 2.13, diffusers 0.42.1 and scipy, no accelerator:
+Needs torch 2.13, diffusers 0.42.1, torchsde and scipy, no accelerator:
 
   python -m tests.golden.make_schedulers
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 SHAPE = (4, 8, 1)
 
 
+def defaults(diffusers: Any) -> dict[str, dict[str, Any]]:
+    """{class: {key: default}} of all schedulers; None where there is no default."""
+    found = {}
+    for name in sorted(dir(diffusers.schedulers)):
+        made = getattr(diffusers.schedulers, name)
+        if isinstance(made, type) and name.endswith("Scheduler"):
+            parameters = list(inspect.signature(made.__init__).parameters.values())[1:]
+            found[name] = {p.name: None if p.default is p.empty else p.default for p in parameters}
+    return found
+
+
 def main() -> None:
     import diffusers as D
     import torch
 
-    from tests.golden.schedulers_cases import CALL, CASES, MU
+    from tests.golden.schedulers_cases import CALL, CASES, MU, PIPELINE
     from tests.oracles.schedulers import network
 
     files: dict[str, np.ndarray] = {}
@@ -64,8 +77,9 @@ def main() -> None:
         if hasattr(module, "BrownianTreeNoiseSampler"):
             module.BrownianTreeNoiseSampler = lambda *a, draw=draw, **b: motion(draw)
         scheduler = made(**config)
-        if config.get("use_dynamic_shifting"):
-            scheduler.set_timesteps(sigmas=np.linspace(1, 1 / n, n), mu=MU)
+        if config.get("use_dynamic_shifting") or name in PIPELINE:
+            mu = dict(mu=MU) if config.get("use_dynamic_shifting") else {}
+            scheduler.set_timesteps(sigmas=np.linspace(1, 1 / n, n), **mu)
         else:
             scheduler.set_timesteps(n)
         if hasattr(scheduler, "set_begin_index"):  # else a first time that is told twice is taken for its second
@@ -101,6 +115,7 @@ def main() -> None:
             files[f"{name}.noise"] = np.stack(noise)[..., 0]
         bad = not np.all(np.isfinite(files[f"{name}.path"]))
         print(name, len(told), "NOT FINITE" if bad else "", np.abs(files[f"{name}.path"]).max())
+    files["defaults"] = np.asarray(json.dumps(defaults(D)))
     np.savez_compressed(Path(__file__).with_name("schedulers.npz"), **files)
 
 

@@ -218,6 +218,13 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         dict(**SHIFTED, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1),
         8,
     ),
+    "flow_qwen_image": (
+        "FlowMatchEulerDiscreteScheduler",
+        dict(**SHIFTED, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+        8,
+    ),
+    "flow_hunyuan_video": ("FlowMatchEulerDiscreteScheduler", dict(shift=7.0), 8),
+    "flow_mochi": ("FlowMatchEulerDiscreteScheduler", dict(invert_sigmas=True), 8),
     "flow_linear": ("FlowMatchEulerDiscreteScheduler", dict(**SHIFTED, time_shift_type="linear"), 8),
     "flow_karras": ("FlowMatchEulerDiscreteScheduler", dict(shift=3.0, use_karras_sigmas=True), 8),
     "flow_exponential": ("FlowMatchEulerDiscreteScheduler", dict(shift=3.0, use_exponential_sigmas=True), 8),
@@ -238,4 +245,5 @@ CALL: dict[str, dict[str, Any]] = {
     "ddim_eta_clip": dict(eta=1.0),
     "tcd_deterministic": dict(eta=0.0),
 }
-# a scheduler whose shift follows from the size is given the pipelines' sigmas, 1 ... 1/n, and mu
+# given the pipelines' sigmas, 1 ... 1/n, as those are whose shift follows from the size, and these mu
+PIPELINE = ("flow_hunyuan_video",)

@@ -81,6 +81,8 @@ def network(cls: str, given: dict[str, Any], x: np.ndarray, told: float) -> np.n
         return sign * (x0 - data**2 / norm * x) / (sigma * data / norm)
     if cls.startswith("Flow") or config.get("use_flow_sigmas"):
         sigma = told / config["num_train_timesteps"]
+        if config.get("invert_sigmas"):  # told the share of the data, and returns the slope towards it
+            return -network(cls, {**given, "invert_sigmas": False}, x, config["num_train_timesteps"] - told)
         alpha = 1 - sigma
         return MIXTURE.eps(x, alpha, sigma) - MIXTURE.x0(x, alpha, sigma)
     if cls == "IPNDMScheduler":

@@ -163,13 +163,14 @@ CLASSES: dict[str, Keys] = {
 
 # classes of diffusers that are not taken, and why
 REFUSED: dict[str, str] = {
-    "ScoreSdeVeScheduler": "its corrector goes by the mean norm of a batch, and a batch of difax is its singles; solver "
-    "pc is its method",
-    "CMStochasticIterativeScheduler": "its networks have their boundary condition at sigma_min, a prediction that difax "
-    "does not have",
+    "ScoreSdeVeScheduler": "its corrector goes by the mean norm of a batch, and a batch of difax is its singles; "
+    "solver pc is its method",
+    "CMStochasticIterativeScheduler": "its networks have their boundary condition at sigma_min, a prediction that "
+    "difax does not have",
     "DDIMInverseScheduler": "it adds noise to an image step by step, and difax draws samples",
     "DPMSolverMultistepInverseScheduler": "it adds noise to an image step by step, and difax draws samples",
     "RePaintScheduler": "it needs an image and a mask at each step, which a sampler of difax is not given",
+    "ScoreSdeVpScheduler": "it is deprecated in diffusers; process vp_sde and solver pc are its method",
     "KarrasVeScheduler": "it is deprecated in diffusers; solver edm is its method",
     "DDPMWuerstchenScheduler": "its network is told a continuous ratio of noise that no process of difax has",
     "SCMScheduler": "its TrigFlow networks are distilled ones of their own parametrisation",
