@@ -5,8 +5,8 @@ from difax.accel.solvers.ddpm import ddpm
 from difax.accel.solvers.dpm_solver import dpm_solver_2m, dpm_solver_2s, dpm_solver_3m, dpm_solver_3s
 from difax.accel.solvers.dpm_solver_adaptive import dpm_solver_12, dpm_solver_23
 from difax.accel.solvers.dpmpp_2m import dpmpp_2m, dpmpp_3m
-from difax.accel.solvers.dpmpp_singlestep import dpmpp_2s, dpmpp_3s
 from difax.accel.solvers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
+from difax.accel.solvers.dpmpp_singlestep import dpmpp_2s, dpmpp_3s
 from difax.accel.solvers.euler import euler
 from difax.accel.solvers.heun import heun
 from difax.accel.solvers.pfdiff import pfdiff
