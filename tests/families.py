@@ -15,6 +15,7 @@ FAMILIES = {
     "solvers": ("solvers", "drive"),
     "solvers: k-diffusion": ("solvers_kdiffusion",),
     "schedulers": ("schedulers",),
+    "solvers: exponential": ("solvers_exponential",),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),

@@ -1,7 +1,7 @@
 """DPM-Solver of orders 2 and 3, single-step and multistep. Lu, Zhou, Bao, Chen, Li & Zhu, 2022, arXiv:2206.00927.
 
-Names are as the field has them: s is a single step of several evaluations, m a multistep method of one a step. The first
-order of all of them is `ddim`. On noise predictions; `dpmpp_2s` and so on are the same on data predictions.
+Names are as the field has them: s is a single step of several evaluations, m a multistep method of one a step. On noise
+predictions; `dpmpp_2s` and so on are the same on data predictions. The first order of all of them is `ddim`.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def dpm_solver_2m(
         order=2,
         lower_order_final=lower_order_final,
         stretch=stretch,
-        solver_type=solver_type,
         euler_at_final=euler_at_final,
+        solver_type=solver_type,
     )
     bound = bounded("dpm_solver_2m", clip, thresholding, sample_max_value)
     return linear(partial(lay_multistep, kind="eps", **settings), slots=("before",), bound=bound)
@@ -136,6 +136,7 @@ def dpm_solver_3m(
     lower_order_final: int = 10,
     stretch: float = 2.0,
     solver_type: str = "midpoint",
+    exact: bool = False,
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
@@ -147,10 +148,10 @@ def dpm_solver_3m(
 
       x_s = (alpha_s/alpha_t) x - sigma_s (f1 eps0 + f2 D1 + f3 D2).
 
-    It measures order 2, as `dpmpp_3m` does and for the same reasons.
+    It measures order 2, and 3 if `exact`, as `dpmpp_3m` does and for the same reason.
 
     Args:
-      lower_order_final, stretch, solver_type: as in `dpmpp_3m`.
+      lower_order_final, stretch, solver_type, exact: as in `dpmpp_3m`.
       clip, thresholding, sample_max_value: bounds of the data prediction, which eps follows (`bounds.bounded`).
       euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
@@ -160,12 +161,7 @@ def dpm_solver_3m(
     References: Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095; the authors' code.
     """
     check_multistep("dpm_solver_3m", lower_order_final, stretch, solver_type)
-    settings = dict(
-        order=3,
-        lower_order_final=lower_order_final,
-        stretch=stretch,
-        solver_type=solver_type,
-        euler_at_final=euler_at_final,
-    )
+    ends = dict(lower_order_final=lower_order_final, stretch=stretch, euler_at_final=euler_at_final)
+    lay = partial(lay_multistep, kind="eps", order=3, solver_type=solver_type, exact=exact, **ends)
     bound = bounded("dpm_solver_3m", clip, thresholding, sample_max_value)
-    return linear(partial(lay_multistep, kind="eps", **settings), slots=("before", "before2"), bound=bound)
+    return linear(lay, slots=("before", "before2"), bound=bound)

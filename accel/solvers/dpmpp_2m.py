@@ -63,8 +63,8 @@ def dpmpp_2m(
         order=2,
         lower_order_final=lower_order_final,
         stretch=stretch,
-        solver_type=solver_type,
         euler_at_final=euler_at_final,
+        solver_type=solver_type,
     )
     return linear(lay, slots=("before",), bound=bounded("dpmpp_2m", clip, thresholding, sample_max_value))
 
@@ -74,6 +74,7 @@ def dpmpp_3m(
     lower_order_final: int = 10,
     stretch: float = 2.0,
     solver_type: str = "midpoint",
+    exact: bool = False,
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
@@ -87,16 +88,19 @@ def dpmpp_3m(
       x_s = (sigma_s/sigma_t) x - alpha_s (e^{-h} - 1) D0 + alpha_s g2 D1 + alpha_s g3 D2,
       D1 = d0 + r0/(r0 + r1) (d0 - d1),  D2 = (d0 - d1)/(r0 + r1).
 
-    Its error is about a third of `dpmpp_2m`'s, and of order 2 as in the authors' code and in diffusers: its first step
-    is of first order, and D2 is half of the second derivative that g3 is the integral of.
+    Its error is about a third of `dpmpp_2m`'s, and of order 2 as in the authors' code and in diffusers: D2 is half of
+    the second derivative that g3 is the integral of. With the whole of it (`exact`), the polynomial through the three
+    predictions is integrated, and the order is 3, though the first steps are of lower ones; on the mixture of the tests
+    with 160 steps the error is 7e-6 against 5e-5, and 1.6e-4 of `dpmpp_2m`.
 
     Of lower order are the first two steps, the last two with fewer than `lower_order_final` steps, and any that is more
     than `stretch` times as long as the one before (first order), or that follows on such a step (second).
 
     Args:
       lower_order_final, stretch, clip, thresholding, sample_max_value: as in `dpmpp_2m`.
-      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
       solver_type: of the steps of second order, "midpoint" or "heun".
+      exact: 2 D2 for D2.
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the two previous data predictions.
@@ -110,8 +114,9 @@ def dpmpp_3m(
         order=3,
         lower_order_final=lower_order_final,
         stretch=stretch,
-        solver_type=solver_type,
         euler_at_final=euler_at_final,
+        solver_type=solver_type,
+        exact=exact,
     )
     bound = bounded("dpmpp_3m", clip, thresholding, sample_max_value)
     return linear(lay, slots=("before", "before2"), bound=bound)

@@ -53,9 +53,9 @@ def dpmpp_2m_sde(
         order=2,
         lower_order_final=lower_order_final,
         stretch=stretch,
+        euler_at_final=euler_at_final,
         solver_type=solver_type,
         eta=eta,
-        euler_at_final=euler_at_final,
     )
     bound = bounded("dpmpp_2m_sde", clip, thresholding, sample_max_value)
     return linear(partial(lay_multistep, kind="x0", **settings), slots=("before",), noises=1, bound=bound)
@@ -67,6 +67,7 @@ def dpmpp_3m_sde(
     lower_order_final: int = 0,
     stretch: float = 2.0,
     solver_type: str = "heun",
+    exact: bool = False,
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
@@ -76,12 +77,14 @@ def dpmpp_3m_sde(
 
     `dpmpp_3m` with the decay, the gains of (1 + eta) h and the noise of `dpmpp_2m_sde`. In k-diffusion steps of second
     order are of type heun and none is lowered at the end, which are the defaults here; in diffusers they are of its
-    solver type, and lowered at the end below 15 steps.
+    solver type, and lowered at the end below 15 steps. Diffusers weighs D2 by g3 - 1, a sign of the 1/2 in it, which is
+    not followed.
 
     Args:
       eta: share of the reverse SDE's noise, 0 ... 1 (1).
       lower_order_final, stretch: as in `dpmpp_3m`; a large stretch is the rule of k-diffusion and diffusers.
       solver_type: of the steps of second order, "midpoint" or "heun".
+      exact: as in `dpmpp_3m`.
       clip, thresholding, sample_max_value: bounds of the data prediction (`bounds.bounded`).
       euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
@@ -92,16 +95,10 @@ def dpmpp_3m_sde(
     """
     check_eta("dpmpp_3m_sde", eta)
     check_multistep("dpmpp_3m_sde", lower_order_final, stretch, solver_type)
-    settings = dict(
-        order=3,
-        lower_order_final=lower_order_final,
-        stretch=stretch,
-        solver_type=solver_type,
-        eta=eta,
-        euler_at_final=euler_at_final,
-    )
+    ends = dict(lower_order_final=lower_order_final, stretch=stretch, euler_at_final=euler_at_final)
+    lay = partial(lay_multistep, kind="x0", order=3, solver_type=solver_type, exact=exact, eta=eta, **ends)
     bound = bounded("dpmpp_3m_sde", clip, thresholding, sample_max_value)
-    return linear(partial(lay_multistep, kind="x0", **settings), slots=("before", "before2"), noises=1, bound=bound)
+    return linear(lay, slots=("before", "before2"), noises=1, bound=bound)
 
 
 @checked

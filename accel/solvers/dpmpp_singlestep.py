@@ -70,7 +70,8 @@ def dpmpp_3s(
     of orders 2 and 1 where n is divisible by three (DPM-Solver-fast). Steps into sigma = 0 are of first order.
 
     Args:
-      r1, r2: 0 < r1 < r2 < 1, 1/3 and 2/3 in the paper; None (both): as the grid's own times have them.
+      r1, r2: 0 < r1 < r2 < 1, 1/3 and 2/3 in the paper; None (both): as the grid's own times have them. Others than
+        these cost the third order, which a smooth grid comes back to in many steps.
       solver_type: "midpoint", or "heun": the second derivative too, from all three outputs ("taylor" of the authors).
       stage: how x_2 weighs D1 - D0: "exponential", or "midpoint": (r2/(2 r1)) g1(r2 h), as diffusers does with solver
         type midpoint.

@@ -103,9 +103,9 @@ def multistep_orders(
 ) -> list[int]:
     """The order of each multistep step of lengths h [n].
 
-    As many past outputs as there are, fewer at the end (n - j, as the authors) with fewer than `lower_order_final` steps,
-    and none across a step that is more than `stretch` times as long as the one before it, or that ends where sigma = 0;
-    with `euler_at_final` none in the last one.
+    As many as there are outputs, n - j or less at the end with fewer than `lower_order_final` steps (as the authors
+    have it), and 1 for a step that is over `stretch` times as long as the one before it, or that ends where sigma = 0.
+    With `euler_at_final` the last one is of order 1 too.
     """
     n, orders = len(h), []
     for j in range(n):
@@ -144,12 +144,14 @@ def lay_multistep(
     stretch: float,
     solver_type: str,
     eta: float = 0.0,
+    exact: bool = False,
     euler_at_final: bool = False,
 ) -> None:
     """One evaluation a step, with order - 1 past outputs in the slots "before" and "before2".
 
     Args:
       kind: "x0" or "eps", which of them is extrapolated.
+      exact: does g3 get the whole second derivative, 2 M2, so that the three outputs' polynomial is integrated.
       eta: above 0 (kind "x0" only) the SDE whose noise is eta times the reverse SDE's: its E is (1 + eta) h.
     """
     at = levels_at(process, times)
@@ -163,7 +165,7 @@ def lay_multistep(
             g1, g2, g3 = gains(E)
             r0, r1 = h[j - 1] / h[j], h[j - 2] / h[j]
             first = g1 / 2 if p == 2 and solver_type == "midpoint" else g2
-            extra = differences(p, r0, r1, scale * first, scale * g3)
+            extra = differences(p, r0, r1, scale * first, scale * g3 * (2 if exact else 1))
         x = dict(zip(names, extra, strict=False))
         if kind == "x0":
             decay = np.exp(-eta * h[j]) if eta else 1.0

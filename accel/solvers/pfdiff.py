@@ -29,12 +29,16 @@ def pfdiff(
 
     With phi(m, x_i, i -> j) a first-order step by the output m, and m_past the output of the evaluation before,
 
-      springboard  x = phi(m_past, x_i, i -> i + l),   m = network(x, t_{i+l}),   x_{i+k+1} = phi(m, x_i, i -> i + k + 1).
+      x = phi(m_past, x_i, i -> i + l)  (the springboard),  m = network(x, t_{i+l}),
+      x_{i+k+1} = phi(m, x_i, i -> i + k + 1).
 
     The past output leads to the springboard at no cost; its own, the future one, carries the whole step from x_i. The
     first step is a plain one to t_1, for its output. Where fewer than k + 1 steps are left, k and l are as large as
     these allow, and a single one left is a plain step, as in the authors' code (which takes l = 1 in that place for
     PFDiff-3_2). n steps of the grid are 1 + ceil((n - 1)/(k + 1)) evaluations.
+
+    Where the springboard is half way, l = (k + 1)/2 as in 1_1 and 3_2, this is a midpoint rule and measures order 2;
+    the others measure order 1.
 
     Args:
       k: steps that are left out, 1 ... 3 in the paper, here 1 ... 10.

@@ -27,9 +27,9 @@ def scire_2(
       x_1 = alpha_1 (x/alpha_s + r h eps0),
       x_t = alpha_t (x/alpha_s + h eps0 + h/(2 r phi) (eps1 - eps0)).
 
-    phi is the paper's correction of the difference as an estimate of the derivative (recursive difference). It is not 1,
-    so that the method measures order 1: the derivative is taken 1/phi = 1.5 to 2 times too large, however short the
-    steps. With phi = 1 it is the midpoint rule in rho, of order 2.
+    phi is the paper's correction of the difference as an estimate of the derivative (recursive difference). It is not
+    1, so that the method measures order 1: the derivative is taken 1/phi = 1.5 to 1.6 times too large, however short
+    the steps. With phi = 1 it is the midpoint rule in rho, of order 2.
 
     n steps of the grid are n evaluations, laid out as in `dpmpp_2s`.
 
