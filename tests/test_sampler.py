@@ -89,7 +89,7 @@ SOLVES = [
     ("pc", {}, "subvp"),
     ("flow_ab", {}, "flow"),
     ("sampler_scheduler", {}, "vp_linear"),
-    ("mcg", {"mask": 0.0}, "vp_linear"),
+    ("mcg", {"measurement": 0.0, "mask": 0.0}, "vp_linear"),
 ]
 IN_EVERY_RUN = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "edm")
 solves = pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from difax.core.grids import GRIDS, check_times, make_times
 from difax.core.guidance import GUIDES, unguided
 from difax.core.process import PROCESSES, flow, subvp, ve, vp_linear, vp_sde
 from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.registry import make
 from tests.oracles import kdiffusion as oracle
 from tests.test_solvers import exact  # noqa: F401, a fixture
 from tests.toys import MIXTURE, predict, solve, tiny_dit
@@ -603,6 +604,11 @@ def test_mcg_comes_nearer_to_the_posterior_than_projection_alone():
     assert off[0.1] < 0.9 * off[0.0]
 
 
+def test_mcg_needs_a_measurement():
+    with pytest.raises(ValueError, match="solver mcg: missing a required argument: 'measurement'"):
+        make("solver", {"name": "mcg"})
+
+
 def test_mcg_inpaints_in_the_sampler():
     model, params = tiny_dit()
     p, guide = vp_linear(), GUIDES["cfg"]()
@@ -649,10 +655,10 @@ def test_mcg_inpaints_in_the_sampler():
         ("sampler_scheduler", {"switch": 2.0}, "switch=2.0"),
         ("sampler_scheduler", {"first": "huen"}, "first 'huen' .did you mean heun"),
         ("sampler_scheduler", {"second": "mcg"}, "unknown sampler_scheduler: second 'mcg'"),
-        ("mcg", {"weight": -1.0}, "weight=-1.0"),
-        ("mcg", {"mask": 0.5}, "mask=0.5; allowed: 0 and 1"),
-        ("mcg", {"pseudo_inverse": np.sum}, "pseudo_inverse without operator"),
-        ("mcg", {"operator": np.sum, "mask": np.zeros(3)}, "operator and mask both"),
+        ("mcg", {"measurement": 0.0, "weight": -1.0}, "weight=-1.0"),
+        ("mcg", {"measurement": 0.0, "mask": 0.5}, "mask=0.5; allowed: 0 and 1"),
+        ("mcg", {"measurement": 0.0, "pseudo_inverse": np.sum}, "pseudo_inverse without operator"),
+        ("mcg", {"measurement": 0.0, "operator": np.sum, "mask": np.zeros(3)}, "operator and mask both"),
     ],
 )
 def test_bad_arguments_are_refused(solver, arguments, message):

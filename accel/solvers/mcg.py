@@ -29,7 +29,7 @@ class MCGTable(NamedTuple):
 
 @checked
 def mcg(
-    measurement: float | np.ndarray | jax.Array = 0.0,
+    measurement: float | np.ndarray | jax.Array,
     mask: float | np.ndarray | jax.Array = 1.0,
     operator: Callable[..., Any] | None = None,
     pseudo_inverse: Callable[..., Any] | None = None,
