@@ -52,6 +52,7 @@ NEEDS = {
     ("cache", "bacache"): {"similarities": {"attn": np.ones((2, STEPS, STEPS)).tolist()}, "updates": 2, "bubble": 0},
     ("cache", "icc"): {"period": 1},
     ("cache", "pab"): {"window": (100.0, 850.0)},
+    ("solver", "mcg"): {"measurement": 0.0},
     ("quant", "int4_weight"): {"group": 8},
     ("quant", "svdquant_w4a8"): {"rank": 4},
 }

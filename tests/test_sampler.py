@@ -82,9 +82,20 @@ SOLVES = [
     ("euler", {}, "flow"),
     ("heun", {}, "flow"),
     ("dpmpp_2m", {}, "vp_linear"),
+    ("euler_ancestral", {}, "vp_linear"),
+    ("kdpm2", {"eta": 1.0}, "flow"),
+    ("edm", {}, "ve"),
+    ("restart", {}, "vp_linear"),
+    ("pc", {}, "subvp"),
+    ("flow_ab", {}, "flow"),
+    ("sampler_scheduler", {}, "vp_linear"),
+    ("mcg", {"measurement": 0.0, "mask": 0.0}, "vp_linear"),
 ]
+IN_EVERY_RUN = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "edm")
 solves = pytest.mark.parametrize(
-    ("solver", "arguments", "process"), SOLVES, ids=[f"{s}-{'-'.join(map(str, a.values()))}-{p}" for s, a, p in SOLVES]
+    ("solver", "arguments", "process"),
+    [pytest.param(*s, marks=() if s[0] in IN_EVERY_RUN else pytest.mark.slow) for s in SOLVES],
+    ids=[f"{s}-{'-'.join(map(str, a.values()))}-{p}" for s, a, p in SOLVES],
 )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from difax.accel.solvers.nested import inner
 from difax.core import noise
-from difax.core.annotations import checked
+from difax.core.annotations import brief, checked
 from difax.core.contracts import Array, Row, Solver
 from difax.core.drive import per_sample
 from difax.core.process import Process
@@ -29,7 +29,7 @@ class MCGTable(NamedTuple):
 
 @checked
 def mcg(
-    measurement: float | np.ndarray | jax.Array = 0.0,
+    measurement: float | np.ndarray | jax.Array,
     mask: float | np.ndarray | jax.Array = 1.0,
     operator: Callable[..., Any] | None = None,
     pseudo_inverse: Callable[..., Any] | None = None,
@@ -67,7 +67,7 @@ def mcg(
         raise ValueError("mcg: pseudo_inverse without operator; allowed: both, or a mask")
     known = np.asarray(mask)
     if not np.all((known == 0) | (known == 1)):
-        raise ValueError("mcg: mask has other values than 0 and 1; allowed: 0 and 1")
+        raise ValueError(f"mcg: mask={brief(mask)}; allowed: 0 and 1")
     if operator is not None and not np.all(known == 1):
         raise ValueError("mcg: operator and mask both say what is measured; allowed: one of them")
     within = inner("mcg: solver", solver)

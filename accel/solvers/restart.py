@@ -54,7 +54,7 @@ def restart(
     """
     intervals = [_interval(part) for part in (plan.values() if isinstance(plan, Mapping) else plan)]
     if not intervals:
-        raise ValueError("restart: plan is empty; allowed: one interval or more (heun does without)")
+        raise ValueError(f"restart: plan={brief(plan)}; allowed: one interval or more (heun does without)")
     if not 0 < s_noise <= 2:
         raise ValueError(f"restart: s_noise={s_noise}; allowed: > 0, up to 2")
     if not 0.01 <= rho <= 1000:
