@@ -16,6 +16,7 @@ FAMILIES = {
     "solvers: k-diffusion": ("solvers_kdiffusion",),
     "schedulers": ("schedulers",),
     "solvers: exponential": ("solvers_exponential",),
+    "solvers: adams": ("solvers_adams",),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),

@@ -62,6 +62,7 @@ ELSEWHERE = {
         "dpm_solver_3m", "dpm_solver_2s", "dpm_solver_3s", "dpm_solver_12", "dpm_solver_23", "scire_2", "scire_3",
         "seeds_1", "seeds_2", "seeds_3", "pfdiff",
     ),
+    "solvers_adams": ("unipc", "dc_solver", "sa_solver", "deis", "ipndm", "pndm", "lms", "dpm_solver_v3"),
     "solvers_kdiffusion": (
         "euler_ancestral", "kdpm2", "edm", "restart", "pc", "flow_ab", "sampler_scheduler", "mcg",
     ),

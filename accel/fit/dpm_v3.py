@@ -87,8 +87,8 @@ def statistics(
         e = eps(x, t)
         dx = jnp.asarray(drift, x.dtype)[index] * x - level.sigma * e
         e, change = jax.jvp(eps, (x, t), (dx.astype(x.dtype), jnp.full_like(t, jnp.asarray(dt, t.dtype)[index])))
-        f = ratio * e - l * x / level.alpha
-        df = ratio * ((l - 1) * e + change) - slope * x / level.alpha
+        f = ratio * e - l[None] * x / level.alpha
+        df = ratio * ((l[None] - 1) * e + change) - slope[None] * x / level.alpha
         return jnp.stack([mean(f), mean(df), mean(f * f), mean(f * df)])
 
     l = _averaged(batches, lambda x0, keys, k: diagonal(x0, keys, k), len(half))  # noqa: E741

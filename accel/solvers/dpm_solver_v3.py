@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.caches import measured
-from difax.accel.solvers.adams import Ladder, ladder, refuse_pure_noise
+from difax.accel.solvers.adams import Ladder, ladder
 from difax.accel.solvers.quadrature import legendre
 from difax.core.annotations import checked
 from difax.core.contracts import Array, Solver
@@ -26,18 +26,17 @@ POINTS = 12  # of a piece between two log-SNRs
 
 
 class V3Update(NamedTuple):
-    """x_t = x x_s + sum_i outputs[i] f_i + constant, each [*d]; outputs [k, *d]."""
+    """x_t = x x_s + sum_i outputs[i] f_i + constant, each [*d]."""
 
     x: Array
-    outputs: Array
+    outputs: tuple[Array, ...]
     constant: Array
 
 
 class V3Table(NamedTuple):
-    """Of each evaluation: f = eps eps + l x, then the corrector's update from the start of the step, then the next."""
+    """Of each evaluation: f = share x - x0, then the corrector's update from the start of the step, then the next."""
 
-    eps: Array
-    l: Array  # noqa: E741 - the paper's letter
+    share: Array  # (1 - l)/alpha
     corrects: Array  # bool: does the corrector act
     corrector: V3Update
     predictor: V3Update
@@ -83,7 +82,7 @@ def dpm_solver_v3(
       A `Solver` whose state is the corrected start of the step and the past f.
 
     Raises:
-      ValueError: from `grid`, times at which alpha = 0 or that lie outside of the statistics.
+      ValueError: from `grid`, times that lie outside of the statistics, as alpha = 0 does.
 
     References: Zheng et al. 2023, arXiv:2310.13268, section 3 and the appendix on pseudo-order. The authors move the
       times of a run to those of the statistics, and integrate by trapezoids there; here statistics are linear between
@@ -101,44 +100,42 @@ def dpm_solver_v3(
     def grid(process: Process, times: np.ndarray):
         check_times(times)
         levels, n = ladder(process, times), len(times) - 1
-        refuse_pure_noise("dpm_solver_v3", process, levels, times)
         integrals = integrals_of(levels, found)
-        ends = ~np.isfinite(levels.half)
-        order_of = [min(order, j + 1, n - j if lower_order_final else order) for j in range(n)]
-        order_of = [1 if ends[j + 1] else many for j, many in enumerate(order_of)]
-        shape = integrals.l.shape[1:]
-        none = V3Update(np.zeros(shape), np.zeros((kept + 1, *shape)), np.zeros(shape))
+        alpha, sigma, shape = levels.level.alpha, levels.level.sigma, integrals.l.shape[1:]
+        first, zero = int(alpha[0] == 0), np.zeros(shape)  # the first f that is known at a finite log-SNR
+        order_of = [max(1, min(order, j + 1 - first, n - j if lower_order_final else order)) for j in range(n)]
+        if sigma[-1] == 0:
+            order_of[-1] = 1
         rows = []
         for j in range(n):
-            alpha, sigma = levels.level.alpha[j], levels.level.sigma[j]
-            many = order_of[j - 1] + corrector_pseudo if j else 1
-            acts = corrector and many > 1 and times[j] > corrector_above
-            back = none
-            if acts:
-                nodes = [j - 1, j, *range(j - 2, j - many, -1)]
-                back = _placed(update_of(integrals, j - 1, nodes, corrector_pseudo), nodes, j, kept)
+            share = (1 - integrals.l[j]) / alpha[j] if alpha[j] > 0 else zero
+            many = order_of[j - 1] + corrector_pseudo
+            acts = corrector and j > first and many > 1 and times[j] > corrector_above
+            nodes = [j - 1, j, *range(j - 2, j - many, -1)] if acts else []
+            back = update_of(integrals, j - 1, nodes, corrector_pseudo) if acts else V3Update(zero, (), zero)
+            back = _placed(back, nodes, j, kept)
             nodes = list(range(j, j - order_of[j], -1))
-            if ends[j + 1]:
-                scale = levels.level.alpha[j + 1]
-                on = V3Update(scale * (1 - integrals.l[j]) / alpha, np.full((1, *shape), -scale), np.zeros(shape))
+            if sigma[j + 1] == 0:
+                on = V3Update(alpha[j + 1] * share, (zero - alpha[j + 1],), zero)
+            elif alpha[j] == 0:
+                on = V3Update(zero + sigma[j + 1] / sigma[j], (zero - alpha[j + 1],), zero)
             else:
                 on = update_of(integrals, j, nodes, predictor_pseudo)
-            on = _placed(on, nodes, j, kept)
-            rows.append(V3Table(np.full(shape, sigma / alpha), -integrals.l[j] / alpha, np.bool_(acts), back, on))
+            rows.append(V3Table(share, np.bool_(acts), back, _placed(on, nodes, j, kept)))
         table = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
         return lay_rows(process, times[:-1], np.arange(n), table)
 
     def step(prediction, x, state: V3State, row, keys):
         c: V3Table = row.coefficients
-        if np.broadcast_shapes(c.eps.shape, x.shape[1:]) != x.shape[1:]:
-            raise ValueError(
-                f"dpm_solver_v3: file={file!r} has statistics of samples {c.eps.shape}; allowed: {x.shape[1:]}"
-            )
-        f = c.eps * prediction.eps + c.l * x
+        d, sample = c.share.shape, x.shape[1:]
+        if len(d) > len(sample) or any(a not in (1, b) for a, b in zip(d[::-1], sample[::-1], strict=False)):
+            raise ValueError(f"dpm_solver_v3: file={file!r} has statistics of samples {d}; allowed: {sample}")
+        c = jax.tree.map(lambda a: _beside(jnp.asarray(a), x.ndim), c)
+        f = c.share * x - prediction.x0  # (sigma eps - l x)/alpha, where alpha may be 0
         outputs = (f, *state.past)
 
         def moved(update: V3Update, start: jax.Array) -> jax.Array:
-            return update.x * start + update.constant + sum(update.outputs[i] * o for i, o in enumerate(outputs))
+            return update.x * start + update.constant + sum(w * o for w, o in zip(update.outputs, outputs, strict=True))
 
         here = jnp.where(c.corrects, moved(c.corrector, state.start), x) if corrector else x
         after = jnp.asarray(moved(c.predictor, here), x.dtype)
@@ -153,7 +150,7 @@ def dpm_solver_v3(
 class Integrals(NamedTuple):
     """Cumulative integrals on `at` [K], all log-SNRs of the statistics and of a run.
 
-    of: where the run's finite log-SNRs lie in `at`. l: [n, *d] at these. L, S, B: [K, *d], of l, s and e^{-S} b.
+    of: where the run's log-SNRs lie in `at`. l: [n + 1, *d] at these. L, S, B: [K, *d], of l, s and e^{-S} b.
     """
 
     at: np.ndarray
@@ -171,18 +168,20 @@ def integrals_of(levels: Ladder, found: dict[str, np.ndarray] | None) -> Integra
     Raises:
       ValueError: a run that goes beyond the statistics.
     """
-    half = levels.half[np.isfinite(levels.half)]
+    finite = np.isfinite(levels.half)
+    half = levels.half[finite] if finite.any() else np.zeros(1)
+    there, slack = half[[0, -1]] + [-1, 1], 1e-6 * (1 + np.abs(half).max())
     if found is None:
-        found = {"lambda": half[[0, -1]], "l": np.ones(2), "s": np.zeros(2), "b": np.zeros(2)}
-    there, slack = found["lambda"], 1e-6 * (1 + np.abs(half).max())
-    if half[0] < there[0] - slack or half[-1] > there[-1] + slack:
+        found = {"lambda": there, "l": np.ones(2), "s": np.zeros(2), "b": np.zeros(2)}
+    elif levels.half[0] < found["lambda"][0] - slack or half[-1] > found["lambda"][-1] + slack:
+        there = found["lambda"]
         raise ValueError(
-            f"dpm_solver_v3: log(alpha/sigma) of the run is {half[0]:.3f} ... {half[-1]:.3f}; allowed: within that of "
-            f"the statistics, {there[0]:.3f} ... {there[-1]:.3f}"
+            f"dpm_solver_v3: log(alpha/sigma) of the run is {levels.half[0]:.3f} ... {half[-1]:.3f}; allowed: within "
+            f"that of the statistics, {there[0]:.3f} ... {there[-1]:.3f}"
         )
-    at = np.unique(np.concatenate([there, half]))
-    of = np.searchsorted(at, half)
-    l, s, b = (_linear(at, there, found[name]) for name in ("l", "s", "b"))  # noqa: E741
+    at = np.unique(np.concatenate([found["lambda"], half]))
+    of = np.searchsorted(at, np.where(finite, levels.half, half[0]))  # what is endless is not asked for
+    l, s, b = (_linear(at, found["lambda"], found[name]) for name in ("l", "s", "b"))  # noqa: E741
     flat = np.zeros_like(l)
     L, S = (_sums(_pieces(at, flat, v)) for v in (l, s))
     return Integrals(at, of, levels.level.alpha, l[of], L, S, _sums(_pieces(at, -S, b)))
@@ -202,7 +201,7 @@ def update_of(integrals: Integrals, j: int, nodes: list[int], pseudo: bool) -> V
     weights = -scale * np.tensordot(rule.T, moments, 1)  # of g at the nodes
     known = of[nodes]
     constant = -scale * _pieces(at[here], L + S, B[here]).sum(0) - (weights * B[known]).sum(0)
-    return V3Update(scale / alpha[j], weights * np.exp(integrals.S[s] - integrals.S[known]), constant)
+    return V3Update(scale / alpha[j], tuple(weights * np.exp(integrals.S[s] - integrals.S[known])), constant)
 
 
 def derivative_rule(apart: np.ndarray, pseudo: bool) -> np.ndarray:
@@ -245,10 +244,14 @@ def read_statistics(file: str) -> dict[str, np.ndarray]:
 
 def _placed(update: V3Update, nodes: list[int], j: int, kept: int) -> V3Update:
     """The same with its outputs in the order of the step's: f at j, j - 1, ..., zero where there is none."""
-    outputs = np.zeros((kept + 1, *np.shape(update.constant)))
-    for weight, node in zip(update.outputs, nodes, strict=True):
-        outputs[j - node] = weight
-    return update._replace(outputs=outputs)
+    weights = dict(zip(nodes, update.outputs, strict=True))
+    nothing = np.zeros(np.shape(update.constant))
+    return update._replace(outputs=tuple(weights.get(j - k, nothing) for k in range(kept + 1)))
+
+
+def _beside(a: jax.Array, ndim: int) -> jax.Array:
+    """[*d] with leading axes for the batch, and what a sample has more."""
+    return a.reshape(*(1,) * (ndim - a.ndim), *a.shape)
 
 
 def _shaped(a: np.ndarray, like: np.ndarray) -> np.ndarray:

@@ -105,7 +105,7 @@ def sa_solver(
             order = min(corrector_order, j + 1, n - j + 2 if lower_order_final else j + 1)
             return moved(j - 1, np.arange(j, j - order, -1))
 
-        lay_adams(steps, times, "x0", predict, correct if corrects else None)
+        lay_adams(steps, times, levels, "x0", predict, correct if corrects else None)
 
     kept = max(predictor_order, corrector_order) - 1
     bound = bounded("sa_solver", None, thresholding, sample_max_value)

@@ -216,18 +216,18 @@ def pndm(x, eps, abar, t, order):
     return x
 
 
-def dpm_solver_v3(x, eps, alpha, sigma, index, lam, l, s, b, order, p_pseudo, c_pseudo, corrects, lower_final):
+def dpm_solver_v3(x, eps, alpha, sigma, index, lam, ell, s, b, order, p_pseudo, c_pseudo, corrects, lower_final):
     """Algorithm 1 of DPM-Solver-v3 with all integrals by trapezoids over the log-SNRs `lam` [K] of the statistics.
 
-    index: [n + 1], where the levels of the run lie in `lam`. l, s, b: [K, D].
+    index: [n + 1], where the levels of the run lie in `lam`. ell, s, b: [K, D].
     """
 
     def cumulative(exponent, values):
         v = np.exp(exponent) * values
         return np.concatenate([np.zeros_like(v[:1]), np.cumsum((v[1:] + v[:-1]) / 2 * np.diff(lam)[:, None], 0)])
 
-    zero, one = np.zeros_like(l), np.ones_like(l)
-    big_l, big_s = cumulative(zero, l), cumulative(zero, s)
+    zero, one = np.zeros_like(ell), np.ones_like(ell)
+    big_l, big_s = cumulative(zero, ell), cumulative(zero, s)
     i_of, b_of = cumulative(big_l + big_s, one), cumulative(-big_s, b)
     c_of = cumulative(big_l + big_s, b_of)
 
@@ -239,8 +239,10 @@ def dpm_solver_v3(x, eps, alpha, sigma, index, lam, l, s, b, order, p_pseudo, c_
                 last = table[-1]
                 table.append([(last[j] - last[j + 1]) / (nodes[j] - nodes[j + k]) for j in range(n + 1 - k)])
             return [table[k][0] * math.factorial(k) for k in range(1, n + 1)]
+        if not n:
+            return []
         matrix = np.stack([(nodes[1:] - nodes[0]) ** k for k in range(1, n + 1)], 1)
-        found = np.linalg.solve(matrix, np.stack(g[1:]) - g[0]) if n else []
+        found = np.linalg.solve(matrix, (np.stack(g[1:]) - g[0]).reshape(n, -1)).reshape(n, *np.shape(g[0]))
         return [found[k - 1] * math.factorial(k) for k in range(1, n + 1)]
 
     def update(x, i, j, f, known, pseudo):
@@ -260,7 +262,7 @@ def dpm_solver_v3(x, eps, alpha, sigma, index, lam, l, s, b, order, p_pseudo, c_
 
     n, f, before, many = len(alpha) - 1, {}, None, 0
     for i in range(n):
-        f[i] = (sigma[i] * eps(x, i) - l[index[i]] * x) / alpha[i]
+        f[i] = (sigma[i] * eps(x, i) - ell[index[i]] * x) / alpha[i]
         wide = many + c_pseudo
         if corrects and wide > 1:
             x = update(before, i - 1, i, f, [i - 1, i, *range(i - 2, i - wide, -1)], c_pseudo)

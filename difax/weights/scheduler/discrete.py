@@ -67,7 +67,7 @@ def pndm(case: Case) -> Sections:
 
 def ipndm(case: Case) -> Sections:
     case.only("trained_betas", (None,), "they are no betas there")
-    return given_sections(case, {"name": "trig"}, "v", {"name": "ipndm", "from_noise": True}, {"name": "ipndm"})
+    return given_sections(case, {"name": "trig"}, "v", {"name": "ipndm", "zero_at_noise": True}, {"name": "ipndm"})
 
 
 def distilled(case: Case) -> Sections:
