@@ -246,10 +246,9 @@ def test_a_grid_says_what_it_was_fitted_to(small_weights, tmp_path):
     grid = {"name": "measured", "file": str(file)}
     load = lambda **more: difax.load("fmnist_smoke", weights=small_weights, **{"steps": 3, "grid": grid, **more})  # noqa: E731
     load()
-    with pytest.warns(
-        MeasuredElsewhere, match=r"grid measured: .*was measured in another run \(solver 'euler'; here: ddim"
-    ):
-        load(solver="ddim", process="vp_linear", prediction="eps", grid={**grid, "file": other_process(file)})
+    other = {"solver": "ddim", "process": "vp_linear", "prediction": "eps"}
+    with pytest.warns(MeasuredElsewhere, match=r"grid measured: .*in another run \(solver 'euler'; here: ddim"):
+        load(**other, grid={**grid, "file": other_process(file)})
     with pytest.raises(ValueError, match="times for 3 steps; allowed: the 4 of this run"):
         load(steps=4)
     with pytest.raises(ValueError, match="times of the process 'flow'; allowed: of vp_linear"):
