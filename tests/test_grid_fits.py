@@ -120,11 +120,14 @@ def test_align_your_steps_measures_the_bound_of_gaussian_data(monkeypatch):
 
 def test_watson_measures_the_terms_of_the_bound(monkeypatch):
     process, of = vp_linear(), gaussian(monkeypatch, vp_linear())
-    seen = []
+    seen, drawn = [], []
     monkeypatch.setattr(schedules, "cheapest_path", lambda cost, n: seen.append(cost) or np.array([0, 10, 20]))
+    paths = schedules.forward_paths
+    monkeypatch.setattr(schedules, "forward_paths", lambda *a: [out := paths(*a), drawn.append(out[0])][0])
     found = schedules.watson(known(process, 2), **of, fine=20, sigma_min=0.1)
     ratio = np.exp(np.linspace(np.log(157.4069), np.log(0.1), 21))
-    error = PIXELS * SPREAD**2 * ratio**2 / (SPREAD**2 + ratio**2)  # variance of the posterior
+    gain = SPREAD**2 / (SPREAD**2 + ratio**2)
+    error = PIXELS * ((1 - gain) ** 2 * np.mean(drawn[0] ** 2) + gain**2 * ratio**2)  # of the samples that it drew
     for i, j in ((0, 5), (3, 12), (8, 20), (15, 16)):
         wanted = 0.5 * (1 / ratio[j] ** 2 - 1 / ratio[i] ** 2) * error[i]
         assert seen[0][i, j] == pytest.approx(wanted, rel=0.03), (i, j)
@@ -144,7 +147,7 @@ def test_a_term_of_the_bound_is_the_divergence_of_two_gaussians():
     assert ours[0, 1] == pytest.approx(weight**2 * 2.0 / (2 * posterior), rel=1e-9)
 
 
-def test_the_fine_trajectory_is_of_second_order():
+def test_the_fine_trajectory_is_of_second_order_or_better():
     process, errors = vp_sde(), []
     for fine in (40, 80):
         times = np.linspace(0.9, 0.1, fine + 1)
@@ -152,7 +155,7 @@ def test_the_fine_trajectory_is_of_second_order():
         std = np.sqrt(SPREAD**2 * level.alpha**2 + level.sigma**2)
         of = Batch(np.ones((1, 1)), lambda x, i, a=level.alpha, s=std: SPREAD**2 * a[i] / s[i] ** 2 * x, 0)
         errors.append(abs(trajectory(process, times, of)[0][-1][0, 0] - std[-1] / std[0]))
-    assert np.log2(errors[0] / errors[1]) == pytest.approx(2.0, abs=0.2)
+    assert np.log2(errors[0] / errors[1]) > 1.8 and errors[1] < 1e-4  # Gaussian data are kind to it
 
 
 def test_forward_paths_share_their_noise():
@@ -164,8 +167,7 @@ def test_forward_paths_share_their_noise():
     walk = x / level.alpha[:, None, None] - x0
     variance = (level.sigma / level.alpha) ** 2
     np.testing.assert_allclose(walk.var((1, 2)), variance, rtol=0.06)
-    covariance = np.mean(walk[0] * walk[2])
-    assert covariance == pytest.approx(variance[2], rel=0.5)  # of a Brownian motion, the smaller variance
+    assert np.mean(walk[1] * walk[2]) == pytest.approx(variance[2], rel=0.2)  # the smaller one, of a Brownian motion
     np.testing.assert_allclose(np.var(walk[1] - walk[2]), variance[1] - variance[2], rtol=0.06)
 
 
@@ -224,7 +226,7 @@ def test_calibrate_writes_a_grid_that_sample_reads(name, small_weights, tmp_path
     found = json.loads(file.read_text())
     assert (found["technique"], found["process"], found["solver"], found["steps"]) == (name, "flow", "euler", 3)
     assert len(found["times"]) == 4 and found["settings"]["fine"] in (6, 8)
-    run = difax.load(weights=small_weights, steps=3, grid={"name": "measured", "file": str(file)})
+    run = difax.load(small_weights, steps=3, grid={"name": "measured", "file": str(file)})
     np.testing.assert_array_equal(run.setup.times, found["times"])
     if name == "autodiffusion":
         assert sum(map(len, found["skip"])) == 3 and found["losses"]["found"] <= found["losses"]["the run's grid"]
@@ -244,7 +246,7 @@ def test_a_grid_says_what_it_was_fitted_to(small_weights, tmp_path):
     }
     file.write_text(json.dumps({**says, "times": [1.0, 0.6, 0.2, 0.0]}))
     grid = {"name": "measured", "file": str(file)}
-    load = lambda **more: difax.load("fmnist_smoke", weights=small_weights, **{"steps": 3, "grid": grid, **more})  # noqa: E731
+    load = lambda **more: difax.load(small_weights, **{"steps": 3, "grid": grid, **more})  # noqa: E731
     load()
     other = {"solver": "ddim", "process": "vp_linear", "prediction": "eps"}
     with pytest.warns(MeasuredElsewhere, match=r"grid measured: .*in another run \(solver 'euler'; here: ddim"):
@@ -276,7 +278,7 @@ def other_process(file) -> str:
         (["--grid", "watson", "--fit", "sigma_min=0"], ["sigma_min=0", "1e-6 ... 1"]),
         (["--grid", "autodiffusion", "--fit", "blocks=0"], ["blocks=0", "0.1 ... 1"]),
         (["--grid", "gits", "--rank", "3"], ["--rank is of caches", "--fit KEY=VALUE"]),
-        (["--cache", "teacache", "--fit", "fine=3"], ["--fit fine=3 is of grids and solvers"]),
+        (["--cache", "teacache", "--fit", "fine=3"], ["--fit fine=3", "allowed: --config.cache.KEY=VALUE"]),
         (["--grid", "gits", "--samples", "0"], ["--samples=0", "1 or more"]),
     ],
 )
@@ -300,13 +302,13 @@ def test_a_solver_is_fitted_by_the_same_command(small_weights, tmp_path, capsys,
     assert cli.main([*command, "--solver", "made_up"]) == 0
     np.testing.assert_array_equal(np.load(file)["weights"], [6.0] * 4)
     assert "made_up" in capsys.readouterr().out
-    content = difax.load(weights=small_weights, steps=3).calibrate("made_up", kind="solver", samples=2, times=2)
+    content = difax.load(small_weights, steps=3).calibrate("made_up", kind="solver", samples=2, times=2)
     np.testing.assert_array_equal(content["arrays"]["weights"], [4.0] * 4)
     assert content["technique"] == "made_up" and content["steps"] == 3
     assert cli.main([*command, "--solver", "made_up", "--grid", "gits"]) == 2
     assert "two calibrations" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown kind 'grids'"):
-        difax.load(weights=small_weights, steps=3).calibrate("gits", kind="grids")
+        difax.load(small_weights, steps=3).calibrate("gits", kind="grids")
     assert study.ending("made_up", "solver") == ".npz" and study.ending("gits", "grid") == ".json"
 
 

@@ -54,7 +54,7 @@ def autodiffusion(skip: Sequence[Sequence[int]] | None = None, *, file: str | No
 
     def block(run: Block, where: Where, tokens: Tokens, own: State, inner: State, row: Row) -> Any:
         left = row.plan.values[where.stage][where.layer]
-        out, inner, done = jax.lax.cond(left, run.skip, run, tokens, inner)
+        out, inner, done = jax.lax.cond(left, lambda t, i: run.skip(t, i), lambda t, i: run(t, i), tokens, inner)
         return out, own, inner, done
 
     return Accelerator(name="autodiffusion", plan=plan, block=block, measured=says)
