@@ -16,19 +16,12 @@ from difax.core.grids.levels import beta_quantiles
 from difax.core.grids.times import ratios
 from difax.core.process import PROCESSES, flow, log_snr, sit, ve, vp_linear, vp_sde
 from tests.oracles import timesteps as oracle
+from tests.toys import KEYED, takes
 
-DISCRETE_ONLY, FLOW_ONLY = ("leading", "lcm", "diffusers"), ("shifted", "flow_match", "diffusers_flow")
-NEED = ("given", "measured")  # keys, without which they are no grids
 # where the first evaluation is; grids in log-SNR or sqrt(t) start at t_max
 FIRST = ("uniform", "linspace", "trailing", "shifted", "logit", "lcm", "flow_match", "diffusers", "diffusers_flow")
 IN_LEVELS = ("quadratic", "log_snr", "karras", "exponential", "beta")
 STARTS = {**dict.fromkeys(FIRST, 1.0), **dict.fromkeys(IN_LEVELS), "dm_nonuniform": None}
-
-
-def allowed(grid: str, process) -> bool:
-    if grid in DISCRETE_ONLY:
-        return process.steps is not None
-    return grid not in FLOW_ONLY or process.name in ("flow", "sit")
 
 
 def indices(times: np.ndarray, steps: int = 1000) -> list[int]:
@@ -38,7 +31,7 @@ def indices(times: np.ndarray, steps: int = 1000) -> list[int]:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("grid", [name for name in GRIDS if name not in NEED])
+@pytest.mark.parametrize("grid", [name for name in GRIDS if name not in KEYED])
 @pytest.mark.parametrize("n", [1, 2, 7, 50, 250])
 def test_every_grid_on_every_process(grid, process, n):
     p = PROCESSES[process]()
@@ -46,7 +39,7 @@ def test_every_grid_on_every_process(grid, process, n):
         n = min(n, 50)  # distilled on so many
     if grid == "dm_nonuniform":
         n = min(n, 20)
-    if not allowed(grid, p):
+    if not takes(grid, p):
         with pytest.raises(ValueError, match=f"grid {grid} needs a .*process.*{process} is"):
             make_times(GRIDS[grid](), p, n)
         return
@@ -403,6 +396,7 @@ REFUSED = {
         "2 evaluations in times; allowed: the 5",
     ),
     "order": (lambda: GRIDS["dm_nonuniform"](order=4), "order=4; allowed: 1 ... 3"),
+    "many steps": (lambda: make_times(GRIDS["dm_nonuniform"](), vp_linear(), 101), "steps=101; allowed: 1 ... 100"),
     "power": (lambda: GRIDS["dm_nonuniform"](power=9.0), "power=9.0; allowed: 0 ... 4"),
 }
 
