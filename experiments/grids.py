@@ -51,6 +51,7 @@ BOUNDS: dict[str, dict[str, Any]] = {  # of the process alone
 FITS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in GRID_FITS},
     "gits l2": ("gits", {"metric": "l2", "growth": 1.0}),
+    "autodiffusion": ("autodiffusion", {"population": 16, "generations": 6, "select": 4}),
 }
 
 
@@ -120,11 +121,16 @@ def compare(run: Run, options: argparse.Namespace, wanted: dict[int, np.ndarray]
     return rows
 
 
-def page(rows: list[dict[str, Any]], command: str) -> str:
+def page(rows: list[dict[str, Any]]) -> str:
     """The page of the rows, in Markdown: a table for each solver, a column for each number of evaluations."""
     lines = ["# Time grids, fitted and plain", "", *(__doc__ or "").strip().splitlines()[5:], ""]
-    where = rows[0]["provenance"]
-    lines += [f"`{command}`, {where['device']}, {where['date']}.", ""]
+    where, sets = rows[0]["provenance"], [(row["fitted"]["samples"], row["held_out"]["samples"]) for row in rows]
+    fitted, held = (" to ".join(str(n) for n in sorted(set(column))) for column in zip(*sets, strict=True))
+    lines += [
+        f"Fitted on {fitted} samples, held out {held}; {where['device']}, {where['cores']} cores, {where['date']}: "
+        f"`{where['command']}`. In brackets the gain over the best plain grid with its 95 % interval.",
+        "",
+    ]
     for solver in dict.fromkeys(row["solver"] for row in rows):
         ours = [row for row in rows if row["solver"] == solver]
         counts = sorted({row["steps"] for row in ours})
@@ -159,7 +165,7 @@ def main() -> None:
     path = options.out or RESULTS / "grids" / f"{options.lane}.jsonl"
     if options.page:
         with replacing(path.with_name("README.md")) as aside:
-            pathlib.Path(aside).write_text(page(read_rows(path), "python -m experiments.grids") + "\n")
+            pathlib.Path(aside).write_text(page(read_rows(path)) + "\n")
         return
     there = {(row["solver"], row["steps"]) for row in read_rows(path)}
     opened = difax.load(CONFIG)

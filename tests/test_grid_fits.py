@@ -17,6 +17,7 @@ from difax.accel.fit.trajectories import Batch, ddim_step, trajectory
 from difax.core.grids import GRIDS, make_times
 from difax.core.process import flow, log_snr, vp_linear, vp_sde
 from difax.study import calibrate as study
+from experiments import grids as experiment
 from tests.families import some
 
 # ---------------------------------------------------------------- the path
@@ -328,3 +329,41 @@ def test_a_solver_is_fitted_by_the_same_command(small_weights, tmp_path, capsys,
 def test_lists_of_blocks_are_refused(keys, said):
     with pytest.raises(ValueError, match=said):
         CACHES["autodiffusion"](**keys)
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def test_the_page_of_the_comparison_shows_every_row():
+    where = {"device": "cpu", "cores": 2, "date": "2026-01-01", "command": "python -m experiments.grids"}
+    row = {"kind": "fitted", "best_plain": "uniform", "psnr": 20.0, "gain": 1.5, "gain_interval": [0.5, 2.5]}
+    row |= {"provenance": where, "fitted": {"samples": 40}, "held_out": {"samples": 200}}
+    rows = [
+        {**row, "solver": "euler", "steps": 5, "grid": "uniform", "kind": "plain"},
+        {**row, "solver": "euler", "steps": 5, "grid": "gits"},
+        {**row, "solver": "euler", "steps": 8, "grid": "gits", "gain": -0.5},
+    ]
+    text = experiment.page(rows)
+    assert "| gits | fitted | 20.00 (+1.50 [+0.50, +2.50]) | 20.00 (-0.50 [+0.50, +2.50]) |" in text
+    assert "| uniform | plain | 20.00 (best plain) |  |" in text and "Fitted on 40 samples, held out 200" in text
+    assert {name for name, _ in experiment.FITS.values()} == set(GRID_FITS)
+
+
+@pytest.mark.slow
+def test_the_comparison_runs(small_weights, tmp_path, monkeypatch):
+    tiny = difax.load(small_weights)
+    monkeypatch.setattr(experiment.difax, "load", lambda config: tiny)
+    monkeypatch.setattr(experiment, "FITS", {"gits": ("gits", {"fine": 6})})
+    monkeypatch.setattr(experiment, "REFERENCE", {"solver": "dpmpp_2m", "grid": "uniform", "steps": 8})
+    out = tmp_path / "rows.jsonl"
+    command = ["grids", "--solvers", "euler", "--steps", "3", "--samples", "2", "--held-out", "3", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    experiment.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == len(experiment.PLAIN) + len(experiment.BOUNDS) + 1
+    assert all(len(row["times"]) == 4 for row in rows)
+    [best] = {row["best_plain"] for row in rows}
+    assert next(row["gain"] for row in rows if row["grid"] == best) == 0
+    monkeypatch.setattr("sys.argv", [*command, "--page"])
+    experiment.main()
+    assert "| gits | fitted |" in (tmp_path / "README.md").read_text()

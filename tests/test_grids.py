@@ -319,7 +319,7 @@ def test_its_minimum_is_no_worse_than_a_constrained_minimiser_finds(n, start):
     process, power, orders = vp_sde(), 2.0 if start == "time" else 1.0, orders_of(n, 3)
     ends = 0.5 * log_snr(process, np.array([1.0, process.t_min]))
     begin = np.linspace(1.0, process.t_min, n + 1)
-    begin = 0.5 * log_snr(process, begin) if start == "time" else np.linspace(*ends, n + 1)
+    begin = 0.5 * log_snr(process, begin) if start == "time" else np.linspace(ends[0], ends[1], n + 1)
 
     def bound(inner):
         lambdas = np.concatenate([ends[:1], inner, ends[1:]])
@@ -352,6 +352,7 @@ def test_its_grid_helps_a_multistep_solver(n):
                 return outputs[-1]
             w = step_weights(lambdas[s - order + 1 : s + 1], lambdas[s], lambdas[s + 1])
             x = level.sigma[s + 1] * (x / level.sigma[s] + np.tensordot(w, np.stack(outputs[-order:]), 1))
+        return x
 
     wanted = solve(make_times(GRIDS["log_snr"](), process, 400))
     times = {name: make_times(GRIDS[name](), process, n) for name in ("uniform", "log_snr", "dm_nonuniform")}
