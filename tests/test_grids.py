@@ -388,10 +388,20 @@ REFUSED = {
     "a flow": (lambda: make_times(GRIDS["diffusers"](), flow(), 5), "discrete steps; flow is continuous"),
     "no flow": (lambda: make_times(GRIDS["flow_match"](), vp_linear(), 5), "needs a flow process; vp_linear"),
     "no mu": (lambda: GRIDS["diffusers_flow"](use_dynamic_shifting=True), "without mu"),
+    "linear mu": (
+        lambda: GRIDS["flow_match"](use_dynamic_shifting=True, time_shift_type="linear", mu=-0.5),
+        "mu=-0.5 with time_shift_type=linear; allowed: above 0",
+    ),
+    "a range of a curve": (
+        lambda: make_times(GRIDS["diffusers"](use_karras_sigmas=True, sigma_max=700.0), vp_linear(), 5),
+        "diffusers: sigma_min=0.01.*, sigma_max=700",
+    ),
+    "no table": (lambda: GRIDS["diffusers_flow"](use_karras_sigmas=True), "table is missing"),
+    "a table": (lambda: GRIDS["diffusers_flow"](use_karras_sigmas=True, table=(2.0, 1.0)), "the smaller first"),
     "terminal": (lambda: GRIDS["flow_match"](shift_terminal=1.0), "shift_terminal=1.0; allowed: above 0"),
     "lcm": (lambda: make_times(GRIDS["lcm"](4), vp_linear(), 5), "original_inference_steps=4; allowed: 5"),
-    "nothing given": (lambda: GRIDS["given"](), "nothing given; allowed: one of"),
-    "two given": (lambda: GRIDS["given"](times=[1.0], sigmas=[1.0]), "times and sigmas given"),
+    "nothing given": (lambda: GRIDS["given"](), "given: nothing; allowed: one of"),
+    "two given": (lambda: GRIDS["given"](times=[1.0], sigmas=[1.0]), r"times=\[1.0\] and sigmas=\[1.0\]; allowed: one"),
     "other steps": (
         lambda: make_times(GRIDS["given"](times=[1.0, 0.5]), flow(), 5),
         "2 evaluations in times; allowed: the 5",
