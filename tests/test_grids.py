@@ -404,7 +404,7 @@ REFUSED = {
     "two given": (lambda: GRIDS["given"](times=[1.0], sigmas=[1.0]), r"times=\[1.0\] and sigmas=\[1.0\]; allowed: one"),
     "other steps": (
         lambda: make_times(GRIDS["given"](times=[1.0, 0.5]), flow(), 5),
-        "2 evaluations in times; allowed: the 5",
+        "2 evaluations in times.*allowed: the 5",
     ),
     "order": (lambda: GRIDS["dm_nonuniform"](order=4), "order=4; allowed: 1 ... 3"),
     "many steps": (lambda: make_times(GRIDS["dm_nonuniform"](), vp_linear(), 101), "steps=101; allowed: 1 ... 100"),
