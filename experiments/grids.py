@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -78,11 +78,14 @@ def decibels(samples: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.array([psnr(a, b) for a, b in zip(samples, wanted, strict=True)])
 
 
-def grids_of(run: Run, samples: int, tell: Callable[[str], None]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """{name: (kind, section)} of all grids for a run's solver and steps; fits are made here."""
+def grids_of(
+    run: Run, fits: Sequence[str], samples: int, tell: Callable[[str], None]
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """{name: (kind, section)} of the grids for a run's solver and steps; fits are made here."""
     found = {name: ("plain", section) for name, section in PLAIN.items()}
     found |= {name: ("bound", section) for name, section in BOUNDS.items()}
-    for name, (fit, settings) in FITS.items():
+    for name in fits:
+        fit, settings = FITS[name]
         content = run.calibrate(
             fit, kind="grid", samples=samples, batch=min(BATCH, samples), seed=FITTED, tell=tell, **settings
         )
@@ -94,7 +97,7 @@ def compare(run: Run, options: argparse.Namespace, wanted: dict[int, np.ndarray]
     """The rows of one solver and number of steps."""
     solver, steps = run.setup.described["solver"], len(run.setup.times) - 1
     tell = lambda text: print(f"  {solver} {steps}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    grids = grids_of(run, options.samples, tell)
+    grids = grids_of(run, options.fits, options.samples, tell)
     chosen, held = Drawn(run, FITTED, options.samples), Drawn(run, HELD_OUT, options.held_out)
     by_fit = {n: decibels(chosen(s), wanted[FITTED]).mean() for n, (kind, s) in grids.items() if kind == "plain"}
     best = max(by_fit, key=lambda name: by_fit[name])
@@ -156,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--solvers", nargs="+", default=["euler", "dpmpp_2m"])
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 10])
+    parser.add_argument("--fits", nargs="+", default=list(FITS), choices=list(FITS), help="(default: all)")
     parser.add_argument("--samples", type=int, default=40, help="that the fits see (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=200, help="samples (default: %(default)s)")
     parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
