@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,7 @@ BOUNDS: dict[str, dict[str, Any]] = {  # of the process alone
 FITS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in GRID_FITS},
     "gits l2": ("gits", {"metric": "l2", "growth": 1.0}),
+    "autodiffusion": ("autodiffusion", {"population": 16, "generations": 6, "select": 4}),
 }
 
 
@@ -77,11 +78,14 @@ def decibels(samples: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.array([psnr(a, b) for a, b in zip(samples, wanted, strict=True)])
 
 
-def grids_of(run: Run, samples: int, tell: Callable[[str], None]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """{name: (kind, section)} of all grids for a run's solver and steps; fits are made here."""
+def grids_of(
+    run: Run, fits: Sequence[str], samples: int, tell: Callable[[str], None]
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """{name: (kind, section)} of the grids for a run's solver and steps; fits are made here."""
     found = {name: ("plain", section) for name, section in PLAIN.items()}
     found |= {name: ("bound", section) for name, section in BOUNDS.items()}
-    for name, (fit, settings) in FITS.items():
+    for name in fits:
+        fit, settings = FITS[name]
         content = run.calibrate(
             fit, kind="grid", samples=samples, batch=min(BATCH, samples), seed=FITTED, tell=tell, **settings
         )
@@ -93,7 +97,7 @@ def compare(run: Run, options: argparse.Namespace, wanted: dict[int, np.ndarray]
     """The rows of one solver and number of steps."""
     solver, steps = run.setup.described["solver"], len(run.setup.times) - 1
     tell = lambda text: print(f"  {solver} {steps}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-    grids = grids_of(run, options.samples, tell)
+    grids = grids_of(run, options.fits, options.samples, tell)
     chosen, held = Drawn(run, FITTED, options.samples), Drawn(run, HELD_OUT, options.held_out)
     by_fit = {n: decibels(chosen(s), wanted[FITTED]).mean() for n, (kind, s) in grids.items() if kind == "plain"}
     best = max(by_fit, key=lambda name: by_fit[name])
@@ -120,11 +124,16 @@ def compare(run: Run, options: argparse.Namespace, wanted: dict[int, np.ndarray]
     return rows
 
 
-def page(rows: list[dict[str, Any]], command: str) -> str:
+def page(rows: list[dict[str, Any]]) -> str:
     """The page of the rows, in Markdown: a table for each solver, a column for each number of evaluations."""
     lines = ["# Time grids, fitted and plain", "", *(__doc__ or "").strip().splitlines()[5:], ""]
-    where = rows[0]["provenance"]
-    lines += [f"`{command}`, {where['device']}, {where['date']}.", ""]
+    where, sets = rows[0]["provenance"], [(row["fitted"]["samples"], row["held_out"]["samples"]) for row in rows]
+    fitted, held = (" to ".join(str(n) for n in sorted(set(column))) for column in zip(*sets, strict=True))
+    lines += [
+        f"Fitted on {fitted} samples, held out {held}; {where['device']}, {where['cores']} cores, {where['date']}: "
+        f"`{where['command']}`. In brackets the gain over the best plain grid with its 95 % interval.",
+        "",
+    ]
     for solver in dict.fromkeys(row["solver"] for row in rows):
         ours = [row for row in rows if row["solver"] == solver]
         counts = sorted({row["steps"] for row in ours})
@@ -150,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--solvers", nargs="+", default=["euler", "dpmpp_2m"])
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 10])
+    parser.add_argument("--fits", nargs="+", default=list(FITS), choices=list(FITS), help="(default: all)")
     parser.add_argument("--samples", type=int, default=40, help="that the fits see (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=200, help="samples (default: %(default)s)")
     parser.add_argument("--lane", default=f"jax{''.join(jax.__version__.split('.')[:2])}", help="name of the file")
@@ -159,7 +169,7 @@ def main() -> None:
     path = options.out or RESULTS / "grids" / f"{options.lane}.jsonl"
     if options.page:
         with replacing(path.with_name("README.md")) as aside:
-            pathlib.Path(aside).write_text(page(read_rows(path), "python -m experiments.grids") + "\n")
+            pathlib.Path(aside).write_text(page(read_rows(path)) + "\n")
         return
     there = {(row["solver"], row["steps"]) for row in read_rows(path)}
     opened = difax.load(CONFIG)

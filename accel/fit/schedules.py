@@ -69,7 +69,7 @@ def gits(
                 found = np.mean(np.abs(stepped - y[i + 1 :]), -1)
             cost[i, i + 1 :] += found.sum(-1) / samples
     path = cheapest_path(cost, n, growth)
-    return content(process, times[path], n, fine=fine, base=base, metric=metric, growth=growth)
+    return content(process, times[path], fine=fine, base=base, metric=metric, growth=growth)
 
 
 def deviation(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -119,7 +119,7 @@ def align_your_steps(
     cost = np.zeros((fine + 1, fine + 1))
     for i in range(fine):
         cost[i, i + 1 :] = np.cumsum(slices[i, i:])
-    return content(process, ended(times[cheapest_path(cost, n)]), n, fine=fine, base=base, sigma_min=sigma_min)
+    return content(process, ended(times[cheapest_path(cost, n)]), fine=fine, base=base, sigma_min=sigma_min)
 
 
 def watson(
@@ -158,7 +158,7 @@ def watson(
     cost = bound_terms(snr, errors)
     path = cheapest_path(cost, n)
     found = float(sum(cost[i, j] for i, j in zip(path[:-1], path[1:], strict=True)))
-    return content(process, ended(times[path]), n, fine=fine, base=base, sigma_min=sigma_min, bound=found)
+    return content(process, ended(times[path]), fine=fine, base=base, sigma_min=sigma_min, bound=found)
 
 
 def bound_terms(snr: np.ndarray, errors: np.ndarray) -> np.ndarray:
@@ -203,6 +203,6 @@ def steps_of(sampler: Any, fine: int) -> int:
     return n
 
 
-def content(process: Process, times: np.ndarray, n: int, **settings: Any) -> dict[str, Any]:
+def content(process: Process, times: np.ndarray, **settings: Any) -> dict[str, Any]:
     """What a grid's file holds beside what it says of the run."""
-    return {"steps": n, "process": process.name, "times": [float(t) for t in times], "settings": settings}
+    return {"process": process.name, "times": [float(t) for t in times], "settings": settings}

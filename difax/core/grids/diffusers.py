@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from difax.core.annotations import OrInfinite, checked, choose
-from difax.core.grids.levels import beta_quantiles, geometric, powers
+from difax.core.grids.levels import beta_quantiles, geometric, level_range, powers
 from difax.core.grids.plain import Spacing, logit_shift, shift_time, spaced
 from difax.core.grids.times import Grid, Times, ratios, times_of_ratios
 from difax.core.process import Process
@@ -92,7 +92,8 @@ def diffusers(
       scheduler: the class (`VP`). timestep_spacing: None is the default of the class.
       steps_offset: of "leading", 0 or more.
       use_*: the curve, one at most; use_lu_lambdas is exponential, told to whole steps.
-      sigma_min, sigma_max: of the curve (keys of Euler's alone); None are the ends that the class takes.
+      sigma_min, sigma_max: of the curve (keys of Euler's alone), within the table; None are the ends that the class
+        takes.
       interpolation_type, timestep_type: of Euler; "continuous" tells log(sigma)/4, as it does for v-prediction alone.
       final_sigmas_type: where the run ends, None is "zero", but "sigma_min" for DEIS and SA-Solver, which do not ask.
         DDIM's and PNDM's set_alpha_to_one=False is "sigma_min".
@@ -139,6 +140,7 @@ def diffusers(
         sigma, told, end = np.interp(k, np.arange(steps), table), k, (table[0] if final == "sigma_min" else 0.0)
         times = (k + 1) / steps
         if curve:
+            level_range("diffusers", process, sigma_min, sigma_max)
             low, high = (table[0], table[-1]) if rule.table else (sigma[-1], sigma[0])
             sigma = _curve(curve, low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max, n)
             told = _steps_of(sigma, table, float32)
@@ -191,12 +193,18 @@ def diffusers_flow(
     References: Esser et al. (SD3), 2024, arXiv:2403.03206; https://github.com/huggingface/diffusers.
     """
     _check_flow("diffusers_flow", num_train_timesteps, flow_shift, use_dynamic_shifting, mu, shift_terminal)
+    _check_linear("diffusers_flow", use_dynamic_shifting, time_shift_type, mu)
     unipc, final = scheduler == "UniPCMultistepScheduler", final_sigmas_type
     final = final or ("sigma_min" if scheduler in ENDLESS else "zero")
     if use_karras_sigmas and not unipc:
         raise ValueError(f"diffusers_flow: use_karras_sigmas with {scheduler} is no flow there; allowed: without")
+    if table is not None and not 0 < table[0] < table[1]:
+        raise ValueError(f"diffusers_flow: table={table}; allowed: two numbers above 0, the smaller first")
     if table is None and (use_karras_sigmas or ("DPM" in scheduler and final == "sigma_min")):
-        raise ValueError("diffusers_flow: table is missing; allowed: smallest and largest sigma/alpha of the betas")
+        raise ValueError(
+            f"diffusers_flow: table is missing for use_karras_sigmas={use_karras_sigmas}, final_sigmas_type={final}; "
+            "allowed: the smallest and largest sigma/alpha of the betas"
+        )
 
     def grid(process: Process, n: int) -> Times:
         only_flows("diffusers_flow", process)
@@ -242,7 +250,7 @@ def flow_match(
     Args:
       num_train_timesteps: T, 1 or more.
       shift: s t/(1 + (s - 1) t), 0.001 ... 1000; None takes the process's own.
-      use_dynamic_shifting: shifts by mu instead; mu: None is log of the process's shift (FLUX's and Wan's, by size).
+      use_dynamic_shifting: shifts by mu instead. mu: None takes the process's own shift (FLUX's and Wan's, by size).
       time_shift_type: e^mu/(e^mu + 1/t - 1), or mu/(mu + 1/t - 1).
       shift_terminal: stretches so that the last one is this, in (0, 1) (0.1 in LTX-Video).
       use_*: the curve between the ends of the sigmas, one at most.
@@ -252,6 +260,7 @@ def flow_match(
     References: Esser et al. (SD3), 2024, arXiv:2403.03206; https://github.com/huggingface/diffusers.
     """
     _check_flow("flow_match", num_train_timesteps, shift, False, mu, shift_terminal)
+    _check_linear("flow_match", use_dynamic_shifting, time_shift_type, mu)
     curves = [
         c for c, used in zip(CURVES, (use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas), strict=True) if used
     ]
@@ -265,7 +274,9 @@ def flow_match(
             sigma = np.linspace(1, 1 / n, n)
         else:
             sigma = np.linspace(1, 1 / total if use_dynamic_shifting else shift_time(1 / total, by), n)
-        moved = math.log(process.shift) if mu is None else mu
+        moved = mu
+        if moved is None:
+            moved = math.log(process.shift) if time_shift_type == "exponential" else process.shift
         sigma = _shifted(sigma, by, use_dynamic_shifting, moved, time_shift_type)
         sigma = sigma if shift_terminal is None else stretched(sigma, shift_terminal)
         if curves:
@@ -380,3 +391,8 @@ def _check_flow(
         raise ValueError(f"{name}: use_dynamic_shifting=True without mu; allowed: mu too")
     if terminal is not None and not 0 < terminal < 1:
         raise ValueError(f"{name}: shift_terminal={terminal}; allowed: above 0, below 1")
+
+
+def _check_linear(name: str, dynamic: bool, kind: str, mu: float | None) -> None:
+    if dynamic and kind == "linear" and mu is not None and mu <= 0:
+        raise ValueError(f"{name}: mu={mu} with time_shift_type=linear; allowed: above 0")

@@ -32,7 +32,8 @@ def given(
     """
     lists = {k: v for k, v in (("times", times), ("sigmas", sigmas), ("timesteps", timesteps)) if v is not None}
     if len(lists) != 1:
-        raise ValueError(f"given: {' and '.join(lists) or 'nothing'} given; allowed: one of times, sigmas, timesteps")
+        told = " and ".join(f"{key}={brief(numbers)}" for key, numbers in lists.items()) or "nothing"
+        raise ValueError(f"given: {told}; allowed: one of times, sigmas, timesteps")
     [(key, numbers)] = lists.items()
     values = np.asarray(numbers, np.float64)
     if not len(values) or not np.all(np.isfinite(values)):
@@ -50,7 +51,9 @@ def given(
         if not ends and found[-1] != 0:
             found = np.append(found, 0.0)
         if len(found) != n + 1:
-            raise ValueError(f"given: {len(found) - 1} evaluations in {key}; allowed: the {n} of steps={n}")
+            raise ValueError(
+                f"given: {len(found) - 1} evaluations in {key}, ends={ends}; allowed: the {n} of steps={n}"
+            )
         return found
 
     return grid

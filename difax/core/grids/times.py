@@ -61,9 +61,7 @@ def telling(process: Process, times: np.ndarray, told: np.ndarray) -> Process:
     """A process that tells the network `told` at `times` [n], and what it told before elsewhere, or where times are
     decided in the run: a midpoint between two times of a grid has a model time of its own."""
     if told.shape != times.shape or not np.isfinite(told).all():
-        raise ValueError(
-            f"a grid tells {told.shape[0] if told.ndim else 'no'} model times for {len(times)} evaluations"
-        )
+        raise ValueError(f"a grid tells model times of shape {told.shape} for {len(times)} evaluations")
     ascending, own = np.argsort(times), process.model_time
 
     def model_time(t):
