@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import difax
 from difax.accel.solvers import linear as engine
 from difax.accel.solvers.linear import LinearTable
+from difax.cli import main
 from difax.config import scheduled
 from difax.core import process as P
 from difax.core.contracts import Level, Row, Solver
@@ -298,6 +300,32 @@ def test_settings_of_the_user_win(tmp_path):
     assert found["grid"] == {"name": "trailing"}
     assert found["process"]["name"] == "vp" and found["prediction"] == "eps" and found["steps"] == 10
     assert scheduled(config, said, [("solver.name", "heun")])["solver"] == {"name": "heun"}
+
+
+SMOKE = ("fmnist_smoke:ddpm", {"_class_name": DDIM, "clip_sample": False, "timestep_spacing": "trailing"})
+
+
+def test_load_takes_what_a_file_says():
+    run = difax.load(SMOKE[0], weights="random", scheduler=SMOKE[1], steps=3, solver={"eta": 0.5})
+    assert run.config["solver"] == {"name": "ddim", "equal_steps": True, "eta": 0.5}
+    assert run.setup.process.name == "vp" and run.setup.rows.model_time.tolist() == [999, 666, 332]
+    with pytest.raises(ValueError, match="scheduler=3"):
+        difax.load(SMOKE[0], scheduler=3)
+
+
+def test_sample_takes_a_file(tmp_path, capsys):
+    (tmp_path / FILE).write_text(json.dumps(SMOKE[1]))
+    small = ["--random-init", "--labels", "1", "--no-compile-cache", "--json", "--out", str(tmp_path / "x.npz")]
+    asked = ["sample", "--config", SMOKE[0], "--steps", "2", "--scheduler", str(tmp_path), *small]
+    assert main([*asked, "--config.solver.eta=1.0"]) == 0
+    assert json.loads(capsys.readouterr().out)["solver"] == "ddim"
+    with np.load(tmp_path / "x.npz") as file:
+        config = json.loads(str(file["config"]))
+    assert config["solver"] == {"name": "ddim", "eta": 1.0} and config["grid"]["timestep_spacing"] == "trailing"
+    (tmp_path / FILE).write_text(json.dumps({**SMOKE[1], "clip_samples": 1}))
+    assert main(asked) == 2
+    told = capsys.readouterr().err
+    assert "'clip_samples' (did you mean clip_sample?)" in told and told.count("\n") == 1
 
 
 @pytest.mark.skipif(not PIPELINES.is_dir(), reason="the pipelines are not here")
