@@ -24,7 +24,6 @@ class Case(NamedTuple):
     inside: np.ndarray  # where slopes are: away from the kinks of the discrete processes
     model_time: tuple[float, float]  # what the network is told at t_min and at t = 1
     unit: float = 1.0  # model time per unit of the slopes' time
-    clean: float = 1.0  # alpha at t = 0
 
 
 CASES = [
@@ -36,7 +35,7 @@ CASES = [
     Case("flow", INSIDE, oracle.flow(INSIDE), INSIDE, (1.0, 1000.0), unit=1000.0),
     Case("sit", INSIDE, oracle.flow(INSIDE), INSIDE, (0.999, 0.0)),
     Case("vp", K, oracle.vp_linear(), BETWEEN, (0.0, 999.0)),
-    Case("edm", INSIDE, oracle.edm(INSIDE), INSIDE, (np.log(0.002) / 4, np.log(80) / 4), clean=0.5),
+    Case("edm", INSIDE, oracle.edm(INSIDE), INSIDE, (np.log(0.002) / 4, np.log(80) / 4)),
     Case("trig", INSIDE, oracle.trig(INSIDE), INSIDE, (0.001, 1.0)),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
@@ -63,7 +62,7 @@ def test_level_is_the_papers_in_double_precision(case):
 def test_clean_end_and_noisy_end(case):
     process = P.PROCESSES[case.name]()
     clean = process.level(np.zeros(1))
-    assert clean.alpha == case.clean and clean.sigma == 0
+    assert clean.alpha == 1 and clean.sigma == 0
     assert P.log_snr(process, np.zeros(1)) == np.inf
     np.testing.assert_allclose(
         process.model_time(np.array([process.t_min, process.t_max if case.name == "ve" else 1.0])),
@@ -274,4 +273,7 @@ def test_edm_is_its_preconditioning(sigma):
     found, noise = P.convert((x0 - c_skip * y) / c_out, "edm", c_in * y, level)
     np.testing.assert_allclose((0.5 * found, noise), (x0, eps), rtol=1e-9)
     np.testing.assert_allclose(process.model_time(t), np.log(sigma) / 4, rtol=1e-9)
-    np.testing.assert_allclose(P.edm(told="atan").model_time(t), np.arctan(sigma) * 2 / np.pi, rtol=1e-9)
+    assert process.level(np.zeros(1)).alpha == 0.5  # what comes out is the data itself
+    np.testing.assert_allclose(
+        P.edm(sigma_data=0.5, told="atan").model_time(t), np.arctan(sigma) * 2 / np.pi, rtol=1e-9
+    )

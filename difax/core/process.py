@@ -178,8 +178,8 @@ def vp(
       between: what is linear in t between the steps, log(alpha) or log(sigma/alpha); the latter is how schedulers of
         sigma find the step of a noise level.
       prior_std: standard deviation of x at the first time, 0.1 ... 10 (1).
-      precision: "float32" has the alpha^2 of diffusers, which are products in float32: of the smallest sigma, where
-        1 - 0.9999 has three digits, that is another fourth digit. Without snr_shift.
+      precision: "float32" rounds alpha^2 as diffusers does, of whose smallest sigma, where 1 - 0.9999 has three digits,
+        that is another fourth digit. Without snr_shift.
 
     References: Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.09672; Lin et al., Common Diffusion
     Noise Schedules and Sample Steps are Flawed, 2023, arXiv:2305.08891.
@@ -240,7 +240,7 @@ def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -
 def edm(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
-    sigma_data: float = 0.5,
+    sigma_data: float = 1.0,
     told: Literal["log", "atan"] = "log",
     time_scale: float = 1.0,
     prior_std: float = 1.0,
@@ -257,7 +257,7 @@ def edm(
 
     Args:
       sigma_min, sigma_max: noise levels at t_min and at t = 1, 1e-9 ... 1e6 (0.002 and 80).
-      sigma_data: standard deviation of the data, 1e-3 ... 1e3 (0.5).
+      sigma_data: standard deviation of the data, 1e-3 ... 1e3 (1; 0.5 in the paper).
       told: the network is told log(sigma)/4 ("log", the paper's) or 2/pi atan(sigma) ("atan", Stable Audio's).
       time_scale: by which that is multiplied (1; 1000 in consistency models).
       prior_std: standard deviation of x' at t = 1, 0.1 ... 10 (1).

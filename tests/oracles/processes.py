@@ -53,10 +53,10 @@ def flow(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def edm(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Karras et al. 2022, table 1, of data divided by sigma_data = 0.5: c_in y = c_in 0.5 (x0/0.5) + c_in sigma eps."""
+    """Karras et al. 2022, table 1, of data of unit variance: c_in y = c_in x0 + c_in sigma eps."""
     sigma = 0.002 * 40000.0**t
-    c_in = (sigma**2 + 0.5**2) ** -0.5
-    return 0.5 * c_in, sigma * c_in
+    c_in = (sigma**2 + 1) ** -0.5
+    return c_in, sigma * c_in
 
 
 def trig(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

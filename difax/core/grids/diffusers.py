@@ -83,10 +83,11 @@ def diffusers(
     """The grid of a scheduler of diffusers, on the discrete VP process that its betas are.
 
     Where diffusers departs from what its steps assume, so does this: what is told is rounded while the noise level is
-    not, and with "log_linear" the steps told are not those of the levels. Not taken over: its tables of noise levels
-    are float32, of which 1 - 0.9999 has three digits, so its smallest sigma is 3e-4 off; a "trailing" that rounding
-    makes one step too long; DDIM's and DDPM's habit of stepping to k - T // n whatever the spacing was. A last step
-    from sigma_min to sigma_min, as after a curve, changes nothing and is left out, with its evaluation.
+    not, and with "log_linear" the steps told are not those of the levels. Its tables of noise levels are float32, of
+    which 1 - 0.9999 has three digits, so that its smallest sigma is 3e-4 off: process vp's `precision`, and `float32`
+    here. Not taken over: a "trailing" that rounding makes one step too long. That DDIM steps to k - T // n whatever the
+    spacing was is solver ddim's `equal_steps`. A last step from sigma_min to sigma_min, as after a curve, changes
+    nothing and is left out, with its evaluation.
 
     Args:
       scheduler: the class (`VP`). timestep_spacing: None is the default of the class.
