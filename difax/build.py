@@ -226,7 +226,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
     _check_rows(rows, config)
     names = {k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
     measured.compare(
-        accelerator.measured,
+        (*accelerator.measured, *solver.measured),
         model=model.name,
         stages=model.stages,
         solver=names["solver"],

@@ -1,5 +1,6 @@
 """Solvers of the reverse process: one file each, one row of the scanned table per model evaluation."""
 
+from difax.accel.solvers.bns import bns
 from difax.accel.solvers.ddim import ddim
 from difax.accel.solvers.ddpm import ddpm
 from difax.accel.solvers.dpmpp_2m import dpmpp_2m
@@ -12,4 +13,5 @@ SOLVERS = {
     "euler": euler,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
+    "bns": bns,
 }
