@@ -270,7 +270,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = added.add_parser(
         "calibrate",
         parents=from_weights,
-        help="measure what a cache plans from, fit what it has learned, or search a plan",
+        help="measure what a cache plans from, fit what it has learned, or search a plan; fit a grid or a solver",
+        description="Names one calibration: --cache NAME, --grid NAME or --solver NAME. Besides one of these, --grid and "
+        "--solver name what the run has, as in sample.",
     )
     calibrate.add_argument("--samples", type=int, default=16, help="samples to draw (default: %(default)s)")
     calibrate.add_argument("--batch", type=int, default=4, help="samples at a time (default: %(default)s)")
@@ -278,7 +280,10 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--budget", type=float, help="of scheduled: share of the operations of a run (default: 0.4)")
     calibrate.add_argument("--rounds", type=int, help="of scheduled: exchanges, at most (default: 12)")
     calibrate.add_argument("--rank", type=int, help="of icc: of each factor (default: 32)")
-    calibrate.add_argument("--out", required=True, metavar="FILE", help="for the cache's file=...")
+    calibrate.add_argument(
+        "--fit", action="append", default=[], metavar="KEY=VALUE", help="a setting of the fit of a grid or a solver"
+    )
+    calibrate.add_argument("--out", required=True, metavar="FILE", help="for the file=... of the cache, grid or solver")
     calibrate.set_defaults(run=commands.calibrate)
 
     pareto = added.add_parser("pareto", parents=from_weights, help="measure methods on the same work, side by side")

@@ -297,29 +297,35 @@ class Run:
         batch: int = 4,
         seed: int = 0,
         tell: Callable[[str], None] = lambda text: None,
+        kind: str = "cache",
         **settings: Any,
     ) -> dict[str, Any]:
-        """Measures what a cache plans from, fits what it has learned, or searches a plan (`difax.study.calibrate`).
+        """Measures what a cache plans from, fits what it has learned, or searches a plan; or fits a grid or a solver
+        (`difax.study.calibrate`).
 
         Args:
-          technique: of `difax.study.calibrate.TECHNIQUES`.
-          out: file to write, .npz for what is fitted and .json else, for the cache's `file`; None writes none.
+          technique: of `difax.study.calibrate.KINDS[kind]`.
+          out: file to write, .npz for what is learned and .json else, for the cache's, grid's or solver's `file`; None
+            writes none.
           cond: as `conditions` takes it. samples: to draw, in batches of `batch`. seed: of them.
           tell: is called with a line of progress.
-          settings: of "scheduled": budget, rounds, where, forecast, order; of what is fitted: rank.
+          kind: what is calibrated, "cache", "grid" or "solver".
+          settings: of "scheduled": budget, rounds, where, forecast, order; of what is fitted: rank; of grids and solvers
+            what the fit takes.
 
         Returns:
           What the file holds.
         """
         check_seed(seed)
         _counted(samples=samples, batch=batch)
-        if out is not None:
-            out = writable(check_value("out", out, str | os.PathLike), (calibrate_.ending(technique),), "out")
+        choose("kind", kind, calibrate_.KINDS)
         check_value("tell", tell, Callable)
-        calibrate_.check_settings(technique, settings)
+        calibrate_.check_settings(technique, settings, kind)
+        if out is not None:
+            out = writable(check_value("out", out, str | os.PathLike), (calibrate_.ending(technique, kind),), "out")
         plain_run = self.replace(cache="none")
         sampler = calibrate_.Sampler(plain_run.setup, plain_run.prepared, self.conditions(cond), seed)
-        return calibrate_.calibrate_to(technique, sampler, out, samples, batch, tell, **settings)
+        return calibrate_.calibrate_to(technique, sampler, out, samples, batch, tell, kind, **settings)
 
     def profile(self, cond: Any = None, seed: int = 0, *, repeat: int = 1, turns: int = 5) -> profile_.Profile:
         """Where the seconds of an evaluation go, part by part (`difax.study.profile`).
