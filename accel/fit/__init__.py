@@ -4,7 +4,7 @@ and solvers that are fitted to a model."""
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.accel.fit import fastcache, icc, tables
+from difax.accel.fit import fastcache, icc, iia, learned, tables
 from difax.accel.fit.record import record, record_inputs
 from difax.core.contracts import Accelerator
 
@@ -68,4 +68,9 @@ class Made(NamedTuple):
 
 GRID_FITS: dict[str, Made] = {}
 
-SOLVER_FITS: dict[str, Made] = {}
+SOLVER_FITS: dict[str, Made] = {
+    "bns": Made(learned.fit_bns),
+    "ddss": Made(learned.fit_ddss),
+    "ltsl": Made(learned.fit_ltsl),
+    "iia": Made(iia.fit_iia),
+}

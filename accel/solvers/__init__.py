@@ -3,9 +3,12 @@
 from difax.accel.solvers.bns import bns
 from difax.accel.solvers.ddim import ddim
 from difax.accel.solvers.ddpm import ddpm
+from difax.accel.solvers.ddss import ddss
 from difax.accel.solvers.dpmpp_2m import dpmpp_2m
 from difax.accel.solvers.euler import euler
 from difax.accel.solvers.heun import heun
+from difax.accel.solvers.iia import iia
+from difax.accel.solvers.ltsl import ltsl
 
 SOLVERS = {
     "ddpm": ddpm,
@@ -14,4 +17,7 @@ SOLVERS = {
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
     "bns": bns,
+    "ddss": ddss,
+    "ltsl": ltsl,
+    "iia": iia,
 }

@@ -42,11 +42,8 @@ def ddim(eta: float = 0.0) -> Solver:
 
     def grid(process: Process, times: np.ndarray):
         check_times(times)
-        t, s = process.level(times[:-1]), process.level(times[1:])
-        between = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
-        w = eta * s.sigma / t.sigma * np.sqrt(np.maximum(between, 0.0))
-        eps = np.sqrt(np.maximum(s.sigma**2 - w**2, 0.0))
-        return lay_rows(process, times[:-1], np.arange(len(w)), DDIMTable(s.alpha, eps, w))
+        table = ddim_table(process, times, eta)
+        return lay_rows(process, times[:-1], np.arange(len(table.eps)), table)
 
     def step(prediction, x, state, row, keys):
         c = row.coefficients
@@ -56,3 +53,11 @@ def ddim(eta: float = 0.0) -> Solver:
         return x, state
 
     return Solver(grid=grid, init=lambda x: (), step=step)
+
+
+def ddim_table(process: Process, times: np.ndarray, eta: float) -> DDIMTable:
+    """Weights [n] of x0, eps and noise in the steps between times [n + 1]."""
+    t, s = process.level(times[:-1]), process.level(times[1:])
+    between = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
+    w = eta * s.sigma / t.sigma * np.sqrt(np.maximum(between, 0.0))
+    return DDIMTable(s.alpha, np.sqrt(np.maximum(s.sigma**2 - w**2, 0.0)), w)

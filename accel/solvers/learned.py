@@ -10,7 +10,7 @@ linear solver can be multiplied out into this form (`unrolled`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,37 @@ def slots_of(n: int) -> tuple[str, ...]:
     return ("start", *(f"u{j}" for j in range(n - 1)))
 
 
+def scattered(shape: tuple[int, ...], entries: Sequence[tuple[Any, Any, Any, Any]], xp: Any = np) -> Array:
+    """Zeros [E, outputs, inputs] with values put in.
+
+    Args:
+      entries: (evaluations, outputs, inputs, values), which are broadcast against each other; no place twice.
+      xp: numpy, or jax.numpy for values that are traced.
+    """
+    places, values = [], []
+    for *place, value in entries:
+        size = np.broadcast_shapes(*map(np.shape, place))
+        places.append([np.broadcast_to(k, size).ravel() for k in place])
+        values.append(xp.broadcast_to(xp.asarray(value), size).ravel())
+    at = tuple(map(np.concatenate, zip(*places, strict=True)))
+    flat = xp.concatenate(values)
+    if xp is np:
+        w = np.zeros(shape)
+        w[at] = flat
+        return w
+    return xp.zeros(shape, flat.dtype).at[at].set(flat)
+
+
+def kept(n: int, first: int, inputs: int) -> list[tuple[Any, Any, Any, Any]]:
+    """Entries of n - 1 slots, of which the j-th is made at evaluation j, in which they stay as they are elsewhere.
+
+    Args:
+      first: index of the output of slot 0. inputs: of the input of slot 0.
+    """
+    i, j = np.nonzero(~np.eye(n, n - 1, dtype=bool))
+    return [(i, first + j, inputs + j, 1.0)]
+
+
 def table_of(a: Array, b: Array, level: Level, xp: Any = np) -> Array:
     """W [n, outputs, inputs] of the linear engine, with `slots_of(n)`.
 
@@ -38,15 +69,22 @@ def table_of(a: Array, b: Array, level: Level, xp: Any = np) -> Array:
       a: [n]. b: [n, n], of which the lower triangle is read. level: at the n times. xp: numpy, or jax.numpy.
     """
     n, (p, q) = len(a), slopes(level)
-    first, own = xp.arange(n) == 0, xp.eye(n)[:, : n - 1]  # own: [i, j], is u_j made at evaluation i
-    last = xp.diagonal(b)
-    before = xp.tril(b, -1)[:, : n - 1]
-    zero = xp.zeros(n)
-    x = xp.concatenate([xp.stack([xp.where(first, a, 0), p * last, q * last, xp.where(first, 0, a)], 1), before], 1)
-    start = xp.concatenate([xp.stack([1.0 * first, zero, zero, 1.0 - first], 1), xp.zeros((n, n - 1))], 1)
-    made = xp.stack([0 * own, p[:, None] * own, q[:, None] * own, 0 * own], 2)  # of u_j: [n, n - 1, 4]
-    kept = xp.eye(n - 1)[None] * (1 - own)[:, :, None]
-    return xp.concatenate([x[:, None], start[:, None], xp.concatenate([made, kept], 2)], 1)
+    every, last, (i, j) = np.arange(n), xp.diagonal(b), np.tril_indices(n, -1)
+    own = np.arange(n - 1)
+    x, x0, eps, start, u = 0, 1, 2, 3, 4  # inputs; of the outputs, x is 0, start 1, and the velocities begin at 2
+    entries = [
+        (0, 0, x, a[0]),
+        (every[1:], 0, start, a[1:]),
+        (every, 0, x0, p * last),
+        (every, 0, eps, q * last),
+        (i, 0, u + j, b[i, j]),
+        (0, 1, x, 1.0),
+        (every[1:], 1, start, 1.0),
+        (own, 2 + own, x0, p[:-1]),
+        (own, 2 + own, eps, q[:-1]),
+        *kept(n, 2, u),
+    ]
+    return scattered((n, 1 + n, 3 + n), entries, xp)
 
 
 def full_table(n: int) -> LinearTable:
@@ -81,19 +119,21 @@ def unrolled(rows: Row) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_learned(
-    technique: str, file: str, shapes: Mapping[str, tuple[str, ...]]
-) -> tuple[dict[str, np.ndarray], tuple[Mapping[str, Any], ...]]:
+    technique: str, file: str, shapes: Mapping[str, tuple[str, ...]], words: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], tuple[Mapping[str, Any], ...]]:
     """The numbers of a learned solver's file, and what it says of itself.
 
     Args:
       shapes: {name: the axes of its array, each a letter}; axes of one letter have one length, that of "times" is n.
+      words: names of what it holds besides, as it stands there.
 
     Raises:
       ValueError: no such file, one of another technique, or numbers that are missing, not finite or of another shape;
         times that do not decrease within (0, 1].
     """
-    content = read(technique, file, tuple(shapes))
-    found, lengths = {}, {}
+    content = read(technique, file, (*shapes, *words))
+    found: dict[str, Any] = {name: content[name] for name in words}
+    lengths: dict[str, int] = {}
     for name, axes in shapes.items():
         what = f"{source(technique, file)}: {name!r}"
         try:
