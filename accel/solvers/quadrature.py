@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -44,6 +45,23 @@ def exponential_lagrange(nodes: np.ndarray, start: float, end: float, rate: floa
     at = start + length * (points + 1) / 2
     found[known] = lagrange(nodes[known], at) @ (weights * length / 2 * np.exp(rate * (at - end)))
     return found
+
+
+def integrated_lagrange(
+    nodes: np.ndarray, start: float, end: float, variable: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """Integrals of l_j(variable(u)) du from start to end, l_j the Lagrange polynomials of the nodes.
+
+    Args:
+      nodes: [k], values of the variable.
+      variable: u -> the variable, smooth between start and end; None is u itself.
+
+    Returns:
+      [k], whose sum is end - start.
+    """
+    points, weights = _legendre()
+    u = start + (end - start) * (points + 1) / 2
+    return lagrange(np.asarray(nodes, np.float64), u if variable is None else variable(u)) @ weights * (end - start) / 2
 
 
 def _constant(h: float, rate: float) -> float:
