@@ -4,7 +4,7 @@ and solvers that are fitted to a model."""
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.accel.fit import fastcache, icc, iia, learned, tables
+from difax.accel.fit import fastcache, icc, iia, learned, tables, usf
 from difax.accel.fit.record import record, record_inputs
 from difax.core.contracts import Accelerator
 
@@ -73,4 +73,6 @@ SOLVER_FITS: dict[str, Made] = {
     "ddss": Made(learned.fit_ddss),
     "ltsl": Made(learned.fit_ltsl),
     "iia": Made(iia.fit_iia),
+    "dc_solver": Made(learned.fit_dc),
+    "usf": Made(usf.fit_usf),
 }

@@ -16,7 +16,6 @@ import optax
 
 from difax.accel.solvers.bns import bns
 from difax.core.contracts import Accelerator, Row, Solver
-from difax.core.process import Process
 from difax.core.sample import make_rows
 
 Theta = Any
@@ -68,20 +67,6 @@ def batches(
         found.append(Batch(x, keys, cond, wanted))
         progress(f"{(k + 1) * batch} fine samples")
     return found
-
-
-def with_times(rows: Row, process: Process, t: Any, weights: Any) -> Row:
-    """Rows at other times and with other weights, both of which may be traced.
-
-    Args:
-      rows: of a table of the linear engine, as many. t: [E]. weights: [E, outputs, inputs].
-    """
-    return rows._replace(
-        t=t,
-        model_time=process.model_time(t),
-        level=process.level(t, jnp),
-        coefficients=rows.coefficients.replace(weights=weights),
-    )
 
 
 def gaps_of(times: np.ndarray) -> np.ndarray:

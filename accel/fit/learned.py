@@ -1,4 +1,4 @@
-"""Learned solvers: BNS, DDSS and LTSL by descent through the sampler, and numbers that a table is made from (DC-Solver)."""
+"""Learned solvers: BNS, DDSS, LTSL and the ratios of DC-Solver, by descent through the sampler."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from difax.accel.fit.descent import (
     rows_of,
     shares,
     times_of,
-    with_times,
 )
 from difax.accel.solvers.bns import bns
+from difax.accel.solvers.dc_solver import dc_solver, table_of_ratios
 from difax.accel.solvers.ddss import ddim_mix, mixed_slots, mixed_table
 from difax.accel.solvers.learned import full_table, slots_of, table_of, unrolled
 from difax.accel.solvers.linear import LinearTable, linear, tabulated
@@ -47,15 +47,22 @@ class Learnable(NamedTuple):
     solver: Solver
     weights: Callable[[Any, Any, Level], Any]
 
-    def rows(self, sampler: Any) -> Row:
-        """The rows of the start, whose table has room for every number."""
-        return rows_of(sampler, self.solver, np.append(self.times, 0.0))
+    def parts(self, sampler: Any) -> tuple[Solver, dict[str, np.ndarray], Callable[[Any], Row]]:
+        """What `learn` learns: the solver, the numbers of the start, theta -> rows."""
+        return self.solver, self.theta, self.rows(sampler)
 
-    def at(self, theta: Any, rows: Row, process: Any) -> Row:
-        """The rows of theta."""
-        t = times_of(theta["gaps"], float(self.times[0]))
-        moved = with_times(rows, process, t, rows.coefficients.weights)
-        return with_times(rows, process, t, self.weights(theta, t, moved.level))
+    def rows(self, sampler: Any) -> Callable[[Any], Row]:
+        """theta -> the rows of a run."""
+        process = sampler.run.process
+        rows = rows_of(sampler, self.solver, np.append(self.times, 0.0))
+
+        def at(theta: Any) -> Row:
+            t = times_of(theta["gaps"], float(self.times[0]))
+            level = process.level(t, jnp)
+            coefficients = rows.coefficients.replace(weights=self.weights(theta, t, level))
+            return rows._replace(t=t, model_time=process.model_time(t), level=level, coefficients=coefficients)
+
+        return at
 
 
 def _learnable(times, theta, slots, noises, used: LinearTable, weights) -> Learnable:
@@ -99,7 +106,9 @@ def ltsl_table(process: Any, times: np.ndarray) -> Learnable:
 
 def learn(
     sampler: Any,
-    table: Learnable,
+    solver: Solver,
+    theta: dict[str, Any],
+    at: Callable[[Any], Row],
     loss: Callable[[jax.Array, Batch], jax.Array],
     samples: int,
     batch: int,
@@ -109,21 +118,22 @@ def learn(
     iterations: int,
     rate: float,
     outer: Callable[[jax.Array, Batch], jax.Array] | None = None,
+    optimiser: Callable[[Any], optax.GradientTransformation] = optax.adam,
 ) -> Found:
     """Learns a table's numbers by descent.
 
     Args:
+      solver: the program's. theta: the numbers of the start. at(theta) -> the rows of a run, traced.
       loss(samples, batch) -> scalar, which every number descends on; with `outer`, all but the times.
       samples: three quarters are learned from, the others held out (`shares`). steps: of the fine samples, at least.
       outer(samples, batch) -> scalar, on which the times descend, the other numbers being held; it is then what is
         measured on the held-out samples.
     """
     _check(steps=steps, iterations=iterations, rate=rate)
-    run, rows, process = program(sampler, table.solver, remat=True), table.rows(sampler), sampler.run.process
-    scale = sampler.scale()
+    run, scale = program(sampler, solver, remat=True), sampler.scale()
 
     def drawn(theta: Any, params: Any, batch: Batch) -> jax.Array:
-        return run(params, batch.x, batch.keys, batch.cond, table.at(theta, rows, process), scale)[0]
+        return run(params, batch.x, batch.keys, batch.cond, at(theta), scale)[0]
 
     def inner_loss(theta: Any, params: Any, batch: Batch) -> jax.Array:
         return loss(drawn(theta, params, batch), batch)
@@ -144,7 +154,7 @@ def learn(
     test = batches(sampler, held, batch, most, steps, progress)
     return descend(
         inner_loss if outer is None else both,
-        table.theta,
+        theta,
         sampler.params,
         train,
         test,
@@ -152,6 +162,7 @@ def learn(
         iterations=iterations,
         progress=progress,
         judged=None if outer is None else judged,
+        optimiser=optimiser,
     )
 
 
@@ -164,11 +175,14 @@ def contents(name: str, table: Learnable, found: Found, **more: Any) -> dict[str
         "steps": len(times),
         "times": times.tolist(),
         **numbers,
-        "before": found.before,
-        "after": found.after,
-        "history": found.history,
+        **told(found),
         **more,
     }
+
+
+def told(found: Found) -> dict[str, Any]:
+    """What a file says of a descent: the loss on the held-out samples."""
+    return {"before": found.before, "after": found.after, "history": found.history}
 
 
 def fit_bns(
@@ -195,7 +209,8 @@ def fit_bns(
         raise ValueError(f"--solver bns: start={start} evaluates twice at one time; allowed: euler, midpoint, ab2")
     table = bns_table(rows)
     loss = lambda got, batch: log_error(got, batch.wanted)  # noqa: E731
-    found = learn(sampler, table, loss, samples, batch, progress, steps=steps, iterations=iterations, rate=rate)
+    options: dict[str, Any] = dict(steps=steps, iterations=iterations, rate=rate)
+    found = learn(sampler, *table.parts(sampler), loss, samples, batch, progress, **options)
     return contents("bns", table, found, start=start)
 
 
@@ -244,12 +259,13 @@ def fit_ddss(
       eta: of the DDIM that it begins with. steps: of the fine samples, at least. iterations, rate: of Adam (5e-4 in the
         paper). The batch is what the distance is taken over.
     """
-    _check_batch(sampler, batch)
+    check_batch(sampler, batch)
     if not 0 <= eta <= 1:
         raise ValueError(f"--solver ddss: eta={eta}; allowed: 0 ... 1")
     loss = kernel_loss(sampler.features())
     table = ddss_table(sampler.run.process, np.asarray(sampler.run.times, np.float64), eta)
-    found = learn(sampler, table, loss, samples, batch, progress, steps=steps, iterations=iterations, rate=rate)
+    options: dict[str, Any] = dict(steps=steps, iterations=iterations, rate=rate)
+    found = learn(sampler, *table.parts(sampler), loss, samples, batch, progress, **options)
     return contents("ddss", table, found, eta=eta)
 
 
@@ -268,85 +284,46 @@ def fit_ltsl(
     Args:
       steps: of the fine samples, at least. iterations, rate: of Adam. The batch is what the distance is taken over.
     """
-    _check_batch(sampler, batch)
+    check_batch(sampler, batch)
     outer = kernel_loss(sampler.features())
     table = ltsl_table(sampler.run.process, np.asarray(sampler.run.times, np.float64))
     inner = lambda got, batch: log_error(got, batch.wanted)  # noqa: E731
     options: dict[str, Any] = dict(steps=steps, iterations=iterations, rate=rate, outer=outer)
-    return contents("ltsl", table, learn(sampler, table, inner, samples, batch, progress, **options))
+    found = learn(sampler, *table.parts(sampler), inner, samples, batch, progress, **options)
+    return contents("ltsl", table, found)
 
 
-def fit_numbers(
+def fit_dc(
     sampler: Any,
-    solver_of: Callable[[np.ndarray], Solver],
-    start: np.ndarray,
     samples: int,
     batch: int,
     progress: Progress,
     *,
-    steps: int,
-    iterations: int,
-    rate: float,
-    low: float = -np.inf,
-    high: float = np.inf,
-) -> Found:
-    """Learns the numbers that a solver's table is made from on the host, by AdamW on the distance to the fine samples.
-
-    The gradient in the table is that of the sampler; that of the table in the numbers is taken by central differences
-    in float64.
+    steps: int = FINE,
+    iterations: int = 40,
+    rate: float = 0.1,
+) -> dict[str, Any]:
+    """DC-Solver's ratios, one a step, by AdamW on the squared distance to the fine samples.
 
     Args:
-      solver_of(numbers [k]) -> a solver of the linear engine, whose evaluations are at the same times for all.
-      start: [k]. low, high: between which the numbers are held.
-
-    Returns:
-      `Found`, theta [k].
+      steps: of the fine samples, at least (the authors take DDIM of 999). iterations, rate: of AdamW (40 and 0.1 in the
+        paper).
     """
-    _check(steps=steps, iterations=iterations, rate=rate)
     process, times = sampler.run.process, np.asarray(sampler.run.times, np.float64)
+    n = len(times) - 1
+    if n < 3:
+        raise ValueError(f"--solver dc_solver: {n} steps, and the ratios of the first two are 1; allowed: 3 or more")
+    rows = rows_of(sampler, dc_solver(), times)
+    of = table_of_ratios(process, times)
 
-    def weights(numbers: np.ndarray) -> np.ndarray:
-        return np.asarray(solver_of(numbers).grid(process, times).coefficients.weights, np.float64)
+    def at(theta: Any) -> Row:
+        return rows._replace(coefficients=of(theta["ratios"]).coefficients)
 
-    solver, start = solver_of(start), np.asarray(start, np.float64)
-    rows = rows_of(sampler, solver, times)
-    jolt = sum(weights(start + d) for d in 0.37 * np.eye(len(start)))  # which weights may come to be
-    used = tabulated(np.abs(jolt) + np.abs(weights(start)) + 0.5 * (jolt != 0)).used
-    rows = rows._replace(coefficients=rows.coefficients.replace(used=used))
-    run, scale = program(sampler, solver, remat=True), sampler.scale()
-
-    @jax.jit
-    def slope(w: Any, params: Any, batch: Batch):
-        def loss(w):
-            here = rows._replace(coefficients=rows.coefficients.replace(weights=w))
-            return jnp.mean((run(params, batch.x, batch.keys, batch.cond, here, scale)[0] - batch.wanted) ** 2)
-
-        return jax.value_and_grad(loss)(w)
-
-    def on(numbers: np.ndarray, batch: Batch) -> tuple[float, np.ndarray]:
-        value, g = slope(jnp.asarray(weights(numbers), jnp.result_type(float)), sampler.params, batch)
-        width = 1e-5
-        each = [weights(numbers + d) - weights(numbers - d) for d in width * np.eye(len(numbers))]
-        return float(value), np.array([np.sum(np.asarray(g, np.float64) * d) for d in each]) / (2 * width)
-
-    most, held = shares(samples, batch)
-    train = batches(sampler, most, batch, 0, steps, progress)
-    test = batches(sampler, held, batch, most, steps, progress)
-    tool = optax.adamw(rate)
-    numbers, state = start, tool.init(jnp.asarray(start))
-    measure = lambda numbers: float(np.mean([on(numbers, batch)[0] for batch in test]))  # noqa: E731
-    history = [measure(numbers)]
-    best, least = numbers, history[0]
-    for k in range(iterations):
-        _, g = on(numbers, train[k % len(train)])
-        change, state = tool.update(jnp.asarray(g), state, jnp.asarray(numbers))
-        numbers = np.clip(numbers + np.asarray(change, np.float64), low, high)
-        if (k + 1) % max(1, iterations // 10) == 0 or k + 1 == iterations:
-            history.append(measure(numbers))
-            if history[-1] < least:
-                best, least = numbers, history[-1]
-            progress(f"{k + 1} of {iterations} iterations, loss on held-out samples {history[-1]:.5g}")
-    return Found(best, history[0], least, history)
+    loss = lambda got, batch: jnp.mean((got - batch.wanted) ** 2)  # noqa: E731
+    options: dict[str, Any] = dict(steps=steps, iterations=iterations, rate=rate, optimiser=optax.adamw)
+    found = learn(sampler, dc_solver(), {"ratios": np.ones(n)}, at, loss, samples, batch, progress, **options)
+    ratios = np.where(np.arange(n) < 2, 1.0, found.theta["ratios"])
+    return {"solver": "dc_solver", "ratios": ratios.tolist(), **told(found)}
 
 
 def _check(**values: float) -> None:
@@ -357,7 +334,7 @@ def _check(**values: float) -> None:
             raise ValueError(f"{key}={value}; allowed: 1 ... 1000000")
 
 
-def _check_batch(sampler: Any, batch: int) -> None:
+def check_batch(sampler: Any, batch: int) -> None:
     """Each half of a batch has every condition equally often, or it would be another distribution that is compared."""
     least = 2 * max(2, len(jax.tree.leaves(sampler.cond)[0]))
     if batch % least:

@@ -15,6 +15,7 @@ from difax.accel.solvers.ltsl import ltsl
 from difax.accel.solvers.pndm import ipndm, pndm
 from difax.accel.solvers.sa_solver import sa_solver
 from difax.accel.solvers.unipc import unipc
+from difax.accel.solvers.usf import usf
 
 SOLVERS = {
     "ddpm": ddpm,
@@ -26,6 +27,7 @@ SOLVERS = {
     "ddss": ddss,
     "ltsl": ltsl,
     "iia": iia,
+    "usf": usf,
     "unipc": unipc,
     "dc_solver": dc_solver,
     "sa_solver": sa_solver,

@@ -88,7 +88,8 @@ def dc_solver(
             steps, process, times, order, variant, prediction, True, corrector_off, lower_order_final, blend=blend
         )
 
-    return linear(lay, slots_of(max(order, dc_order), corrects=True))
+    solver = linear(lay, slots_of(max(order, dc_order), corrects=True))
+    return solver._replace(measured=measured.record("dc_solver", file))
 
 
 def compensation(times: np.ndarray, j: int, ratio: float, dc_order: int) -> np.ndarray:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from difax.accel.caches.measured import naming, read, record, same_length, source
-from difax.core.contracts import Array, Level, Row
 from difax.accel.solvers.linear import LinearTable, tabulated
+from difax.core.contracts import Array, Level, Row
 
 
 def slopes(level: Level) -> tuple[Array, Array]:
@@ -141,7 +141,9 @@ def read_learned(
         except (TypeError, ValueError):
             raise ValueError(f"{what} is no array of numbers; allowed: [{', '.join(axes)}] of them") from None
         fits = array.ndim == len(axes) and array.size > 0
-        fits = fits and all(lengths.setdefault(axis, size) == size for axis, size in zip(axes, array.shape, strict=True))
+        fits = fits and all(
+            lengths.setdefault(axis, size) == size for axis, size in zip(axes, array.shape, strict=True)
+        )
         if not fits:
             known = ", ".join(f"{axis} = {size}" for axis, size in lengths.items())
             raise ValueError(f"{what} is {list(array.shape)}; allowed: [{', '.join(axes)}] ({known or 'one or more'})")
