@@ -4,7 +4,7 @@ and solvers that are fitted to a model."""
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.accel.fit import fastcache, icc, iia, learned, tables, usf
+from difax.accel.fit import by_label, fastcache, icc, iia, learned, tables, usf
 from difax.accel.fit.record import record, record_inputs
 from difax.core.contracts import Accelerator
 
@@ -75,4 +75,6 @@ SOLVER_FITS: dict[str, Made] = {
     "iia": Made(iia.fit_iia),
     "dc_solver": Made(learned.fit_dc),
     "usf": Made(usf.fit_usf),
+    "stepsaver": Made(by_label.fit_stepsaver),
+    "adadiff": Made(by_label.fit_adadiff),
 }

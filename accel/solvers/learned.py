@@ -157,6 +157,6 @@ def read_learned(
 
 
 def check_steps(technique: str, file: str, times: np.ndarray, evaluations: int) -> None:
-    """Refuses a run of another number of steps than a learned table has evaluations."""
+    """Refuses a run, with its times [steps + 1], of another number of steps than a file is for."""
     with naming(file):
         same_length(technique, evaluations, len(times) - 1)

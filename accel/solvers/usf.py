@@ -92,7 +92,7 @@ def usf(
     def lay(steps: Steps, process: Process, given: np.ndarray) -> None:
         check_times(given)
         if file is not None and times is not None:
-            check_steps("usf", file, times, len(given) - 1)
+            check_steps("usf", file, given, len(times))
             given = np.append(times, 0.0)
         lay_usf(steps, process, given, choices(where, found, len(given) - 1))
 
