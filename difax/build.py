@@ -155,12 +155,14 @@ class Setup(NamedTuple):
 
 SECTIONS = (
     "model", "process", "prediction", "weights",
-    "solver", "grid", "steps", "steps_by", "guide", "scale", "cache", "attend", "quant", "layout", "conditioning", "reduced",
+    "solver", "grid", "steps", "steps_by", "guide", "scale", "cache", "attend", "quant", "layout", "conditioning",
+    "reduced",
     "mesh", "data", "loss", "train",
 )  # fmt: skip
 # the values that stand alone, and what each may be
 ALONE: dict[str, Any] = {
-    "prediction": str, "steps": int, "steps_by": str | None, "scale": float, "weights": str | None, "layout": str, "conditioning": str,
+    "prediction": str, "steps": int, "steps_by": str | None, "scale": float, "weights": str | None, "layout": str,
+    "conditioning": str,
 }  # fmt: skip
 LAYOUTS = ("stacked", "unstacked")
 CONDITIONINGS = ("each", "ahead")  # is the blocks' modulation computed at each evaluation, or before all of them

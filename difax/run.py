@@ -18,7 +18,7 @@ from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
 from difax.config import config_names, configuration, keyword_settings, load_config, override, plain
 from difax.core import hosts
 from difax.core.annotations import OrInfinite, Seed, brief, check_arguments, check_value
-from difax.core.contracts import Params, Trace
+from difax.core.contracts import Params
 from difax.core.decisions import save_trace
 from difax.core.device import check_memory, memory_available
 from difax.core.executables import signature

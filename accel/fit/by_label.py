@@ -116,7 +116,7 @@ def _descent(loss: Any, start: np.ndarray, iterations: int, rate: float, keys: A
 def _errors(
     sampler: Any, samples: int, batch: int, choices: Sequence[int], steps: int, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """(labels [N], relative distances to the fine samples [N, choices]) of those learned from, and of those held out."""
+    """(labels [N], relative distances to the fine samples [N, choices]) of what is learned from, and of the rest."""
     model = sampler.run.model
     if not model.classes:
         raise ValueError(f"{model.name} has no labels to choose steps for; allowed: a model of labels")

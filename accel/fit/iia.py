@@ -32,9 +32,13 @@ def fit_iia(
 ) -> dict[str, Any]:
     """The coefficients of the last differences, by least squares at every step.
 
-    At step i, from the x that the steps before it made with what was found for them: the base makes x_s, and the base on
-    `parts` even parts of the step makes what x_s should have been; gamma_i is what the differences are multiplied by
+    At step i, from the x that the steps before it made with what was found for them: the base makes x_s, and the base
+    on `parts` even parts of the step makes what x_s should have been; gamma_i is what the differences are multiplied by
     for the least squared distance, over all samples that are learned from.
+
+    The file says by how much (root mean square, held-out samples) each step misses, "steps before" and "steps after",
+    and what becomes of the whole run, "before" and "after" (mean logarithm of the squared distance to fine samples):
+    a step that is nearer to its own finer one need not bring the end nearer.
 
     Args:
       base: "ddim", "dpmpp_2m" or "edm". order: how many differences a step has, 1 to 8. parts: 2 to 100. steps: of the
@@ -47,7 +51,8 @@ def fit_iia(
     process, times = sampler.run.process, np.asarray(sampler.run.times, np.float64)
     fitting = _Fitting(sampler, base, order, parts, times)
     most, held = shares(samples, batch)
-    train = batches(sampler, most, batch, 0, 1, progress)
+    train, rest = batches(sampler, most, batch, 0, 1, progress), []
+    test = batches(sampler, held, batch, most, steps, progress)
     gamma = np.zeros((len(_laid(base, np.zeros((0, 0)), order, process, times)[0]), order))
     for step, k in enumerate(fitting.ends):
         if k:
@@ -59,11 +64,18 @@ def fit_iia(
             known = min(order, k)
             ridge = 1e-9 * np.trace(products[:known, :known]) * np.eye(known)
             gamma[k, :known] = np.linalg.solve(products[:known, :known] + ridge, moments[:known])
-        progress(f"step {step + 1} of {len(times) - 1}: gamma {np.array2string(gamma[k], precision=4)}")
-    test = batches(sampler, held, batch, most, steps, progress)
+        misses = np.zeros(2)
+        for one in test:
+            differences, missing = fitting.at(one, gamma, step, k)
+            misses += np.mean(missing**2), np.mean((missing - gamma[k] @ differences) ** 2)
+        rest.append(np.sqrt(misses / len(test)))
+        told = f"misses {rest[-1][0]:.4g} without and {rest[-1][1]:.4g} with it"
+        progress(f"step {step + 1} of {len(times) - 1}: gamma {np.array2string(gamma[k], precision=4)}, {told}")
     before, after = (_error(sampler, base, g, order, times, test) for g in (0 * gamma, gamma))
     found = {"base": base, "times": times[:-1].tolist(), "gamma": gamma.tolist(), "before": before, "after": after}
-    return {"solver": "iia", "steps": len(gamma), **found}
+    steps_before, steps_after = np.transpose(rest).tolist()
+    missed = {"steps before": steps_before, "steps after": steps_after}
+    return {"solver": "iia", "steps": len(gamma), **found, **missed}
 
 
 def _laid(base: str, gamma: np.ndarray, order: int, process: Process, times: np.ndarray) -> Rows:

@@ -234,10 +234,10 @@ def kernel_loss(
     def loss(got: jax.Array, batch: Batch) -> jax.Array:
         half = len(got) // 2
         ours, fine = features(got), features(batch.wanted)
-        mean, std = fine.mean(0), fine.std(0) + 0.1 * fine.std() + 1e-6
+        mean, std = fine.mean(0, keepdims=True), fine.std(0, keepdims=True) + 0.1 * fine.std() + 1e-6
         ours, fine = (ours - mean) / std, (fine - mean) / std
         pairs = ((ours[:half], fine[half:]), (ours[half:], fine[:half]))
-        return sum(within(a) + within(b) - 2 * kernel(a, b).mean() for a, b in pairs) / 2
+        return jnp.mean(jnp.stack([within(a) + within(b) - 2 * kernel(a, b).mean() for a, b in pairs]))
 
     return loss
 
@@ -339,5 +339,5 @@ def check_batch(sampler: Any, batch: int) -> None:
     least = 2 * max(2, len(jax.tree.leaves(sampler.cond)[0]))
     if batch % least:
         raise ValueError(
-            f"--batch={batch}; allowed: multiples of {least}, both halves of a batch having all conditions equally often"
+            f"--batch={batch}; allowed: multiples of {least}, each half with every condition equally often"
         )

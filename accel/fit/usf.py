@@ -1,4 +1,4 @@
-"""The search over the settings of every step of `usf`: evolution, guided by a predictor of the loss (arXiv:2312.07243)."""
+"""The search over the settings of every step of `usf`: evolution guided by a predictor of the loss (2312.07243)."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def predicted(
 ) -> np.ndarray:
     """What losses [m] new schedules may have: Gaussian kernel ridge regression on the ranks of the known ones.
 
-    The authors train a network for that; with a hundred measurements, ranks and a kernel are what there is to be learned.
+    The authors train a network for that; of a hundred measurements there is no more to be learned.
     """
     x, y = np.stack([encoded(one) for one in known]), np.stack([encoded(one) for one in new])
     ranks = np.argsort(np.argsort(losses)) / max(len(losses) - 1, 1) - 0.5

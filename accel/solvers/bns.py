@@ -28,8 +28,8 @@ def bns(file: str | None = None, start: str = "euler") -> Solver:
       file: of `difax calibrate --solver bns`. Its times are taken and not those of the grid; the run has as many steps
         as the file has evaluations. None is the generic solver that learning begins with:
       start: on the straight path y = x/(alpha + sigma), whose velocity along r = sigma/(alpha + sigma) is eps - x0,
-        "euler" (which is DDIM), "midpoint" (two evaluations a step, but one in a step to sigma = 0) or "ab2" (Adams-Bashforth of order 2 on uneven
-        steps, the first one Euler's).
+        "euler" (which is DDIM), "midpoint" (two evaluations a step, but one in a step to sigma = 0) or "ab2"
+        (Adams-Bashforth of order 2 on uneven steps, the first one Euler's).
 
     Returns:
       A `Solver` whose state is x_0 and the velocities so far; of a start, what that keeps.

@@ -32,8 +32,8 @@ def ddss(file: str | None = None, eta: float = 0.0) -> Solver:
     Returns:
       A `Solver` whose state is all earlier x and predictions.
 
-    References: Watson et al. 2022, arXiv:2202.05830, sections 3 and 4. Our mu multiplies x and nu the prediction with no
-      constraint between them (their GGDM with all past predictions, and with learned times).
+    References: Watson et al. 2022, arXiv:2202.05830, sections 3 and 4. Here mu and nu are free of each other (their
+      GGDM with all past predictions and with learned times).
     """
     if file is None:
         if not 0 <= eta <= 1:

@@ -4,7 +4,7 @@
 
 x_0 is the initial noise, x0_j and eps_j the prediction at x_j. u is the velocity: eps - x0 of a flow, alpha eps - sigma
 x0 (v) of a variance-preserving process, eps of a variance-exploding one, whatever clock the process has. Since
-x0 = q x - sigma u and eps = alpha u - p x, with (p, q) = (alpha', sigma')/(alpha sigma' - alpha' sigma), the table of any
+x0 = q x - sigma u and eps = alpha u - p x, with (p, q) = (alpha', sigma')/(alpha sigma' - alpha' sigma), that of any
 linear solver can be multiplied out into this form (`unrolled`).
 """
 

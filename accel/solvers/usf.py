@@ -56,8 +56,8 @@ def usf(
     order is as high as they allow, which is 1 where lambda is infinite.
 
     Args:
-      file: of `difax calibrate --solver usf`, which searches for settings of each step and its time; its times are taken
-        and not those of the grid, and the run has as many steps. None: the settings that follow, each one value, or
+      file: of `difax calibrate --solver usf`, which searches for settings of each step and its time; its times are
+        taken and not those of the grid, and the run has as many steps. None: the settings that follow, each one value, or
         one a step.
       order: p, 1 to 4 (2).
       prediction: "data" or "noise" ("data").

@@ -96,8 +96,8 @@ def ddpm_loss(
     gradient stopped, so that it trains the variance alone: KL(q(x_{k-1} | x_k, x0) || p), and at k = 0 the
     discretised likelihood of the 8-bit image.
 
-    With a skip weight w the first part becomes (1 - w) E |f - target|^2 + w L_skip: the squared distance between where a
-    DDIM step over `skip` steps at once lands, and where it should,
+    With a skip weight w the first part becomes (1 - w) E |f - target|^2 + w L_skip: the squared distance between where
+    a DDIM step over `skip` steps at once lands, and where it should,
 
       L_skip = E |(alpha_j x0' + sigma_j eps') - (alpha_j x0 + sigma_j eps)|^2,    j = k - skip, or clean data
              = E (alpha_j - sigma_j alpha_k/sigma_k)^2 |x0' - x0|^2.
