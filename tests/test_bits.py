@@ -91,6 +91,7 @@ def test_caches(name):
         ("heun", {}),
         pytest.param("heun", {"space": "flow"}, marks=pytest.mark.slow),
         ("dpmpp_2m", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("bns", "ddss", "ltsl", "iia", "usf")),
     ],
 )
 def test_solvers(solver, settings):
@@ -105,7 +106,18 @@ def test_solvers(solver, settings):
 
         return made.step(predict(jnp.tanh(x), "eps", False, x, rows.level), x, made.init(x), rows, keys)
 
-    assert {name for name in SOLVERS} == {"euler", "ddim", "ddpm", "heun", "dpmpp_2m"}
+    assert {name for name in SOLVERS} >= {
+        "euler",
+        "ddim",
+        "ddpm",
+        "heun",
+        "dpmpp_2m",
+        "bns",
+        "ddss",
+        "ltsl",
+        "iia",
+        "usf",
+    }
     assert_same(*in_both(run))
 
 

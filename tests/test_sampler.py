@@ -82,6 +82,11 @@ SOLVES = [
     ("euler", {}, "flow"),
     ("heun", {}, "flow"),
     ("dpmpp_2m", {}, "vp_linear"),
+    ("bns", {"start": "midpoint"}, "flow"),
+    ("ddss", {"eta": 0.5}, "vp_linear"),
+    ("ltsl", {}, "flow"),
+    ("iia", {"base": "edm"}, "vp_linear"),
+    ("usf", {"order": 3, "corrector": True}, "vp_linear"),
 ]
 solves = pytest.mark.parametrize(
     ("solver", "arguments", "process"), SOLVES, ids=[f"{s}-{'-'.join(map(str, a.values()))}-{p}" for s, a, p in SOLVES]

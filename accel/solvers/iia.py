@@ -29,8 +29,8 @@ def iia(file: str | None = None, base: str = "ddim") -> Solver:
     Args:
       file: of `difax calibrate --solver iia`, which says its base and its times; they are taken and not those of
         the grid, and the run has as many steps. None is the base alone.
-      base: "ddim" (g = eps), "dpmpp_2m" (g = x0), or "edm" (g = eps): Heun along sigma/alpha, two evaluations a step, of
-        which only the one that ends the step is corrected, and one in a step to sigma = 0; it needs alpha > 0.
+      base: "ddim" (g = eps), "dpmpp_2m" (g = x0), or "edm" (g = eps): Heun along sigma/alpha, two evaluations a step,
+        of which only the one that ends the step is corrected, and one in a step to sigma = 0; it needs alpha > 0.
 
     Returns:
       A `Solver` whose state is the last outputs.

@@ -57,8 +57,8 @@ def usf(
 
     Args:
       file: of `difax calibrate --solver usf`, which searches for settings of each step and its time; its times are
-        taken and not those of the grid, and the run has as many steps. None: the settings that follow, each one value, or
-        one a step.
+        taken and not those of the grid, and the run has as many steps. None: the settings that follow, each one
+        value, or one a step.
       order: p, 1 to 4 (2).
       prediction: "data" or "noise" ("data").
       estimate: e, order - 1 to 4; 0 is order - 1, for which the polynomial is integrated as it is.
