@@ -47,12 +47,12 @@ FITS: dict[str, dict[str, Any]] = {
 PAGE = """# Learned and searched solvers
 
 `python -m experiments.learned_solvers` on the DiT that ships (flow, guidance 2, uniform times where none are learned).
-Every learned solver was fitted to samples of one seed and is measured on {held} samples of another: PSNR to {fine} steps
+Every learned solver was fitted to samples of one seed and is measured on {held} of another: PSNR to {fine} steps
 of Adams-Bashforth 2 from the same noise, KID to those of other noise in the features of the shipped classifier (0 is a
 perfect sampler; below it by chance), with bootstrap intervals over samples. Gain is the paired difference of PSNR over
 dpmpp_2m. {device}, jax {jax}, {date}. Every number: [rows.jsonl](rows.jsonl).
 
-| evaluations | solver | PSNR [95 %] | gain, dB [95 %] | KID [95 %] | samples | loss of the fit, held out | its seconds |
+| evaluations | solver | PSNR [95 %] | gain, dB [95 %] | KID [95 %] | samples | loss of the fit, held out | seconds |
 |---|---|---|---|---|---|---|---|
 {table}
 """

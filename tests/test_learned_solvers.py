@@ -203,8 +203,8 @@ FIT = {"steps": 16, "iterations": 20}
 # name, settings of the fit, samples, batch
 FITS = [
     ("bns", FIT | {"rate": 0.003}, 24, 4),
-    ("ddss", FIT | {"rate": 0.01, "iterations": 30}, 64, 16),
-    ("ltsl", FIT | {"rate": 0.02}, 64, 16),
+    ("ddss", FIT | {"rate": 0.001}, 256, 32),
+    ("ltsl", FIT | {"rate": 0.001}, 256, 32),
     ("iia", {"parts": 6, "steps": 16}, 24, 4),
     ("dc_solver", FIT, 24, 4),
     ("usf", {"measured": 90, "steps": 16}, 16, 8),

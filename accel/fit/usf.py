@@ -15,7 +15,7 @@ from difax.core.grids import lay_rows
 
 KINDS, RELAXATIONS = ("data", "noise"), ("none", "dpmsolver-2", "unipc-bh1")
 LIKELY = {1: 0.2, 2: 0.4, 3: 0.3, 4: 0.1}  # of orders, as the authors draw them
-CHANGE, SPREAD = 0.3, 0.03  # how often a setting of a step changes, and by how much a time moves
+CHANGE, SPREAD = 0.3, 0.1  # how often a kind of setting changes, and it at a step; how far a gap of times moves, in log
 
 
 class Schedule(NamedTuple):
@@ -131,29 +131,30 @@ class _Loss:
 
 
 def _picked(rng: np.random.Generator, best: Sequence[Schedule]) -> tuple[Schedule, Schedule]:
-    first, second = rng.integers(len(best), size=2)
+    """Two of the best, the better the likelier."""
+    first, second = (len(best) * rng.random(2) ** 2).astype(int)
     return best[first], best[second]
 
 
 def _changed(rng: np.random.Generator, one: Schedule, other: Schedule, move_times: bool) -> Schedule:
-    """A child of two schedules: half of the time steps of both, then each setting changed now and then."""
+    """A child of two schedules: half of the time steps of both; then some kinds of settings change, at some steps."""
     n = len(one.times)
     crossed = rng.random(n) < 0.5 if rng.random() < 0.5 else np.zeros(n, bool)
     chosen = [b if c else a for a, b, c in zip(one.chosen, other.chosen, crossed, strict=True)]
-    orders, shares_ = list(LIKELY), np.array(list(LIKELY.values()))
+    orders, likely = list(LIKELY), list(LIKELY.values())
+    kinds = rng.random(6) < CHANGE
+    kinds[rng.integers(6 if move_times and n > 1 else 5)] = True
     for k, choice in enumerate(chosen):
-        change = rng.random(5) < CHANGE / 2
-        order = int(rng.choice(orders, p=shares_)) if change[0] else choice.order
+        change = kinds[:5] & (rng.random(5) < CHANGE)
+        order = int(rng.choice(orders, p=likely)) if change[0] else choice.order
         kind = str(rng.choice(KINDS)) if change[1] else choice.prediction
         estimate = int(rng.choice([0, *range(max(order - 1, 1), ORDERS + 1)])) if change[2] else choice.estimate
         relaxation = str(rng.choice(RELAXATIONS)) if change[3] else choice.relaxation
         corrector = bool(rng.random() < 0.5) if change[4] else choice.corrector
-        estimate = 0 if estimate < order - 1 else estimate
-        chosen[k] = Choice(order, kind, estimate, relaxation, corrector)
+        chosen[k] = Choice(order, kind, 0 if estimate < order - 1 else estimate, relaxation, corrector)
     times = one.times
-    if move_times and n > 1 and rng.random() < 0.5:
-        gaps = np.log(-np.diff(np.append(times, 0.0)))
-        gaps = np.exp(gaps + rng.normal(size=n) * 5 * SPREAD)
+    if move_times and n > 1 and kinds[5]:
+        gaps = -np.diff(np.append(times, 0.0)) * np.exp(rng.normal(size=n) * SPREAD)
         times = times[0] * np.cumsum((gaps / gaps.sum())[::-1])[::-1]
         times[0] = one.times[0]
     return Schedule(times, tuple(chosen))
