@@ -84,6 +84,7 @@ def test_caches(name):
 
 
 ADAMS = ("unipc", "dc_solver", "sa_solver", "deis", "ipndm", "pndm", "lms", "dpm_solver_v3")
+LEARNED = ("bns", "ddss", "ltsl", "iia", "usf")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,7 @@ ADAMS = ("unipc", "dc_solver", "sa_solver", "deis", "ipndm", "pndm", "lms", "dpm
         ),
         ("sa_solver", {}),
         *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ADAMS if name != "sa_solver"),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in LEARNED),
     ],
 )
 def test_solvers(solver, settings):
@@ -121,6 +123,7 @@ def test_solvers(solver, settings):
         *("euler", "ddim", "ddpm", "heun", "dpmpp_2m"),
         *("euler_ancestral", "kdpm2", "edm", "restart", "pc", "flow_ab", "sampler_scheduler"),
         *ADAMS,
+        *LEARNED,
     }
     assert_same(*in_both(run))
 

@@ -98,6 +98,11 @@ SOLVES = [
     ("pndm", {}, "vp_linear"),
     ("lms", {}, "flow"),
     ("dpm_solver_v3", {}, "flow"),
+    ("bns", {"start": "midpoint"}, "flow"),
+    ("ddss", {"eta": 0.5}, "vp_linear"),
+    ("ltsl", {}, "flow"),
+    ("iia", {"base": "edm"}, "vp_linear"),
+    ("usf", {"order": 3, "corrector": True}, "vp_linear"),
 ]
 IN_EVERY_RUN = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "edm", "sa_solver")
 solves = pytest.mark.parametrize(

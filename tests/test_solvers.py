@@ -54,6 +54,11 @@ CASES = [
     Case("heun"),
     Case("dpmpp_2m", {"lower_order_final": 0}, order=2),
     Case("dpmpp_2m"),
+    Case("bns", order=1),
+    Case("ddss", order=1),
+    Case("ltsl", order=1),
+    Case("iia", order=1),
+    Case("usf", order=2),
 ]
 # tests/test_<file>.py -> the solvers whose cases are in its own table
 ELSEWHERE = {

@@ -62,6 +62,16 @@ class Sampler(NamedTuple):
         """Of the guidance."""
         return jnp.asarray(self.run.scale, jnp.float32)
 
+    def features(self) -> Callable[[jax.Array], jax.Array]:
+        """samples [B, ...] -> features [B, F], by the classifier that ships.
+
+        Raises:
+          ValueError: a model that draws what it does not know.
+        """
+        from difax.study.judge import shipped_features
+
+        return shipped_features(self.run.model)
+
 
 def calibrate_to(
     technique: str,
