@@ -2,9 +2,13 @@
 
 from difax.accel.solvers.ddim import ddim
 from difax.accel.solvers.ddpm import ddpm
+from difax.accel.solvers.deq import deq
 from difax.accel.solvers.dpmpp_2m import dpmpp_2m
 from difax.accel.solvers.euler import euler
+from difax.accel.solvers.gotta_go_fast import gotta_go_fast
 from difax.accel.solvers.heun import heun
+from difax.accel.solvers.paradigms import paradigms
+from difax.accel.solvers.parataa import parataa
 
 SOLVERS = {
     "ddpm": ddpm,
@@ -12,4 +16,8 @@ SOLVERS = {
     "euler": euler,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
+    "gotta_go_fast": gotta_go_fast,
+    "paradigms": paradigms,
+    "parataa": parataa,
+    "deq": deq,
 }

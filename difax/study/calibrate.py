@@ -17,7 +17,7 @@ from difax.accel.caches.measured import save_by_stage, says_of
 from difax.accel.caches.scheduled import scheduled
 from difax.accel.fit import CALIBRATIONS, FITS
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
-from difax.build import Setup
+from difax.build import Setup, check_laid_out
 from difax.core.annotations import annotations_of, check_value
 from difax.core.contracts import Accelerator, Params, Trace
 from difax.core.cost import model_cost
@@ -82,6 +82,7 @@ def calibrate_to(
       ValueError: an unknown technique or setting, or a file of another ending.
     """
     check_settings(technique, {"samples": samples, "batch": batch, **settings})
+    check_laid_out(sampler.run, "difax calibrate")
     suffix = ending(technique)
     if out is not None and pathlib.Path(out).suffix != suffix:
         raise ValueError(f"{out}: allowed: a name that ends in {suffix}")

@@ -21,6 +21,7 @@ import pathlib
 import shlex
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -35,11 +36,13 @@ from difax.core.contracts import Params, Trace
 from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import averaged, strip
 from difax.core.device import device_name, peak_memory, processor, versions
+from difax.core.drive import evaluations
 from difax.core.files import place_of
 from difax.core.lock import locked
+from difax.core.shell import DifaxWarning
 from difax.core.writing import NoRoom, append_line, drop_cut_line, replacing
 from difax.media.images import to_uint8
-from difax.program import Program
+from difax.program import Program, unfinished
 from difax.registry import shown
 from difax.study.calibrate import ending
 from difax.study.folder import read_image_file, read_measured, read_sweep
@@ -339,8 +342,10 @@ class Sweep:
         ratio = 1.0 if name == BASELINE else statistics.median(b / a for a, b in turns)
         self._save_images(name, together)
         lost = _lost(together)
+        if trace.unfinished > 0:
+            warnings.warn(unfinished(program.setup, trace), DifaxWarning, stacklevel=2)
         return {
-            "evaluations": len(program.setup.rows.i),
+            "evaluations": round(evaluations(program.setup.solver, program.setup.rows, trace), 2),
             "cost": {
                 "gflops_per_image": cost / 1e9,
                 "ratio": uncached / cost,
