@@ -422,7 +422,8 @@ def _naming(section: str, config: Mapping[str, Any]) -> Iterator[None]:
         yield
     except ValueError as error:
         name = shown(config[section].get("name", ""))
-        if section in str(error) or any(part and part in str(error) for part in name.replace("+", ",").split(",")):
+        known = [*name.replace("+", ",").split(","), shown(config.get("solver", {}).get("name", ""))]
+        if section in str(error) or any(part and part in str(error) for part in known):
             raise
         raise ValueError(f"{described(config, section)}: {error}") from None
 

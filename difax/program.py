@@ -365,7 +365,7 @@ def draw(
         "steps": len(setup.times) - 1,
         **_made(setup, trace),
         "network_evaluations": int(np.sum(np.asarray(trace.halves))),
-        "computed_fraction": round(float(np.mean([np.mean(c) for c in trace.computed.values()])), 4),
+        "computed_fraction": round(_computed(setup, trace), 4),
         **({} if setup.rows.plan.owner == "none" else summary(trace)),
         "gflops_per_image": round(gflops, 3),
         **_served(setup, params),
@@ -379,6 +379,15 @@ def draw(
         "jax": jax.__version__,
     }
     return Drawn(samples, np.concatenate(begun)[:n], trace, cost)
+
+
+def _computed(setup: Setup, trace: Trace) -> float:
+    """The fraction of the branches that was computed, of all evaluations, or of those that were made."""
+    found = float(np.mean([np.mean(c) for c in trace.computed.values()]))
+    if setup.solver.drive == "scan":
+        return found
+    made = float(np.sum(np.asarray(trace.live) > 0)) * setup.width
+    return found * len(setup.rows.i) / made
 
 
 def _made(setup: Setup, trace: Trace) -> dict[str, Any]:

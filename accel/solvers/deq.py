@@ -24,19 +24,19 @@ class Past(NamedTuple):
 
 
 @checked
-def deq(tolerance: float = 1e-3, memory: int = 5, ridge: float = 1e-3, eta: float = 0.0) -> Solver:
+def deq(tolerance: float = 1e-3, memory: int = 3, ridge: float = 1e-3, eta: float = 0.0) -> Solver:
     """All steps of DDIM as one fixed point x = H(x) of all points, solved by Anderson's acceleration.
 
       H_{i+1}(x) = alpha_{i+1} (x_0/alpha_0 + sum_{j <= i} c_j eps(x_j, t_j)),  c_j = the change of sigma/alpha
       x <- sum_p a_p H(x^(p)),  a the weights, of sum 1, with the least |sum_p a_p (H(x^(p)) - x^(p))|^2 + ridge |a|^2
 
-    over the last `memory` iterations, with weights for each point by itself. It ends where |H(x) - x| <= tolerance |H(x)|
-    over all points of a sample. All rows are one batch; point i is exact after i iterations and is then left as it is,
-    so that there are never more of them than steps, and tolerance 0 gives DDIM's own samples. With eta > 0 the noise of
-    the chain is part of H.
+    over the last `memory` iterations, with weights for each point by itself. It ends where
+    |H(x) - x| <= tolerance |H(x)| over all points of a sample. All rows are one batch; point i is exact after i
+    iterations and is then left as it is, so that there are never more of them than steps, and tolerance 0 gives DDIM's
+    own samples. With eta > 0 the noise of the chain is part of H.
 
     Args:
-      tolerance: 0 or more (1e-3). memory: m, iterations that are mixed, 1 ... 10 (5).
+      tolerance: 0 or more (1e-3). memory: m, iterations that are mixed, 1 ... 10 (3).
       ridge: above 0 (1e-3), relative to the mean square of the residuals. eta: of DDIM, 0 ... 1.
 
     Returns:
@@ -71,7 +71,7 @@ def deq(tolerance: float = 1e-3, memory: int = 5, ridge: float = 1e-3, eta: floa
         trace = jnp.trace(gram, axis1=2, axis2=3)[..., None, None] / known.sum(-1)[..., None, None]
         eye = jnp.eye(memory, dtype=x.dtype)
         # iterations that have not been have weight 0
-        gram = gram / jnp.maximum(trace, jnp.finfo(x.dtype).tiny) + ridge * eye
+        gram = gram / jnp.maximum(trace, jnp.finfo(x.dtype).tiny) + ridge * eye[None, None]
         ones = jnp.broadcast_to(known, (*x.shape[:2], memory)).astype(x.dtype)
         weights = jnp.linalg.solve(gram, ones[..., None])[..., 0] * known
         weights = weights / weights.sum(-1, keepdims=True)

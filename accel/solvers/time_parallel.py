@@ -1,12 +1,12 @@
 """What the solvers that are parallel in time have in common: a window of DDIM's steps as a triangular system.
 
-Of a window of W rows the points x_0 ... x_W are unknown but for x_0; row j maps x_j to F_j(x_j), its noise being the one
-that the scan would give it. With residuals r_j = F_j(x_j) - x_{j+1} and a scale s_j of the points,
+Of a window of W rows the points x_0 ... x_W are unknown but for x_0; row j maps x_j to F_j(x_j), its noise being the
+one that the scan would give it. With residuals r_j = F_j(x_j) - x_{j+1} and a scale s_j of the points,
 
   x_{i+1} + R_i,  R_i = sum over the last k rows j <= i of (s_{i+1}/s_{j+1}) r_j
 
-is x_{i+1} from k steps at once whose predictions are taken at the points as they are: with s = 1 Picard's iteration, with
-s = alpha the same for eps alone, x/alpha being linear in it. A sum of residuals has no cancelling of large terms.
+is x_{i+1} from k steps at once whose predictions are taken at the points as they are: with s = 1 Picard's iteration,
+with s = alpha the same for eps alone, x/alpha being linear in it. A sum of residuals has no cancelling of large terms.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Window(NamedTuple):
 class Found(NamedTuple):
     """What the evaluations of a window came to.
 
-    mapped: F [B, W, ...]. residual: r [B, W, ...], 0 where there is no row. there: [B, W], is there a row. rows: of them.
+    mapped: F [B, W, ...]. residual: r [B, W, ...], 0 where there is no row. there: [B, W], is there a row. rows: of
+    them.
     """
 
     mapped: jax.Array

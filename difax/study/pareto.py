@@ -365,7 +365,7 @@ class Sweep:
             "quality": {} if lost else self._quality(together, wanted),
             **({"not_finite": lost} if lost else {}),
             **({"range": list(self.range), "shown": self._shown()} if self.latents else {}),
-            "decisions": decisions(trace),
+            "decisions": decisions(trace, program.setup.width),
         }
 
     def _batches(self) -> int:
@@ -593,10 +593,12 @@ def refuse_other(out: str | os.PathLike, here: Mapping[str, Any]) -> None:
         )
 
 
-def decisions(trace: Trace) -> dict[str, Any]:
-    """What was computed, as a strip for each half and as a share for each evaluation and block, in hundredths."""
+def decisions(trace: Trace, width: int = 1) -> dict[str, Any]:
+    """What was computed, as a strip for each half and as a share for each evaluation that was made (`width` of a sample
+    at once) and block, in hundredths."""
     halves = next(iter(trace.computed.values())).shape[-1]
-    blocks = np.concatenate([np.asarray(c, np.float64).mean((2, 3)) for c in trace.computed.values()], axis=1)
+    blocks = np.concatenate([np.asarray(c, np.float64).mean((2, 3)) for c in trace.computed.values()], axis=1) / width
+    blocks = blocks[np.broadcast_to(np.asarray(trace.live) > 0, len(blocks))]
     return {
         "strips": [strip(trace, half) for half in range(halves)],
         "blocks": np.round(100 * np.minimum(blocks, 1)).astype(int).tolist(),  # what scores tokens does more
