@@ -105,7 +105,8 @@ def test_solvers(solver, settings):
 
         return made.step(predict(jnp.tanh(x), "eps", False, x, rows.level), x, made.init(x), rows, keys)
 
-    assert {name for name in SOLVERS} == {"euler", "ddim", "ddpm", "heun", "dpmpp_2m"}
+    alone = {name for name, make in SOLVERS.items() if make().drive == "scan"}  # the others' steps are of a drive
+    assert alone == {"euler", "ddim", "ddpm", "heun", "dpmpp_2m"}
     assert_same(*in_both(run))
 
 

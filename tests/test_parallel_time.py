@@ -400,7 +400,7 @@ STEPS = len(ACTIVE[0].computed)
 CACHE_NAMES = [case.name for case in ACTIVE]
 BY_TIME = ("pab", "skipcache", "tokencache")  # what they compute depends on times too
 # those that decide in the run alone
-DECIDE = {"teacache", "fbcache", "dbcache", "dbprune", "adacache", "lazydit", "fastcache"}
+DECIDE = {"teacache", "fbcache", "dbcache", "dbprune", "adacache", "lazydit"}
 
 
 def heun_rows(accelerator, model):

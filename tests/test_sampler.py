@@ -82,6 +82,10 @@ SOLVES = [
     ("euler", {}, "flow"),
     ("heun", {}, "flow"),
     ("dpmpp_2m", {}, "vp_linear"),
+    ("gotta_go_fast", {"relative": 1.0}, "vp_linear"),
+    ("paradigms", {"tolerance": 0.0, "window": 3}, "vp_linear"),
+    ("parataa", {"tolerance": 0.0}, "vp_linear"),
+    ("deq", {"tolerance": 0.0}, "flow"),
 ]
 solves = pytest.mark.parametrize(
     ("solver", "arguments", "process"), SOLVES, ids=[f"{s}-{'-'.join(map(str, a.values()))}-{p}" for s, a, p in SOLVES]
