@@ -123,10 +123,10 @@ def test_mean_and_covariance_of_a_gaussian(name):
     """32 pairs of numbers with means (0.5, -1) and deviations (0.3, 0.8) in one sample of 64, and 64 samples. In a
     sample of one pair alone the means come out 0.1 deviations off: its noise decides how long its steps are."""
     process, pairs = PROCESSES[name](), 32
-    mean, std = (np.tile(a, pairs) for a in ((0.5, -1.0), (0.3, 0.8)))
+    mean, std = np.tile([0.5, -1.0], pairs)[None], np.tile([0.3, 0.8], pairs)[None]
     x, keys = begin(process, 64, 2 * pairs)
     solver = SOLVERS["gotta_go_fast"]()
-    predict = gaussian(jnp.asarray(mean[None], jnp.float32), jnp.asarray(std[None], jnp.float32))
+    predict = gaussian(jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32))
     got, trace = driven(solver, process, np.linspace(1, 0, 1001), x, keys, predict)
     unit = ((got - mean) / std).reshape(-1, 2)
     n = len(unit)

@@ -16,9 +16,9 @@ from difax.core.drive import per_sample
 
 
 class Past(NamedTuple):
-    """count: [B], iterations so far. mapped, change: [B, m - 1, W, ...] of those before, the last first."""
+    """times: [B], iterations so far. mapped, change: [B, m - 1, W, ...] of those before, the last first."""
 
-    count: jax.Array
+    times: jax.Array
     mapped: jax.Array
     change: jax.Array
 
@@ -63,10 +63,10 @@ def deq(tolerance: float = 1e-3, memory: int = 3, ridge: float = 1e-3, eta: floa
         past, x, change = state.memory, state.x[:, 1:], summed(found)
         wide, mapped = x.shape[1], state.x[:, 1:] + change
         far, size = (jnp.sqrt(jnp.sum(jnp.square(a), tuple(range(1, a.ndim)))) for a in (change, mapped))
-        last = past.count + 1 >= wide
+        last = past.times + 1 >= wide
         h = jnp.concatenate([mapped[:, None], past.mapped], 1)
         g = jnp.concatenate([change[:, None], past.change], 1)
-        known = (jnp.arange(memory)[None] <= past.count[:, None])[:, None]  # [B, 1, m]
+        known = (jnp.arange(memory)[None] <= past.times[:, None])[:, None]  # [B, 1, m]
         gram = jnp.einsum("bpw...,bqw...->bwpq", g, g, precision="highest")
         trace = jnp.trace(gram, axis1=2, axis2=3)[..., None, None] / known.sum(-1)[..., None, None]
         eye = jnp.eye(memory, dtype=x.dtype)
@@ -76,14 +76,14 @@ def deq(tolerance: float = 1e-3, memory: int = 3, ridge: float = 1e-3, eta: floa
         weights = jnp.linalg.solve(gram, ones[..., None])[..., 0] * known
         weights = weights / weights.sum(-1, keepdims=True)
         mixed = jnp.einsum("bwp,bpw...->bw...", weights, h, precision="highest")
-        i, count = jnp.arange(wide)[None], past.count[:, None]
+        i, count = jnp.arange(wide)[None], past.times[:, None]
         points = jnp.where(per_sample(i == count, x.ndim), found.mapped, mixed)
         points = jnp.where(per_sample(i < count, x.ndim), x, points)
         # what is handed out where it ends is H itself
         ended = (far <= tolerance * size) | last
         final = jnp.where(per_sample(i < count + 1, x.ndim), points, mapped)
         points = jnp.where(per_sample(ended, x.ndim), final, points)
-        kept = Past(past.count + 1, h[:, : memory - 1], g[:, : memory - 1])
+        kept = Past(past.times + 1, h[:, : memory - 1], g[:, : memory - 1])
         return points, jnp.where(ended, wide, 0), lambda done: kept
 
     return time_parallel(

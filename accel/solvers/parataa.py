@@ -97,8 +97,8 @@ def parataa(
         points = points.at[:, 0].set(found.mapped[:, 0])  # to the bit
 
         def slide(done):
-            kept = [slid(a[:, : memory - 1], done, 2) for a in every]
-            return Past(*kept, slid(past.seen + found.there, done, 1))
+            points, change = (slid(a[:, : memory - 1], done, 2) for a in every)
+            return Past(points, change, slid(past.seen + found.there, done, 1))
 
         return points, 1 + settled, slide
 
