@@ -107,11 +107,15 @@ class Setup(NamedTuple):
         return width(self.solver, self.rows)
 
     @property
+    def parts(self) -> int:
+        """Devices that the evaluations of a batch are cut among."""
+        return 1 if self.placement is None else self.placement.size(*SAMPLES)
+
+    @property
     def shards(self) -> int:
-        """A batch has a multiple of so many samples, for its evaluations, `width` of each, to divide evenly among the
-        devices."""
-        devices = 1 if self.placement is None else self.placement.size(*SAMPLES)
-        return devices // math.gcd(devices, self.width)
+        """A batch has a multiple of so many samples, for its evaluations, `width` of each, to divide evenly among
+        `parts`."""
+        return self.parts // math.gcd(self.parts, self.width)
 
     def placed_samples(self, tree: Any) -> Any:
         """Arrays that lead with the samples, cut along the mesh's axes of samples as far as these divide them."""

@@ -288,9 +288,9 @@ def draw(
 ) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
-    Samples go through in equal chunks of at most 64 (times the devices that share them). Sample i depends on (seed,
-    i), its condition and its latents, to rounding, and on nothing else, but for caches that decide in the run: without
-    `per_sample` one decision serves a whole chunk, and depends on all of it.
+    Samples go through in equal chunks of at most 64 evaluations at once, times the devices that share them. Sample i
+    depends on (seed, i), its condition and its latents, to rounding, and on nothing else, but for caches that decide in
+    the run: without `per_sample` one decision serves a whole chunk, and depends on all of it.
 
     Args:
       setup, params: what to sample with; params as `Setup.prepare` returns them, or a function that does so, which is
@@ -315,7 +315,7 @@ def draw(
     n = len(jax.tree.leaves(cond)[0])
     check_samples(setup, n)
     shards = setup.shards
-    chunks = -(-n // (CHUNK * shards))
+    chunks = -(-n // (shards * max(CHUNK * setup.parts // (setup.width * shards), 1)))
     size = -(-n // (chunks * shards)) * shards
     if setup.accelerator.batchwide and shards > 1 and n % shards:
         raise ValueError(

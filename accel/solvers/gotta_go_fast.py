@@ -83,7 +83,7 @@ def gotta_go_fast(
       relative: tolerance relative to the values, above 0 (0.01 to 0.05 in the paper).
       absolute: tolerance, above 0 (0.0078, a 256th of the range of images in [-1, 1]).
       first: length of the first step, above 0, at most 1 (0.01).
-      stop: time at which the integration ends, above 0, below 1 (1e-3 in the paper for VP, 1e-5 for its VE, whose time
+      stop: time at which the integration ends, 1e-6 or more, below 1 (1e-3 in the paper for VP, 1e-5 for its VE, whose time
         is laid otherwise).
       safety: above 0, at most 1 (0.9). exponent: 0.5 ... 1 (0.9).
 
@@ -104,8 +104,8 @@ def gotta_go_fast(
     ):  # fmt: skip
         if not 0 < value <= most:
             raise ValueError(f"gotta_go_fast: {name}={value}; allowed: above 0{'' if most > 1 else ', at most 1'}")
-    if not 0 < stop < 1:
-        raise ValueError(f"gotta_go_fast: stop={stop}; allowed: above 0, below 1")
+    if not 1e-6 <= stop < 1:
+        raise ValueError(f"gotta_go_fast: stop={stop}; allowed: 1e-6 or more, below 1")
     if not 0.5 <= exponent <= 1:
         raise ValueError(f"gotta_go_fast: exponent={exponent}; allowed: 0.5 ... 1")
 
