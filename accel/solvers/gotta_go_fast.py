@@ -83,7 +83,7 @@ def gotta_go_fast(
       relative: tolerance relative to the values, above 0 (0.01 to 0.05 in the paper).
       absolute: tolerance, above 0 (0.0078, a 256th of the range of images in [-1, 1]).
       first: length of the first step, above 0, at most 1 (0.01).
-      stop: time at which the integration ends, 1e-6 or more, below 1 (1e-3 in the paper for VP, 1e-5 for its VE, whose time
+      stop: time at which the integration ends, 1e-6 or more, below 1 (1e-3 in the paper for VP, 1e-5 for VE, whose time
         is laid otherwise).
       safety: above 0, at most 1 (0.9). exponent: 0.5 ... 1 (0.9).
 
