@@ -105,8 +105,12 @@ def whilst(run: Run, x: jax.Array, guide_state: Any, memory: Any) -> tuple[jax.A
 
     def row_at(count, t):
         row = jax.tree.map(lambda a: a[jnp.minimum(count, most - 1)], run.rows)
-        level = jax.tree.map(lambda a: per_sample(a, x.ndim), run.process.level(t, jnp))
-        return row._replace(t=t, model_time=run.process.model_time(t), level=level)
+        # tables of a process are wider than x where jax has 64 bits
+        level, model_time = jax.tree.map(
+            lambda a: a.astype(x.dtype), (run.process.level(t, jnp), run.process.model_time(t))
+        )
+        level = jax.tree.map(lambda a: per_sample(a, x.ndim), level)
+        return row._replace(t=t, model_time=model_time, level=level)
 
     def evaluated(x, state, guide_state, memory, row, live):
         prediction, guide_state, memory, trace = run.evaluate(x, row, guide_state, memory)
