@@ -304,7 +304,7 @@ def test_the_whole_sampler_with_a_window(name):
 
 
 def run_of(**settings) -> difax.Run:
-    return difax.load("fmnist_smoke", weights="random", steps=8, **settings)
+    return difax.load("fmnist_smoke", **{"weights": "random", "steps": 8, **settings})
 
 
 PARADIGMS = {"name": "paradigms", "window": 8, "tolerance": 0.0}
@@ -327,11 +327,25 @@ def compiled_and_drawn(run: difax.Run) -> tuple[np.ndarray, float]:
     return np.asarray(program(*arguments)[0]), program.cost_analysis()["flops"]
 
 
+GOTTA = {"solver": {"name": "gotta_go_fast", "relative": 5.0}, "grid": {"name": "log_snr"}, "steps": 40}
+
+
 @pytest.mark.slow
-def test_the_front_door_draws_one_sample_over_eight_devices():
-    one, many = (run_of(solver=PARADIGMS, **mesh).sample([3]) for mesh in ({}, {"mesh": {"data": 8}}))
-    np.testing.assert_allclose(many.images, one.images, rtol=0, atol=1e-5)
-    assert many.cost["images"] == 1
+@pytest.mark.parametrize(
+    ("settings", "mesh", "labels"),
+    [
+        ({"solver": PARADIGMS}, {"data": 8}, [3]),
+        ({"solver": PARADIGMS}, {"data": 2, "cfg": 2, "seq": 2}, [3]),
+        ({"solver": {"name": "deq"}}, {"data": 2, "fsdp": 2}, [1, 2, 3]),
+        ({"solver": {"name": "parataa", "window": 3}}, {"data": 4}, [1, 2, 3]),
+        (GOTTA, {"data": 2, "cfg": 2}, [1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_every_mesh_draws_what_one_device_draws(settings, mesh, labels):
+    one, many = (run_of(**{"steps": 8, **settings}, **more).sample(labels) for more in ({}, {"mesh": mesh}))
+    np.testing.assert_allclose(many.images, one.images, rtol=0, atol=2e-5)
+    assert many.cost["images"] == len(labels) and one.cost.get("unfinished", 0) == 0
 
 
 @pytest.mark.parametrize(
