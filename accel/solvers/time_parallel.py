@@ -20,7 +20,7 @@ import numpy as np
 
 from difax.accel.solvers.ddim import ddim
 from difax.core.contracts import Array, Prediction, Row, Solver
-from difax.core.drive import per_sample
+from difax.core.drive import per_sample, width
 from difax.core.process import Process
 
 
@@ -60,7 +60,7 @@ def time_parallel(
     scale: Callable[[Array], Array],
     limit: Callable[[Array], Array],
     begin: Callable[[jax.Array], Any],
-    update: Callable[[Window, Found], tuple[jax.Array, jax.Array, Any]],
+    update: Callable[[Window, Found], tuple[jax.Array, jax.Array, Callable[[jax.Array], Any]]],
 ) -> Solver:
     """A solver of DDIM's chain by windows.
 
@@ -69,8 +69,8 @@ def time_parallel(
       scale(alpha) -> s. limit(w) -> what each row's error is held against, of w [E + 1], the standard deviations of the
         noise that the rows would have at eta = 1 (and one 0 behind them).
       begin(points [B, W, ...]) -> the method's memory.
-      update(state, found) -> (points [B, W, ...] behind each row, done, memory): done [B], how many rows of the
-        window are final, 1 or more; the memory as it is before the window slides.
+      update(state, found) -> (points [B, W, ...] behind each row, done, slide): done [B], how many leading rows of the
+        window are final; slide(done) -> the memory of the window that has moved on by so many.
     """
     base = ddim(eta)
 
@@ -81,16 +81,12 @@ def time_parallel(
         return rows._replace(coefficients=table)
 
     def init(x, rows):
-        wide = len(rows.i) if window is None else min(window, len(rows.i))
-        points = jnp.repeat(x[:, None], wide + 1, 1)
+        points = jnp.repeat(x[:, None], width(solver, rows) + 1, 1)
         return Window(jnp.zeros(len(x), jnp.int32), points, begin(points[:, 1:]))
 
-    def indices(state, rows):
-        index = state.at[:, None] + jnp.arange(state.x.shape[1] - 1, dtype=jnp.int32)[None]
-        return index, jnp.minimum(index, len(rows.i) - 1)
-
     def ask(state, rows):
-        return state.x[:, :-1], indices(state, rows)[1], state.at < len(rows.i)
+        index = state.at[:, None] + jnp.arange(state.x.shape[1] - 1, dtype=jnp.int32)[None]
+        return state.x[:, :-1], jnp.minimum(index, len(rows.i) - 1), state.at < len(rows.i)
 
     def step(prediction, x, state, row, keys):
         batch, wide = x.shape[:2]
@@ -102,14 +98,15 @@ def time_parallel(
         # rows in order are distinct; the last one, again, stands for those behind it
         there = jnp.concatenate([jnp.ones((batch, 1), bool), row.i[:, 1:] > row.i[:, :-1]], 1)
         residual = jnp.where(per_sample(there, x.ndim), mapped - state.x[:, 1:], 0)
-        points, done, memory = update(state, Found(mapped, residual, there, row))
+        points, done, slide = update(state, Found(mapped, residual, there, row))
         done = jnp.minimum(done, there.sum(1)).astype(jnp.int32)
         points = jnp.concatenate([state.x[:, :1], points], 1)
         from_ = jnp.minimum(jnp.arange(wide + 1)[None] + done[:, None], wide)
         points = jax.vmap(lambda a, i: a[i])(points, from_)
-        return points[:, 0], Window(state.at + done, points, memory(done))
+        return points[:, 0], Window(state.at + done, points, slide(done))
 
-    return Solver(grid=grid, init=init, step=step, drive="window", ask=ask, window=window)
+    solver = Solver(grid=grid, init=init, step=step, drive="window", ask=ask, window=window)
+    return solver
 
 
 def summed(found: Found, order: int | None = None) -> jax.Array:
