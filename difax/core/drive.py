@@ -99,8 +99,8 @@ def scan(run: Run, x: jax.Array, guide_state: Any, memory: Any) -> tuple[jax.Arr
 
 
 def whilst(run: Run, x: jax.Array, guide_state: Any, memory: Any) -> tuple[jax.Array, Trace]:
-    """Evaluations until no sample asks for one, `lax.while_loop`; a sample that is done stays as it is, and is evaluated
-    beside the others until the last is done."""
+    """Evaluations until no sample asks for one, `lax.while_loop`; a sample that is done stays as it is, and is
+    evaluated beside the others until the last is done."""
     solver, most, ask = run.solver, len(run.rows.i), run.solver.ask
     assert ask is not None
 
