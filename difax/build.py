@@ -26,6 +26,7 @@ from difax.core import grids, hosts
 from difax.core.annotations import annotations_of, brief, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver, TrunkSpec
 from difax.core.device import check_memory
+from difax.core.drive import width
 from difax.core.noise import keys_of, sample_keys
 from difax.core.placement import SAMPLES, Axes, Placement, make_placement, shapes_at
 from difax.core.placement import described as placement_in_words
@@ -126,13 +127,26 @@ class Setup(NamedTuple):
         return self.placed_samples((initial_noise(self.process, keys, self.model.input_shape), keys, some))
 
     @property
-    def shards(self) -> int:
-        """Parts that a batch is cut into; it has a multiple of so many samples."""
+    def width(self) -> int:
+        """Evaluations of each sample that lie in one batch: more than 1 for solvers that are parallel in time."""
+        return width(self.solver, self.rows)
+
+    @property
+    def parts(self) -> int:
+        """Devices that the evaluations of a batch are cut among."""
         return 1 if self.placement is None else self.placement.size(*SAMPLES)
 
+    @property
+    def shards(self) -> int:
+        """A batch has a multiple of so many samples, for its evaluations, `width` of each, to divide evenly among
+        `parts`."""
+        return self.parts // math.gcd(self.parts, self.width)
+
     def placed_samples(self, tree: Any) -> Any:
-        """Arrays that lead with the samples, cut along the mesh's axes of samples."""
-        return tree if self.placement is None else hosts.put(tree, self.placement.batch())
+        """Arrays that lead with the samples, cut along the mesh's axes of samples as far as these divide them."""
+        if self.placement is None:
+            return tree
+        return hosts.put(tree, self.placement.batch(len(jax.tree.leaves(tree)[0])))
 
     def prepare(self, params: Params) -> Params:
         """Parameters as they are sampled with: quantised, cast to the model's dtype, as the target multiplies them,
@@ -151,6 +165,22 @@ class Setup(NamedTuple):
     def place(self, params: Params) -> Params:
         """Prepared parameters where the run has them: on the device, or cut over those of the mesh."""
         return params if self.placement is None else hosts.put(params, self.placement.params(params))
+
+
+def check_laid_out(setup: Setup, command: str) -> None:
+    """Refuses, for a command that goes by the rows, a solver that decides in the run which of them there are, or makes
+    several at once.
+
+    Raises:
+      ValueError: naming the command and the solver.
+    """
+    if setup.solver.drive != "scan":
+        name = setup.described.get("solver", "of the run")
+        what = "several at once" if setup.solver.drive == "window" else "as many as it finds it needs"
+        raise ValueError(
+            f"{command} counts the evaluations before the run, and solver {name} makes {what}; allowed: a solver such "
+            "as ddim"
+        )
 
 
 SECTIONS = (
@@ -455,7 +485,8 @@ def _naming(section: str, config: Mapping[str, Any]) -> Iterator[None]:
         yield
     except ValueError as error:
         name = shown(config[section].get("name", ""))
-        if section in str(error) or any(part and part in str(error) for part in name.replace("+", ",").split(",")):
+        known = [*name.replace("+", ",").split(","), shown(config.get("solver", {}).get("name", ""))]
+        if section in str(error) or any(part and part in str(error) for part in known):
             raise
         raise ValueError(f"{described(config, section)}: {error}") from None
 

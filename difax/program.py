@@ -9,6 +9,7 @@ import math
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ from difax.core.contracts import Params, Trace
 from difax.core.cost import model_cost, run_cost
 from difax.core.decisions import averaged, inert, known, summary
 from difax.core.device import check_memory, device_name, memory_available, peak_memory
+from difax.core.drive import evaluations
 from difax.core.executables import settings
 from difax.core.qtensor import size_in_bytes
+from difax.core.shell import DifaxWarning
 from difax.core.target import lowering_for
 from difax.media.images import image_grid, to_uint8
 
@@ -286,9 +289,9 @@ def draw(
 ) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
-    Samples go through in equal chunks of at most 64 (times the devices that share them). Sample i depends on (seed,
-    i), its condition and its latents, to rounding, and on nothing else, but for caches that decide in the run: without
-    `per_sample` one decision serves a whole chunk, and depends on all of it.
+    Samples go through in equal chunks of at most 64 evaluations at once, times the devices that share them. Sample i
+    depends on (seed, i), its condition and its latents, to rounding, and on nothing else, but for caches that decide in
+    the run: without `per_sample` one decision serves a whole chunk, and depends on all of it.
 
     Args:
       setup, params: what to sample with; params as `Setup.prepare` returns them, or a function that does so, which is
@@ -302,8 +305,10 @@ def draw(
     Returns:
       `Drawn`; its table has steps, evaluations (rows of the scan), network evaluations of one sample (both halves of
       guidance counted), what a cache decided (`difax.core.decisions`), GFLOPs of one sample, compile and run seconds,
-      peak memory, whether all samples are `finite` and, where they are not, how many are `not_finite`. That, and a
-      cache that did nothing, is warned of on stderr.
+      peak memory, whether all samples are `finite` and, where they are not, how many are `not_finite`. Of a solver that
+      decides in the run the evaluations are those that were made, in the mean over the samples, with how many it might
+      have made, of a window the batches of them, and where not all samples arrived, the share that is `unfinished`.
+      What is not finite or not finished, and a cache that did nothing, is warned of on stderr.
     """
     from tqdm import tqdm
 
@@ -312,7 +317,7 @@ def draw(
     n = len(jax.tree.leaves(cond)[0])
     check_samples(setup, n)
     shards = setup.shards
-    chunks = -(-n // (CHUNK * shards))
+    chunks = -(-n // (shards * max(CHUNK * setup.parts // (setup.width * shards), 1)))
     size = -(-n // (chunks * shards)) * shards
     if setup.accelerator.batchwide and shards > 1 and n % shards:
         raise ValueError(
@@ -352,15 +357,17 @@ def draw(
     silent = inert(setup.rows, trace)
     if silent:
         print(f"difax: warning: {silent}", file=sys.stderr)
+    if trace.unfinished > 0:
+        warnings.warn(unfinished(setup, trace), DifaxWarning, stacklevel=2)
     gflops = run_cost(model_cost(setup.model, params, setup.attention), trace) / 1e9
     cost = {
         "images": n,
         "finite": broken == 0,
         **({"not_finite": broken} if broken else {}),
         "steps": len(setup.times) - 1,
-        "evaluations": len(setup.rows.i),
+        **_made(setup, trace),
         "network_evaluations": int(np.sum(np.asarray(trace.halves))),
-        "computed_fraction": round(float(np.mean([np.mean(c) for c in trace.computed.values()])), 4),
+        "computed_fraction": round(_computed(setup, trace), 4),
         **({} if setup.rows.plan.owner == "none" else summary(trace)),
         "gflops_per_image": round(gflops, 3),
         **_served(setup, params),
@@ -410,6 +417,37 @@ def together(parts: list[tuple[np.ndarray, Drawn]]) -> Drawn:
     table |= {"not_finite": broken} if broken else {}
     traces: Any = {table["steps"]: drawn.trace for table, (_, drawn) in zip(tables, parts, strict=True)}
     return Drawn(joined([d.samples for _, d in parts]), joined([d.latents for _, d in parts]), traces, table)
+
+
+def _computed(setup: Setup, trace: Trace) -> float:
+    """The fraction of the branches that was computed, of all evaluations, or of those that were made."""
+    found = float(np.mean([np.mean(c) for c in trace.computed.values()]))
+    if setup.solver.drive == "scan":
+        return found
+    made = float(np.sum(np.asarray(trace.live) > 0)) * setup.width
+    return found * len(setup.rows.i) / made
+
+
+def _made(setup: Setup, trace: Trace) -> dict[str, Any]:
+    """Of `draw`'s table, the evaluations that were made."""
+    most = len(setup.rows.i)
+    if setup.solver.drive == "scan":
+        return {"evaluations": most}
+    found: dict[str, Any] = {"evaluations": round(evaluations(setup.solver, setup.rows, trace), 2)}
+    if setup.solver.drive == "window":
+        found["batches"] = round(float(np.sum(trace.live)), 2)
+    found["most_evaluations"] = most * setup.width
+    return found | ({"unfinished": round(float(trace.unfinished), 4)} if trace.unfinished > 0 else {})
+
+
+def unfinished(setup: Setup, trace: Trace) -> str:
+    """What is told of samples that had not arrived when the rows were used up."""
+    most, name = len(setup.rows.i), setup.described.get("solver", "of the run")
+    what = "batches of evaluations" if setup.solver.drive == "window" else "evaluations"
+    return (
+        f"solver {name}: {100 * float(trace.unfinished):.3g} % of the samples are not finished after {most} {what}, "
+        "which is all that `steps` allows; allowed: more steps, or a looser tolerance"
+    )
 
 
 def _served(setup: Setup, params: Params) -> dict[str, Any]:

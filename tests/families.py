@@ -18,6 +18,7 @@ FAMILIES = {
     "solvers: exponential": ("solvers_exponential",),
     "solvers: adams": ("solvers_adams",),
     "solvers: learned": ("learned_solvers",),
+    "solvers: parallel in time": ("parallel_time",),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),

@@ -24,7 +24,7 @@ from difax.training.train import TrainOptions, TrainState, make_step, optimizer
 from difax.weights.conditions import random_conditions
 from tests.families import some
 from tests.test_caches import CASES, problem
-from tests.test_solvers import ELSEWHERE
+from tests.test_solvers import DRIVEN, ELSEWHERE
 from tests.toys import randomise, tiny_dit
 
 MODELS = ("flux", "pixart", "skip_dit", "wan")
@@ -119,7 +119,8 @@ def test_solvers(solver, settings):
 
         return made.step(predict(jnp.tanh(x), "eps", False, x, rows.level), x, made.init(x), rows, keys)
 
-    assert set(SOLVERS) - {"mcg"} - set(ELSEWHERE["solvers_exponential"]) == {  # mcg differentiates a network
+    driven = {"mcg"} | DRIVEN  # mcg differentiates a network, and the others' steps are of a drive
+    assert set(SOLVERS) - driven - set(ELSEWHERE["solvers_exponential"]) == {
         *("euler", "ddim", "ddpm", "heun", "dpmpp_2m"),
         *("euler_ancestral", "kdpm2", "edm", "restart", "pc", "flow_ab", "sampler_scheduler"),
         *ADAMS,
