@@ -213,7 +213,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
         resolved("data", config["data"], 0, ("split",))  # which names the classes; it is not read
     make_grid = make("grid", config["grid"])
     with _naming("grid", config):
-        times = grids.make_times(make_grid, process, config["steps"])
+        process, times = grids.lay_times(make_grid, process, config["steps"])
     sites = sum(stage.depth * len(stage.branches) for stage in model.stages)
     check_memory(
         f"the tables of steps={config['steps']} and {depth} blocks",
@@ -225,8 +225,9 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
         rows = make_rows(solver, guide, process, times, accelerator, model.stages)
     _check_rows(rows, config)
     names = {k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
+    fitted_to = (said for kind in ("grid", "solver") for said in measured.fitted_record(kind, config[kind]))
     measured.compare(
-        accelerator.measured,
+        (*accelerator.measured, *fitted_to),
         model=model.name,
         stages=model.stages,
         solver=names["solver"],

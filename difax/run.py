@@ -15,7 +15,7 @@ import numpy as np
 
 from difax.build import Setup, build_data, build_options, build_setup, build_task, described, with_recipe
 from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
-from difax.config import config_names, configuration, keyword_settings, load_config, override, plain
+from difax.config import config_names, configuration, keyword_settings, load_config, override, plain, scheduled
 from difax.core import hosts
 from difax.core.annotations import OrInfinite, Seed, brief, check_arguments, check_value
 from difax.core.contracts import Params, Trace
@@ -297,29 +297,35 @@ class Run:
         batch: int = 4,
         seed: int = 0,
         tell: Callable[[str], None] = lambda text: None,
+        kind: str = "cache",
         **settings: Any,
     ) -> dict[str, Any]:
-        """Measures what a cache plans from, fits what it has learned, or searches a plan (`difax.study.calibrate`).
+        """Measures what a cache plans from, fits what it has learned, or searches a plan; or fits a grid or a solver
+        (`difax.study.calibrate`).
 
         Args:
-          technique: of `difax.study.calibrate.TECHNIQUES`.
-          out: file to write, .npz for what is fitted and .json else, for the cache's `file`; None writes none.
+          technique: of `difax.study.calibrate.KINDS[kind]`.
+          out: file to write, .npz for what is learned and .json else, for the cache's, grid's or solver's `file`; None
+            writes none.
           cond: as `conditions` takes it. samples: to draw, in batches of `batch`. seed: of them.
           tell: is called with a line of progress.
-          settings: of "scheduled": budget, rounds, where, forecast, order; of what is fitted: rank.
+          kind: what is calibrated, "cache", "grid" or "solver".
+          settings: of "scheduled": budget, rounds, where, forecast, order; of what is fitted: rank; of grids and
+            solvers what the fit takes.
 
         Returns:
           What the file holds.
         """
         check_seed(seed)
         _counted(samples=samples, batch=batch)
-        if out is not None:
-            out = writable(check_value("out", out, str | os.PathLike), (calibrate_.ending(technique),), "out")
+        choose("kind", kind, calibrate_.KINDS)
         check_value("tell", tell, Callable)
-        calibrate_.check_settings(technique, settings)
+        calibrate_.check_settings(technique, settings, kind)
+        if out is not None:
+            out = writable(check_value("out", out, str | os.PathLike), (calibrate_.ending(technique, kind),), "out")
         plain_run = self.replace(cache="none")
         sampler = calibrate_.Sampler(plain_run.setup, plain_run.prepared, self.conditions(cond), seed)
-        return calibrate_.calibrate_to(technique, sampler, out, samples, batch, tell, **settings)
+        return calibrate_.calibrate_to(technique, sampler, out, samples, batch, tell, kind, **settings)
 
     def profile(self, cond: Any = None, seed: int = 0, *, repeat: int = 1, turns: int = 5) -> profile_.Profile:
         """Where the seconds of an evaluation go, part by part (`difax.study.profile`).
@@ -397,7 +403,12 @@ def _counted(**numbers: Any) -> None:
 
 
 def load(
-    what: str | os.PathLike | Mapping[str, Any] = "fmnist_dit", *, weights: Any = None, seed: int = 0, **settings: Any
+    what: str | os.PathLike | Mapping[str, Any] = "fmnist_dit",
+    *,
+    weights: Any = None,
+    seed: int = 0,
+    scheduler: str | os.PathLike | Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Run:
     """Opens a configuration or a checkpoint.
 
@@ -408,6 +419,8 @@ def load(
       weights: of a configuration: the path of a checkpoint, a name of `difax list weights`, or "random"; None is what
         the configuration or the checkpoint names.
       seed: of random weights.
+      scheduler: a scheduler_config.json of diffusers, a folder that has it (a pipeline's), or what it says: it is the
+        sections process, prediction, solver and grid, in which settings still win.
       settings: of sections, by keyword: a name (`solver="dpmpp_2m"`, `quant="int8_w8a8"`), a value (`steps=12`), a
         mapping of keys (`cache={"name": "fora", "interval": 3}`), code of one's own (`cache="my/file.py:mine"`), a
         factory, or what a factory made (`cache=difax.Accelerator(...)`); `dtype` is that of the model.
@@ -420,16 +433,18 @@ def load(
     """
     check_seed(seed)
     path, given = weights, keyword_settings(settings)
+    check_value("scheduler", scheduler, str | os.PathLike | Mapping | None)
+    finish = (lambda config: config) if scheduler is None else (lambda config: scheduled(config, scheduler, given))
     if not isinstance(what, (str, os.PathLike, Mapping)):
         raise ValueError(f"load {brief(what)}: allowed: a configuration, its name or file, or a checkpoint")
     if isinstance(what, Mapping):
         config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in what.items()}
-        return _opened(override(config, given), path, seed)
+        return _opened(finish(override(config, given)), path, seed)
     what, base = os.fspath(what), os.fspath(what)
     if _is_checkpoint(what):
         base = None if weights is None else configuration(None, what, given)
         path = what if weights is None else weights
-    return _opened(configuration(base, _file(path), given), path, seed)
+    return _opened(finish(configuration(base, _file(path), given)), path, seed)
 
 
 def _file(weights: Any) -> str | None:

@@ -19,7 +19,7 @@ from difax.core.guidance import unguided
 from difax.core.process import PROCESSES, flow, ve, vp_cosine, vp_linear, vp_sde
 from difax.core.sample import make_rows
 from tests.oracles import solvers as oracle
-from tests.toys import MIXTURE, predict, solve
+from tests.toys import MIXTURE, predict, solve, takes
 
 GOLDEN = Path(__file__).parent / "golden" / "solvers.npz"
 MIXED_TIMES = np.array([0.95, 0.8, 0.55, 0.5, 0.2, 0.05, 0.0])
@@ -62,6 +62,10 @@ ELSEWHERE = {
         "dpm_solver_3m", "dpm_solver_2s", "dpm_solver_3s", "dpm_solver_12", "dpm_solver_23", "scire_2", "scire_3",
         "seeds_1", "seeds_2", "seeds_3", "pfdiff",
     ),
+    "solvers_adams": ("unipc", "dc_solver", "sa_solver", "deis", "ipndm", "pndm", "lms", "dpm_solver_v3"),
+    "solvers_kdiffusion": (
+        "euler_ancestral", "kdpm2", "edm", "restart", "pc", "flow_ab", "sampler_scheduler", "mcg",
+    ),
 }  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -77,8 +81,8 @@ def module_of(solver: str):
 @pytest.fixture
 def given_noise(monkeypatch):
     """Makes the stochastic solvers take their keys for the noise itself."""
-    for solver in ("ddpm", "ddim"):
-        monkeypatch.setattr(module_of(solver), "normal_like", lambda keys, x: keys)
+    monkeypatch.setattr(module_of("ddpm"), "normal_like", lambda keys, x: keys)
+    monkeypatch.setattr(module_of("linear"), "draw", lambda keys, x, k: keys)
 
 
 # ---------------------------------------------------------------- order of convergence
@@ -181,11 +185,8 @@ def test_lower_order_final(bound, n, first_order):
 
 
 # the grids of a process; the longest h/h_before of each, in lambda, at any number of steps from 8 on
-LAID = [
-    (p, g)
-    for p, g in itertools.product(PROCESSES, GRIDS)
-    if not (g == "leading" and PROCESSES[p]().steps is None) and not (g == "shifted" and p not in ("flow", "sit"))
-]
+EVEN = ("uniform", "leading", "trailing", "quadratic", "log_snr", "karras", "shifted")
+LAID = [(p, g) for p, g in itertools.product(PROCESSES, EVEN) if takes(g, PROCESSES[p]())]
 
 
 def _ratios(process: Any, times: np.ndarray) -> np.ndarray:
@@ -306,7 +307,7 @@ def test_heun_takes_steps_out_of_pure_noise_along_the_straight_path():
     assert 0 < long.sum() < len(long) / 2
     tables = [jax.tree.leaves(solve_in[space].coefficients) for space in (None, "sigma", "flow")]
     for ours, edm, straight in zip(*tables, strict=True):
-        np.testing.assert_array_equal(ours, np.where(long, straight, edm))
+        np.testing.assert_array_equal(ours, np.where(long[:, None, None], straight, edm))
 
 
 # ---------------------------------------------------------------- diffusers' schedulers
@@ -369,7 +370,7 @@ def test_rows_are_finite_single_precision_and_counted(case, n):
     for process in case.processes:
         p = PROCESSES[process]()
         for grid in GRIDS:
-            if (grid == "leading" and p.steps is None) or (grid == "shifted" and p.name not in ("flow", "sit")):
+            if not takes(grid, p):
                 continue
             times = make_times(GRIDS[grid](), p, n)
             exact = case.make().grid(p, times)

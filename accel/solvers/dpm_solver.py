@@ -98,6 +98,7 @@ def dpm_solver_2m(
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
+    euler_at_final: bool = False,
 ) -> Solver:
     """Multistep DPM-Solver of second order on the noise prediction, one evaluation a step.
 
@@ -111,6 +112,7 @@ def dpm_solver_2m(
       lower_order_final, stretch: as in `dpmpp_2m`.
       solver_type: "midpoint", or "heun", where the difference weighs its exact integral -sigma_s ((e^h - 1)/h - 1).
       clip, thresholding, sample_max_value: bounds of the data prediction, which eps follows (`bounds.bounded`).
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the previous noise prediction.
@@ -118,7 +120,13 @@ def dpm_solver_2m(
     References: Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095; the authors' code.
     """
     check_multistep("dpm_solver_2m", lower_order_final, stretch, solver_type)
-    settings = dict(order=2, lower_order_final=lower_order_final, stretch=stretch, solver_type=solver_type)
+    settings = dict(
+        order=2,
+        lower_order_final=lower_order_final,
+        stretch=stretch,
+        euler_at_final=euler_at_final,
+        solver_type=solver_type,
+    )
     bound = bounded("dpm_solver_2m", clip, thresholding, sample_max_value)
     return linear(partial(lay_multistep, kind="eps", **settings), slots=("before",), bound=bound)
 
@@ -132,6 +140,7 @@ def dpm_solver_3m(
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
+    euler_at_final: bool = False,
 ) -> Solver:
     """Multistep DPM-Solver of three outputs on the noise prediction, one evaluation a step.
 
@@ -144,6 +153,7 @@ def dpm_solver_3m(
     Args:
       lower_order_final, stretch, solver_type, exact: as in `dpmpp_3m`.
       clip, thresholding, sample_max_value: bounds of the data prediction, which eps follows (`bounds.bounded`).
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the two previous noise predictions.
@@ -151,7 +161,7 @@ def dpm_solver_3m(
     References: Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095; the authors' code.
     """
     check_multistep("dpm_solver_3m", lower_order_final, stretch, solver_type)
-    ends = dict(lower_order_final=lower_order_final, stretch=stretch)
+    ends = dict(lower_order_final=lower_order_final, stretch=stretch, euler_at_final=euler_at_final)
     lay = partial(lay_multistep, kind="eps", order=3, solver_type=solver_type, exact=exact, **ends)
     bound = bounded("dpm_solver_3m", clip, thresholding, sample_max_value)
     return linear(lay, slots=("before", "before2"), bound=bound)

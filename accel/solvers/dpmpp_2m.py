@@ -19,6 +19,7 @@ def dpmpp_2m(
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
+    euler_at_final: bool = False,
 ) -> Solver:
     """Second-order multistep exponential integrator on the data prediction, one evaluation a step.
 
@@ -47,6 +48,7 @@ def dpmpp_2m(
       solver_type: "midpoint", or "heun", where the difference weighs its exact integral alpha_s (1 + (e^{-h} - 1)/h)
         ("dpmsolver" and "taylor" in the authors' code).
       clip, thresholding, sample_max_value: bounds of the data prediction (`bounds.bounded`).
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the previous data prediction.
@@ -61,6 +63,7 @@ def dpmpp_2m(
         order=2,
         lower_order_final=lower_order_final,
         stretch=stretch,
+        euler_at_final=euler_at_final,
         solver_type=solver_type,
     )
     return linear(lay, slots=("before",), bound=bounded("dpmpp_2m", clip, thresholding, sample_max_value))
@@ -75,6 +78,7 @@ def dpmpp_3m(
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
+    euler_at_final: bool = False,
 ) -> Solver:
     """DPM-Solver++ 3M: `dpmpp_2m` with one more past output, one evaluation a step.
 
@@ -96,6 +100,7 @@ def dpmpp_3m(
       lower_order_final, stretch, clip, thresholding, sample_max_value: as in `dpmpp_2m`.
       solver_type: of the steps of second order, "midpoint" or "heun".
       exact: 2 D2 for D2.
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the two previous data predictions.
@@ -109,6 +114,7 @@ def dpmpp_3m(
         order=3,
         lower_order_final=lower_order_final,
         stretch=stretch,
+        euler_at_final=euler_at_final,
         solver_type=solver_type,
         exact=exact,
     )

@@ -23,6 +23,7 @@ def dpmpp_2m_sde(
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
+    euler_at_final: bool = False,
 ) -> Solver:
     """DPM-Solver++ 2M on the reverse SDE, one evaluation and one draw a step.
 
@@ -39,6 +40,7 @@ def dpmpp_2m_sde(
       lower_order_final, stretch: as in `dpmpp_2m`.
       solver_type: "midpoint", or "heun", where the difference weighs its exact integral.
       clip, thresholding, sample_max_value: bounds of the data prediction (`bounds.bounded`).
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the previous data prediction.
@@ -47,7 +49,14 @@ def dpmpp_2m_sde(
     """
     check_eta("dpmpp_2m_sde", eta)
     check_multistep("dpmpp_2m_sde", lower_order_final, stretch, solver_type)
-    settings = dict(order=2, lower_order_final=lower_order_final, stretch=stretch, solver_type=solver_type, eta=eta)
+    settings = dict(
+        order=2,
+        lower_order_final=lower_order_final,
+        stretch=stretch,
+        euler_at_final=euler_at_final,
+        solver_type=solver_type,
+        eta=eta,
+    )
     bound = bounded("dpmpp_2m_sde", clip, thresholding, sample_max_value)
     return linear(partial(lay_multistep, kind="x0", **settings), slots=("before",), noises=1, bound=bound)
 
@@ -62,6 +71,7 @@ def dpmpp_3m_sde(
     clip: float | None = None,
     thresholding: float | None = None,
     sample_max_value: float | None = None,
+    euler_at_final: bool = False,
 ) -> Solver:
     """DPM-Solver++ 3M on the reverse SDE, one evaluation and one draw a step.
 
@@ -76,6 +86,7 @@ def dpmpp_3m_sde(
       solver_type: of the steps of second order, "midpoint" or "heun".
       exact: as in `dpmpp_3m`.
       clip, thresholding, sample_max_value: bounds of the data prediction (`bounds.bounded`).
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the two previous data predictions.
@@ -84,7 +95,7 @@ def dpmpp_3m_sde(
     """
     check_eta("dpmpp_3m_sde", eta)
     check_multistep("dpmpp_3m_sde", lower_order_final, stretch, solver_type)
-    ends = dict(lower_order_final=lower_order_final, stretch=stretch)
+    ends = dict(lower_order_final=lower_order_final, stretch=stretch, euler_at_final=euler_at_final)
     lay = partial(lay_multistep, kind="x0", order=3, solver_type=solver_type, exact=exact, eta=eta, **ends)
     bound = bounded("dpmpp_3m_sde", clip, thresholding, sample_max_value)
     return linear(lay, slots=("before", "before2"), noises=1, bound=bound)

@@ -98,16 +98,19 @@ def check_eta(solver: str, eta: float) -> None:
         raise ValueError(f"{solver}: eta={eta}; allowed: 0 ... 1")
 
 
-def multistep_orders(h: np.ndarray, order: int, lower_order_final: int, stretch: float) -> list[int]:
+def multistep_orders(
+    h: np.ndarray, order: int, lower_order_final: int, stretch: float, euler_at_final: bool = False
+) -> list[int]:
     """The order of each multistep step of lengths h [n].
 
     As many as there are outputs, n - j or less at the end with fewer than `lower_order_final` steps (as the authors
     have it), and 1 for a step that is over `stretch` times as long as the one before it, or that ends where sigma = 0.
+    With `euler_at_final` the last one is of order 1 too.
     """
     n, orders = len(h), []
     for j in range(n):
         p = min(order, j + 1, n - j if n < lower_order_final else order)
-        if not np.isfinite(h[j]) or (p > 1 and h[j] > stretch * h[j - 1]):
+        if not np.isfinite(h[j]) or (euler_at_final and j == n - 1) or (p > 1 and h[j] > stretch * h[j - 1]):
             p = 1
         if p > 2 and not h[j - 1] <= stretch * h[j - 2]:
             p = 2
@@ -142,6 +145,7 @@ def lay_multistep(
     solver_type: str,
     eta: float = 0.0,
     exact: bool = False,
+    euler_at_final: bool = False,
 ) -> None:
     """One evaluation a step, with order - 1 past outputs in the slots "before" and "before2".
 
@@ -153,7 +157,7 @@ def lay_multistep(
     at = levels_at(process, times)
     h = np.diff(at.half)
     names = (kind, "before", "before2")[:order]
-    for j, p in enumerate(multistep_orders(h, order, lower_order_final, stretch)):
+    for j, p in enumerate(multistep_orders(h, order, lower_order_final, stretch, euler_at_final)):
         E = (1 + eta) * h[j] if kind == "x0" else -h[j]
         scale = at.alpha[j + 1] if kind == "x0" else at.sigma[j + 1]
         extra = [0.0]
