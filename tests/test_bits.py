@@ -103,6 +103,13 @@ ADAMS = ("unipc", "dc_solver", "sa_solver", "deis", "ipndm", "pndm", "lms", "dpm
         ),
         ("sa_solver", {}),
         *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ADAMS if name != "sa_solver"),
+        ("seeds_3", {}),
+        ("dpm_solver_23", {}),
+        *(
+            pytest.param(name, {}, marks=pytest.mark.slow)
+            for name in ELSEWHERE["solvers_exponential"]
+            if name not in ("seeds_3", "dpm_solver_23")
+        ),
     ],
 )
 def test_solvers(solver, settings):
