@@ -158,15 +158,7 @@ def test_table_gives_the_trajectory_of_diffusers(name, golden, given_noise):
 )
 def test_steps_in_single_precision_give_it_too(name, golden, given_noise):
     laid = lay(name)
-    # the tables' last digits are lost in differences of neighbours, in diffusers as here
-    single = {"dpm_2s": 2e-5, "unipc_noise": 2e-5, "unipc_3_full": 2e-5}
-    check(
-        name,
-        stepped(laid, golden[name]["path"][0], golden[name].get("noise")),
-        laid,
-        golden[name],
-        single.get(name, TOLERANCE),
-    )
+    check(name, stepped(laid, golden[name]["path"][0], golden[name].get("noise")), laid, golden[name])
 
 
 # ---------------------------------------------------------------- the classes and their keys
