@@ -238,7 +238,7 @@ def pareto(options: argparse.Namespace) -> int:
     from difax.registry import choose
     from difax.study.frontier import NETWORK_FIGURES, QUALITIES, lost, table
     from difax.study.judge import FIGURES, suits
-    from difax.study.methods import METHODS, chosen
+    from difax.study.methods import METHODS, SOLVER_METHODS, chosen
     from difax.study.metrics import FEATURE_FIGURES
     from difax.study.networks import check_networks, make_eyes, read_prompts, real_images
     from difax.study.pareto import (
@@ -265,7 +265,7 @@ def pareto(options: argparse.Namespace) -> int:
     if options.search:
         needs("--search", "optuna")
     methods, config = chosen(options.methods, parse_value), _config(options, "fmnist_dit")
-    written = {name: method for name, method in methods.items() if name not in METHODS}
+    written = {name: method for name, method in methods.items() if name not in {*METHODS, *SOLVER_METHODS}}
     for name, method in written.items():  # what a user wrote is refused before hours of measuring
         _named(f"--methods {name}", lambda method=method: override(config, list(method.settings.items())))
     check_networks(options.network)

@@ -16,14 +16,14 @@ from difax.accel.solvers.dc_solver import compensation, fit_polynomial, polynomi
 from difax.accel.solvers.linear import LinearTable
 from difax.accel.solvers.quadrature import exponential_lagrange, integrated_lagrange
 from difax.core import noise
-from difax.core.contracts import Prediction, Solver
+from difax.core.contracts import Accelerator, Prediction, Solver
 from difax.core.grids import GRIDS, make_times
-from difax.core.guidance import unguided
+from difax.core.guidance import GUIDES, unguided
 from difax.core.process import PROCESSES, ve, vp_linear, vp_sde
-from difax.core.sample import make_rows
+from difax.core.sample import initial_noise, make_rows, make_sampler
 from tests.families import some
 from tests.oracles import adams as oracle
-from tests.toys import MIXTURE, predict, solve
+from tests.toys import MIXTURE, network, predict, solve, tiny_dit
 
 GOLDEN = Path(__file__).parent / "golden" / "adams.npz"
 MIXED_TIMES = np.array([0.95, 0.8, 0.55, 0.5, 0.2, 0.05, 0.0])
@@ -517,6 +517,54 @@ def test_statistics_share_numbers_over_axes():
     again = dpm_v3.statistics(eps, p, half, lambda: [(jnp.ones((6, 2, 3)), keys)], over=(0,))
     for name in found:
         np.testing.assert_array_equal(found[name], again[name])
+
+
+def test_statistics_of_a_run(tmp_path):
+    """What `difax calibrate` measures: of a run with guidance, on its own samples, and the solver reads it."""
+    model, params = tiny_dit()
+    p, guide = vp_linear(), GUIDES["cfg"]()
+    times = make_times(GRIDS["log_snr"](), p, 4)
+    run = SimpleSetup(model, p, "eps", SOLVERS["unipc"](), guide, Accelerator(), times)
+    sampler = SimpleSampler(run, params)
+    found = dpm_v3.fit_statistics(sampler, 4, 2, lambda text: None, pieces=6, low=0.05)
+    assert found["l"].shape == (7, 1, 1, 3) and all(np.isfinite(a).all() for a in found.values())
+    rows = make_rows(run.solver, guide, p, times)
+    x, _, cond = sampler.inputs(0, 2)
+    t = jnp.full(2, 0.4)
+    got = dpm_v3.noise_of(run, rows)(x, t, cond, params, sampler.scale())
+    halves = [network(model, params, x, p.model_time(t), c) for c in (cond, model.null(cond))]
+    np.testing.assert_allclose(got, halves[1] + 2.0 * (halves[0] - halves[1]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="guidance at some times only; allowed: guide cfg, none"):
+        dpm_v3.fit_statistics(SimpleSampler(run._replace(guide=GUIDES["interval"](0.0, 0.9)), params), 2, 2, print)
+    with pytest.raises(ValueError, match=r"pieces=1; allowed: 2 \.\.\. 10000"):
+        dpm_v3.fit_statistics(sampler, 2, 2, print, pieces=1)
+
+
+class SimpleSetup(NamedTuple):
+    """As much of a setup as is measured."""
+
+    model: Any
+    process: Any
+    prediction: str
+    solver: Solver
+    guide: Any
+    accelerator: Any
+    times: np.ndarray
+
+    def sampler(self):
+        return make_sampler(self.model, self.process, self.prediction, self.solver, self.guide, self.accelerator)
+
+
+class SimpleSampler(NamedTuple):
+    run: SimpleSetup
+    params: Any
+
+    def inputs(self, start, n):
+        keys = noise.sample_keys(0, n, start)
+        return initial_noise(self.run.process, keys, self.run.model.input_shape), keys, jnp.arange(n, dtype=jnp.int32)
+
+    def scale(self):
+        return jnp.float32(2.0)
 
 
 def test_damaged_statistics_are_refused(tmp_path):

@@ -71,8 +71,8 @@ def dpm_solver_12(
     Every sample has steps of its own, so that a batch is its samples; the authors decide for a batch by its largest E.
     A rejected step is tried again from the evaluation at its start, which the authors make anew.
 
-    The time of a lambda is read off a table of 512 with cubics in between: exact to 1e-8 where the process is smooth, and
-    to 1e-5 of the samples between the steps of a discrete one.
+    The time of a lambda is read off a table of 512 with cubics in between: exact to 1e-8 where the process is smooth,
+    and to 1e-5 of the samples between the steps of a discrete one.
 
     Of the grid only the first and the last time are used, and `steps` is the most evaluations that a sample may take
     (`Trace.unfinished`). A grid that ends at t = 0 is integrated to the process's t_min, where a last evaluation gives

@@ -82,13 +82,13 @@ def dpm_solver_v3(
       A `Solver` whose state is the corrected start of the step and the past f.
 
     Raises:
-      ValueError: from `grid`, times that lie outside of the statistics, as alpha = 0 does.
+      ValueError: from `grid`, times that lie outside of the statistics.
 
     References: Zheng et al. 2023, arXiv:2310.13268, section 3 and the appendix on pseudo-order. The authors move the
       times of a run to those of the statistics, and integrate by trapezoids there; here statistics are linear between
       their log-SNRs, exponents between these and those of the run, and so the case without a file is exact. The authors
       end at the smallest time of the statistics; here the step to sigma = 0 is one to the data prediction that f holds,
-      alpha_t ((1 - l) x/alpha_s - f).
+      alpha_t ((1 - l) x/alpha_s - f). One out of alpha = 0 is of first order in the data prediction.
     """
     if not 1 <= order <= 3:
         raise ValueError(f"dpm_solver_v3: order={order}; allowed: 1, 2, 3")
@@ -173,10 +173,10 @@ def integrals_of(levels: Ladder, found: dict[str, np.ndarray] | None) -> Integra
     there, slack = half[[0, -1]] + [-1, 1], 1e-6 * (1 + np.abs(half).max())
     if found is None:
         found = {"lambda": there, "l": np.ones(2), "s": np.zeros(2), "b": np.zeros(2)}
-    elif levels.half[0] < found["lambda"][0] - slack or half[-1] > found["lambda"][-1] + slack:
+    elif half[0] < found["lambda"][0] - slack or half[-1] > found["lambda"][-1] + slack:
         there = found["lambda"]
         raise ValueError(
-            f"dpm_solver_v3: log(alpha/sigma) of the run is {levels.half[0]:.3f} ... {half[-1]:.3f}; allowed: within "
+            f"dpm_solver_v3: log(alpha/sigma) of the run is {half[0]:.3f} ... {half[-1]:.3f}; allowed: within "
             f"that of the statistics, {there[0]:.3f} ... {there[-1]:.3f}"
         )
     at = np.unique(np.concatenate([found["lambda"], half]))
