@@ -252,6 +252,24 @@ def test_refusals_name_the_key_its_value_and_what_is_allowed(cls, keys, message)
     assert "\n" not in str(error.value)
 
 
+JUNK = (None, True, 0, -1, 0.5, 1e9, -np.inf, np.nan, "x", "linear", "sigma_min", [], [0.1, 0.2], {})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_whatever_a_file_says_is_taken_or_refused(cls):
+    """Each key at values of all types: rows, or a refusal in one line."""
+    for key in CLASSES[cls]:
+        for value in JUNK:
+            try:
+                found = scheduler_sections({"_class_name": cls, key: value}, steps=4, shape=(16, 16, 4))
+                process, times = lay_times(make("grid", found["grid"]), make("process", found["process"]), 4)
+                rows = make("solver", found["solver"]).grid(process, times)
+            except ValueError as refusal:
+                assert "\n" not in str(refusal) and ("allowed" in str(refusal) or "need" in str(refusal))
+            else:
+                assert all(np.isfinite(a).all() for a in jax.tree.leaves((rows.t, rows.model_time, rows.coefficients)))
+
+
 def test_keys_of_other_classes_are_passed_over_as_diffusers_does():
     """Stable Diffusion's file is of a PNDM and has a key of DDIM."""
     plain = of(PNDM, skip_prk_steps=True, steps_offset=1)
