@@ -107,5 +107,6 @@ def _checked(name: str, key: str, value: Any, default: Any) -> Any:
         good, allowed = value is None or finite or isinstance(value, str), "a number, a text or null"
     if not good:
         raise ValueError(f"scheduler {name}: {key}={brief(value)}; allowed: {allowed}")
+    known: Any = value
     whole = isinstance(default, int) and not isinstance(default, bool)
-    return int(value) if whole else float(value) if isinstance(default, float) else value
+    return int(known) if whole else float(known) if isinstance(default, float) else known
