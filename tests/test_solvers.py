@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return SOLVERS[self.solver](**self.arguments)
 
 
-SIGMA_SPACE = tuple(name for name in PROCESSES if name not in ("flow", "sit"))
+SIGMA_SPACE = tuple(name for name in PROCESSES if name not in ("flow", "sit", "trig"))
 CASES = [
     Case("ddpm", {"variance": "small"}),
     Case("ddpm", {"variance": "large"}),
@@ -454,7 +454,7 @@ def test_bad_times_are_refused(case):
         case.make().grid(vp_linear(), np.array([0.2, 0.5, 0.0]))
 
 
-@pytest.mark.parametrize("process", ["flow", "sit"])
+@pytest.mark.parametrize("process", ["flow", "sit", "trig"])
 def test_heun_in_sigma_space_refuses_pure_noise(process):
     with pytest.raises(ValueError, match=f"divides by alpha, which is 0 at t=1 of {process}; allowed: space 'flow'"):
         SOLVERS["heun"]("sigma").grid(PROCESSES[process](), np.array([1.0, 0.5, 0.0]))

@@ -204,7 +204,13 @@ def vp(
             raise ValueError(f"vp: trained={brief(list(trained))}; allowed: numbers between 0 and 1")
     if precision == "float32" and snr_shift != 1.0:
         raise ValueError(f"vp: precision='float32' with snr_shift={snr_shift}; allowed: float64, or no shift")
-    return _from_log_alphas("vp", log_alphas(found, snr_shift, terminal, precision), between, prior_std)
+    log_alpha = log_alphas(found, snr_shift, terminal, precision)
+    with np.errstate(invalid="ignore"):
+        falls = np.diff(log_alpha, prepend=0.0) < 0
+    if not falls.all():
+        k = int(np.argmin(falls))
+        raise ValueError(f"vp: beta {found[k]:g} of step {k} is lost in {precision}; allowed: larger ones")
+    return _from_log_alphas("vp", log_alpha, between, prior_std)
 
 
 def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:
