@@ -107,7 +107,7 @@ class Setup(NamedTuple):
     def times_of(self, steps: int) -> np.ndarray:
         """The times [steps + 1] of the run's grid for another number of steps."""
         assert self.grid is not None
-        return grids.make_times(self.grid, self.process, steps)
+        return grids.lay_times(self.grid, self.process, steps)[1]
 
     def inputs(
         self, seed: int, n: int, cond: Any, start: int = 0, numbers: np.ndarray | None = None
@@ -240,7 +240,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
         resolved("data", config["data"], 0, ("split",))  # which names the classes; it is not read
     make_grid = make("grid", config["grid"])
     with _naming("grid", config):
-        times = grids.make_times(make_grid, process, config["steps"])
+        process, times = grids.lay_times(make_grid, process, config["steps"])
     sites = sum(stage.depth * len(stage.branches) for stage in model.stages)
     check_memory(
         f"the tables of steps={config['steps']} and {depth} blocks",
@@ -252,8 +252,9 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
         rows = make_rows(solver, guide, process, times, accelerator, model.stages)
     _check_rows(rows, config)
     names = {k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
+    fitted_to = (said for kind in ("grid", "solver") for said in measured.fitted_record(kind, config[kind]))
     measured.compare(
-        (*accelerator.measured, *solver.measured, *_says_of_steps(config.get("steps_by"))),
+        (*accelerator.measured, *fitted_to, *_says_of_steps(config.get("steps_by"))),
         model=model.name,
         stages=model.stages,
         solver=names["solver"],

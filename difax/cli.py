@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         "calibrate",
         parents=from_weights,
         help="measure what a cache plans from, fit what it has learned, or search a plan; fit a grid or a solver",
-        description="Names one calibration: --cache NAME, --grid NAME or --solver NAME. Besides one of these, --grid and "
+        description="Names one calibration: --cache NAME, --grid NAME or --solver NAME. Besides it, --grid and "
         "--solver name what the run has, as in sample.",
     )
     calibrate.add_argument("--samples", type=int, default=16, help="samples to draw (default: %(default)s)")

@@ -339,8 +339,8 @@ class Run:
           cond: as `conditions` takes it. samples: to draw, in batches of `batch`. seed: of them.
           tell: is called with a line of progress.
           kind: what is calibrated, "cache", "grid" or "solver".
-          settings: of "scheduled": budget, rounds, where, forecast, order; of what is fitted: rank; of grids and solvers
-            what the fit takes.
+          settings: of "scheduled": budget, rounds, where, forecast, order; of what is fitted: rank; of grids and
+            solvers what the fit takes.
 
         Returns:
           What the file holds.

@@ -11,7 +11,7 @@ BUDGET = 45.0  # seconds of the default run, of one core, on two cores without A
 
 # file of tests, or the folder of docstring examples -> family
 FAMILIES = {
-    "core": ("process", "grids", "ops", "sampler", "cost", "conditioning"),
+    "core": ("process", "ops", "sampler", "cost", "conditioning"),
     "solvers": ("solvers", "drive"),
     "solvers: learned": ("learned_solvers",),
     "execution": ("executed", "composition"),
@@ -33,6 +33,7 @@ FAMILIES = {
     "conversion": ("convert",),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),
+    "grids": ("grids", "grid_fits"),
     "files": ("files", "fuzz_files"),
     "study": ("metrics", "networks", "pareto", "pareto_report", "pareto_search", "profile", "experiments", "peers"),
     "plans": ("plan",),

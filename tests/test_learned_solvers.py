@@ -236,7 +236,6 @@ def test_a_fit_lowers_the_loss_on_held_out_noise_and_is_sampled_with(name, setti
     assert content == json.loads(file.read_text()) and content["technique"] == content["solver"] == name
     config = CONFIG | {"steps": steps, "solver": {"name": name, "file": str(file)}}
     setup = build_setup(config, sampler.run.model)
-    assert setup.solver.measured[0]["steps"] == steps
     if name != "dc_solver":
         np.testing.assert_allclose(setup.rows.t, content["times"], rtol=1e-6)
     # the file draws what was measured: the loss of a plain run on the same held-out samples
@@ -394,8 +393,8 @@ def test_files_of_other_runs_are_refused(tmp_path):
     solver = SOLVERS["bns"](file=str(file))
     with pytest.raises(ValueError, match="measured over 2 evaluations; allowed: the 6 of this run"):
         solver.grid(P.flow(), TIMES)
-    found, said = read_learned("bns", str(file), {"times": ("n",)})
-    assert found["times"].tolist() == [1.0, 0.5] and said == ()
+    found = read_learned("bns", str(file), {"times": ("n",)})
+    assert found["times"].tolist() == [1.0, 0.5]
     for name in ("bns", "ddss", "ltsl", "iia", "usf"):
         with pytest.raises(ValueError, match="no such file"):
             SOLVERS[name](file=str(tmp_path / "none.json"))

@@ -19,7 +19,7 @@ from difax.core.guidance import unguided
 from difax.core.process import PROCESSES, flow, ve, vp_cosine, vp_linear, vp_sde
 from difax.core.sample import make_rows
 from tests.oracles import solvers as oracle
-from tests.toys import MIXTURE, predict, solve
+from tests.toys import MIXTURE, predict, solve, takes
 
 GOLDEN = Path(__file__).parent / "golden" / "solvers.npz"
 MIXED_TIMES = np.array([0.95, 0.8, 0.55, 0.5, 0.2, 0.05, 0.0])
@@ -177,11 +177,8 @@ def test_lower_order_final(bound, n, first_order):
 
 
 # the grids of a process; the longest h/h_before of each, in lambda, at any number of steps from 8 on
-LAID = [
-    (p, g)
-    for p, g in itertools.product(PROCESSES, GRIDS)
-    if not (g == "leading" and PROCESSES[p]().steps is None) and not (g == "shifted" and p not in ("flow", "sit"))
-]
+EVEN = ("uniform", "leading", "trailing", "quadratic", "log_snr", "karras", "shifted")
+LAID = [(p, g) for p, g in itertools.product(PROCESSES, EVEN) if takes(g, PROCESSES[p]())]
 
 
 def _ratios(process: Any, times: np.ndarray) -> np.ndarray:
@@ -365,7 +362,7 @@ def test_rows_are_finite_single_precision_and_counted(case, n):
     for process in case.processes:
         p = PROCESSES[process]()
         for grid in GRIDS:
-            if (grid == "leading" and p.steps is None) or (grid == "shifted" and p.name not in ("flow", "sit")):
+            if not takes(grid, p):
                 continue
             times = make_times(GRIDS[grid](), p, n)
             exact = case.make().grid(p, times)

@@ -4,7 +4,7 @@ and solvers that are fitted to a model."""
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.accel.fit import by_label, fastcache, icc, iia, learned, tables, usf
+from difax.accel.fit import by_label, evolution, fastcache, icc, iia, learned, schedules, tables, usf
 from difax.accel.fit.record import record, record_inputs
 from difax.core.contracts import Accelerator
 
@@ -54,7 +54,7 @@ class Made(NamedTuple):
     fit(sampler, samples, batch, progress, **settings) -> what the file holds: of a .json file an object whose values
         JSON has, of an .npz file {name: array}. What every file says of itself (technique, model, solver, grid, steps,
         guidance, `difax.study.calibrate.about`) is added to it, but for keys that the fit gives itself: a grid gives
-        "times", and as "steps" how many they are for.
+        "times" and "process".
         sampler: `difax.study.calibrate.Sampler`, of the run that the configuration describes, without its cache.
         samples: to measure on. batch: of them at a time. progress: is told a line.
         settings: `--fit KEY=VALUE`; keyword arguments with annotations and defaults, which are held against them. What
@@ -66,7 +66,12 @@ class Made(NamedTuple):
     suffix: str = ".json"
 
 
-GRID_FITS: dict[str, Made] = {}
+GRID_FITS: dict[str, Made] = {
+    "gits": Made(schedules.gits),
+    "align_your_steps": Made(schedules.align_your_steps),
+    "watson": Made(schedules.watson),
+    "autodiffusion": Made(evolution.autodiffusion),
+}
 
 SOLVER_FITS: dict[str, Made] = {
     "bns": Made(learned.fit_bns),

@@ -44,7 +44,7 @@ def bns(file: str | None = None, start: str = "euler") -> Solver:
     if file is None:
         lay, slots = STARTS[choose("start of bns", start, STARTS)]
         return linear(lay, slots)
-    found, said = read_learned("bns", file, {"times": ("n",), "a": ("n",), "b": ("n", "n")})
+    found = read_learned("bns", file, {"times": ("n",), "a": ("n",), "b": ("n", "n")})
     t, a, b = found["times"], found["a"], found["b"]
 
     def grid(process: Process, times: np.ndarray):
@@ -52,7 +52,7 @@ def bns(file: str | None = None, start: str = "euler") -> Solver:
         check_steps("bns", file, times, len(t))
         return lay_rows(process, t, np.arange(len(t)), tabulated(table_of(a, b, process.level(t))))
 
-    return linear(lambda *_: None, slots_of(len(t)))._replace(grid=grid, measured=said)
+    return linear(lambda *_: None, slots_of(len(t)))._replace(grid=grid)
 
 
 def _euler(steps: Steps, process: Process, times: np.ndarray) -> None:

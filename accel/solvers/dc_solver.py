@@ -88,8 +88,7 @@ def dc_solver(
             steps, process, times, order, variant, prediction, True, corrector_off, lower_order_final, blend=blend
         )
 
-    solver = linear(lay, slots_of(max(order, dc_order), corrects=True))
-    return solver._replace(measured=measured.record("dc_solver", file))
+    return linear(lay, slots_of(max(order, dc_order), corrects=True))
 
 
 def compensation(times: np.ndarray, j: int, ratio: float, dc_order: int) -> np.ndarray:

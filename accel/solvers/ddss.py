@@ -46,7 +46,7 @@ def ddss(file: str | None = None, eta: float = 0.0) -> Solver:
 
         return linear(lay, noises=1)
     shapes = {"times": ("n",), "mu": ("n", "n"), "nu": ("n", "n"), "noise": ("n",)}
-    found, said = read_learned("ddss", file, shapes)
+    found = read_learned("ddss", file, shapes)
     t, n = found["times"], len(found["times"])
 
     def grid(process: Process, times: np.ndarray):
@@ -54,7 +54,7 @@ def ddss(file: str | None = None, eta: float = 0.0) -> Solver:
         check_steps("ddss", file, times, n)
         return lay_rows(process, t, np.arange(n), tabulated(mixed_table(found["mu"], found["nu"], found["noise"])))
 
-    return linear(lambda *_: None, mixed_slots(n), noises=1)._replace(grid=grid, measured=said)
+    return linear(lambda *_: None, mixed_slots(n), noises=1)._replace(grid=grid)
 
 
 def ddim_mix(process: Process, times: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -40,7 +40,7 @@ def iia(file: str | None = None, base: str = "ddim") -> Solver:
     """
     if file is None:
         return linear(improved(choose("base of iia", base, BASES), np.zeros((0, 0))), slots_of(1))
-    found, said = read_learned("iia", file, {"times": ("n",), "gamma": ("e", "r")}, words=("base",))
+    found = read_learned("iia", file, {"times": ("n",), "gamma": ("e", "r")}, words=("base",))
     name, gamma, t = str(found["base"]), found["gamma"], found["times"]
     choose(f"{source('iia', file)}: base of iia", name, BASES)
     solver = linear(improved(name, gamma), slots_of(gamma.shape[1]))
@@ -52,7 +52,7 @@ def iia(file: str | None = None, base: str = "ddim") -> Solver:
         check_steps("iia", file, times, len(t))
         return solver.grid(process, np.append(t, 0.0))
 
-    return solver._replace(grid=grid, measured=said)
+    return solver._replace(grid=grid)
 
 
 def slots_of(r: int) -> tuple[str, ...]:

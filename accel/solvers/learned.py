@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from difax.accel.caches.measured import naming, read, record, same_length, source
+from difax.accel.caches.measured import naming, read, same_length, source
 from difax.accel.solvers.linear import LinearTable, tabulated
 from difax.core.contracts import Array, Level, Row
 
@@ -120,8 +120,8 @@ def unrolled(rows: Row) -> tuple[np.ndarray, np.ndarray]:
 
 def read_learned(
     technique: str, file: str, shapes: Mapping[str, tuple[str, ...]], words: tuple[str, ...] = ()
-) -> tuple[dict[str, Any], tuple[Mapping[str, Any], ...]]:
-    """The numbers of a learned solver's file, and what it says of itself.
+) -> dict[str, Any]:
+    """The numbers of a learned solver's file.
 
     Args:
       shapes: {name: the axes of its array, each a letter}; axes of one letter have one length, that of "times" is n.
@@ -153,7 +153,7 @@ def read_learned(
     times = found["times"]
     if not np.all(np.diff(times) < 0) or times[0] > 1 or times[-1] <= 0:
         raise ValueError(f"{source(technique, file)}: 'times' do not decrease within (0, 1]; allowed: such that do")
-    return found, record(technique, file)
+    return found
 
 
 def check_steps(technique: str, file: str, times: np.ndarray, evaluations: int) -> None:

@@ -36,7 +36,7 @@ def ltsl(file: str | None = None) -> Solver:
     """
     if file is None:
         return linear(_lay)
-    found, said = read_learned("ltsl", file, {"times": ("n",), "data": ("n",), "noise": ("n",)})
+    found = read_learned("ltsl", file, {"times": ("n",), "data": ("n",), "noise": ("n",)})
     t, n = found["times"], len(found["times"])
 
     def grid(process: Process, times: np.ndarray):
@@ -45,7 +45,7 @@ def ltsl(file: str | None = None) -> Solver:
         table = scaled_table(found["data"], found["noise"], process.level(np.append(t[1:], 0.0)))
         return lay_rows(process, t, np.arange(n), tabulated(table))
 
-    return linear(lambda *_: None)._replace(grid=grid, measured=said)
+    return linear(lambda *_: None)._replace(grid=grid)
 
 
 def _lay(steps, process: Process, times: np.ndarray) -> None:

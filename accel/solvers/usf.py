@@ -74,10 +74,9 @@ def usf(
       prediction of DPM-Solver-v3.
     """
     times = None
-    said: tuple[Any, ...] = ()
     if file is not None:
         names = ("order", "prediction", "estimate", "relaxation", "corrector")
-        found, said = read_learned("usf", file, {"times": ("n",)}, words=names)
+        found = read_learned("usf", file, {"times": ("n",)}, words=names)
         times = found.pop("times")
         for name, annotation in zip(names, (int, Kind, int, Relaxed, bool), strict=True):
             what = f"{source('usf', file)}: {name}"
@@ -96,7 +95,7 @@ def usf(
             given = np.append(times, 0.0)
         lay_usf(steps, process, given, choices(where, found, len(given) - 1))
 
-    return linear(lay, SLOTS)._replace(measured=said)
+    return linear(lay, SLOTS)
 
 
 def choices(where: str, settings: dict[str, Any], n: int) -> list[Choice]:

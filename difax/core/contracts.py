@@ -111,7 +111,6 @@ class Solver(NamedTuple):
         step(prediction, x, state, row, keys) -> (samples [B, ...], state) gets all of it as [B, W, ...], and the keys
         [B, W] that the scan would give these rows.
     derivatives: is the prediction handed out with `jvp` and `vjp`.
-    measured: what each file that its table was made from says of itself (`difax.accel.caches.measured.record`).
     """
 
     grid: Callable[..., Row]
@@ -122,7 +121,6 @@ class Solver(NamedTuple):
     ask: Callable[..., Any] | None = None
     window: int = 1
     derivatives: bool = False
-    measured: tuple[Mapping[str, Any], ...] = ()
 
 
 class Guide(NamedTuple):
