@@ -14,6 +14,7 @@ FAMILIES = {
     "core": ("process", "ops", "sampler", "cost", "conditioning"),
     "solvers": ("solvers", "drive"),
     "solvers: learned": ("learned_solvers",),
+    "solvers: adams": ("solvers_adams",),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),

@@ -87,9 +87,20 @@ SOLVES = [
     ("ltsl", {}, "flow"),
     ("iia", {"base": "edm"}, "vp_linear"),
     ("usf", {"order": 3, "corrector": True}, "vp_linear"),
+    ("unipc", {"order": 3}, "vp_linear"),
+    ("sa_solver", {}, "flow"),
+    ("dc_solver", {"dc_order": 1}, "vp_linear"),
+    ("deis", {}, "flow"),
+    ("ipndm", {}, "flow"),
+    ("pndm", {}, "vp_linear"),
+    ("lms", {}, "flow"),
+    ("dpm_solver_v3", {}, "flow"),
 ]
+IN_EVERY_RUN = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "sa_solver")
 solves = pytest.mark.parametrize(
-    ("solver", "arguments", "process"), SOLVES, ids=[f"{s}-{'-'.join(map(str, a.values()))}-{p}" for s, a, p in SOLVES]
+    ("solver", "arguments", "process"),
+    [pytest.param(*s, marks=() if s[0] in IN_EVERY_RUN else pytest.mark.slow) for s in SOLVES],
+    ids=[f"{s}-{'-'.join(map(str, a.values()))}-{p}" for s, a, p in SOLVES],
 )
 
 

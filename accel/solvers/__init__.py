@@ -6,6 +6,7 @@ from difax.accel.solvers.ddim import ddim
 from difax.accel.solvers.ddpm import ddpm
 from difax.accel.solvers.ddss import ddss
 from difax.accel.solvers.deis import deis
+from difax.accel.solvers.dpm_solver_v3 import dpm_solver_v3
 from difax.accel.solvers.dpmpp_2m import dpmpp_2m
 from difax.accel.solvers.euler import euler
 from difax.accel.solvers.heun import heun
@@ -35,4 +36,5 @@ SOLVERS = {
     "ipndm": ipndm,
     "pndm": pndm,
     "lms": lms,
+    "dpm_solver_v3": dpm_solver_v3,
 }

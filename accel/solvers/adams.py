@@ -9,7 +9,7 @@ so that their product is one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +68,7 @@ def slots_of(kept: int, corrects: bool = False, noisy: bool = False) -> tuple[st
 def lay_adams(
     steps: Steps,
     times: np.ndarray,
+    levels: Ladder,
     output: str,
     predict: Callable[[int], Update],
     correct: Callable[[int], Update | None] | None = None,
@@ -77,7 +78,7 @@ def lay_adams(
 
     Args:
       steps: with the slots of `slots_of`.
-      times: [n + 1].
+      times: [n + 1], with their levels.
       output: "x0" or "eps".
       predict(j): from times[j] to times[j + 1], by the outputs at j, j - 1, ...
       correct(j): of the step that ends at times[j], by the outputs at j, j - 1, ...; None leaves x as predicted.
@@ -95,12 +96,25 @@ def lay_adams(
         if blended is not None:
             known[0] = combine(*zip(map(float, blended), known, strict=False))
         slots: dict[str, Mix] = {past(k + 1): known[k] for k in range(kept)}
-        update = predict(j)
         if correct is not None:
             slots["anchor"] = here
             if "drawn" in steps.outputs:
                 slots["drawn"] = {"z1": 1.0}
-        steps.row(times[j], j, x=_apply(update, here, known, "z1"), **slots)
+        update = predict(j)
+        plain = output == "eps" and corrected is None and blended is None
+        x = from_prediction(levels, j, update.outputs, known) if plain else _apply(update, here, known, "z1")
+        steps.row(times[j], j, x=x, **slots)
+
+
+def from_prediction(levels: Ladder, j: int, weights: np.ndarray, known: Sequence[Mix]) -> dict[str, float]:
+    """(alpha_s/alpha_t) x + sum_i weights[i] eps_{j-i}, where x is what the network saw: x = alpha_t x0 + sigma_t eps.
+
+    Since the weights add up to sigma_s - alpha_s sigma_t/alpha_t it is alpha_s x0 + sigma_s eps_j
+    + sum_{i>0} weights[i] (eps_{j-i} - eps_j), which does not cancel where alpha is small, and holds at alpha = 0.
+    """
+    alpha, sigma = levels.level.alpha[j + 1], levels.level.sigma[j + 1]
+    terms = [(float(w), mix) for w, mix in zip(weights[1:], known[1:], strict=False)]
+    return combine((alpha, {"x0": 1.0}), (sigma - sum(w for w, _ in terms), {"eps": 1.0}), *terms)
 
 
 def _apply(update: Update, start: Mix, known: list[Mix], noise: str) -> dict[str, float]:
@@ -127,9 +141,10 @@ def exponential(levels: Ladder, j: int, nodes: np.ndarray, prediction: str, tau:
     s = j + 1
     h = half[s] - half[j]
     if prediction == "noise":
+        ratio = ratio_of(levels, j)
         if len(nodes) == 1:  # in differences of the levels, which are finite where h is not
-            return Update(alpha[s] / alpha[j], np.array([sigma[s] - alpha[s] * sigma[j] / alpha[j]]))
-        return Update(alpha[s] / alpha[j], -sigma[s] * exponential_lagrange(half[nodes], half[j], half[s], -1.0))
+            return Update(ratio, np.array([sigma[s] - ratio * sigma[j]]))
+        return Update(ratio, -sigma[s] * exponential_lagrange(half[nodes], half[j], half[s], -1.0))
     rate = 1 + tau**2
     decay = np.exp(-(tau**2) * h) if tau else 1.0
     noise = sigma[s] * np.sqrt(-np.expm1(-2 * tau**2 * h)) if tau else 0.0
@@ -144,11 +159,7 @@ def order_at(order: int, j: int, n: int, levels: Ladder, lower_order_final: bool
     return left if np.isfinite(levels.half[j + 1]) else 1
 
 
-def refuse_pure_noise(solver: str, process: Process, levels: Ladder, times: np.ndarray) -> None:
-    """Refuses times at which alpha = 0, for methods that divide by it."""
+def ratio_of(levels: Ladder, j: int) -> float:
+    """alpha_{j+1}/alpha_j; 0 out of alpha = 0, where x says nothing of the data (`from_prediction`)."""
     alpha = levels.level.alpha
-    if np.any(alpha <= 0):
-        raise ValueError(
-            f"{solver} divides by alpha, which is 0 at t={times[np.argmin(alpha)]:g} of {process.name}; "
-            "allowed: a grid such as karras or log_snr, or a solver of the data prediction"
-        )
+    return float(alpha[j + 1] / alpha[j]) if alpha[j] > 0 else 0.0

@@ -6,16 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from difax.accel.solvers.adams import (
-    Ladder,
-    Update,
-    combine,
-    exponential,
-    ladder,
-    lay_adams,
-    refuse_pure_noise,
-    slots_of,
-)
+from difax.accel.solvers.adams import Ladder, Update, combine, exponential, ladder, lay_adams, ratio_of, slots_of
 from difax.accel.solvers.linear import Steps, linear
 from difax.accel.solvers.quadrature import integrated_lagrange
 from difax.core.annotations import checked
@@ -47,7 +38,7 @@ def deis(
     (rhoab, which is the Adams-Bashforth method of `lms`), or log rho (logrho, as in diffusers' DEISMultistepScheduler).
     "rhork" is a Runge-Kutta method in rho instead: Heun's of order 2, Kutta's of order 3, the classical one of order 4,
     with as many evaluations a step. The first steps are of lower order. A step to sigma = 0 is of first order, but in
-    rhoab; the network is not evaluated there.
+    rhoab; the network is not evaluated there. So is one out of alpha = 0.
 
     Args:
       kind: "tab", "rhoab", "logrho" or "rhork" (tab, the paper's best).
@@ -58,9 +49,6 @@ def deis(
 
     Returns:
       A `Solver` whose state is the past noise predictions, or the stages of a step.
-
-    Raises:
-      ValueError: from `grid`, times at which alpha = 0.
 
     References: Zhang & Chen 2022, arXiv:2204.13902, equations 14 and 15 and appendix on rhoRK. The authors integrate by
       10 000 points on the left ends of intervals; here it is Gauss-Legendre in rho, in float64: diffusers' closed forms
@@ -73,7 +61,6 @@ def deis(
 
     def lay(steps: Steps, process: Process, times: np.ndarray) -> None:
         levels, n = ladder(process, times), len(times) - 1
-        refuse_pure_noise("deis", process, levels, times)
         if kind == "rhork":
             return lay_runge_kutta(steps, process, times, levels, order)
 
@@ -83,33 +70,39 @@ def deis(
                 many = min(many, n - j)
             return adams_bashforth(process, times, levels, j, many, kind)
 
-        return lay_adams(steps, times, "eps", predict)
+        return lay_adams(steps, times, levels, "eps", predict)
 
     stages = tuple(f"stage{k + 1}" for k in range(order - 1))
     return linear(lay, ("start", *stages) if kind == "rhork" else slots_of(order - 1))
 
 
 def adams_bashforth(process: Process, times: np.ndarray, levels: Ladder, j: int, order: int, kind: str) -> Update:
-    """The step from times[j] by the last `order` noise predictions, interpolated in a variable."""
+    """The step from times[j] by the last `order` noise predictions, interpolated in a variable; one at rho = infinity
+    is left out of those in rho."""
     nodes = np.arange(j, j - order, -1)
     alpha, sigma = levels.level.alpha, levels.level.sigma
-    if order == 1 or (sigma[j + 1] == 0 and kind != "rhoab"):
+    if kind != "tab" and alpha[nodes[-1]] == 0:
+        nodes = nodes[:-1] if len(nodes) > 1 else nodes
+    if len(nodes) == 1 or (sigma[j + 1] == 0 and kind != "rhoab"):
         return exponential(levels, j, nodes[:1], "noise")
     if kind == "logrho":
         return exponential(levels, j, nodes, "noise")
-    rho = sigma / alpha
+    start, end = sigma[j : j + 2] / alpha[j : j + 2]
     if kind == "rhoab":
-        weights = integrated_lagrange(rho[nodes], rho[j], rho[j + 1])
+        weights = integrated_lagrange(sigma[nodes] / alpha[nodes], start, end)
     else:
-        weights = integrated_lagrange(times[nodes], rho[j], rho[j + 1], lambda r: process.inverse(-np.log(r)))
-    return Update(alpha[j + 1] / alpha[j], alpha[j + 1] * weights)
+        weights = integrated_lagrange(times[nodes], start, end, lambda r: process.inverse(-np.log(r)))
+    return Update(ratio_of(levels, j), alpha[j + 1] * weights)
 
 
 def lay_runge_kutta(steps: Steps, process: Process, times: np.ndarray, levels: Ladder, order: int) -> None:
     """The rows of rhoRK: a step's x waits in "start", its noise predictions in "stage1", ..."""
     alpha, sigma = levels.level.alpha, levels.level.sigma
     for j in range(len(times) - 1):
-        a, b, c = RUNGE_KUTTA[order if sigma[j + 1] > 0 else 1]
+        if alpha[j] == 0 or sigma[j + 1] == 0:
+            steps.row(times[j], j, x={"x0": alpha[j + 1], "eps": sigma[j + 1]})
+            continue
+        a, b, c = RUNGE_KUTTA[order]
         rho, drho = sigma[j] / alpha[j], sigma[j + 1] / alpha[j + 1] - sigma[j] / alpha[j]
         points = [float(process.inverse(-np.log(rho + share * drho))) for share in c]
         points = [times[j] if s == 0 else times[j + 1] if s == 1 else t for s, t in zip(c, points, strict=True)]

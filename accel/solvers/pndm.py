@@ -6,7 +6,18 @@ from typing import Literal
 
 import numpy as np
 
-from difax.accel.solvers.adams import Ladder, Mix, Update, combine, ladder, lay_adams, past, refuse_pure_noise, slots_of
+from difax.accel.solvers.adams import (
+    Ladder,
+    Mix,
+    Update,
+    combine,
+    from_prediction,
+    ladder,
+    lay_adams,
+    past,
+    ratio_of,
+    slots_of,
+)
 from difax.accel.solvers.linear import Steps, linear
 from difax.core.annotations import checked
 from difax.core.contracts import Solver
@@ -31,7 +42,8 @@ def pndm(order: int = 4, start: Literal["prk", "plms"] = "plms") -> Solver:
     Before there are enough outputs, order 4 takes three steps of four evaluations each ("prk", F-PNDM: the stages of
     the classical Runge-Kutta method, of which e_j is the first, with times halfway between t and s); or it takes steps
     of lower order ("plms"), the first of two evaluations, at t and at s, whose mean it goes by. Order 2 begins so too
-    (S-PNDM). So prk has n + 9 evaluations and the others n + 1, and a time is evaluated twice.
+    (S-PNDM). So prk has n + 9 evaluations and the others n + 1, and a time is evaluated twice; out of alpha = 0 the
+    first step is DDIM's, of one evaluation. prk multiplies rounding where alpha grows much in its first steps.
 
     Args:
       order: 2 (S-PNDM) or 4 (F-PNDM) (4).
@@ -54,21 +66,31 @@ def pndm(order: int = 4, start: Literal["prk", "plms"] = "plms") -> Solver:
 
     def lay(steps: Steps, process: Process, times: np.ndarray) -> None:
         levels, n = ladder(process, times), len(times) - 1
-        refuse_pure_noise("pndm", process, levels, times)
-        sigma = levels.level.sigma
+        alpha, sigma = levels.level.alpha, levels.level.sigma
+        if prk and alpha[0] == 0:
+            raise ValueError(
+                f"pndm: start='prk' divides by alpha, which is 0 at t={times[0]:g} of {process.name}; allowed: "
+                "start='plms', or a grid such as karras or log_snr"
+            )
         if prk and n < 3 + (sigma[-1] == 0):
             raise ValueError(f"pndm: steps={n}; allowed: 4 or more with start='prk'; start='plms' takes any number")
         for j in range(n):
             if prk and j < 3:
                 _pseudo_runge_kutta(steps, process, times, j, order)
-            elif j == 0 and sigma[1] > 0:
+            elif j == 0 and sigma[1] > 0 and alpha[0] > 0:
                 _improved_euler(steps, levels, times, order)
             else:
-                mean = [{"eps": 1.0}, *({past(k): 1.0} for k in range(1, order))]
-                e = combine(*zip(map(float, ADAMS_BASHFORTH[min(order, j + 1)]), mean, strict=False))
-                steps.row(times[j], j, x=_transfer(levels, j, j + 1, {"x": 1.0}, e), **_shifted(order))
+                known = [{"eps": 1.0}, *({past(k): 1.0} for k in range(1, order))]
+                weights = _equal_steps(levels, j, min(order, j + 1)).outputs
+                steps.row(times[j], j, x=from_prediction(levels, j, weights, known), **_shifted(order))
 
     return linear(lay, ("start", *(("mean",) if prk else ()), *slots_of(order - 1)))
+
+
+def _equal_steps(levels: Ladder, j: int, order: int) -> Update:
+    """phi from time j to j + 1 by Adams-Bashforth."""
+    ratio, sigma = ratio_of(levels, j), levels.level.sigma
+    return Update(ratio, (sigma[j + 1] - ratio * sigma[j]) * ADAMS_BASHFORTH[order])
 
 
 def _transfer(levels: Ladder, j: int, k: int, x: Mix, e: Mix) -> dict[str, float]:
@@ -115,9 +137,6 @@ def ipndm(order: int = 4) -> Solver:
     Returns:
       A `Solver` whose state is the past noise predictions.
 
-    Raises:
-      ValueError: from `grid`, times at which alpha = 0.
-
     References: Zhang & Chen 2022, arXiv:2204.13902, appendix; diffusers' IPNDMScheduler, which is bound to a process of
       its own and takes alpha = 0 for 1e-8.
     """
@@ -126,13 +145,6 @@ def ipndm(order: int = 4) -> Solver:
 
     def lay(steps: Steps, process: Process, times: np.ndarray) -> None:
         levels = ladder(process, times)
-        refuse_pure_noise("ipndm", process, levels, times)
-        alpha, sigma = levels.level.alpha, levels.level.sigma
-
-        def predict(j: int) -> Update:
-            ratio = alpha[j + 1] / alpha[j]
-            return Update(ratio, (sigma[j + 1] - ratio * sigma[j]) * ADAMS_BASHFORTH[min(order, j + 1)])
-
-        lay_adams(steps, times, "eps", predict)
+        lay_adams(steps, times, levels, "eps", lambda j: _equal_steps(levels, j, min(order, j + 1)))
 
     return linear(lay, slots_of(order - 1))

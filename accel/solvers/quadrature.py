@@ -41,9 +41,9 @@ def exponential_lagrange(nodes: np.ndarray, start: float, end: float, rate: floa
         start = end - length if rate > 0 else start
     if not np.isfinite(start):
         raise ValueError(f"exponential_lagrange: start={start}, rate={rate}; allowed: finite, or a rate above 0")
-    points, weights = _legendre()
-    at = start + length * (points + 1) / 2
-    found[known] = lagrange(nodes[known], at) @ (weights * length / 2 * np.exp(rate * (at - end)))
+    points, weights = legendre(POINTS)
+    at = start + length * points
+    found[known] = lagrange(nodes[known], at) @ (weights * length * np.exp(rate * (at - end)))
     return found
 
 
@@ -59,9 +59,9 @@ def integrated_lagrange(
     Returns:
       [k], whose sum is end - start.
     """
-    points, weights = _legendre()
-    u = start + (end - start) * (points + 1) / 2
-    return lagrange(np.asarray(nodes, np.float64), u if variable is None else variable(u)) @ weights * (end - start) / 2
+    points, weights = legendre(POINTS)
+    u = start + (end - start) * points
+    return lagrange(np.asarray(nodes, np.float64), u if variable is None else variable(u)) @ weights * (end - start)
 
 
 def _constant(h: float, rate: float) -> float:
@@ -73,7 +73,7 @@ def _constant(h: float, rate: float) -> float:
 
 
 @functools.cache
-def _legendre() -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of Gauss-Legendre on [-1, 1]."""
-    points, weights = np.polynomial.legendre.leggauss(POINTS)
-    return points, weights
+def legendre(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points and weights [count] of Gauss-Legendre on [0, 1], exact for polynomials of degree 2 count - 1."""
+    points, weights = np.polynomial.legendre.leggauss(count)
+    return (points + 1) / 2, weights / 2

@@ -54,7 +54,7 @@ def sa_solver(
 
     References: Xue et al. 2023, arXiv:2309.05019, equations 14 to 18 and algorithm 1. Of the forms, the data prediction
       alone is here; the paper finds it better, and the other has noise left at sigma = 0. diffusers and the authors
-      stop at the smallest sigma of the process, the authors with one more step to the data prediction, as to t = 0 here.
+      stop at the smallest sigma of the process, the authors with one more step to the data prediction, as here to 0.
     """
     if not callable(tau) and not tau >= 0:
         raise ValueError(f"sa_solver: tau={tau}; allowed: 0 or more")
@@ -101,7 +101,7 @@ def sa_solver(
             order = min(corrector_order, j + 1, n - j + 2 if lower_order_final else j + 1)
             return moved(j - 1, np.arange(j, j - order, -1))
 
-        lay_adams(steps, times, "x0", predict, correct if corrects else None)
+        lay_adams(steps, times, levels, "x0", predict, correct if corrects else None)
 
     kept = max(predictor_order, corrector_order) - 1
     return linear(lay, slots_of(kept, corrects, noisy), noises=int(noisy))

@@ -15,7 +15,6 @@ from difax.accel.solvers.adams import (
     ladder,
     lay_adams,
     order_at,
-    refuse_pure_noise,
     slots_of,
 )
 from difax.accel.solvers.linear import Steps, linear
@@ -44,7 +43,7 @@ def unipc(
     `exponential_lagrange`. B = hh (bh1) or e^hh - 1 (bh2) matters where rho is set to 1/2 instead, in the predictor of
     order 2 and the corrector of order 1, as in the paper and both implementations. The last step is not corrected.
     Order p at step j needs p outputs, so the first steps are of order 1, 2, ...; a step to sigma = 0 is of order 1.
-    The corrector is left out of a step out of alpha = 0 in bh1, where B is infinite.
+    The corrector is left out of a step out of alpha = 0 in bh1 and for the noise prediction, where B is infinite.
 
     Args:
       order: p, 1 ... 3 (2 with guidance, 3 without).
@@ -82,19 +81,18 @@ def lay_unipc(
 ) -> None:
     """Lays UniPC's rows; the arguments are those of `unipc`, `blend` of `lay_adams`."""
     levels, n = ladder(process, times), len(times) - 1
-    if prediction == "noise":
-        refuse_pure_noise("unipc", process, levels, times)
     order_of = [order_at(order, j, n, levels, lower_order_final) for j in range(n)]
 
     def predict(j: int) -> Update:
         return unipc_step(levels, j, np.arange(j, j - order_of[j], -1), variant, prediction)
 
     def correct(j: int) -> Update | None:
-        if j - 1 in corrector_off or (variant == "bh1" and not np.isfinite(levels.half[j - 1])):
+        unbounded = not np.isfinite(levels.half[j - 1]) and (variant == "bh1" or prediction == "noise")
+        if j - 1 in corrector_off or unbounded:
             return None
         return unipc_step(levels, j - 1, np.arange(j, j - 1 - order_of[j - 1], -1), variant, prediction)
 
-    lay_adams(steps, times, OUTPUTS[prediction], predict, correct if corrector else None, blend)
+    lay_adams(steps, times, levels, OUTPUTS[prediction], predict, correct if corrector else None, blend)
 
 
 def unipc_step(levels: Ladder, j: int, nodes: np.ndarray, variant: str, prediction: str) -> Update:
