@@ -26,6 +26,7 @@ from difax.core import grids, hosts
 from difax.core.annotations import annotations_of, brief, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver, TrunkSpec
 from difax.core.device import check_memory
+from difax.core.grids.times import MOST_STEPS
 from difax.core.noise import keys_of, sample_keys
 from difax.core.placement import SAMPLES, Axes, Placement, make_placement, shapes_at
 from difax.core.placement import described as placement_in_words
@@ -312,7 +313,7 @@ def steps_by_label(file: str | None, model: Model) -> tuple[int, ...] | None:
         raise ValueError(f"{where}: allowed: a file of difax calibrate --solver stepsaver, or adadiff")
     steps = content.get("steps_of")
     if not isinstance(steps, list) or not all(
-        isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= grids.MOST_STEPS for n in steps
+        isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MOST_STEPS for n in steps
     ):
         raise ValueError(f"{where}: 'steps_of' is {brief(steps)}; allowed: a list of whole numbers of 1 or more")
     if len(steps) != model.classes:
