@@ -26,10 +26,11 @@ from difax.core import grids, hosts
 from difax.core.annotations import annotations_of, brief, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver, TrunkSpec
 from difax.core.device import check_memory
+from difax.core.langevin import KINDS
 from difax.core.noise import sample_keys
 from difax.core.placement import SAMPLES, Axes, Placement, make_placement, shapes_at
 from difax.core.placement import described as placement_in_words
-from difax.core.process import PREDICTIONS, Process
+from difax.core.process import PREDICTIONS, Process, check_parts, observed_shape
 from difax.core.qtensor import Rules, quantize_params, size_in_bytes
 from difax.core.qtensor import cast as cast_params
 from difax.core.sample import initial_noise, make_rows, make_sampler
@@ -188,6 +189,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
     process = make_process(config["process"], model)
     prediction = choose("prediction", config["prediction"], PREDICTIONS)
     solver = make("solver", config["solver"])
+    _check_parts(config, process, prediction, solver, model)
     guide = make("guide", config["guide"])
     accelerator = _accelerator(config.get("cache", {"name": "none"}))
     attending = _attention(config.get("attend", {"name": "xla"}))
@@ -424,6 +426,21 @@ def make_process(section: Mapping[str, Any], model: Model) -> Process:
     return make("process", section, **more)
 
 
+def _check_parts(config: Mapping[str, Any], process: Process, prediction: str, solver: Solver, model: Model) -> None:
+    """Refuses what does not go with a process of position and velocity, if it is one."""
+    if process.augmented is None:
+        return
+    check_parts(process, solver.augmented, described(config, "solver"))
+    if prediction not in KINDS:
+        raise ValueError(f"prediction={prediction} of process {process.name}; allowed: {', '.join(KINDS)}")
+    channels = model.input_shape[-1]
+    if channels % len(process.augmented.prior_std):
+        raise ValueError(
+            f"process {process.name} takes as many channels of velocity as of position, and {model.name} has "
+            f"channels={channels}; allowed: twice those of the data"
+        )
+
+
 def _accelerator(section: Mapping[str, Any]) -> Accelerator:
     """One cache with its hyperparameters, or several names between plus signs, with keys "name.hyperparameter"."""
     names = split_names("cache", section.get("name", ""))
@@ -489,7 +506,7 @@ def build_task(config: Mapping[str, Any], previewer: Callable[[Setup], Any] | No
     preview = None if previewer is None else previewer(setup)
     place = setup.placement if "mesh" in config else None
     place = None if place is None else dataclasses.replace(place, arranges=False)
-    return Task(model.init, loss, preview, model.input_shape, model.classes, place)
+    return Task(model.init, loss, preview, observed_shape(setup.process, model.input_shape), model.classes, place)
 
 
 def build_data(config: Mapping[str, Any], split: str) -> Images:

@@ -27,6 +27,7 @@ from difax.core.contracts import Accelerator, Attention, Classifier, Guide, Mode
 from difax.core.files import FromData, named, place_of
 from difax.core.grids import GRIDS
 from difax.core.guidance import GUIDES
+from difax.core.langevin import AUGMENTED
 from difax.core.process import PROCESSES, Process
 from difax.core.qtensor import Quantisation
 from difax.core.trunk import neutral
@@ -38,7 +39,7 @@ ACCELERATORS: dict[str, Callable[..., Accelerator]] = {"none": neutral, **CACHES
 
 REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "model": MODELS,
-    "process": PROCESSES,
+    "process": {**PROCESSES, **AUGMENTED},
     "solver": SOLVERS,
     "grid": GRIDS,
     "guide": GUIDES,

@@ -111,6 +111,7 @@ class Solver(NamedTuple):
         step(prediction, x, state, row, keys) -> (samples [B, ...], state) gets all of it as [B, W, ...], and the keys
         [B, W] that the scan would give these rows.
     derivatives: is the prediction handed out with `jvp` and `vjp`.
+    augmented: does it take processes of position and velocity (`difax.core.langevin`).
     """
 
     grid: Callable[..., Row]
@@ -121,6 +122,7 @@ class Solver(NamedTuple):
     ask: Callable[..., Any] | None = None
     window: int = 1
     derivatives: bool = False
+    augmented: bool = False
 
 
 class Guide(NamedTuple):

@@ -68,6 +68,7 @@ def make_rows(
       Rows [E] as numpy arrays (E = n for one-evaluation solvers, 2n - 1 for Heun).
     """
     accelerator = accelerator or neutral()
+    process_.check_parts(process, solver.augmented)
     rows = _guided(guide, accelerator).plan(solver.grid(process, np.asarray(times, np.float64)))
     rows = rows._replace(plan=accelerator.plan(rows, stages))
     check_drive(solver, rows, accelerator)
@@ -85,7 +86,10 @@ def _guided(guide: Guide, accelerator: Accelerator) -> Guide:
 
 def initial_noise(process: Process, keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """x at t = 1: prior_std times standard normal noise [len(keys), *shape], one key per sample."""
-    return process.prior_std * noise.normal(noise.fold(keys, 0), shape)
+    std, parts = process.prior_std, process.augmented
+    if parts is not None:
+        std = jnp.repeat(jnp.asarray(parts.prior_std, jnp.float32), shape[-1] // len(parts.prior_std))
+    return std * noise.normal(noise.fold(keys, 0), shape)
 
 
 def make_sampler(
@@ -134,7 +138,8 @@ def make_sampler(
     64 bits draws a float32 model as any other does.
 
     Returns:
-      The jitted function; it returns samples [B, ...] in the dtype of x and the `Trace` of what was computed.
+      The jitted function; it returns samples [B, ...] in the dtype of x, of a process of position and velocity the
+      position's channels alone, and the `Trace` of what was computed.
     """
     if prediction not in process_.PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; allowed: {', '.join(process_.PREDICTIONS)}")
@@ -216,7 +221,8 @@ def make_sampler(
 
         def network(x, row, guide_state, memory):
             output, guide_state, memory, trace = guide.apply(denoise, x, cond, null, scale, row, guide_state, memory)
-            return process_.predict(output, prediction, model.learn_sigma, x, row.level), guide_state, memory, trace
+            predicted = process_.predict(output, prediction, model.learn_sigma, x, row.level, process)
+            return predicted, guide_state, memory, trace
 
         def evaluation(x, row, guide_state, memory):
             if solver.derivatives:
@@ -238,14 +244,15 @@ def make_sampler(
         trace = trace._replace(ahead=jnp.float32(guide.halves if ahead else 0))
         if solver.drive == "scan":
             trace = trace._replace(live=jnp.ones(len(rows.i), jnp.float32), unfinished=jnp.float32(0))
-        return x, trace
+        return x if process.augmented is None else process_.observed(process, x), trace
 
     def sample_there(params, x, keys, cond, rows, scale):
         where = contextlib.nullcontext() if placement is None else lowering_for(placement.target)
         with placement_.placed(placement), where:
             return sample(params, x, keys, cond, rows, scale)
 
-    return jax.jit(sample_there, donate_argnames="x")
+    whole = process.augmented is None  # where the result is as large as the noise, it takes its place
+    return jax.jit(sample_there, donate_argnames="x" if whole else ())
 
 
 def _differentiated(network, process, x, row, guide_state, memory):
