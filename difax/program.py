@@ -350,7 +350,8 @@ def draw(
     silent = inert(setup.rows, trace)
     if silent:
         print(f"difax: warning: {silent}", file=sys.stderr)
-    gflops = run_cost(model_cost(setup.model, params, setup.attention), trace) / 1e9
+    parts = model_cost(setup.model, params, setup.attention, networks=setup.accelerator.networks)
+    gflops = run_cost(parts, trace) / 1e9
     cost = {
         "images": n,
         "finite": broken == 0,

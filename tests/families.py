@@ -13,6 +13,7 @@ BUDGET = 45.0  # seconds of the default run, of one core, on two cores without A
 FAMILIES = {
     "core": ("process", "grids", "ops", "sampler", "cost", "conditioning"),
     "solvers": ("solvers", "drive"),
+    "solvers: augmented": ("augmented",),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),

@@ -374,6 +374,13 @@ def no_memory(spec: TrunkSpec, modes: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
+class Network(NamedTuple):
+    """A second network of a run, for the same samples, conditions and prediction as its own."""
+
+    model: Model
+    params: Params
+
+
 class Accelerator(NamedTuple):
     """What may be computed or filled, and what is remembered for it. Every part has a neutral default.
 
@@ -392,8 +399,11 @@ class Accelerator(NamedTuple):
         branch to branch and block to block, and on to the next evaluation: `memory["along"]`, `inner["along"]`.
     lookup(plan, row, along) -> (index, values): which mode the evaluation has and the numbers that go with it, where
         that depends on what is remembered; plan is the whole run's, None takes the row's own.
+    networks: others that it may run instead of the model, whose parameters are `params["networks"]`
+        (`difax.core.stack.with_learned`); `output` says which, and in a report their stages are "1/blocks", "2/blocks".
     output(run, state, memory, row) -> (output, state, memory, report, ran): wraps the whole network,
-        `run(memory)` -> (output, memory, report); ran: 1.0, or 0.0 where the network was not run.
+        `run(memory, network=0)` -> (output, memory, report), 0 the model, 1 the first of `networks`; ran: 1.0, or 0.0
+        where no network was run.
     trunk(blocks, tokens, context, state, memory, row) -> (tokens, state, memory, report): wraps the blocks,
         `blocks.run(tokens, memory, first=0, last=None)` -> (tokens, memory, report) runs those from `first` up to
         `last`, counted over all stages; what is left out reports zeros (`difax.core.trunk.Blocks`).
@@ -422,6 +432,7 @@ class Accelerator(NamedTuple):
     learned: dict[str, dict[str, Any]] | None = None
     measured: tuple[Mapping[str, Any], ...] = ()
     batchwide: bool = False
+    networks: tuple[Network, ...] = ()
 
 
 class Trace(NamedTuple):

@@ -43,7 +43,7 @@ from difax.core.guidance import unguided
 from difax.core.ops import narrowed
 from difax.core.placement import Placement
 from difax.core.process import Process
-from difax.core.shapes import first_layer, memory_for, trunk_spec
+from difax.core.shapes import first_layer, memory_for, trunk_spec, zeros_of
 from difax.core.target import lowering_for
 from difax.core.trunk import neutral, reference_attention, run_trunk
 
@@ -86,10 +86,11 @@ def _guided(guide: Guide, accelerator: Accelerator) -> Guide:
 
 def initial_noise(process: Process, keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """x at t = 1: prior_std times standard normal noise [len(keys), *shape], one key per sample."""
-    std, parts = process.prior_std, process.augmented
-    if parts is not None:
-        std = jnp.repeat(jnp.asarray(parts.prior_std, jnp.float32), shape[-1] // len(parts.prior_std))
-    return std * noise.normal(noise.fold(keys, 0), shape)
+    drawn, own = noise.normal(noise.fold(keys, 0), shape), process.augmented
+    if own is None:
+        return process.prior_std * drawn
+    halves = jnp.split(drawn, len(own.prior_std), -1)
+    return jnp.concatenate([std * half for std, half in zip(own.prior_std, halves, strict=True)], -1)
 
 
 def make_sampler(
@@ -148,6 +149,8 @@ def make_sampler(
     if ahead and solver.drive != "scan":
         raise ValueError("conditioning ahead needs times that are known before the run; allowed: ahead=False")
     accelerator = accelerator or neutral()
+    if ahead and accelerator.networks:
+        raise ValueError(f"cache {accelerator.name} runs another network too; allowed: conditioning each, ahead=False")
     guide = _guided(guide or unguided(), accelerator)
     attention = attention or reference_attention()
 
@@ -188,13 +191,18 @@ def make_sampler(
             def evaluate(mode, memory):
                 chosen = row._replace(plan=Chosen(mode, values, halves))
 
-                def run(part):
+                def run(part, network=0):
                     time = jnp.broadcast_to(row.model_time, x_in.shape[:1])
+                    if network:
+                        own = zeros_of(lambda: run(part)[2])
+                        output, report = _other(accelerator, attention, network, params, x_in, time, cond_in, chosen)
+                        return output, part, _with_others(own, accelerator, report)
                     tokens, context = model.embed(params, x_in, time, cond_in)
                     tokens, part, report = run_trunk(
                         model, params, tokens, context, accelerator, attention, part, chosen, known=here
                     )
                     output = model.head(params, tokens, context)
+                    report = _with_others(report, accelerator)
                     return output.astype(jnp.promote_types(output.dtype, jnp.float32)), part, report
 
                 part = _slice(memory, axes, at)
@@ -319,6 +327,32 @@ def _known(model, params, x, cond, null, model_time, halves) -> tuple[Any, Any, 
         return cond, null, known
     halved = [jax.tree.map(lambda a, part=part: a[part], cond) for part in (slice(0, batch), slice(batch, None))]
     return *halved, known
+
+
+def _other(accelerator, attention, network, params, x, time, cond, row) -> tuple[jax.Array, Report]:
+    """The output of one of an accelerator's other networks, whole, and its report with its stages named as its own."""
+    model, params = accelerator.networks[network - 1].model, params["networks"][network - 1]
+    memory = memory_for(trunk_spec(model, params, x, cond), neutral(), attention, ((),))
+    tokens, context = model.embed(params, x, time, cond)
+    tokens, _, report = run_trunk(model, params, tokens, context, neutral(), attention, memory, row)
+    output = model.head(params, tokens, context)
+    named = lambda of: {f"{network}/{stage}": a for stage, a in of.items()}  # noqa: E731
+    report = report._replace(computed=named(report.computed), entered=named(report.entered))
+    return output.astype(jnp.promote_types(output.dtype, jnp.float32)), report
+
+
+def _with_others(report: Report, accelerator: Accelerator, ran: Report | None = None) -> Report:
+    """A report of the model with the stages of an accelerator's other networks, zeros but of the one that ran."""
+    computed, entered = dict(report.computed), dict(report.entered)
+    for k, network in enumerate(accelerator.networks, 1):
+        for stage in network.model.stages:
+            name, halves = f"{k}/{stage.name}", next(iter(report.entered.values())).shape[-1]
+            shape = (stage.depth, len(stage.branches), halves)
+            computed.setdefault(name, jnp.zeros(shape, jnp.float32))
+            entered.setdefault(name, jnp.zeros((stage.depth, halves), jnp.float32))
+    if ran is not None:
+        computed, entered = {**computed, **ran.computed}, {**entered, **ran.entered}
+    return report._replace(computed=computed, entered=entered)
 
 
 def _part(a: Any, batch: int, at: int | None) -> Any:
