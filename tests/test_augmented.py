@@ -12,9 +12,11 @@ from scipy.optimize import brentq
 
 import difax
 from difax.accel.caches import CACHES
+from difax.accel.fit.genie import fit as fit_genie
 from difax.accel.solvers import SOLVERS
 from difax.build import build_setup, build_task
 from difax.config import load_config
+from difax.core.arrays import save_arrays
 from difax.core.contracts import Level, Network, Prediction
 from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import strip
@@ -27,6 +29,7 @@ from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.stack import with_learned
 from difax.core.trunk import neutral
 from difax.registry import make
+from difax.study.calibrate import Sampler
 from difax.weights.checkpoint import save_safetensors
 from tests.families import some
 from tests.oracles.augmented import Langevin, sscs
@@ -573,7 +576,7 @@ def test_the_second_networks_depth_is_that_of_its_weights(tmp_path, capsys):
     )
     result = run.sample([1, 2])
     assert result.cost["decisions"] == ["ssFF", "ssFF"]
-    assert [a.shape[1] for a in result.trace.computed.values()] == [3, 2]
+    assert [a.shape[1] for _, a in sorted(result.trace.computed.items())] == [2, 3]
     for said, keys in {
         r"weights=nowhere: no such file or folder": {"weights": "nowhere"},
         r"with input_shape=\(28, 28, 1\); allowed: that of dit-3x16/2": {"weights": "fmnist_dit"},
@@ -584,3 +587,155 @@ def test_the_second_networks_depth_is_that_of_its_weights(tmp_path, capsys):
             run.replace(cache={"name": "duodiff", **keys})
     with pytest.raises(ValueError, match="conditioning=ahead: cache duodiff runs another network too; allowed: each"):
         run.replace(conditioning="ahead")
+
+
+# ---------------------------------------------------------------- GENIE
+
+
+def perfect(process: Any) -> Any:
+    """(x, row) -> what a perfect network of the mixture gives, with its derivative along (dx, dt) of its own formulas."""
+    mean, std, weight = (jnp.asarray(a) for a in (MIXTURE.mean_KD, MIXTURE.std_K, MIXTURE.weight_K))
+
+    def said(x: Any, t: Any) -> Any:
+        level = process.level(t, jnp)
+        variance = level.alpha**2 * std**2 + level.sigma**2
+        far = x[:, None] - level.alpha * mean[None]
+        log = jnp.log(weight)[None] - 0.5 * (far**2).sum(-1) / variance[None] - 4 * jnp.log(variance)[None]
+        share = jax.nn.softmax(log, axis=1)
+        x0 = jnp.einsum("bk,bkd->bd", share, mean[None] + (level.alpha * std**2 / variance)[None, :, None] * far)
+        return x0, (x - level.alpha * x0) / level.sigma
+
+    def predicted(x: Any, t: Any) -> Prediction:
+        x0, eps = said(x, t)
+        jvp = lambda dx, dt: jax.jvp(said, (x, jnp.asarray(t)), (dx, jnp.asarray(dt)))[1]  # noqa: E731
+        return Prediction(x0, eps, None, jvp)
+
+    return predicted
+
+
+def flowed(solver: Any, process: Any, times: np.ndarray, x: Any) -> np.ndarray:
+    """A solver's own table and step with derivatives, for `solve` hands out none."""
+    rows, predicted = solver.grid(process, times), perfect(process)
+
+    @jax.jit
+    def step(x: Any, row: Any) -> Any:
+        return solver.step(predicted(x, row.t), x, (), row, None)[0]
+
+    for e in range(len(rows.t)):
+        x = step(x, jax.tree.map(lambda a, e=e: jnp.asarray(a[e]), rows))
+    return np.asarray(x)
+
+
+@pytest.mark.parametrize(
+    ("process", "space"),
+    some(
+        [("vp_sde", "sigma"), ("vp_sde", "flow"), ("flow", None), ("ve", None), ("sit", None)],
+        ("vp_sde", "sigma"),
+        ("flow", None),
+    ),
+)
+def test_genies_order_is_two(process, space):
+    p, errors = PROCESSES[process](), []
+    with jax.enable_x64(True):
+        start = np.random.default_rng(3).normal(size=(4, 8)) * np.exp(3.0)  # of y = x/alpha at sigma/alpha = e^3
+
+        def slope(s: float, y: np.ndarray) -> np.ndarray:
+            rho = np.exp(s)
+            return (rho * MIXTURE.eps(y.reshape(4, 8), 1.0, rho)).ravel()
+
+        exact = solve_ivp(slope, (3.0, -3.0), start.ravel(), method="DOP853", rtol=1e-10, atol=1e-10)
+        for n in (40, 80, 160):
+            times = p.inverse(np.linspace(-3.0, 3.0, n + 1))
+            ends = p.level(times[[0, -1]])
+            end = flowed(SOLVERS["genie"](space), p, times, jnp.asarray(start * ends.alpha[0]))
+            errors.append(np.abs(end / ends.alpha[1] - exact.y[:, -1].reshape(4, 8)).max())
+    measured = -np.diff(np.log(errors)) / np.log(2)
+    print(f"genie {process} {space}: order by doubling {measured.round(2)}, errors {np.array(errors)}")
+    assert measured[-1] == pytest.approx(2, abs=0.2)
+
+
+def test_genie_by_the_papers_step():
+    """x/alpha <- x/alpha + h eps + h^2/2 d eps/d gamma, the derivative by differences along the flow."""
+    p, times, delta = vp_sde(), np.array([0.6, 0.4]), 1e-4
+    x = np.random.default_rng(0).normal(size=(3, 8))
+    with jax.enable_x64(True):
+        got = flowed(SOLVERS["genie"](), p, times, jnp.asarray(x))
+    level = p.level(times)
+    y, gamma = x / level.alpha[0], level.sigma / level.alpha
+    eps = MIXTURE.eps(y, 1.0, gamma[0])
+    slope = (
+        MIXTURE.eps(y + delta * eps, 1.0, gamma[0] + delta) - MIXTURE.eps(y - delta * eps, 1.0, gamma[0] - delta)
+    ) / (2 * delta)
+    h = gamma[1] - gamma[0]
+    np.testing.assert_allclose(got, level.alpha[1] * (y + h * eps + h**2 / 2 * slope), rtol=1e-6, atol=1e-7)
+
+
+SMALL = {**load_config("fmnist_smoke"), "weights": "random", "steps": 4}
+SMALL["model"] = {**SMALL["model"], "depth": 1, "width": 16, "heads": 2, "size": 8, "patch": 2}
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """(run with random weights, file of a head that was fitted to it, the lines that it told)."""
+    run, lines = difax.load({**SMALL, "solver": {"name": "genie"}}), []
+    params = jax.tree.map(lambda a: 0.2 + 3 * a, run.params)
+    sampler = Sampler(run.setup, run.setup.prepare(params), np.arange(10, dtype=np.int32), 0)
+    arrays = fit_genie(sampler, 48, 16, lines.append, nodes=3, width=32, steps=150, rate=1e-2)
+    path = tmp_path_factory.mktemp("genie") / "head.npz"
+    save_arrays(path, arrays)
+    return sampler, path, arrays, lines
+
+
+def test_a_head_is_fitted_to_the_exact_derivative(fitted):
+    _, _, arrays, lines = fitted
+    print(lines[-1])
+    assert arrays["error"] < 0.7 and arrays["flow"] == 1  # of a random network, from 48 samples
+
+
+def test_a_fitted_head_is_sampled_with_and_a_zero_one_is_ddim(fitted, tmp_path):
+    sampler, path, arrays, _ = fitted
+
+    def drawn(solver: dict[str, Any]) -> np.ndarray:
+        setup = build_setup({**SMALL, "solver": solver})
+        x, keys, cond = setup.inputs(0, 3, np.arange(3, dtype=np.int32))
+        return np.asarray(setup.sampler()(sampler.params, x, keys, cond, setup.rows, setup.scale)[0])
+
+    zeros = {k: 0 * v if k.startswith("out") else v for k, v in arrays.items()}
+    save_arrays(tmp_path / "zero.npz", zeros)
+    ddim, exact = drawn({"name": "euler"}), drawn({"name": "genie"})
+    none, ours = (drawn({"name": "genie", "file": str(f)}) for f in (tmp_path / "zero.npz", path))
+    np.testing.assert_allclose(none, ddim, rtol=1e-4, atol=1e-5)
+    assert np.abs(ours - exact).mean() < np.abs(none - exact).mean()
+
+
+def test_bad_heads_are_refused(fitted, tmp_path):
+    sampler, path, arrays, _ = fitted
+    path = str(path)
+    for said, change in {
+        "has no array out/bias": {"out/bias": None},
+        "its arrays have shapes": {"in/bias": np.zeros(3, np.float32)},
+        "not finite": {"out/bias": np.full_like(arrays["out/bias"], np.nan)},
+    }.items():
+        save_arrays(tmp_path / "bad.npz", {k: v for k, v in {**arrays, **change}.items() if v is not None})
+        with pytest.raises(ValueError, match=said):
+            SOLVERS["genie"](file=str(tmp_path / "bad.npz"))
+    with pytest.raises(ValueError, match="nowhere.npz.*no such file"):
+        SOLVERS["genie"](file="nowhere.npz")
+    with pytest.raises(ValueError, match="space='time'; allowed: sigma, flow"):
+        SOLVERS["genie"]("time")
+    with pytest.raises(ValueError, match="is of space flow; allowed: that of vp_sde"):
+        SOLVERS["genie"](file=path).grid(vp_sde(), np.array([0.9, 0.5]))
+    with pytest.raises(ValueError, match="divides by alpha, which is 0 at t=1"):
+        SOLVERS["genie"]("sigma").grid(flow(), np.array([1.0, 0.5]))
+    with pytest.raises(ValueError, match="fora.*differentiates the network"):
+        build_setup({**SMALL, "solver": {"name": "genie"}, "cache": {"name": "fora"}})
+    with pytest.raises(ValueError, match="duodiff acts on the output, and this solver reads the tokens too"):
+        cache = CACHES["duodiff"](0.5, network=Network(sampler.run.model, sampler.params))
+        make_rows(
+            SOLVERS["genie"](file=path), unguided(), flow(), np.array([1.0, 0.5]), cache, sampler.run.model.stages
+        )
+    for key, value in {"nodes": 1, "width": 0, "steps": 0, "rate": 2.0}.items():
+        with pytest.raises(ValueError, match=f"genie: {key}={value}; allowed"):
+            fit_genie(sampler, 48, 16, print, **{key: value})
+    with pytest.raises(ValueError, match="two batches or more"):
+        fit_genie(sampler, 16, 16, print)

@@ -6,6 +6,7 @@ from difax.accel.solvers.ddpm import ddpm
 from difax.accel.solvers.dpmpp_2m import dpmpp_2m
 from difax.accel.solvers.euler import euler
 from difax.accel.solvers.gddim import gddim
+from difax.accel.solvers.genie import genie
 from difax.accel.solvers.heun import heun
 
 SOLVERS = {
@@ -15,6 +16,7 @@ SOLVERS = {
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
     "gddim": gddim,
+    "genie": genie,
     "sscs": sscs,
     "cld_em": cld_em,
 }

@@ -83,6 +83,7 @@ class Prediction(NamedTuple):
 
     jvp(dx, dt) -> (dx0, deps): how it changes with x and the process time t, [B] or a scalar; vjp(dx0, deps) -> dx: the
     transpose in x. Both are of the network with its guidance, for solvers that ask for `derivatives`, else None.
+    extra: what the solver's own `head` says of the conditional half [B, ..., F], or None.
     """
 
     x0: jax.Array
@@ -90,6 +91,7 @@ class Prediction(NamedTuple):
     variance: jax.Array | None  # the learned-variance channels in [-1, 1] (DiT), or None
     jvp: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     vjp: Callable[..., jax.Array] | None = None
+    extra: jax.Array | None = None
 
 
 class Solver(NamedTuple):
@@ -112,6 +114,8 @@ class Solver(NamedTuple):
         [B, W] that the scan would give these rows.
     derivatives: is the prediction handed out with `jvp` and `vjp`.
     augmented: does it take processes of position and velocity (`difax.core.langevin`).
+    head: (x, model_time [B], hidden [B, N, D], output) -> [B, ..., F], of the shape of x but for its channels: what the
+        solver reads off the network's last tokens beside its output, at every evaluation; the step gets it as `extra`.
     """
 
     grid: Callable[..., Row]
@@ -123,6 +127,7 @@ class Solver(NamedTuple):
     window: int = 1
     derivatives: bool = False
     augmented: bool = False
+    head: Callable[..., jax.Array] | None = None
 
 
 class Guide(NamedTuple):

@@ -203,6 +203,9 @@ def make_sampler(
                     )
                     output = model.head(params, tokens, context)
                     report = _with_others(report, accelerator)
+                    if solver.head is not None:  # behind the channels that guidance mixes
+                        extra = solver.head(x_in, time, model.hidden(tokens), output)
+                        output = jnp.concatenate([output, extra.astype(output.dtype)], -1)
                     return output.astype(jnp.promote_types(output.dtype, jnp.float32)), part, report
 
                 part = _slice(memory, axes, at)
@@ -229,8 +232,11 @@ def make_sampler(
 
         def network(x, row, guide_state, memory):
             output, guide_state, memory, trace = guide.apply(denoise, x, cond, null, scale, row, guide_state, memory)
+            width, extra = x.shape[-1] * (2 if model.learn_sigma else 1), None
+            if solver.head is not None:
+                output, extra = output[..., :width], output[..., width:]
             predicted = process_.predict(output, prediction, model.learn_sigma, x, row.level, process)
-            return predicted, guide_state, memory, trace
+            return predicted._replace(extra=extra), guide_state, memory, trace
 
         def evaluation(x, row, guide_state, memory):
             if solver.derivatives:
