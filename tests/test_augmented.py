@@ -593,7 +593,7 @@ def test_the_second_networks_depth_is_that_of_its_weights(tmp_path, capsys):
 
 
 def perfect(process: Any) -> Any:
-    """(x, row) -> what a perfect network of the mixture gives, with its derivative along (dx, dt) of its own formulas."""
+    """(x, t) -> what a perfect network of the mixture gives, with its derivative along (dx, dt)."""
     mean, std, weight = (jnp.asarray(a) for a in (MIXTURE.mean_KD, MIXTURE.std_K, MIXTURE.weight_K))
 
     def said(x: Any, t: Any) -> Any:

@@ -55,8 +55,12 @@ NEEDS = {
     ("quant", "int4_weight"): {"group": 8},
     ("quant", "svdquant_w4a8"): {"rank": 4},
 }
+LANGEVIN: dict[str, Any] = {**SMOKE, "process": {"name": "cld"}, "prediction": "eps", "loss": {"name": "hsm"}}
+LANGEVIN |= {"model": {**SMOKE["model"], "channels": 2}, "solver": {"name": "gddim"}}
 # the configuration that a factory is tried in; the others in SMOKE
 WHERE = {
+    ("process", "cld"): LANGEVIN,
+    ("loss", "hsm"): LANGEVIN,
     ("cache", "skipcache"): SKIP,
     ("cache", "tgate"): PIXART,
     ("model", "skip_dit"): SKIP,

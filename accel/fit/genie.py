@@ -90,11 +90,15 @@ def fit(
     error = left / np.mean([float(measure(jax.tree.map(jnp.zeros_like, head), part)) for part in parts])
     progress(f"on batches that were not seen, {error:.3f} of the loss without a head is left")
     flow = np.float32(sampler.run.process.name in ("flow", "sit"))
-    return {**{k: np.asarray(v) for k, v in head.items()}, "flow": flow, "error": np.float32(error)}
+    return {
+        **{k: np.asarray(v) for k, v in head.items()},
+        "flow": np.asarray(flow),
+        "error": np.asarray(error, np.float32),
+    }
 
 
 def recorder(run: Any) -> Callable[..., dict[str, jax.Array]]:
-    """(params, x, cond, rows, scale) -> what a head sees and should say along the run's flow, leaves lead with [E B]."""
+    """(params, x, cond, rows, scale) -> what a head sees and should say along the flow, leaves lead with [E B]."""
     model, process, guided = run.model, run.process, run.guide.halves == 2
 
     def network(params, x, time, cond):

@@ -78,9 +78,7 @@ def genie(space: str | None = None, file: str | None = None) -> Solver:
             )
         if head is not None and bool(head["flow"]) != flow:
             fitted = SPACES[int(head["flow"])]
-            raise ValueError(
-                f"genie: file={file!r} was fitted in space {fitted}; allowed: that of process {process.name}"
-            )
+            raise ValueError(f"genie: file={file!r} is of space {fitted}; allowed: that of {process.name}, or space")
         scale = level.alpha + level.sigma if flow else level.alpha
         u, start = level.sigma / scale, times[:-1]
         h, end, at = np.diff(u), scale[1:], process.level(start)
@@ -180,7 +178,8 @@ def read_head(file: str) -> dict[str, np.ndarray]:
     fits = len(inner) == len(outer) == 2 and inner[1] == outer[0]
     if not fits or shapes[1] != inner[1:] or shapes[3] != outer[1:] or arrays["flow"].shape:
         raise ValueError(f"{what}: its arrays have shapes {shapes}; allowed: [i, w], [w], [w, o], [o]")
-    return {name: check_finite(arrays[name], f"{what}: {name}") for name in (*HEAD, "flow")}
+    check_finite(arrays, what)
+    return {name: arrays[name] for name in (*HEAD, "flow")}
 
 
 def _tokens(x: jax.Array, size: int) -> jax.Array:
