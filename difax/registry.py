@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from difax.accel.attention import ATTENTIONS
-from difax.accel.caches import CACHES
+from difax.accel.caches import CACHES, NETWORKS
 from difax.accel.quant import QUANTS
 from difax.accel.solvers import SOLVERS
 from difax.core.annotations import brief, check_arguments, check_keys
@@ -35,7 +35,7 @@ from difax.models import MODELS
 from difax.training.data import DATASETS, Images
 from difax.training.losses import LOSSES
 
-ACCELERATORS: dict[str, Callable[..., Accelerator]] = {"none": neutral, **CACHES}
+ACCELERATORS: dict[str, Callable[..., Accelerator]] = {"none": neutral, **CACHES, **NETWORKS}
 
 REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "model": MODELS,

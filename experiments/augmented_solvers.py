@@ -2,10 +2,11 @@
 
   difax train --config fmnist_dit --config.model.depth=3 --config.weights=None --config.train.steps=2000 \
     --config.train.decay=700 --config.train.warmup=100 --workdir runs/shallow
+  python experiments/augmented_solvers.py --fit --out experiments/results/augmented_solvers
   python experiments/augmented_solvers.py --shallow runs/shallow --out experiments/results/augmented_solvers
 
-Root mean square of the difference to 200 Heun steps of the full model from the same noise, over held-out seeds; a
-shallow network that draws other good images counts as wrong here, so that its judged accuracy stands beside it.
+Root mean square of the difference to 40 Heun steps of the full model from the same noise, of a seed that the head was
+not fitted on. A second network that draws other images as good counts as wrong here.
 """
 
 import argparse
@@ -18,24 +19,30 @@ import numpy as np
 
 import difax
 from difax.accel.fit.genie import fit
-from difax.core.arrays import save_arrays
+from difax.core.arrays import read_arrays, save_arrays
 from difax.core.device import device_name
 from difax.study.calibrate import Sampler
 
-LABELS = list(range(10)) * 4
+LABELS = list(range(10)) * 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shallow", help="folder of the run of a shallow network (DuoDiff is left out without one)")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--samples", type=int, default=128, help="that the head is fitted on")
-    parser.add_argument("--steps", type=int, default=3000, help="of the fit")
+    parser.add_argument("--samples", type=int, default=64, help="that the head is fitted on")
+    parser.add_argument("--steps", type=int, default=2000, help="of the fit")
+    parser.add_argument("--fit", action="store_true", help="fit the head, and no more")
     options = parser.parse_args()
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    run = difax.load("fmnist_dit")
-    wanted = run.replace(solver="heun", steps=100).sample(LABELS, seed=7).images
+    run, head = difax.load("fmnist_dit"), out / "genie_head.npz"
+    if options.fit:
+        sampler = Sampler(run.setup, run.setup.prepare(run.params), np.arange(10, dtype=np.int32), 0)
+        tell = lambda line: print(line, flush=True)  # noqa: E731
+        save_arrays(head, fit(sampler, options.samples, 16, tell, steps=options.steps))
+        return
+    wanted = run.replace(solver="heun", steps=40).sample(LABELS, seed=7).images
     rows: list[dict] = []
 
     def row(name: str, evaluations: int, **settings: object) -> None:
@@ -45,24 +52,19 @@ def main() -> None:
         rows.append({"method": name, "evaluations": evaluations, "rmse": round(error, 4), "gflops": cost})
         print(rows[-1], flush=True)
 
-    sampler = Sampler(run.setup, run.setup.prepare(run.params), np.arange(10, dtype=np.int32), 0)
-    head = out / "genie_head.npz"
-    arrays = fit(sampler, options.samples, 16, lambda line: print(line, flush=True), steps=options.steps)
-    save_arrays(head, arrays)
-    for n in (5, 8, 10, 20):
+    for n in (5, 10, 20):
         row("ddim", n, solver="ddim", steps=n)
         row("genie, exact", n, solver="genie", steps=n)
         row("genie, head", n, solver={"name": "genie", "file": str(head)}, steps=n)
-        row("dpmpp_2m", n, solver="dpmpp_2m", steps=n)
     if options.shallow:
-        for switch in (0.0, 0.4, 0.6, 0.8, 1.0):
+        for switch in (0.0, 0.5, 0.8, 1.0):
             cache = {"name": "duodiff", "weights": options.shallow, "switch": switch}
             row(f"duodiff, switch {switch}", 20, solver="ddim", steps=20, cache=cache)
     table = {
         "device": device_name(),
         "date": datetime.date.today().isoformat(),
         "command": " ".join(sys.argv),
-        "head_error": float(arrays["error"]),
+        "head_error": float(read_arrays(head)["error"]),
         "rows": rows,
     }
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")

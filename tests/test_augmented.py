@@ -11,7 +11,7 @@ from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 
 import difax
-from difax.accel.caches import CACHES
+from difax.accel.caches import NETWORKS
 from difax.accel.fit.genie import fit as fit_genie
 from difax.accel.solvers import SOLVERS
 from difax.build import build_setup, build_task
@@ -513,7 +513,7 @@ def duo(switch: float, guide: Any = None, n: int = 4, **shallow: Any) -> tuple[A
         x = initial_noise(process, keys, model.input_shape)
         return sampler(with_learned(params, cache), x, keys, jnp.array([1, 4]), rows, 1.5)
 
-    cache = CACHES["duodiff"](switch, network=Network(other, weights))
+    cache = NETWORKS["duodiff"](switch, network=Network(other, weights))
     return (
         lambda: run(model, params, neutral()),
         lambda: run(model, params, cache),
@@ -555,7 +555,7 @@ def test_the_network_that_does_not_run_is_not_read():
     model, params = tiny_dit(depth=3)
     spoiled = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), params)
     for switch, first, second in ((1.0, params, spoiled), (0.0, spoiled, params)):
-        cache = CACHES["duodiff"](switch, network=Network(model, second))
+        cache = NETWORKS["duodiff"](switch, network=Network(model, second))
         process, times = flow(), np.linspace(1, 0, 3)
         rows = make_rows(SOLVERS["euler"](), unguided(), process, times, cache, model.stages)
         sampler = make_sampler(model, process, "velocity", SOLVERS["euler"](), None, cache)
@@ -730,7 +730,7 @@ def test_bad_heads_are_refused(fitted, tmp_path):
     with pytest.raises(ValueError, match="fora.*differentiates the network"):
         build_setup({**SMALL, "solver": {"name": "genie"}, "cache": {"name": "fora"}})
     with pytest.raises(ValueError, match="duodiff acts on the output, and this solver reads the tokens too"):
-        cache = CACHES["duodiff"](0.5, network=Network(sampler.run.model, sampler.params))
+        cache = NETWORKS["duodiff"](0.5, network=Network(sampler.run.model, sampler.params))
         make_rows(
             SOLVERS["genie"](file=path), unguided(), flow(), np.array([1.0, 0.5]), cache, sampler.run.model.stages
         )

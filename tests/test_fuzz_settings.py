@@ -43,6 +43,7 @@ SKIP, WAN, PIXART, FLUX = (load_config(n) for n in ("skip_dit_tiny", "wan_tiny",
 TABLE = np.zeros((STEPS, 2, 2)).tolist()
 # what a factory must be given besides the key that is tried
 NEEDS = {
+    ("cache", "duodiff"): {"weights": "fmnist_dit"},
     ("cache", "magcache"): {"ratios": [1.0, 1.1, 0.9, 1.0]},
     ("cache", "learning_to_cache"): {"logits": TABLE},
     ("cache", "harmonica"): {"logits": TABLE},
@@ -60,6 +61,7 @@ LANGEVIN |= {"model": {**SMOKE["model"], "channels": 2}, "solver": {"name": "gdd
 # the configuration that a factory is tried in; the others in SMOKE
 WHERE = {
     ("process", "cld"): LANGEVIN,
+    ("cache", "duodiff"): {**load_config("fmnist_dit"), "steps": STEPS},
     ("loss", "hsm"): LANGEVIN,
     ("cache", "skipcache"): SKIP,
     ("cache", "tgate"): PIXART,

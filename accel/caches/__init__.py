@@ -59,5 +59,7 @@ CACHES = {
     "fastcache": fastcache,
     "tgate": tgate,
     "fastercache": fastercache,
-    "duodiff": duodiff,
 }
+
+# accelerators that are no caches: they run another network and remember nothing
+NETWORKS = {"duodiff": duodiff}
