@@ -82,8 +82,8 @@ def genie(space: str | None = None, file: str | None = None) -> Solver:
         scale = level.alpha + level.sigma if flow else level.alpha
         u, start = level.sigma / scale, times[:-1]
         h, end, at = np.diff(u), scale[1:], process.level(start)
-        slope = (at.sigma_dot * at.alpha - at.sigma * at.alpha_dot) / scale[:-1] ** 2  # du along the model's time
-        told = process.model_time(np.ones(1)) - process.model_time(np.zeros(1))  # which goes evenly with t
+        slope = (at.sigma_dot * at.alpha - at.sigma * at.alpha_dot) / scale[:-1] ** 2  # of u, along the slopes' time
+        rate = clock_rate(process)
         table = GenieTable(
             x=end / scale[:-1],
             first=end * h,
@@ -91,7 +91,7 @@ def genie(space: str | None = None, file: str | None = None) -> Solver:
             flow=np.full(len(h), float(flow)),
             dx_x0=at.alpha_dot / slope,
             dx_eps=at.sigma_dot / slope,
-            dt=1 / (told * slope),
+            dt=1 / (rate * slope),
             mix=mixing(u[:-1]),
         )
         return lay_rows(process, start, np.arange(len(h)), table)
@@ -108,6 +108,12 @@ def genie(space: str | None = None, file: str | None = None) -> Solver:
 
     said = None if head is None else lambda x, time, hidden, output: apply_head(head, x, time, hidden, output)
     return Solver(grid, lambda x: (), step, derivatives=head is None, head=said)
+
+
+def clock_rate(process: Process) -> float:
+    """How much of the time that the slopes of a process go by passes in one of t; every process has it even."""
+    t, d = np.array([0.36951]), 1e-5  # between the steps of a discrete one
+    return float((process.level(t + d).sigma - process.level(t - d).sigma)[0] / (2 * d * process.level(t).sigma_dot[0]))
 
 
 def mixing(u: np.ndarray) -> np.ndarray:
