@@ -68,6 +68,7 @@ ELSEWHERE = {
         "seeds_1", "seeds_2", "seeds_3", "pfdiff",
     ),
     "solvers_adams": ("unipc", "dc_solver", "sa_solver", "deis", "ipndm", "pndm", "lms", "dpm_solver_v3"),
+    "augmented": ("gddim", "genie", "sscs", "cld_em"),
     "solvers_kdiffusion": (
         "euler_ancestral", "kdpm2", "edm", "restart", "pc", "flow_ab", "sampler_scheduler", "mcg",
     ),
