@@ -217,6 +217,11 @@ def _parser() -> argparse.ArgumentParser:
     opened.add_argument("--labels", help="comma-separated labels or class names (default: one of each class)")
     opened.add_argument("--cond", metavar="FILE.safetensors", help="embeddings, for models that take no labels")
     opened.add_argument("--weights", metavar="PATH", help="a training run, a .safetensors file, a published checkpoint")
+    opened.add_argument(
+        "--scheduler",
+        metavar="PATH",
+        help="a scheduler_config.json of diffusers or a pipeline's folder: process, prediction, solver and grid",
+    )
     opened.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
     from_weights = [common, composed, opened]
 
@@ -270,7 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = added.add_parser(
         "calibrate",
         parents=from_weights,
-        help="measure what a cache plans from, fit what it has learned, or search a plan",
+        help="measure what a cache plans from, fit what it has learned, or search a plan; fit a grid or a solver",
+        description="Names one calibration: --cache NAME, --grid NAME or --solver NAME. Besides it, --grid and "
+        "--solver name what the run has, as in sample.",
     )
     calibrate.add_argument("--samples", type=int, default=16, help="samples to draw (default: %(default)s)")
     calibrate.add_argument("--batch", type=int, default=4, help="samples at a time (default: %(default)s)")
@@ -278,7 +285,10 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--budget", type=float, help="of scheduled: share of the operations of a run (default: 0.4)")
     calibrate.add_argument("--rounds", type=int, help="of scheduled: exchanges, at most (default: 12)")
     calibrate.add_argument("--rank", type=int, help="of icc: of each factor (default: 32)")
-    calibrate.add_argument("--out", required=True, metavar="FILE", help="for the cache's file=...")
+    calibrate.add_argument(
+        "--fit", action="append", default=[], metavar="KEY=VALUE", help="a setting of the fit of a grid or a solver"
+    )
+    calibrate.add_argument("--out", required=True, metavar="FILE", help="for the file=... of the cache, grid or solver")
     calibrate.set_defaults(run=commands.calibrate)
 
     pareto = added.add_parser("pareto", parents=from_weights, help="measure methods on the same work, side by side")

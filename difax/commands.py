@@ -38,7 +38,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     """The configuration of a command: the one that it names, or else that of its weights, or else the default; with
     its settings."""
     from difax.checkpoints import RANDOM, embedded_weights
-    from difax.config import SHORT, configuration, gin_settings, mesh_settings, parse_value
+    from difax.config import SHORT, configuration, gin_settings, mesh_settings, parse_value, scheduled
 
     settings: list[tuple[str, Any]] = []
     base: str | None = options.config
@@ -57,7 +57,9 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     if weights in (RANDOM, *embedded_weights()):
         weights = None
     base = default if base is None and not weights else base
-    return configuration(base, weights or None, settings)
+    config = configuration(base, weights or None, settings)
+    scheduler = getattr(options, "scheduler", None)
+    return config if scheduler is None else scheduled(config, scheduler, settings)
 
 
 def _run(options: argparse.Namespace, config: dict[str, Any]) -> Any:
@@ -236,7 +238,7 @@ def pareto(options: argparse.Namespace) -> int:
     from difax.registry import choose
     from difax.study.frontier import NETWORK_FIGURES, QUALITIES, lost, table
     from difax.study.judge import FIGURES, suits
-    from difax.study.methods import METHODS, chosen
+    from difax.study.methods import METHODS, SOLVER_METHODS, chosen
     from difax.study.metrics import FEATURE_FIGURES
     from difax.study.networks import check_networks, make_eyes, read_prompts, real_images
     from difax.study.pareto import (
@@ -263,7 +265,7 @@ def pareto(options: argparse.Namespace) -> int:
     if options.search:
         needs("--search", "optuna")
     methods, config = chosen(options.methods, parse_value), _config(options, "fmnist_dit")
-    written = {name: method for name, method in methods.items() if name not in METHODS}
+    written = {name: method for name, method in methods.items() if name not in {*METHODS, *SOLVER_METHODS}}
     for name, method in written.items():  # what a user wrote is refused before hours of measuring
         _named(f"--methods {name}", lambda method=method: override(config, list(method.settings.items())))
     check_networks(options.network)
@@ -455,19 +457,15 @@ def plan(options: argparse.Namespace) -> int:
 
 def calibrate(options: argparse.Namespace) -> int:
     log = _start(options)
-    from difax.registry import choose
-    from difax.study.calibrate import TECHNIQUES, check_settings, ending
+    from difax.study.calibrate import check_settings, ending
 
-    if not options.cache:
-        raise ValueError(f"--cache is missing; allowed: {', '.join(TECHNIQUES)}")
-    technique = choose("calibration", options.cache, TECHNIQUES)
-    out = writable(options.out, (ending(technique),))
+    kind, technique = _calibrated(options)
+    out = writable(options.out, (ending(technique, kind),))
     _seeds(options)
-    options.cache = None
+    setattr(options, kind, None)
     config = _config(options, "fmnist_dit")
-    settings = {k: v for k, v in config.get("cache", {}).items() if k != "name"}
-    flags = {k: getattr(options, k) for k in ("budget", "rounds", "rank") if getattr(options, k) is not None}
-    check_settings(technique, {"samples": options.samples, "batch": options.batch, **settings, **flags})
+    settings = _fit_settings(options, kind, config)
+    check_settings(technique, {"samples": options.samples, "batch": options.batch, **settings}, kind)
     run = _run(options, {k: v for k, v in config.items() if k != "cache"})
     _fits(options, "samples" if technique == "scheduled" else "batch", run.setup.model, 1)
     content = run.calibrate(
@@ -478,7 +476,8 @@ def calibrate(options: argparse.Namespace) -> int:
         batch=options.batch,
         seed=options.seed,
         tell=_tell(options, log),
-        **{**settings, **flags},
+        kind=kind,
+        **settings,
     )
     if technique == "scheduled":
         kept = "".join("F" if c else "." for c in content["schedule"])
@@ -487,10 +486,75 @@ def calibrate(options: argparse.Namespace) -> int:
         shown = {k: v for k, v in content.items() if isinstance(v, (str, int, float))}
         if technique == "teacache":
             shown["coefficients"] = ", ".join(f"{c:.6g}" for c in content["coefficients"])
+        if kind == "grid":
+            shown["times"] = ", ".join(f"{t:.4f}" for t in content["times"])
     log("calibrate", **shown, out=str(out))
     for key, value in {**shown, "written to": str(out)}.items():
         print(f"{key:<26}{value}")
     return 0
+
+
+def _calibrated(options: argparse.Namespace) -> tuple[str, str]:
+    """What `difax calibrate` is about, and its name: the cache, else a grid or a solver that is fitted.
+
+    Raises:
+      ValueError: none of them, an unknown one, or two.
+    """
+    from difax.registry import choose, is_outside
+    from difax.study.calibrate import KINDS, MADE, TECHNIQUES
+
+    # a grid or solver that can be run is the run's own, beside a cache or another fit
+    known = {"grid": _registry("grid"), "solver": _registry("solver")}
+    named = {kind: getattr(options, kind) for kind in MADE if getattr(options, kind) in MADE[kind]}
+    if options.cache:
+        also = [f"--{kind} {name}" for kind, name in named.items() if name not in known[kind]]
+        if also:
+            raise ValueError(f"--cache {options.cache} and {also[0]}: two calibrations; allowed: one at a time")
+        return "cache", choose("calibration", options.cache, TECHNIQUES)
+    if "grid" in named and "solver" in named and named["solver"] in known["solver"]:
+        del named["solver"]
+    if len(named) > 1:
+        raise ValueError(
+            f"--grid {named['grid']} and --solver {named['solver']}: two calibrations; allowed: one at a time"
+        )
+    if named:
+        return next(iter(named.items()))
+    for kind in MADE:
+        name = getattr(options, kind)
+        if name and name not in known[kind] and not is_outside(name):
+            choose(f"calibration of a {kind}", name, KINDS[kind])
+    raise ValueError(
+        f"--cache is missing; allowed: {', '.join(TECHNIQUES)}; or --grid: {', '.join(KINDS['grid'])}; or --solver: "
+        f"{', '.join(KINDS['solver'])}"
+    )
+
+
+def _registry(kind: str) -> Any:
+    from difax.registry import REGISTRIES
+
+    return REGISTRIES[kind]
+
+
+def _fit_settings(options: argparse.Namespace, kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a calibration: of a cache its keys in the configuration and flags, else what --fit says."""
+    from difax.config import parse_value
+
+    flags = {k: getattr(options, k) for k in ("budget", "rounds", "rank") if getattr(options, k) is not None}
+    if kind == "cache":
+        if options.fit:
+            raise ValueError(
+                f"--fit {options.fit[0]}: a calibration of a cache has none; allowed: --config.cache.KEY=VALUE"
+            )
+        return {**{k: v for k, v in config.get("cache", {}).items() if k != "name"}, **flags}
+    if flags:
+        raise ValueError(f"--{next(iter(flags))} is of caches; allowed: --fit KEY=VALUE")
+    settings = {}
+    for setting in options.fit:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--fit {setting}; allowed: KEY=VALUE")
+        settings[key] = parse_value(value, key)
+    return settings
 
 
 @_on_all_hosts

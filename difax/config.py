@@ -39,6 +39,7 @@ from difax.registry import REGISTRIES, check_name, choose, make, shown
 from difax.training.train import read_run
 from difax.weights.checkpoint import Source, read_metadata, tensor_shapes
 from difax.weights.convert import is_converted
+from difax.weights.scheduler import read_scheduler, scheduler_sections
 
 # the configuration that a published checkpoint is sampled with where none is named
 PUBLISHED = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1"}
@@ -164,6 +165,36 @@ def configuration(
     own = [setting for setting in settings if setting[0].partition(".")[0] == "model"]
     section = override(named, own)["model"]  # names and values are checked before the weights are looked at
     return override({**named, "model": _agreed(weights, named["model"], section, own)}, settings)
+
+
+SCHEDULED = ("process", "prediction", "solver", "grid")  # sections that a scheduler file is
+
+
+def scheduled(
+    config: Mapping[str, Any],
+    scheduler: str | os.PathLike | Mapping[str, Any],
+    settings: Sequence[tuple[str, Any]] = (),
+) -> dict[str, Any]:
+    """A configuration whose process, prediction, solver and grid are those of a scheduler file of diffusers.
+
+    Args:
+      config: with the user's settings. scheduler: the file, a folder that has it, or what it says.
+      settings: the user's own, which stay; of them `grid.mu` and `grid.sigmas` are what a pipeline gives the scheduler.
+
+    Raises:
+      ValueError: no such file, or a class, key or value that is not taken.
+    """
+    said = scheduler if isinstance(scheduler, Mapping) else read_scheduler(scheduler)
+    for key in ("model", "steps"):
+        if key not in config:
+            raise ValueError(f"config section {key} is missing; a scheduler file needs it")
+    shape = getattr(make("model", config["model"]), "input_shape", None)
+    own = [setting for setting in settings if setting[0].partition(".")[0] in SCHEDULED]
+    given = {key: value for key, value in own if key in ("grid.mu", "grid.sigmas")}
+    found = scheduler_sections(
+        said, steps=config["steps"], shape=shape, mu=given.get("grid.mu"), sigmas=given.get("grid.sigmas")
+    )
+    return override({**config, **found}, own)
 
 
 def _agreed(

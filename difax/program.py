@@ -285,6 +285,7 @@ def draw(
     latents: np.ndarray | None = None,
     progress: bool = False,
     program: Callable[..., Program] = kept_program,
+    numbers: np.ndarray | None = None,
 ) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
@@ -299,6 +300,7 @@ def draw(
       latents: [n, ...] to begin from, at t = 1; None is noise of the seed.
       progress: a bar on stderr, at the price of a callback per step; by chunks where executables are kept.
       program: (setup, params, inputs, on_step=...) -> `Program`, for those that keep their programs.
+      numbers: [n] of the samples in their run, where they are some of it; None is 0 ... n - 1.
 
     Returns:
       `Drawn`; its table has steps, evaluations (rows of the scan), network evaluations of one sample (both halves of
@@ -324,7 +326,7 @@ def draw(
         )
 
     def inputs(chunk: int) -> tuple[jax.Array, jax.Array, Any]:
-        x, keys, some = setup.inputs(seed, size, cond, chunk * size)
+        x, keys, some = setup.inputs(seed, size, cond, chunk * size, numbers)
         if latents is not None:
             x = jnp.asarray(latents[np.arange(chunk * size, (chunk + 1) * size) % n], jnp.float32)
             x = setup.placed_samples(x)
@@ -410,6 +412,43 @@ def unfinished(setup: Setup, trace: Trace) -> str:
         f"solver {name}: {100 * float(trace.unfinished):.3g} % of the samples are not finished after {most} {what}, "
         "which is all that `steps` allows; allowed: more steps, or a looser tolerance"
     )
+
+
+def together(parts: list[tuple[np.ndarray, Drawn]]) -> Drawn:
+    """Runs of several lengths as one: (which of all samples, drawn) of each.
+
+    Returns:
+      `Drawn` in the order of all samples, its trace {steps: trace}; in its table steps and evaluations are words, what
+      is of one image is the mean over all of them, compile seconds are the sum, and memory is the largest.
+    """
+    n = sum(len(numbers) for numbers, _ in parts)
+    shares = np.array([len(numbers) / n for numbers, _ in parts])
+    tables = [drawn.table for _, drawn in parts]
+    mean = lambda key, digits: round(float(shares @ [table[key] for table in tables]), digits)  # noqa: E731
+    words = lambda key: ", ".join(f"{t[key]} ({t['images']} images)" for t in tables)  # noqa: E731
+    order = np.argsort(np.concatenate([numbers for numbers, _ in parts]))
+    joined = lambda arrays: np.concatenate(arrays)[order]  # noqa: E731
+    table = {
+        **tables[0],
+        "images": n,
+        "finite": all(table["finite"] for table in tables),
+        "steps": words("steps"),
+        "evaluations": words("evaluations"),
+        "network_evaluations": mean("network_evaluations", 2),
+        "computed_fraction": mean("computed_fraction", 4),
+        "gflops_per_image": mean("gflops_per_image", 3),
+        "program": ", ".join(dict.fromkeys(table["program"] for table in tables)),
+        "compile_seconds": round(sum(table["compile_seconds"] for table in tables), 2),
+        "seconds_per_image": mean("seconds_per_image", 4),
+        "peak_memory_mib": max(table["peak_memory_mib"] for table in tables),
+    }
+    broken = sum(table.get("not_finite", 0) for table in tables)
+    of_one = ("not_finite", "unfinished", "most_evaluations", "batches", "decisions", "hit_rate", "metric")
+    for key in of_one:  # of runs of one length
+        table.pop(key, None)
+    table |= {"not_finite": broken} if broken else {}
+    traces: Any = {table["steps"]: drawn.trace for table, (_, drawn) in zip(tables, parts, strict=True)}
+    return Drawn(joined([d.samples for _, d in parts]), joined([d.latents for _, d in parts]), traces, table)
 
 
 def _served(setup: Setup, params: Params) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -106,7 +105,6 @@ class Bench:
         repeats: int = 5,
         window: float = 0.05,
         reserve: float = 10.0,
-        at_once: int = 1,
     ) -> dict[str, float]:
         """Compiles, checks and times variants in turns, and writes a row of each that is not there yet.
 
@@ -115,7 +113,6 @@ class Bench:
           baseline: the label whose median seconds the others' are divided into ("over_baseline").
           repeats: turns (5), each of as many calls as fill `window` seconds (0.05).
           reserve: seconds that must be left for another variant to be begun.
-          at_once: variants that are compiled at the same time (1); of more, it is less sure which took a process down.
 
         Returns:
           Median seconds by label, of this run or of the rows that are there.
@@ -125,17 +122,14 @@ class Bench:
             return known
         ready: dict[str, tuple[Callable[[], float], Variant, dict[str, Any]]] = {}
         wanted = self._wanted(variants, baseline)
-        for some in (wanted[i : i + at_once] for i in range(0, len(wanted), at_once)):
-            if not self.enough(min(reserve, 1.0) if self.toy else reserve, ", ".join(some)):
+        for label in wanted:
+            if not self.enough(min(reserve, 1.0) if self.toy else reserve, label):
                 break
-            with ThreadPoolExecutor(at_once) as pool:
-                begun = {label: self._begun(label, name, variants[label], pool) for label in some}
-                for label, (variant, compiled) in ((k, v) for k, v in begun.items() if v is not None):
-                    print(f"> {label}", flush=True)
-                    try:
-                        ready[label] = self._prepared(variant, compiled, window)
-                    except Exception as error:  # whatever a kernel or a compiler raises is that variant's result
-                        self.failed(label, name, error)
+            print(f"> {label}", flush=True)
+            try:
+                ready[label] = self._prepared(variants[label](), window)
+            except Exception as error:  # whatever a kernel or a compiler raises is that variant's result
+                self.failed(label, name, error)
         seconds: dict[str, list[float]] = {label: [] for label in ready}
         for turn in range(repeats):
             for label in [k for k in ready if k in seconds]:
@@ -168,30 +162,15 @@ class Bench:
         again = baseline in there and "error" not in there[baseline]
         return [label for label in variants if self.missing(label) or (label == baseline and again)]
 
-    def _begun(
-        self, label: str, group: str, make: Callable[[], Variant], pool: ThreadPoolExecutor
-    ) -> tuple[Variant, Any] | None:
-        """The variant with its compilation, which runs in the pool; None where making it raised."""
-        print(f"> {label}", flush=True)
-        try:
-            variant = make()
-            if variant.run is not None:
-                return variant, None
-            assert variant.function is not None
-            return variant, pool.submit(_compiled, jax.jit(variant.function).lower(*variant.arguments))
-        except Exception as error:
-            self.failed(label, group, error)
-            return None
-
-    def _prepared(
-        self, variant: Variant, compiled: Any, window: float
-    ) -> tuple[Callable[[], float], Variant, dict[str, Any]]:
+    def _prepared(self, variant: Variant, window: float) -> tuple[Callable[[], float], Variant, dict[str, Any]]:
         """What is called for the seconds of a turn, and the columns that are known before."""
         if variant.run is not None:
             variant.run()  # the first touches its memory
             return variant.run, variant, {} if variant.check is None else variant.check(None)
-        program, compile_seconds = compiled.result()
-        columns: dict[str, Any] = {"compile_seconds": compile_seconds}
+        assert variant.function is not None
+        lowered, start = jax.jit(variant.function).lower(*variant.arguments), time.perf_counter()
+        program = lowered.compile()
+        columns: dict[str, Any] = {"compile_seconds": time.perf_counter() - start}
         out = jax.block_until_ready(program(*variant.arguments))
         if variant.check is not None:
             columns |= variant.check(out)
@@ -199,11 +178,6 @@ class Bench:
         once = calls(program, variant.arguments, 1)
         number = 1 if self.toy else int(min(100, max(1, window / max(once, 1e-6))))
         return lambda: calls(program, variant.arguments, number), variant, columns
-
-
-def _compiled(lowered: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - start
 
 
 def calls(program: Callable[..., Any], arguments: tuple[Any, ...], number: int) -> float:

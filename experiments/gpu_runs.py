@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,15 +44,13 @@ def _cached_runs(bench: Bench, variant: str, batch: int, steps: int) -> None:
     if not any(map(bench.missing, labels)) or not bench.enough(5 if bench.toy else 40, at):
         return
     print(f"> {base}", flush=True)
-    # one block is compiled, not 28: a GPU's compiler times every product of a program; and one program at a time, since
-    # those timings are recorded as graphs, which another thread's work would break
+    # one block is compiled, not 28: a GPU's compiler times every product of a program
     work = Work(variant, batch, DTYPE, steps, "each", layout="stacked", attention=attention(EXACT))
-    with ThreadPoolExecutor(1) as pool:
-        programs = {base: pool.submit(work.program, None, {})}
-        programs |= {f"{at} {name}": pool.submit(_cached, work, name) for name in CACHES}
-        plain = functools.cache(lambda programs=programs, base=base: programs[base].result()["run"]()[1])
-        makers = {k: functools.partial(_sampler, work, k == base, f, plain) for k, f in programs.items()}
-        bench.group(f"{at}, {steps} steps, guided", makers, base, repeats=5, reserve=0)
+    programs = {base: functools.cache(lambda: work.program(None, {}))}
+    programs |= {f"{at} {name}": functools.partial(_cached, work, name) for name in CACHES}
+    plain = functools.cache(lambda: programs[base]()["run"]()[1])
+    makers = {k: functools.partial(_sampler, work, k == base, make, plain) for k, make in programs.items()}
+    bench.group(f"{at}, {steps} steps, guided", makers, base, repeats=5, reserve=0)
 
 
 def _cached(work: Work, name: str) -> dict[str, Any]:
@@ -60,8 +58,8 @@ def _cached(work: Work, name: str) -> dict[str, Any]:
     return work.program(method.cache, work.threshold(method))
 
 
-def _sampler(work: Work, plain: bool, program: Future[dict[str, Any]], plain_trace: Any) -> Variant:
-    found = program.result()
+def _sampler(work: Work, plain: bool, program: Callable[[], dict[str, Any]], plain_trace: Any) -> Variant:
+    found = program()
     traces: list[Any] = []
 
     def run() -> float:

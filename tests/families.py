@@ -11,9 +11,14 @@ BUDGET = 45.0  # seconds of the default run, of one core, on two cores without A
 
 # file of tests, or the folder of docstring examples -> family
 FAMILIES = {
-    "core": ("process", "grids", "ops", "sampler", "cost", "conditioning"),
+    "core": ("process", "ops", "sampler", "cost", "conditioning"),
     "solvers": ("solvers", "drive"),
     "solvers: parallel in time": ("parallel_time",),
+    "solvers: k-diffusion": ("solvers_kdiffusion",),
+    "schedulers": ("schedulers",),
+    "solvers: exponential": ("solvers_exponential",),
+    "solvers: adams": ("solvers_adams",),
+    "solvers: learned": ("learned_solvers",),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),
@@ -33,6 +38,7 @@ FAMILIES = {
     "conversion": ("convert",),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),
+    "grids": ("grids", "grid_fits"),
     "files": ("files", "fuzz_files"),
     "study": ("metrics", "networks", "pareto", "pareto_report", "pareto_search", "profile", "experiments", "peers"),
     "plans": ("plan",),

@@ -24,6 +24,7 @@ from difax.training.train import TrainOptions, TrainState, make_step, optimizer
 from difax.weights.conditions import random_conditions
 from tests.families import some
 from tests.test_caches import CASES, problem
+from tests.test_solvers import ELSEWHERE
 from tests.toys import randomise, tiny_dit
 
 MODELS = ("flux", "pixart", "skip_dit", "wan")
@@ -82,6 +83,10 @@ def test_caches(name):
     assert_same(trace._replace(metric=()), wide_trace._replace(metric=()))
 
 
+ADAMS = ("unipc", "dc_solver", "sa_solver", "deis", "ipndm", "pndm", "lms", "dpm_solver_v3")
+LEARNED = ("bns", "ddss", "ltsl", "iia", "usf")
+
+
 @pytest.mark.parametrize(
     ("solver", "settings"),
     [
@@ -91,6 +96,15 @@ def test_caches(name):
         ("heun", {}),
         pytest.param("heun", {"space": "flow"}, marks=pytest.mark.slow),
         ("dpmpp_2m", {}),
+        ("pc", {}),
+        pytest.param("restart", {"plan": [[3, 1, 0.7, 2.0]]}, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, {}, marks=pytest.mark.slow)
+            for name in ("euler_ancestral", "kdpm2", "edm", "flow_ab", "sampler_scheduler")
+        ),
+        ("sa_solver", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ADAMS if name != "sa_solver"),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in LEARNED),
     ],
 )
 def test_solvers(solver, settings):
@@ -105,13 +119,18 @@ def test_solvers(solver, settings):
 
         return made.step(predict(jnp.tanh(x), "eps", False, x, rows.level), x, made.init(x), rows, keys)
 
-    alone = {name for name, make in SOLVERS.items() if make().drive == "scan"}  # the others' steps are of a drive
-    assert alone == {"euler", "ddim", "ddpm", "heun", "dpmpp_2m"}
+    elsewhere = {*ELSEWHERE["solvers_exponential"], *ELSEWHERE["parallel_time"], "mcg"}  # mcg differentiates a network
+    assert set(SOLVERS) - elsewhere == {
+        *("euler", "ddim", "ddpm", "heun", "dpmpp_2m"),
+        *("euler_ancestral", "kdpm2", "edm", "restart", "pc", "flow_ab", "sampler_scheduler"),
+        *ADAMS,
+        *LEARNED,
+    }
     assert_same(*in_both(run))
 
 
 @pytest.mark.parametrize("process", some(P.PROCESSES, "vp_cosine"))
-@pytest.mark.parametrize("solver", some(SOLVERS, "heun"))
+@pytest.mark.parametrize("solver", some([s for s in SOLVERS if s != "mcg"], "heun"))  # it needs a measurement
 def test_processes_and_solvers_in_the_sampler(process, solver):
     prediction = "velocity" if process in ("flow", "sit") else "eps"
     sections = {"process": {"name": process}, "prediction": prediction, "solver": {"name": solver}}

@@ -120,6 +120,12 @@ CASES = [
     ),
     Case("fastcache", off={"threshold": 0.0}, on={"threshold": 1e9}, computed=(1, 0, 0, 0, 0, 0)),
     Case(
+        "autodiffusion",
+        off={"skip": [[]] * STEPS},
+        on={"skip": [[], [0], [1], [0, 1], [], [1]]},
+        computed=(1, 0.5, 0.5, 0, 1, 0.5),
+    ),
+    Case(
         "tgate",
         off={"cross": "mlp", "gate": STEPS, "sp_interval": 1},
         on={"cross": "mlp", "gate": 3, "sp_interval": 2, "fi_interval": 2, "warmup": 0},

@@ -121,8 +121,8 @@ def test_a_factory_without_a_line_is_refused():
     without = [s for s in CATALOGUE if s.name != "FORA"]
     with pytest.raises(ValueError, match="caches:fora is neither named by a system nor in NOT_SYSTEMS"):
         check(without, FACTORIES)
-    added = {**FACTORIES, "solvers": [*FACTORIES["solvers"], "unipc"]}
-    with pytest.raises(ValueError, match="solvers:unipc is neither"):
+    added = {**FACTORIES, "solvers": [*FACTORIES["solvers"], "unlisted"]}
+    with pytest.raises(ValueError, match="solvers:unlisted is neither"):
         check(CATALOGUE, added)
     doubled = [s._replace(factories=(*s.factories, "caches:none")) if s.name == "FORA" else s for s in CATALOGUE]
     with pytest.raises(ValueError, match="caches:none is both"):

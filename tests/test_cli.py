@@ -49,6 +49,7 @@ def here(tmp_path, monkeypatch):
 REFUSALS = {
     "solver": (["sample", "--solver", "dpmpp"], ["'dpmpp'", "did you mean dpmpp_2m?", "euler, heun"]),
     "grid": (["sample", "--grid", "karas"], ["'karas'", "did you mean karras?", "log_snr"]),
+    "scheduler": (["sample", "--scheduler", "none.json"], ["'none.json'", "no such file", "scheduler_config.json"]),
     "guide": (["sample", "--guide", "cgf"], ["'cgf'", "interval"]),
     "cache": (["sample", "--cache", "foraa"], ["'foraa'", "did you mean fora?"]),
     "quant": (["sample", "--quant", "int8_w8"], ["'int8_w8'", "did you mean int8_w8a8?"]),

@@ -51,7 +51,10 @@ NEEDS = {
     ("cache", "block_caching"): {"changes": {"attn": [[0.1] * STEPS] * 2}},
     ("cache", "bacache"): {"similarities": {"attn": np.ones((2, STEPS, STEPS)).tolist()}, "updates": 2, "bubble": 0},
     ("cache", "icc"): {"period": 1},
+    ("cache", "autodiffusion"): {"skip": [[0]] * STEPS},
+    ("grid", "given"): {"times": [1.0, 0.7, 0.5, 0.2]},
     ("cache", "pab"): {"window": (100.0, 850.0)},
+    ("solver", "mcg"): {"measurement": 0.0},
     ("quant", "int4_weight"): {"group": 8},
     ("quant", "svdquant_w4a8"): {"rank": 4},
 }
@@ -67,6 +70,8 @@ WHERE = {
     ("loss", "ddpm"): DDPM,
     ("loss", "cross_entropy"): CNN,
     ("grid", "leading"): DDPM,
+    ("grid", "diffusers"): DDPM,
+    ("grid", "lcm"): DDPM,
 }
 # of these, what one loads or measures is another's to check; the values here are no files
 NOT_A_VALUE = {"model", "process", "prediction"}

@@ -28,8 +28,8 @@ from difax.config import load_config, override, parse_value
 from difax.core.files import read_rows
 from difax.core.writing import NoRoom, append_line, drop_cut_line
 from difax.study.frontier import BASELINE, CONTROL, finite, frontier, line, table
-from difax.study.methods import FAMILIES, METHODS, Method, chosen
-from difax.study.pareto import Options, Sweep, Timed, described, slug
+from difax.study.methods import BUDGETS, FAMILIES, METHODS, SOLVER_METHODS, Method, chosen
+from difax.study.pareto import Options, Sweep, Timed, described, slug, with_steps
 from difax.weights.checkpoint import save_safetensors
 from difax.weights.conditions import random_conditions
 from tests.families import some
@@ -244,6 +244,19 @@ def test_methods_are_chosen_by_name_family_and_settings():
     assert written == {"solver.name": "heun", "cache.name": "x", "cache.at": (1, 2), "model.dtype": "bfloat16"}
     with pytest.raises(ValueError, match="did you mean 'fora 3'"):
         chosen(["forra 3"], parse_value)
+
+
+def test_solvers_are_compared_at_equal_evaluations():
+    run = difax.load("fmnist_dit", weights="random")
+    for name, steps in {"heun, 10 evaluations": 5, "euler, 10 evaluations": 10, "heun, 15 evaluations": 8}.items():
+        found = with_steps(run, SOLVER_METHODS[name])
+        assert found.settings["steps"] == steps and found.family == "solver"
+    few = Method("solver", {"grid.name": "leading"}, evaluations=4)
+    assert with_steps(run, few).settings["steps"] == 4  # which says why it is refused, as any other
+    assert {m.evaluations for m in SOLVER_METHODS.values()} == set(BUDGETS)
+    assert {*SOLVER_METHODS, "heun 8"} <= {*chosen(["solver"], parse_value)}
+    assert not {*SOLVER_METHODS} & {*chosen(["all"], parse_value)}
+    assert [*chosen(["euler, 8 evaluations"], parse_value)] == ["euler, 8 evaluations"]
 
 
 @pytest.mark.parametrize(

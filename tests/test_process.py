@@ -10,6 +10,7 @@ import pytest
 from difax.core import process as P
 from difax.core.contracts import Level
 from tests.oracles import processes as oracle
+from tests.oracles.schedulers import alphas_cumprod
 
 K = np.arange(1, 1001) / 1000
 BETWEEN = (np.arange(1, 1000, 37) + 0.4) / 1000
@@ -29,9 +30,13 @@ CASES = [
     Case("vp_linear", K, oracle.vp_linear(), BETWEEN, (0.0, 999.0)),
     Case("vp_cosine", K, oracle.vp_cosine(), BETWEEN, (0.0, 999.0)),
     Case("vp_sde", INSIDE, oracle.vp_sde(INSIDE), INSIDE, (0.999, 999.0)),
+    Case("subvp", INSIDE, oracle.subvp(INSIDE), INSIDE, (0.999, 999.0)),
     Case("ve", INSIDE, oracle.ve(INSIDE), INSIDE, (np.log(0.002) / 4, np.log(80) / 4)),
     Case("flow", INSIDE, oracle.flow(INSIDE), INSIDE, (1.0, 1000.0), unit=1000.0),
     Case("sit", INSIDE, oracle.flow(INSIDE), INSIDE, (0.999, 0.0)),
+    Case("vp", K, oracle.vp_linear(), BETWEEN, (0.0, 999.0)),
+    Case("edm", INSIDE, oracle.edm(INSIDE), INSIDE, (np.log(0.002) / 4, np.log(80) / 4)),
+    Case("trig", INSIDE, oracle.trig(INSIDE), INSIDE, (0.001, 1.0)),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
 
@@ -118,6 +123,7 @@ def test_convert_undoes_target(case, kind):
         ("x0", lambda x0, e, a, s: x0),
         ("score", lambda x0, e, a, s: -(a * x0 + s * e - a * x0) / s**2),  # grad log N(x; alpha x0, sigma^2)
         ("v", lambda x0, e, a, s: a * e - s * x0),
+        ("edm", lambda x0, e, a, s: s * x0 - a * e),
     ],
 )
 def test_targets_by_definition(kind, expected):
@@ -172,9 +178,24 @@ def test_learned_variance_interpolates_in_the_logarithm(w, expected):
         ("vp_sde", {"beta_min": 0.0}, "beta_min=0.0"),
         ("vp_sde", {"beta_min": 3.0, "beta_max": 2.0}, "beta_max=2.0"),
         ("vp_sde", {"t_min": 0.0}, "t_min=0.0"),
+        ("subvp", {"t_min": 1.0}, "subvp: t_min=1.0"),
+        ("subvp", {"beta_max": 1e3}, "subvp: beta_min=0.1, beta_max=1000.0"),
         ("ve", {"sigma_min": 0.0}, "sigma_min=0.0"),
         ("ve", {"sigma_min": 5.0, "sigma_max": 1.0}, "sigma_max=1.0"),
         ("flow", {"shift": 0.0}, "shift=0.0"),
+        ("vp", {"schedule": "scaled_linaer"}, "scaled_linaer.*did you mean scaled_linear"),
+        ("vp", {"beta_start": 0.1, "beta_end": 0.01}, "beta_end=0.01"),
+        ("vp", {"trained": [0.1, 1.0]}, "trained=.*between 0 and 1"),
+        ("vp", {"trained": []}, "steps=0"),
+        ("vp", {"snr_shift": 0.0}, "snr_shift=0.0"),
+        ("vp", {"terminal": 0.1}, "terminal=0.1"),
+        ("vp", {"between": "alpha"}, "between='alpha'"),
+        ("vp", {"prior_std": 0.0}, "prior_std=0.0"),
+        ("edm", {"sigma_min": 5.0, "sigma_max": 1.0}, "sigma_max=1.0"),
+        ("edm", {"sigma_data": 0.0}, "sigma_data=0.0"),
+        ("edm", {"time_scale": 0.0}, "time_scale=0.0"),
+        ("edm", {"prior_std": 100.0}, "prior_std=100.0"),
+        ("sit", {"time_scale": 0.0}, "time_scale=0.0"),
         ("flow", {"time_scale": -1.0}, "time_scale=-1.0"),
     ],
 )
@@ -189,3 +210,70 @@ def test_unknown_prediction_is_refused(function):
     arguments = (1.0, "noise", 1.0, level) if function is P.convert else ("noise", 1.0, 1.0, level)
     with pytest.raises(ValueError, match="'noise'; allowed: eps, x0, v, velocity, score"):
         function(*arguments)
+
+
+SCHEDULES = {
+    "scaled": {"schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"schedule": "squaredcos_cap_v2"},
+    "sigmoid": {"schedule": "sigmoid"},
+    "laplace": {"schedule": "laplace"},
+    "trained": {"trained": [0.1, 0.2, 0.4, 0.3]},
+    "shifted": {"schedule": "scaled_linear", "snr_shift": 3.0},
+    "terminal": {"schedule": "scaled_linear", "terminal": 0.0},
+}
+
+
+@pytest.mark.parametrize("between", ["log_alpha", "log_sigma"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_betas_at_their_steps_and_between(name, between):
+    keys = SCHEDULES[name]
+    config = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    names = {"schedule": "beta_schedule", "trained": "trained_betas", "snr_shift": "snr_shift_scale"}
+    config |= {names.get(k, k): v for k, v in keys.items()} | {"rescale_betas_zero_snr": "terminal" in keys}
+    a2 = alphas_cumprod(config)
+    process = P.vp(**keys, between=between)
+    k = np.arange(1, len(a2) + 1) / len(a2)
+    level = process.level(k)
+    np.testing.assert_allclose(level.alpha**2, a2, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(level.sigma**2, 1 - a2, rtol=1e-9)
+    inner = k[k <= process.t_max]
+    np.testing.assert_allclose(process.inverse(0.5 * P.log_snr(process, inner)), inner, rtol=1e-9)
+    pairs = np.array([inner[:-1], inner[1:]])
+    middle = 0.5 * P.log_snr(process, pairs.mean(0))
+    at = process.level(pairs)
+    if between == "log_sigma":
+        np.testing.assert_allclose(middle, np.log(at.alpha / at.sigma).mean(0), rtol=1e-9, atol=1e-9)
+    else:
+        np.testing.assert_allclose(process.level(pairs.mean(0)).alpha, np.sqrt(at.alpha.prod(0)), rtol=1e-9)
+    d = 1e-7
+    t = pairs.mean(0)[:: max(1, len(inner) // 20)]
+    slope = (process.level(t + d).alpha - process.level(t - d).alpha) / (2 * d * process.steps)
+    np.testing.assert_allclose(process.level(t).alpha_dot, slope, rtol=1e-4, atol=1e-9)
+
+
+def test_zero_terminal_snr_ends_at_pure_noise_or_at_the_given_level():
+    zero, least = P.vp(terminal=0.0), P.vp(terminal=2.0**-24)
+    assert zero.level(np.ones(1)).alpha == 0 and zero.level(np.ones(1)).sigma == 1
+    assert zero.t_max == 0.999 and np.isfinite(P.log_snr(zero, zero.t_max))
+    np.testing.assert_allclose(least.level(np.ones(1)).alpha, 2.0**-12, rtol=1e-12)
+    np.testing.assert_allclose(zero.level(K[:-1]).alpha, least.level(K[:-1]).alpha, rtol=1e-12)
+    np.testing.assert_allclose(zero.level(K[:1]).alpha, P.vp().level(K[:1]).alpha, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 1.0, 60.0])
+def test_edm_is_its_preconditioning(sigma):
+    process = P.edm(sigma_data=0.5)
+    x0, eps = 0.8, -1.2
+    t = process.inverse(np.log(0.5 / sigma))
+    level = process.level(t)
+    y = x0 + sigma * eps
+    c_in, c_skip = 1 / np.hypot(sigma, 0.5), 0.25 / (sigma**2 + 0.25)
+    c_out = sigma * 0.5 / np.hypot(sigma, 0.5)
+    np.testing.assert_allclose(level.alpha * x0 / 0.5 + level.sigma * eps, c_in * y, rtol=1e-10)
+    found, noise = P.convert((x0 - c_skip * y) / c_out, "edm", c_in * y, level)
+    np.testing.assert_allclose((0.5 * found, noise), (x0, eps), rtol=1e-9)
+    np.testing.assert_allclose(process.model_time(t), np.log(sigma) / 4, rtol=1e-9)
+    assert process.level(np.zeros(1)).alpha == 0.5  # what comes out is the data itself
+    np.testing.assert_allclose(
+        P.edm(sigma_data=0.5, told="atan").model_time(t), np.arctan(sigma) * 2 / np.pi, rtol=1e-9
+    )

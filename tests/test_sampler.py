@@ -86,9 +86,33 @@ SOLVES = [
     ("paradigms", {"tolerance": 0.0, "window": 3}, "vp_linear"),
     ("parataa", {"tolerance": 0.0}, "vp_linear"),
     ("deq", {"tolerance": 0.0}, "flow"),
+    ("euler_ancestral", {}, "vp_linear"),
+    ("kdpm2", {"eta": 1.0}, "flow"),
+    ("edm", {}, "ve"),
+    ("restart", {}, "vp_linear"),
+    ("pc", {}, "subvp"),
+    ("flow_ab", {}, "flow"),
+    ("sampler_scheduler", {}, "vp_linear"),
+    ("mcg", {"measurement": 0.0, "mask": 0.0}, "vp_linear"),
+    ("unipc", {"order": 3}, "vp_linear"),
+    ("sa_solver", {}, "flow"),
+    ("dc_solver", {"dc_order": 1}, "vp_linear"),
+    ("deis", {}, "flow"),
+    ("ipndm", {}, "flow"),
+    ("pndm", {}, "vp_linear"),
+    ("lms", {}, "flow"),
+    ("dpm_solver_v3", {}, "flow"),
+    ("bns", {"start": "midpoint"}, "flow"),
+    ("ddss", {"eta": 0.5}, "vp_linear"),
+    ("ltsl", {}, "flow"),
+    ("iia", {"base": "edm"}, "vp_linear"),
+    ("usf", {"order": 3, "corrector": True}, "vp_linear"),
 ]
+IN_EVERY_RUN = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "edm", "sa_solver")
 solves = pytest.mark.parametrize(
-    ("solver", "arguments", "process"), SOLVES, ids=[f"{s}-{'-'.join(map(str, a.values()))}-{p}" for s, a, p in SOLVES]
+    ("solver", "arguments", "process"),
+    [pytest.param(*s, marks=() if s[0] in IN_EVERY_RUN else pytest.mark.slow) for s in SOLVES],
+    ids=[f"{s}-{'-'.join(map(str, a.values()))}-{p}" for s, a, p in SOLVES],
 )
 
 

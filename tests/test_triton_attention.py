@@ -1,11 +1,11 @@
 """Triton's block-sparse attention: its formula in float64, in Triton's interpreter; what it is compiled to for GPUs
 that are not here; through jax-triton into a program; what it refuses. It skips what is not installed."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import pathlib
 import re
-import subprocess
 import sys
 import zlib
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from difax.core.contracts import BlockList, BlockScales, Segments
 from difax.core.ops import MASKED
 from difax.core.target import Target, lowering_for
 from tests.families import some
+from tests.triton_compiler import Compiled
+from tests.triton_compiler import compiled as compiled_call
 
 FOLDER = pathlib.Path(triton_launch.__file__).parent
 HOPPER, AMPERE, ADA = (Target("gpu", kind, at) for kind, at in (("H100", (9, 0)), ("A100", (8, 0)), ("L40", (8, 9))))
@@ -234,60 +236,11 @@ def call(arrays: Any, scales: Any, segments: Any = None, block: int = 128, **tun
     return block_sparse(*arrays, **sizes, scales=scales, segments=segments, **tuning)
 
 
-class Compiled(NamedTuple):
-    """A kernel as ptxas made it."""
-
-    ptx: str
-    sass: str
-    registers: int
-    stack: int  # bytes, of what was spilled
-    shared: int
-
-
 def compiled(
     folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, what: Target, *args: Any, **options: Any
 ) -> Compiled:
-    """What a call is compiled to, with the constants, warps and stages that the call has."""
-    pytest.importorskip("triton", reason="needs triton (the extra triton)")
-    from triton import compile as compile_kernel  # pyright: ignore[reportMissingImports]
-    from triton.backends import nvidia  # pyright: ignore[reportMissingImports]
-    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
-    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
-
-    tool = pathlib.Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip("needs the CUDA tools of Triton's wheel")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-    made = []
-    kinds = {"bfloat16": "bf16", "float16": "fp16", "int8": "i8", "float8_e4m3fn": "fp8e4nv", "float32": "fp32"}
-
-    def stand_in(*arrays: Any, kernel: Any, out: Any, grid: Any, **constants: Any) -> Any:
-        at, warps, stages = map(constants.pop, ("compute_capability", "num_warps", "num_stages"))
-        pointers = [*arrays, *jax.tree.leaves(out)]
-        types = ["*" + kinds.get(str(a.dtype), "i32") for a in pointers]
-        signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
-        source = ASTSource(
-            fn=kernel,
-            signature=signature,
-            constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-            attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
-        )
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-        made.append(compile_kernel(source, target=GPUTarget("cuda", at, 32), options=options))
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), out)
-
-    monkeypatch.setattr(triton_launch, "triton_call", lambda: stand_in)
-    with lowering_for(what):
-        jax.eval_shape(lambda *given: call(*given, **options), *args)
-    [binary] = made
-    (folder / "k.cubin").write_bytes(binary.asm["cubin"])
-
-    def show(what: str) -> str:
-        done = subprocess.run([tool, what, folder / "k.cubin"], capture_output=True, text=True, check=True)
-        return done.stdout
-
-    used = dict(re.findall(r"(REG|STACK):(\d+)", show("-res-usage")))
-    return Compiled(binary.asm["ptx"], show("-sass"), int(used["REG"]), int(used["STACK"]), binary.metadata.shared)
+    """What a call of the kernel is compiled to."""
+    return compiled_call(folder, monkeypatch, what, functools.partial(call, **options), *args)
 
 
 def triton_version() -> tuple[int, ...]:
@@ -324,7 +277,7 @@ def test_hopper_multiplies_with_warp_groups_and_spills_nothing(
     found = {kind.split("aligned.")[1] for kind in re.findall(r"wgmma\.mma_async\S+", made.ptx)}
     assert found == in_ptx and "mma.sync" not in made.ptx
     assert {kind for kind in ("HGMMA", "IGMMA", "QGMMA") if kind in made.sass} == in_sass
-    assert made.stack == 0 and "STL" not in made.sass
+    assert made.spilled == 0 and "STL" not in made.sass
     assert made.shared <= 227 * 1024
 
 
@@ -336,14 +289,14 @@ def test_older_gpus_have_room_for_it(types, what, room, tmp_path: pathlib.Path, 
         pytest.skip("sm_80 has no fp8, which is refused")
     made = compiled(tmp_path, monkeypatch, what, *abstract(*types))
     print(types, f"{made.registers} registers, {made.shared / 1024:.0f} KiB shared")
-    assert "mma.sync" in made.ptx and made.stack == 0 and "STL" not in made.sass
+    assert "mma.sync" in made.ptx and made.spilled == 0 and "STL" not in made.sass
     assert made.shared <= room * 1024
 
 
 @pytest.mark.slow
 def test_a_spill_would_be_seen(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     made = compiled(tmp_path, monkeypatch, AMPERE, *abstract(), warps=4)
-    assert made.stack > 0 and "STL" in made.sass
+    assert made.spilled > 0 and "STL" in made.sass
 
 
 # ---------------------------------------------------------------- into a program, through jax-triton

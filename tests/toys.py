@@ -19,6 +19,12 @@ MIXTURE = Mixture()
 
 # compiled as users' programs are, for the tests of equal bits; the others are compiled quickly (tests/quick.py)
 FULL = {flag: value for flag, (_, value) in FLAGS.items()}
+# what a grid needs: keys, without which it is none; discrete steps; a flow
+KEYED, DISCRETE, FLOWS = (
+    ("given", "measured"),
+    ("leading", "lcm", "diffusers"),
+    ("shifted", "flow_match", "diffusers_flow"),
+)
 # (model, params, x, model_time, cond) -> output
 network = jax.jit(forward, static_argnums=0)
 
@@ -29,6 +35,13 @@ def predict(x: Any, level: Level) -> Prediction:
     x0 = MIXTURE.x0(x_BD, level.alpha, level.sigma)
     eps = (x_BD - level.alpha * x0) / level.sigma
     return Prediction(*(jnp.asarray(a, x.dtype) for a in (x0, eps, MIXTURE.variance(x_BD))))
+
+
+def takes(grid: str, process: Process) -> bool:
+    """Whether a grid without keys lays times of a process."""
+    if grid in KEYED or (grid in DISCRETE and process.steps is None):
+        return False
+    return grid not in FLOWS or process.name in ("flow", "sit")
 
 
 def solve(solver: Solver, process: Process, times: np.ndarray, x: Any, predict: Any, keys: Any = None) -> list[Any]:

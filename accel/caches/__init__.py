@@ -3,6 +3,7 @@
 from difax.accel.caches.ab_cache import ab_cache
 from difax.accel.caches.adacache import adacache
 from difax.accel.caches.attention_map import attention_map
+from difax.accel.caches.autodiffusion import autodiffusion
 from difax.accel.caches.bacache import bacache
 from difax.accel.caches.block_caching import block_caching
 from difax.accel.caches.dbcache import dbcache, fbcache
@@ -58,4 +59,5 @@ CACHES = {
     "fastcache": fastcache,
     "tgate": tgate,
     "fastercache": fastercache,
+    "autodiffusion": autodiffusion,
 }

@@ -98,7 +98,7 @@ def _short(value: Any) -> str:
 
 
 class MeasuredElsewhere(DifaxWarning):
-    """A cache plans from what was measured in another run."""
+    """A cache plans from what was measured in another run, or a grid or a solver was fitted to one."""
 
 
 def record(technique: str, file: str | None) -> tuple[Mapping[str, Any], ...]:
@@ -117,6 +117,21 @@ def record(technique: str, file: str | None) -> tuple[Mapping[str, Any], ...]:
     content = check_object(content, source(technique, file))
     found = {key: content[key] for key in SAYS if key in content}
     return ({"technique": technique, "file": file, **found},) if found else ()
+
+
+def fitted_record(kind: str, section: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """What the file of a grid or a solver says of itself, for `compare`: () without a file.
+
+    Steps and stages are left out, which a grid or a solver holds against the run itself, or does not depend on.
+
+    Args:
+      kind: "grid" or "solver". section: of the configuration, whose key "file" is the file.
+    """
+    name, file = section["name"], section.get("file")
+    ours = isinstance(name, str) and ":" not in name and isinstance(file, str) and file.endswith((".json", ".npz"))
+    found = record(f"{kind} {name}", file) if ours else ()
+    without = ("stages", "steps", *(("solver",) if kind == "solver" else ()))
+    return tuple({key: value for key, value in said.items() if key not in without} for said in found)
 
 
 SAYS = ("model", "stages", "solver", "steps", "guide", "scale")

@@ -1,9 +1,10 @@
-"""What is made before a run: tables for caches to plan from, their learned parameters, and plans for a budget."""
+"""What is made before a run: tables for caches to plan from, their learned parameters, and plans for a budget; grids
+and solvers that are fitted to a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.accel.fit import fastcache, icc, tables
+from difax.accel.fit import by_label, evolution, fastcache, icc, iia, learned, schedules, tables, usf
 from difax.accel.fit.record import record, record_inputs
 from difax.core.contracts import Accelerator
 
@@ -44,4 +45,41 @@ FITS = {
         lambda evaluations: record_inputs(),
         lambda model, params, runs, rank: fastcache.fit(model, params, fastcache.of_runs(model, runs)),
     ),
+}
+
+
+class Made(NamedTuple):
+    """How `difax calibrate --grid NAME` or `--solver NAME` makes what a grid or a solver reads.
+
+    fit(sampler, samples, batch, progress, **settings) -> what the file holds: of a .json file an object whose values
+        JSON has, of an .npz file {name: array}. What every file says of itself (technique, model, solver, grid, steps,
+        guidance, `difax.study.calibrate.about`) is added to it, but for keys that the fit gives itself: a grid gives
+        "times" and "process".
+        sampler: `difax.study.calibrate.Sampler`, of the run that the configuration describes, without its cache.
+        samples: to measure on. batch: of them at a time. progress: is told a line.
+        settings: `--fit KEY=VALUE`; keyword arguments with annotations and defaults, which are held against them. What
+        is out of range the fit refuses with a ValueError, before it runs the model.
+    suffix: of the file, .json or .npz (a solver reads its comment through `difax.accel.caches.measured.record`).
+    """
+
+    fit: Callable[..., Mapping[str, Any]]
+    suffix: str = ".json"
+
+
+GRID_FITS: dict[str, Made] = {
+    "gits": Made(schedules.gits),
+    "align_your_steps": Made(schedules.align_your_steps),
+    "watson": Made(schedules.watson),
+    "autodiffusion": Made(evolution.autodiffusion),
+}
+
+SOLVER_FITS: dict[str, Made] = {
+    "bns": Made(learned.fit_bns),
+    "ddss": Made(learned.fit_ddss),
+    "ltsl": Made(learned.fit_ltsl),
+    "iia": Made(iia.fit_iia),
+    "dc_solver": Made(learned.fit_dc),
+    "usf": Made(usf.fit_usf),
+    "stepsaver": Made(by_label.fit_stepsaver),
+    "adadiff": Made(by_label.fit_adadiff),
 }

@@ -88,19 +88,33 @@ def by_dynamic_programming(errors: np.ndarray, full: int) -> np.ndarray:
         for j in range(i + 2, evaluations + 1):
             k = j - 1 - i
             run[i, j] = run[i, j - 1] + (cost[i, k - 1] if k <= kmax else far)
-    best = np.full((full + 1, evaluations + 1), np.inf)
-    came = np.zeros((full + 1, evaluations + 1), int)
+    schedule = np.zeros(evaluations, bool)
+    schedule[cheapest_path(run, full)[:-1]] = True
+    return schedule
+
+
+def cheapest_path(cost: np.ndarray, steps: int, growth: float = 1.0) -> np.ndarray:
+    """The indices [steps + 1], from 0 to the last, whose steps cost least: by dynamic programming.
+
+    minimise sum_m growth^m cost[j_m, j_{m + 1}] over 0 = j_0 < j_1 < ... < j_steps = the last index.
+
+    Args:
+      cost: [n, n + 1] or more of them, of a step from i to j > i; infinite where it is not allowed.
+      steps: 1 ... n. growth: of what a later step costs, above 0.
+    """
+    last = cost.shape[1] - 1
+    best = np.full((steps + 1, last + 1), np.inf)
+    came = np.zeros((steps + 1, last + 1), int)
     best[0, 0] = 0.0
-    for m in range(1, full + 1):
-        for j in range(m, evaluations + 1):
-            options = best[m - 1, :j] + run[:j, j]
+    for m in range(1, steps + 1):
+        for j in range(m, last + 1):
+            options = best[m - 1, :j] + growth ** (m - 1) * cost[:j, j]
             came[m, j] = int(np.argmin(options))
             best[m, j] = options[came[m, j]]
-    schedule, j = np.zeros(evaluations, bool), evaluations
-    for m in range(full, 0, -1):
-        j = came[m, j]
-        schedule[j] = True
-    return schedule
+    path = [last]
+    for m in range(steps, 0, -1):
+        path.append(int(came[m, path[-1]]))
+    return np.array(path[::-1])
 
 
 def refine(

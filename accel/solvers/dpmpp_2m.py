@@ -1,27 +1,26 @@
-"""DPM-Solver++ 2M. Lu, Zhou, Bao, Chen, Li & Zhu, DPM-Solver++, 2022, arXiv:2211.01095."""
+"""DPM-Solver++ 2M and 3M. Lu, Zhou, Bao, Chen, Li & Zhu, DPM-Solver++, 2022, arXiv:2211.01095."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
+from difax.accel.solvers.bounds import bounded
+from difax.accel.solvers.exponential import check_multistep, lay_multistep
+from difax.accel.solvers.linear import linear
 from difax.core.annotations import checked
-from difax.core.contracts import Array, Solver
-from difax.core.grids import check_times, lay_rows
-from difax.core.process import Process
-
-
-class DPMpp2MTable(NamedTuple):
-    x: Array
-    x0: Array
-    previous: Array
+from difax.core.contracts import Solver
 
 
 @checked
-def dpmpp_2m(lower_order_final: int = 10, stretch: float = 2.0) -> Solver:
+def dpmpp_2m(
+    lower_order_final: int = 10,
+    stretch: float = 2.0,
+    solver_type: str = "midpoint",
+    clip: float | None = None,
+    thresholding: float | None = None,
+    sample_max_value: float | None = None,
+    euler_at_final: bool = False,
+) -> Solver:
     """Second-order multistep exponential integrator on the data prediction, one evaluation a step.
 
     With lambda = log(alpha/sigma), h = lambda_s - lambda_t, r = h_before/h,
@@ -46,6 +45,10 @@ def dpmpp_2m(lower_order_final: int = 10, stretch: float = 2.0) -> Solver:
       lower_order_final: the last step is of first order when there are fewer steps than this (10 in the authors'
         code, 15 in diffusers; 0: never, unless it ends at sigma = 0).
       stretch: above 0 (2); a large number is the paper's rule, as in the authors' code and in diffusers.
+      solver_type: "midpoint", or "heun", where the difference weighs its exact integral alpha_s (1 + (e^{-h} - 1)/h)
+        ("dpmsolver" and "taylor" in the authors' code).
+      clip, thresholding, sample_max_value: bounds of the data prediction (`bounds.bounded`).
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the previous data prediction.
@@ -53,30 +56,67 @@ def dpmpp_2m(lower_order_final: int = 10, stretch: float = 2.0) -> Solver:
     References: Lu et al. 2022, arXiv:2211.01095, algorithm 2. PixArt's authors, on even times that end at the last
       discrete step, take that step in first order at any number of steps, which is what stretch = 2 does there.
     """
-    if not stretch > 0:
-        raise ValueError(f"dpmpp_2m: stretch={stretch}; allowed: above 0")
-    if lower_order_final < 0:
-        raise ValueError(f"dpmpp_2m: lower_order_final={lower_order_final}; allowed: 0 or more")
+    check_multistep("dpmpp_2m", lower_order_final, stretch, solver_type)
+    lay = partial(
+        lay_multistep,
+        kind="x0",
+        order=2,
+        lower_order_final=lower_order_final,
+        stretch=stretch,
+        euler_at_final=euler_at_final,
+        solver_type=solver_type,
+    )
+    return linear(lay, slots=("before",), bound=bounded("dpmpp_2m", clip, thresholding, sample_max_value))
 
-    def grid(process: Process, times: np.ndarray):
-        check_times(times)
-        level = process.level(times)
-        n = len(times) - 1
-        with np.errstate(divide="ignore"):
-            half = np.log(level.alpha) - np.log(level.sigma)
-        h = np.diff(half)
-        first = -level.alpha[1:] * np.expm1(-h)
-        correction = np.zeros(n)
-        for j in range(1, n):
-            last = j == n - 1 and n < lower_order_final
-            if not last and np.isfinite(h[j]) and h[j] <= stretch * h[j - 1]:
-                # h_before may be infinite (alpha = 0 at the start): the difference then weighs nothing
-                correction[j] = first[j] * h[j] / (2 * h[j - 1])
-        table = DPMpp2MTable(level.sigma[1:] / level.sigma[:-1], first + correction, -correction)
-        return lay_rows(process, times[:-1], np.arange(n), table)
 
-    def step(prediction, x, state: jax.Array, row, keys):
-        c = row.coefficients
-        return c.x * x + c.x0 * prediction.x0 + c.previous * state, prediction.x0
+@checked
+def dpmpp_3m(
+    lower_order_final: int = 10,
+    stretch: float = 2.0,
+    solver_type: str = "midpoint",
+    exact: bool = False,
+    clip: float | None = None,
+    thresholding: float | None = None,
+    sample_max_value: float | None = None,
+    euler_at_final: bool = False,
+) -> Solver:
+    """DPM-Solver++ 3M: `dpmpp_2m` with one more past output, one evaluation a step.
 
-    return Solver(grid=grid, init=jnp.zeros_like, step=step)
+    With r0 = h_before/h, r1 = h_before2/h, d0 = (D0 - D_before)/r0, d1 = (D_before - D_before2)/r1 and the integrals
+    g2 = 1 + (e^{-h} - 1)/h, g3 = 1/2 - g2/h,
+
+      x_s = (sigma_s/sigma_t) x - alpha_s (e^{-h} - 1) D0 + alpha_s g2 D1 + alpha_s g3 D2,
+      D1 = d0 + r0/(r0 + r1) (d0 - d1),  D2 = (d0 - d1)/(r0 + r1).
+
+    Its error is about a third of `dpmpp_2m`'s, and of order 2 as in the authors' code and in diffusers: D2 is half of
+    the second derivative that g3 is the integral of. With the whole of it (`exact`), the polynomial through the three
+    predictions is integrated, and the order is 3, though the first steps are of lower ones; on the mixture of the tests
+    with 160 steps the error is 7e-6 against 5e-5, and 1.6e-4 of `dpmpp_2m`.
+
+    Of lower order are the first two steps, the last two with fewer than `lower_order_final` steps, and any that is more
+    than `stretch` times as long as the one before (first order), or that follows on such a step (second).
+
+    Args:
+      lower_order_final, stretch, clip, thresholding, sample_max_value: as in `dpmpp_2m`.
+      solver_type: of the steps of second order, "midpoint" or "heun".
+      exact: 2 D2 for D2.
+      euler_at_final: the last step is of first order whatever its end (false; a key of diffusers).
+
+    Returns:
+      A `Solver` whose state is the two previous data predictions.
+
+    References: Lu et al. 2022, arXiv:2211.01095, appendix B.
+    """
+    check_multistep("dpmpp_3m", lower_order_final, stretch, solver_type)
+    lay = partial(
+        lay_multistep,
+        kind="x0",
+        order=3,
+        lower_order_final=lower_order_final,
+        stretch=stretch,
+        euler_at_final=euler_at_final,
+        solver_type=solver_type,
+        exact=exact,
+    )
+    bound = bounded("dpmpp_3m", clip, thresholding, sample_max_value)
+    return linear(lay, slots=("before", "before2"), bound=bound)

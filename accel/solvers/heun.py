@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from difax.accel.solvers.bounds import bounded
+from difax.accel.solvers.linear import Steps, linear
 from difax.core.annotations import checked
-from difax.core.contracts import Array, Level, Solver
-from difax.core.grids import check_times, lay_rows
+from difax.core.contracts import Level, Solver
 from difax.core.process import Process
 
 SPACES = ("sigma", "flow")
 STRETCH = 4.0  # of 1 + sigma/alpha, over one step
+SLOTS = ("start", "slope")  # of a step: the point that it started from, its slope there
 
-
-class HeunTable(NamedTuple):
-    """y_s = keep x + slope d + slope_first d_first, with d the slope at this evaluation."""
-
-    x: Array
-    slope: Array
-    slope_first: Array
-    start: Array  # bool: first evaluation of a step
-
-
-class HeunState(NamedTuple):
-    x: jax.Array  # the point that the step started from
-    slope: jax.Array  # its slope
+Weights = dict[str, float]
 
 
 @checked
-def heun(space: str | None = None) -> Solver:
+def heun(space: str | None = None, clip: float | None = None) -> Solver:
     """Heun's second-order method: Euler to the next time, then the mean of both slopes; 2n - 1 evaluations.
 
     space "sigma" integrates dy/du = eps with y = x/alpha, u = sigma/alpha, as EDM; "flow" integrates
@@ -49,6 +37,7 @@ def heun(space: str | None = None) -> Solver:
 
     Args:
       space: "sigma", "flow", or None: flow for the flow processes, for the others sigma but for such steps.
+      clip: bound of |x0|, which eps follows, or None (none, as in the paper; a key of diffusers).
 
     Returns:
       A `Solver` whose state is the start of the step and its slope.
@@ -56,48 +45,89 @@ def heun(space: str | None = None) -> Solver:
     Raises:
       ValueError: unknown space; or, from `grid`, space "sigma" with a time where alpha = 0.
 
-    References: Karras et al. 2022, arXiv:2206.00364, algorithm 1 (without churn).
+    References: Karras et al. 2022, arXiv:2206.00364, algorithm 1 (without churn, which is `edm`).
     """
-    if space not in (*SPACES, None):
-        raise ValueError(f"heun: space={space!r}; allowed: {', '.join(SPACES)}, or None")
+    check_space("heun", space)
 
-    def straight(process: Process, level: Level) -> np.ndarray:
-        """Which steps are taken in "flow"."""
-        if space is not None or process.name in ("flow", "sit"):
-            return np.full(len(level.sigma) - 1, space != "sigma")
-        scale = level.alpha + level.sigma
-        return scale[:-1] * level.alpha[1:] > STRETCH * scale[1:] * level.alpha[:-1]
-
-    def grid(process: Process, times: np.ndarray):
-        check_times(times)
-        level = process.level(times)
-        if space == "sigma" and np.any(level.alpha <= 0):
-            raise ValueError(
-                f"heun: space 'sigma' divides by alpha, which is 0 at t={times[np.argmin(level.alpha)]:g} "
-                f"of {process.name}; allowed: space 'flow', or a grid such as karras or log_snr"
-            )
-        flow = straight(process, level)
-        t, step, rows = [], [], []
+    def lay(steps: Steps, process: Process, times: np.ndarray) -> None:
+        flow = straight("heun", space, process, times)
         for j in range(len(times) - 1):
-            ends = Level(*(a[j : j + 2] for a in level))
-            scale = ends.alpha + ends.sigma if flow[j] else ends.alpha
-            u = ends.sigma / scale
-            du, ratio, end = u[1] - u[0], scale[1] / scale[0], scale[1]
-            t.append(times[j])
-            step.append(j)
-            rows.append((ratio, end * du, 0.0, True))
-            if level.sigma[j + 1] > 0:
-                t.append(times[j + 1])
-                step.append(j)
-                rows.append((ratio, end * du / 2, end * du / 2, False))
-        columns = [np.asarray(c) for c in zip(*rows, strict=True)]
-        coefficients = (HeunTable(*columns), flow[step])
-        return lay_rows(process, np.asarray(t), np.asarray(step), coefficients)
+            lay_step(steps, process, times[j], times[j + 1], j, flow[j])
 
-    def step(prediction, x, state, row, keys):
-        c, straight = row.coefficients
-        slope = prediction.eps - jnp.where(straight, prediction.x0, 0.0)
-        start = HeunState(jnp.where(c.start, x, state.x), jnp.where(c.start, slope, state.slope))
-        return c.x * start.x + c.slope * slope + c.slope_first * start.slope, start
+    return linear(lay, SLOTS, bound=bounded("heun", clip))
 
-    return Solver(grid=grid, init=lambda x: HeunState(jnp.zeros_like(x), jnp.zeros_like(x)), step=step)
+
+def check_space(name: str, space: str | None) -> None:
+    """Refuses an unknown space."""
+    if space not in (*SPACES, None):
+        raise ValueError(f"{name}: space={space!r}; allowed: {', '.join(SPACES)}, or None")
+
+
+def straight(name: str, space: str | None, process: Process, times: np.ndarray) -> np.ndarray:
+    """Which steps between times [n + 1] are taken in "flow", [n].
+
+    Raises:
+      ValueError: space "sigma" with a time where alpha = 0.
+    """
+    level = process.level(times)
+    if space == "sigma" and np.any(level.alpha <= 0):
+        raise ValueError(
+            f"{name}: space 'sigma' divides by alpha, which is 0 at t={times[np.argmin(level.alpha)]:g} "
+            f"of {process.name}; allowed: space 'flow', or a grid such as karras or log_snr"
+        )
+    if space is not None or process.name in ("flow", "sit"):
+        return np.full(len(times) - 1, space != "sigma")
+    scale = level.alpha + level.sigma
+    return scale[:-1] * level.alpha[1:] > STRETCH * scale[1:] * level.alpha[:-1]
+
+
+def coordinates(level: Level, flow: bool) -> tuple[float, float]:
+    """(u, scale) of a level: x = scale y, and y moves along u."""
+    scale = level.alpha + level.sigma if flow else level.alpha
+    return level.sigma / scale, scale
+
+
+def slope(flow: bool, weight: float) -> Weights:
+    """Weights of dy/du times a number."""
+    return {"eps": weight, "x0": -weight} if flow else {"eps": weight}
+
+
+def lay_step(
+    steps: Steps,
+    process: Process,
+    t: float,
+    s: float,
+    step: int,
+    flow: bool,
+    second: bool = True,
+    rise: Callable[[Weights], Weights] = lambda x: x,
+) -> None:
+    """The rows of one step of Heun's from t to s, on `SLOTS`.
+
+    Args:
+      flow: is it taken in "flow". second: with the mean of both slopes, unless sigma = 0 at s; else Euler's.
+      rise: what is made of the weights of x at s, such as noise to begin the next step with.
+    """
+    start, end = process.level(t), process.level(s)
+    (u, before), (v, after) = coordinates(start, flow), coordinates(end, flow)
+    ratio, du = after / before, after * (v - u)
+    straight_on = {"x": ratio, **slope(flow, du)}
+    if not second or end.sigma == 0:
+        steps.row(t, step, x=rise(straight_on))
+        return
+    steps.row(t, step, x=straight_on, start={"x": 1.0}, slope=slope(flow, 1.0))
+    steps.row(s, step, x=rise({"start": ratio, **slope(flow, du / 2), "slope": du / 2}))
+
+
+def risen(process: Process, s: float, up: float, factor: float = 1.0) -> Callable[[Weights], Weights]:
+    """Noise that raises the level from s to a higher one: x -> (alpha_up/alpha_s) x + w z.
+
+    w = factor alpha_up sqrt(rho_up^2 - rho_s^2), rho = sigma/alpha.
+
+    Returns:
+      What adds it to the weights of x at s.
+    """
+    low, high = process.level(s), process.level(up)
+    ratio = high.alpha / low.alpha
+    w = factor * np.sqrt(max(high.sigma**2 - (ratio * low.sigma) ** 2, 0.0))
+    return lambda x: {**{key: ratio * value for key, value in x.items()}, "z1": w}

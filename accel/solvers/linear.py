@@ -69,9 +69,12 @@ class Steps:
 
     def rows(self, process: Process) -> Row:
         """The rows of the run."""
-        w = np.stack(self.weights)
-        used = tuple(_used(w[:, o]) for o in range(len(self.outputs)))
-        return lay_rows(process, np.asarray(self.t), np.asarray(self.step), LinearTable(w, used))
+        return lay_rows(process, np.asarray(self.t), np.asarray(self.step), tabulated(np.stack(self.weights)))
+
+
+def tabulated(w: np.ndarray) -> LinearTable:
+    """The table of weights [E, outputs, inputs]."""
+    return LinearTable(w, tuple(_used(w[:, o]) for o in range(w.shape[1])))
 
 
 def _used(w: np.ndarray) -> tuple[int, ...]:
@@ -85,6 +88,7 @@ def linear(
     slots: Sequence[str] = (),
     noises: int = 0,
     bound: Callable[[jax.Array], jax.Array] | None = None,
+    follows: bool = True,
 ) -> Solver:
     """A solver from a function that lays out its table.
 
@@ -92,8 +96,8 @@ def linear(
       lay(steps, process, times): gives `steps` one row an evaluation, for decreasing times [n + 1]; raises ValueError
         for times that the method cannot use.
       slots, noises: of `Steps`. Noise is drawn where a weight of it is not zero in all evaluations.
-      bound: x0 -> x0, what is made of the data prediction before the step (clipping, dynamic thresholding); eps
-        follows it.
+      bound: x0 -> x0, what is made of the data prediction before the step (clipping, dynamic thresholding).
+      follows: is eps then that of the bounded x0, or as it was predicted.
 
     Returns:
       A `Solver` whose state is the slots, a tuple of arrays like x.
@@ -109,7 +113,7 @@ def linear(
         c, x0, eps = row.coefficients, prediction.x0, prediction.eps
         if bound is not None:
             x0 = bound(x0)
-            eps = (x - row.level.alpha * x0) / row.level.sigma
+            eps = (x - row.level.alpha * x0) / row.level.sigma if follows else eps
         known = [x, x0, eps, *state]
         drawn = {i for used in c.used for i in used if i >= len(known)}
         drawn |= {-1 - i for used in c.used for i in used if -1 - i >= len(known)}

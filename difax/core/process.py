@@ -11,13 +11,16 @@ high-order multistep methods their order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difax.core import betas
+from difax.core.annotations import brief, checked, choose
+from difax.core.betas import log_alphas
 from difax.core.contracts import Array, Level, Prediction
 
 PREDICTIONS = {
@@ -26,6 +29,7 @@ PREDICTIONS = {
     "v": "alpha eps - sigma x0 (Salimans & Ho 2022)",
     "velocity": "dx/dt along the model's own time (rectified flow: eps - x0)",
     "score": "grad log p(x_t) = -eps/sigma",
+    "edm": "sigma x0 - alpha eps, what EDM's preconditioned networks return (Karras et al. 2022)",
 }
 
 
@@ -59,18 +63,30 @@ def log_snr(process: Process, t: Array) -> np.ndarray:
         return 2.0 * (np.log(level.alpha) - np.log(level.sigma))
 
 
-def _from_betas(name: str, betas: np.ndarray) -> Process:
-    steps = len(betas)
-    log_alpha = np.concatenate([[0.0], 0.5 * np.cumsum(np.log1p(-betas))])
+ALPHA_IS_ZERO = -300.0  # log(alpha) that stands for alpha = 0, so that tables can be interpolated
+
+
+def _from_log_alphas(name: str, log_alphas: np.ndarray, between: str = "log_alpha", prior_std: float = 1.0) -> Process:
+    """A discrete process from log(alpha) [T] of its steps; -inf stands for alpha = 0, of the last one alone."""
+    steps = len(log_alphas)
+    log_alpha = np.maximum(np.concatenate([[0.0], log_alphas]), ALPHA_IS_ZERO)
     slope = np.diff(log_alpha) * steps
     knots = np.arange(steps + 1) / steps
+    # half of log-SNR at the steps, decreasing; infinite at t = 0
+    half = log_alpha[1:] - 0.5 * np.log(-np.expm1(2 * log_alpha[1:]))
+    half_slope = np.append(0.0, np.diff(half) * steps)
 
     def level(t, xp=np):
         la = xp.interp(t, knots, log_alpha)
         piece = xp.clip(xp.ceil(t * steps).astype(int) - 1, 0, steps - 1)
+        la_dot = xp.asarray(slope)[piece]
+        if between == "log_sigma":
+            inner = -0.5 * xp.logaddexp(0.0, -2.0 * xp.interp(t, knots[1:], half))
+            la = xp.where(piece > 0, inner, la)
+            la_dot = xp.where(piece > 0, -xp.expm1(2 * la) * xp.asarray(half_slope)[piece], la_dot)
         # slopes along the model's time k = T t - 1
-        alpha, variance = xp.exp(la), -xp.expm1(2 * la)
-        alpha_dot = alpha * xp.asarray(slope)[piece] / steps
+        alpha, variance = xp.where(la > ALPHA_IS_ZERO, xp.exp(la), 0.0), -xp.expm1(2 * la)
+        alpha_dot = alpha * la_dot / steps
         sigma = xp.sqrt(variance)
         sigma_dot = -alpha * alpha_dot / xp.maximum(sigma, 1e-12)
         return Level(alpha, sigma, alpha_dot, sigma_dot)
@@ -79,7 +95,10 @@ def _from_betas(name: str, betas: np.ndarray) -> Process:
         value = np.asarray(value, np.float64)
         # invert log(alpha) = -softplus(-2 lambda)/2 exactly; np.interp wants increasing knots
         la = -0.5 * np.logaddexp(0.0, -2.0 * value)
-        return np.interp(-la, -log_alpha, knots)
+        t = np.interp(-la, -log_alpha, knots)
+        if between == "log_sigma":
+            t = np.where(value < half[0], np.interp(-value, -half, knots[1:]), t)
+        return t
 
     return Process(
         name=name,
@@ -88,8 +107,8 @@ def _from_betas(name: str, betas: np.ndarray) -> Process:
         model_time=lambda t: t * steps - 1.0,
         steps=steps,
         t_min=1.0 / steps,
-        t_max=1.0,
-        prior_std=1.0,
+        t_max=1.0 if log_alpha[-1] > ALPHA_IS_ZERO else 1.0 - 1.0 / steps,
+        prior_std=prior_std,
     )
 
 
@@ -109,7 +128,7 @@ def vp_linear(beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 100
         raise ValueError(
             f"vp_linear: beta_start={beta_start}, beta_end={beta_end}; need 0 < beta_start <= beta_end < 1"
         )
-    return _from_betas("vp_linear", np.linspace(beta_start, beta_end, steps, dtype=np.float64))
+    return _from_log_alphas("vp_linear", log_alphas(betas.linear(beta_start, beta_end, steps)))
 
 
 def vp_cosine(s: float = 0.008, max_beta: float = 0.999, steps: int = 1000) -> Process:
@@ -127,13 +146,65 @@ def vp_cosine(s: float = 0.008, max_beta: float = 0.999, steps: int = 1000) -> P
     _check_steps("vp_cosine", steps)
     if not 0 <= s <= 1 or not 0 < max_beta < 1:
         raise ValueError(f"vp_cosine: s={s}, max_beta={max_beta}; allowed: 0 <= s <= 1 and 0 < max_beta < 1")
+    return _from_log_alphas("vp_cosine", log_alphas(betas.cosine(s, max_beta, steps)))
 
-    def alpha_bar(u: np.ndarray) -> np.ndarray:
-        return np.cos((u + s) / (1 + s) * math.pi / 2) ** 2
 
-    k = np.arange(steps, dtype=np.float64)
-    betas = np.minimum(1 - alpha_bar((k + 1) / steps) / alpha_bar(k / steps), max_beta)
-    return _from_betas("vp_cosine", betas)
+@checked
+def vp(
+    schedule: str = "linear",
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    steps: int = 1000,
+    trained: Sequence[float] | None = None,
+    snr_shift: float = 1.0,
+    terminal: float | None = None,
+    between: Literal["log_alpha", "log_sigma"] = "log_alpha",
+    prior_std: float = 1.0,
+    precision: Literal["float64", "float32"] = "float64",
+) -> Process:
+    """Variance-preserving process of any schedule of betas that diffusers has.
+
+    alpha_k^2 = prod_{j<=k} (1 - beta_j), sigma^2 = 1 - alpha^2.
+
+    Args:
+      schedule: "linear", "scaled_linear" (latent diffusion), "squaredcos_cap_v2" (the cosine of Improved DDPM),
+        "sigmoid", "laplace" or "exp" (`difax.core.betas`).
+      beta_start, beta_end: first and last beta of the first two and of "sigmoid", in (0, 1).
+      steps: T, how many discrete steps, 1 ... 100000 (1000).
+      trained: the betas themselves, in (0, 1), instead of all of these.
+      snr_shift: by what alpha^2/sigma^2 is divided, 0.001 ... 1000 (1; 3 in CogVideoX 2B).
+      terminal: if given, alpha is rescaled so that it is 0 at the last step (zero terminal SNR); its square there is
+        then this, 0 ... 1e-3: 0 in the paper, 2^-24 in diffusers' schedulers of sigma.
+      between: what is linear in t between the steps, log(alpha) or log(sigma/alpha); the latter is how schedulers of
+        sigma find the step of a noise level.
+      prior_std: standard deviation of x at the first time, 0.1 ... 10 (1).
+      precision: "float32" rounds alpha^2 as diffusers does, of whose smallest sigma, where 1 - 0.9999 has three digits,
+        that is another fourth digit. Without snr_shift.
+
+    References: Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.09672; Lin et al., Common Diffusion
+    Noise Schedules and Sample Steps are Flawed, 2023, arXiv:2305.08891.
+    """
+    choose("vp: schedule", schedule, betas.SCHEDULES)
+    if trained is not None:
+        steps = len(trained)
+    _check_steps("vp", steps)
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"vp: beta_start={beta_start}, beta_end={beta_end}; need 0 < beta_start <= beta_end < 1")
+    if not 1e-3 <= snr_shift <= 1e3:
+        raise ValueError(f"vp: snr_shift={snr_shift}; allowed: > 0, 0.001 ... 1000")
+    if terminal is not None and not (0 <= terminal <= 1e-3 and steps > 2):
+        raise ValueError(f"vp: terminal={terminal}; allowed: 0 ... 0.001, of 3 steps or more")
+    if not 0.1 <= prior_std <= 10:
+        raise ValueError(f"vp: prior_std={prior_std}; allowed: 0.1 ... 10")
+    if trained is None:
+        found = betas.SCHEDULES[schedule](beta_start, beta_end, steps)
+    else:
+        found = np.asarray(trained, np.float64)
+        if not np.all((found > 0) & (found < 1)):
+            raise ValueError(f"vp: trained={brief(list(trained))}; allowed: numbers between 0 and 1")
+    if precision == "float32" and snr_shift != 1.0:
+        raise ValueError(f"vp: precision='float32' with snr_shift={snr_shift}; allowed: float64, or no shift")
+    return _from_log_alphas("vp", log_alphas(found, snr_shift, terminal, precision), between, prior_std)
 
 
 def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:
@@ -147,12 +218,7 @@ def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -
 
     References: Song et al., Score-Based Generative Modeling through SDEs, 2021, arXiv:2011.13456.
     """
-    if not 1e-6 <= beta_min <= beta_max <= 300:  # beyond that alpha(1) is 0 in float32
-        raise ValueError(
-            f"vp_sde: beta_min={beta_min}, beta_max={beta_max}; allowed: 1e-6 <= beta_min <= beta_max <= 300"
-        )
-    if not 0 < t_min < 1:
-        raise ValueError(f"vp_sde: t_min={t_min}; need 0 < t_min < 1")
+    _check_sde("vp_sde", beta_min, beta_max, t_min)
     spread = beta_max - beta_min
 
     def level(t, xp=np):
@@ -170,6 +236,127 @@ def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -
     return Process("vp_sde", level, inverse, lambda t: t * 999.0, None, t_min, 1.0, 1.0)
 
 
+@checked
+def edm(
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    sigma_data: float = 1.0,
+    told: Literal["log", "atan"] = "log",
+    time_scale: float = 1.0,
+    prior_std: float = 1.0,
+) -> Process:
+    """EDM's process in the coordinates in which its networks are called, x' = x/sqrt(sigma^2 + sigma_data^2).
+
+    Of data in units of sigma_data that is a variance-preserving process,
+
+      alpha = sigma_data/sqrt(sigma^2 + sigma_data^2), sigma' = sigma/sqrt(sigma^2 + sigma_data^2),
+
+    sigma(t) = sigma_min (sigma_max/sigma_min)^t, and what a network returns is `edm` (or `v`, its negative). At t = 0
+    alpha is sigma_data and sigma' 0: the sample that comes out is the data in its own units. Predictions x0 before that
+    are in units of sigma_data.
+
+    Args:
+      sigma_min, sigma_max: noise levels at t_min and at t = 1, 1e-9 ... 1e6 (0.002 and 80).
+      sigma_data: standard deviation of the data, 1e-3 ... 1e3 (1; 0.5 in the paper).
+      told: the network is told log(sigma)/4 ("log", the paper's) or 2/pi atan(sigma) ("atan", Stable Audio's).
+      time_scale: by which that is multiplied (1; 1000 in consistency models).
+      prior_std: standard deviation of x' at t = 1, 0.1 ... 10 (1).
+
+    References: Karras et al. (EDM), 2022, arXiv:2206.00364, table 1.
+    """
+    ratio = _log_range("edm", sigma_min, sigma_max)
+    if not 1e-3 <= sigma_data <= 1e3:
+        raise ValueError(f"edm: sigma_data={sigma_data}; allowed: 0.001 ... 1000")
+    if not 0 < time_scale <= 1e6:
+        raise ValueError(f"edm: time_scale={time_scale}; allowed: > 0, up to 1e6")
+    if not 0.1 <= prior_std <= 10:
+        raise ValueError(f"edm: prior_std={prior_std}; allowed: 0.1 ... 10")
+
+    def noise(t, xp=np):
+        return sigma_min * xp.exp(ratio * t)
+
+    def level(t, xp=np):
+        sigma = noise(t, xp)
+        norm = xp.sqrt(sigma**2 + sigma_data**2)
+        alpha, std = sigma_data / norm, sigma / norm
+        # d sigma along the model's time, log(sigma)/4 or 2/pi atan(sigma)
+        along = 4.0 * sigma if told == "log" else (1 + sigma**2) * (math.pi / 2)
+        slope = along / norm**2 / time_scale
+        clean = t <= 0
+        return Level(
+            xp.where(clean, sigma_data, alpha),
+            xp.where(clean, 0.0, std),
+            xp.where(clean, 0.0, -alpha * sigma * slope),
+            xp.where(clean, 0.0, sigma_data**2 / norm * slope),
+        )
+
+    def model_time(t):
+        own = 0.25 * (math.log(sigma_min) + ratio * t)
+        if told == "atan":
+            own = (jnp if isinstance(t, jax.Array) else np).arctan(noise(t, jnp if isinstance(t, jax.Array) else np))
+            own = own * (2 / math.pi)
+        return time_scale * own
+
+    return Process(
+        name="edm",
+        level=level,
+        inverse=lambda value: (math.log(sigma_data / sigma_min) - np.asarray(value, np.float64)) / ratio,
+        model_time=model_time,
+        steps=None,
+        t_min=1e-9,
+        t_max=1.0,
+        prior_std=prior_std,
+    )
+
+
+def trig() -> Process:
+    """x = cos(pi t/2) x0 + sin(pi t/2) eps, the network told t: the process of v-diffusion and of diffusers' IPNDM.
+
+    References: Salimans & Ho, Progressive Distillation, 2022, arXiv:2202.00512.
+    """
+
+    def level(t, xp=np):
+        alpha, sigma = xp.cos(t * (math.pi / 2)), xp.sin(t * (math.pi / 2))
+        alpha = xp.where(t >= 1, 0.0, alpha)
+        return Level(alpha, sigma, -sigma * (math.pi / 2), alpha * (math.pi / 2))
+
+    return Process(
+        name="trig",
+        level=level,
+        inverse=lambda value: 2 / math.pi * np.arctan(np.exp(-np.asarray(value, np.float64))),
+        model_time=lambda t: t,
+        steps=None,
+        t_min=1e-3,
+        t_max=1.0 - 1e-3,
+        prior_std=1.0,
+    )
+
+
+def subvp(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:
+    """Sub-variance-preserving SDE: alpha(t) of `vp_sde`, and sigma = 1 - alpha^2, which is the square of its sigma.
+
+    Args:
+      beta_min, beta_max, t_min: as in `vp_sde`; the network is told 999 t. Data of unit variance have at t = 1 the
+        standard deviation 1 - 2e-5 with the defaults, and sampling starts in 1.
+
+    References: Song et al. 2021, arXiv:2011.13456, equation 34.
+    """
+    _check_sde("subvp", beta_min, beta_max, t_min)
+    vp = vp_sde(beta_min, beta_max, t_min)
+
+    def level(t, xp=np):
+        alpha, sigma, alpha_dot, _ = vp.level(t, xp)
+        return Level(alpha, sigma**2, alpha_dot, -2 * alpha * alpha_dot)
+
+    def inverse(value):
+        # alpha/(1 - alpha^2) = e^value is sinh(-log alpha) = e^-value/2
+        la = -np.arcsinh(0.5 * np.exp(-np.asarray(value, np.float64)))
+        with np.errstate(divide="ignore"):
+            return vp.inverse(la - 0.5 * np.log(-np.expm1(2 * la)))
+
+    return vp._replace(name="subvp", level=level, inverse=inverse)
+
+
 def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
     """Variance-exploding process: alpha = 1, sigma(t) = sigma_min (sigma_max/sigma_min)^t, and sigma(0) = 0.
 
@@ -181,11 +368,7 @@ def ve(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
 
     References: Song et al. 2021, arXiv:2011.13456; Karras et al. (EDM), 2022, arXiv:2206.00364.
     """
-    if not 1e-9 <= sigma_min < sigma_max <= 1e6:
-        raise ValueError(
-            f"ve: sigma_min={sigma_min}, sigma_max={sigma_max}; allowed: 1e-9 <= sigma_min < sigma_max <= 1e6"
-        )
-    ratio = math.log(sigma_max / sigma_min)
+    ratio = _log_range("ve", sigma_min, sigma_max)
 
     def level(t, xp=np):
         sigma = xp.where(t > 0, sigma_min * xp.exp(ratio * t), 0.0)
@@ -285,8 +468,12 @@ def flow(
     )
 
 
-def sit() -> Process:
+@checked
+def sit(time_scale: float = 1.0) -> Process:
     """The linear path of SiT: `flow` whose network's time runs the other way, u = 1 - t, with velocity x0 - eps.
+
+    Args:
+      time_scale: the network is told time_scale * u, above 0 and up to 1e6 (1; 1000 with diffusers' inverted sigmas).
 
     References: Ma et al., SiT, 2024, arXiv:2401.08740.
     """
@@ -295,16 +482,22 @@ def sit() -> Process:
         one = xp.ones_like(t)
         return Level(1.0 - t, t, one, -one)
 
-    return flow()._replace(name="sit", level=level, model_time=lambda t: 1.0 - t)
+    if not 0 < time_scale <= 1e6:
+        raise ValueError(f"sit: time_scale={time_scale}; allowed: > 0, up to 1e6")
+    return flow()._replace(name="sit", level=level, model_time=lambda t: time_scale * (1.0 - t))
 
 
 PROCESSES = {
     "vp_linear": vp_linear,
     "vp_cosine": vp_cosine,
     "vp_sde": vp_sde,
+    "subvp": subvp,
     "ve": ve,
     "flow": flow,
     "sit": sit,
+    "vp": vp,
+    "edm": edm,
+    "trig": trig,
 }
 
 
@@ -329,6 +522,8 @@ def convert(output: jax.Array, kind: str, x: jax.Array, level: Level) -> tuple[j
     if kind == "score":
         eps = -sigma * output
         return (x - sigma * eps) / alpha, eps
+    if kind == "edm":
+        return convert(-output, "v", x, level)
     if kind == "v":
         norm = alpha**2 + sigma**2  # 1 for a VP process
         return (alpha * x - sigma * output) / norm, (sigma * x + alpha * output) / norm
@@ -349,6 +544,8 @@ def target(kind: str, x0: jax.Array, eps: jax.Array, level: Level) -> jax.Array:
         return -eps / sigma
     if kind == "v":
         return alpha * eps - sigma * x0
+    if kind == "edm":
+        return sigma * x0 - alpha * eps
     if kind == "velocity":
         return alpha_dot * x0 + sigma_dot * eps
     raise ValueError(f"unknown prediction {kind!r}; allowed: {', '.join(PREDICTIONS)}")
@@ -386,6 +583,23 @@ def check_shift(name: str, shift: float) -> None:
     """Refuses a time shift with which times fall together, or which is none."""
     if not 1e-3 <= shift <= 1e3:
         raise ValueError(f"{name}: shift={shift}; allowed: > 0, 0.001 ... 1000")
+
+
+def _log_range(name: str, sigma_min: float, sigma_max: float) -> float:
+    if not 1e-9 <= sigma_min < sigma_max <= 1e6:
+        raise ValueError(
+            f"{name}: sigma_min={sigma_min}, sigma_max={sigma_max}; allowed: 1e-9 <= sigma_min < sigma_max <= 1e6"
+        )
+    return math.log(sigma_max / sigma_min)
+
+
+def _check_sde(name: str, beta_min: float, beta_max: float, t_min: float) -> None:
+    if not 1e-6 <= beta_min <= beta_max <= 300:  # beyond that alpha(1) is 0 in float32
+        raise ValueError(
+            f"{name}: beta_min={beta_min}, beta_max={beta_max}; allowed: 1e-6 <= beta_min <= beta_max <= 300"
+        )
+    if not 0 < t_min < 1:
+        raise ValueError(f"{name}: t_min={t_min}; need 0 < t_min < 1")
 
 
 def _check_steps(name: str, steps: int) -> None:

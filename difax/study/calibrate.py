@@ -1,11 +1,13 @@
-"""`difax calibrate`: runs a model and makes what a cache plans from or has learned, or searches a plan for a budget."""
+"""`difax calibrate`: runs a model and makes what a cache plans from or has learned, or searches a plan for a budget;
+fits a grid or a solver."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,10 +17,11 @@ import numpy as np
 
 from difax.accel.caches.measured import save_by_stage, says_of
 from difax.accel.caches.scheduled import scheduled
-from difax.accel.fit import CALIBRATIONS, FITS
+from difax.accel.fit import CALIBRATIONS, FITS, GRID_FITS, SOLVER_FITS, Made
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
 from difax.build import Setup, check_laid_out
-from difax.core.annotations import annotations_of, check_value
+from difax.core.annotations import annotations_of, check_arguments, check_keys, check_value
+from difax.core.arrays import save_arrays
 from difax.core.contracts import Accelerator, Params, Trace
 from difax.core.cost import model_cost
 from difax.core.sample import rounded
@@ -30,6 +33,8 @@ Progress = Callable[[str], None]
 
 
 TECHNIQUES = tuple(dict.fromkeys(["scheduled", *CALIBRATIONS, *FITS]))
+MADE: dict[str, dict[str, Made]] = {"grid": GRID_FITS, "solver": SOLVER_FITS}
+KINDS: dict[str, Collection[str]] = {"cache": TECHNIQUES, **MADE}  # what is calibrated, by its flag
 
 
 class Sampler(NamedTuple):
@@ -57,6 +62,16 @@ class Sampler(NamedTuple):
         """Of the guidance."""
         return jnp.asarray(self.run.scale, jnp.float32)
 
+    def features(self) -> Callable[[jax.Array], jax.Array]:
+        """samples [B, ...] -> features [B, F], by the classifier that ships.
+
+        Raises:
+          ValueError: a model that draws what it does not know.
+        """
+        from difax.study.judge import shipped_features
+
+        return shipped_features(self.run.model)
+
 
 def calibrate_to(
     technique: str,
@@ -65,15 +80,18 @@ def calibrate_to(
     samples: int,
     batch: int,
     progress: Progress,
+    kind: str = "cache",
     **settings: Any,
 ) -> dict[str, Any]:
     """Calibrates, fits or searches by the name of the technique, and writes its file.
 
     Args:
-      technique: of `TECHNIQUES`.
-      out: file to write, .npz for what is fitted, else .json; None writes none.
+      technique: of `KINDS[kind]`.
+      out: file to write, .npz for what a cache has learned, else .json, or as `Made` says; None writes none.
       samples, batch: to draw, and at a time.
-      settings: of `search` (budget, rounds, where, forecast, order) for "scheduled", rank for what is fitted.
+      kind: "cache", "grid" or "solver".
+      settings: of `search` (budget, rounds, where, forecast, order) for "scheduled", rank for what is fitted; of grids
+        and solvers those of the fit (`Made`).
 
     Returns:
       What the JSON file holds; of what is fitted what was run, and under "arrays" what the .npz holds.
@@ -81,11 +99,13 @@ def calibrate_to(
     Raises:
       ValueError: an unknown technique or setting, or a file of another ending.
     """
-    check_settings(technique, {"samples": samples, "batch": batch, **settings})
+    check_settings(technique, {"samples": samples, "batch": batch, **settings}, kind)
     check_laid_out(sampler.run, "difax calibrate")
-    suffix = ending(technique)
+    suffix = ending(technique, kind)
     if out is not None and pathlib.Path(out).suffix != suffix:
         raise ValueError(f"{out}: allowed: a name that ends in {suffix}")
+    if kind != "cache":
+        return _made(MADE[kind][technique], technique, sampler, out, samples, batch, progress, settings)
     if technique in FITS:
         arrays = fit(technique, sampler, samples, batch, progress, **settings)
         if out is not None:
@@ -103,9 +123,15 @@ def calibrate_to(
 SEARCH_SETTINGS = ("budget", "rounds", "where", "forecast", "order")
 
 
-def check_settings(technique: str, settings: Mapping[str, Any]) -> None:
+def check_settings(technique: str, settings: Mapping[str, Any], kind: str = "cache") -> None:
     """Refuses settings that a calibration does not have, and numbers below 1 of those that count."""
-    choose("calibration", technique, TECHNIQUES)
+    choose("calibration" if kind == "cache" else f"calibration of a {kind}", technique, KINDS[kind])
+    if kind != "cache":
+        function = MADE[kind][technique].fit
+        own = {k: v for k, v in settings.items() if k not in ("samples", "batch")}
+        check_keys(f"--{kind} {technique}", function, own, list(inspect.signature(function).parameters)[:4])
+        check_arguments(f"--{kind} {technique}", function, own)
+        settings = {k: v for k, v in settings.items() if k not in own}
     allowed = SEARCH_SETTINGS if technique == "scheduled" else ("rank",) if technique in FITS else ()
     for key, value in settings.items():
         if key not in ("samples", "batch") and not allowed:
@@ -120,9 +146,27 @@ def check_settings(technique: str, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"--budget={value}; allowed: above 0, at most 1")
 
 
-def ending(technique: str) -> str:
+def ending(technique: str, kind: str = "cache") -> str:
     """Of the file that a technique's calibration is written to."""
+    if kind != "cache":
+        return MADE[kind][technique].suffix
     return ".npz" if technique in FITS else ".json"
+
+
+def _made(
+    made: Made, technique: str, sampler: Sampler, out: Any, samples: int, batch: int, progress: Progress, settings: Any
+) -> dict[str, Any]:
+    """What a fit of a grid or a solver gives, with what it says of itself; written where there is a file."""
+    content = dict(made.fit(sampler, samples, batch, progress, **settings))
+    says = {"technique": technique, **about(sampler, samples)}
+    if made.suffix == ".json":
+        content = {**says, **content}
+        if out is not None:
+            save_json(out, content)
+        return content
+    if out is not None:
+        save_arrays(out, content, comment=json.dumps(says))
+    return {**says, "arrays": content}
 
 
 def calibrate(technique: str, sampler: Sampler, samples: int, batch: int, progress: Progress) -> dict[str, Any]:
@@ -298,6 +342,7 @@ def about(sampler: Sampler, samples: int) -> dict[str, Any]:
         "model": run.model.name,
         "stages": says_of(run.model.stages),
         "solver": run.described.get("solver", ""),
+        "grid": run.described.get("grid", ""),
         "steps": len(run.rows.i),
         "guide": run.described.get("guide", ""),
         "scale": run.scale,

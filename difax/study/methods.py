@@ -18,11 +18,16 @@ FAMILIES = ("steps", "solver", "guidance", "cache", "attention", "quantisation",
 
 
 class Method(NamedTuple):
-    """family: one of `FAMILIES`; settings: {key of the configuration: value}; calibrated: a technique, or None."""
+    """family: one of `FAMILIES`; settings: {key of the configuration: value}; calibrated: a technique, or None.
+
+    evaluations: the steps are as many as make so many model evaluations, or as near below as the solver comes; None:
+    the settings say it.
+    """
 
     family: str
     settings: dict[str, Any]
     calibrated: str | None = None
+    evaluations: int | None = None
 
 
 def _steps(n: int) -> Method:
@@ -148,12 +153,22 @@ METHODS: dict[str, Method] = {
 }
 
 
+BUDGETS = (5, 8, 10, 15, 20, 50)  # evaluations at which solvers are compared
+
+# every solver at its defaults, at equal evaluations; what it needs besides (a file, another process) is its refusal
+SOLVER_METHODS: dict[str, Method] = {
+    f"{name}, {n} evaluations": Method("solver", {"solver.name": name}, evaluations=n)
+    for name in REGISTRIES["solver"]
+    for n in BUDGETS
+}
+
 _KEYS = {"solver": "solver", "cache": "cache", "attention": "attend", "quantisation": "quant"}  # family: section
 
 
 def chosen(wanted: Sequence[str], parse: Any) -> dict[str, Method]:
-    """The methods that a command line names: "all", families, names, entries of the registries of solvers, caches,
-    attention and quantisation at their defaults ("fora"), and settings such as "steps=12,cache.name=fora".
+    """The methods that a command line names: "all" of `METHODS`, families, names, entries of the registries of solvers,
+    caches, attention and quantisation at their defaults ("fora"), and settings such as "steps=12,cache.name=fora". The
+    family "solver" has `SOLVER_METHODS` too.
 
     Args:
       parse: text of a value -> value (`difax.config.parse_value`).
@@ -168,14 +183,15 @@ def chosen(wanted: Sequence[str], parse: Any) -> dict[str, Method]:
             found.update(METHODS)
         elif name in FAMILIES:
             found.update({n: m for n, m in METHODS.items() if m.family == name})
-        elif name in METHODS:
-            found[name] = METHODS[name]
+            found.update(SOLVER_METHODS if name == "solver" else {})
+        elif name in METHODS or name in SOLVER_METHODS:
+            found[name] = METHODS.get(name) or SOLVER_METHODS[name]
         elif name in known:
             found[name] = Method(known[name], {f"{_KEYS[known[name]]}.name": name})
         elif "=" in name:
             found[name] = Method("together", _written(name, parse))
         else:
-            near = difflib.get_close_matches(name, [*METHODS, *FAMILIES, *known, "all"], 1, 0.4)
+            near = difflib.get_close_matches(name, [*METHODS, *SOLVER_METHODS, *FAMILIES, *known, "all"], 1, 0.4)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(
                 f"unknown method {name!r}{hint}; allowed: all, {', '.join(FAMILIES)}, names of "

@@ -242,6 +242,7 @@ class Sweep:
           ValueError: a baseline that is refused, or a folder that has a method with other settings.
           FloatingPointError: a baseline whose images are not finite.
         """
+        methods = {name: with_steps(self.run, method) for name, method in methods.items()}
         todo = {BASELINE: Method("baseline", {}), **methods}
         if self._left(todo):
             self._check_images()
@@ -492,6 +493,18 @@ def accelerated(run: Opened, method: Method, more: Mapping[str, Any] = MappingPr
             "settings that draw the same images"
         )
     return found
+
+
+def with_steps(run: Opened, method: Method) -> Method:
+    """A method with the number of steps that makes its evaluations; as it was where a solver refuses every number."""
+    if method.evaluations is None:
+        return method
+    for steps in range(method.evaluations, 0, -1):
+        found = method._replace(settings={**method.settings, "steps": steps})
+        with contextlib.suppress(ValueError, NotImplementedError):
+            if len(accelerated(run, found).setup.rows.i) <= method.evaluations:
+                return found
+    return method._replace(settings={**method.settings, "steps": method.evaluations})
 
 
 def check_methods(run: Opened, methods: Mapping[str, Method]) -> None:

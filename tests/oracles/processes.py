@@ -36,6 +36,12 @@ def vp_sde(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.exp(-integral / 2), np.sqrt(1 - np.exp(-integral))
 
 
+def subvp(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Song et al. 2021, equation 34: the mean of the variance-preserving SDE, and 1 - e^(-integral) as deviation."""
+    integral = 0.1 * t + 19.9 * t**2 / 2
+    return np.exp(-integral / 2), 1 - np.exp(-integral)
+
+
 def ve(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Song et al. 2021, equation 30: sigma_min (sigma_max/sigma_min)^t, with EDM's 0.002 and 80."""
     return np.ones_like(t), 0.002 * 40000.0**t
@@ -44,3 +50,15 @@ def ve(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def flow(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Liu et al. 2022, equation 1, with X_1 the data: x_t = (1 - t) x0 + t eps."""
     return 1 - t, t
+
+
+def edm(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Karras et al. 2022, table 1, of data of unit variance: c_in y = c_in x0 + c_in sigma eps."""
+    sigma = 0.002 * 40000.0**t
+    c_in = (sigma**2 + 1) ** -0.5
+    return c_in, sigma * c_in
+
+
+def trig(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Salimans & Ho 2022, section 4: alpha = cos(phi), sigma = sin(phi)."""
+    return np.cos(np.pi * t / 2), np.sin(np.pi * t / 2)
