@@ -384,6 +384,7 @@ class Accelerator(NamedTuple):
         (`difax.core.stack.with_learned`) and reach block and branch, layer by layer, as `where.learned`.
     measured: what each file that it plans from says of itself (`difax.accel.caches.measured.record`).
     batchwide: does a decision in the run go by the whole batch, so that other samples beside one change it.
+    planned: is what each evaluation computes known before the run, from the numbers of its plan, which has one mode.
     plan(rows, stages) -> Plan, on the host.
     guide(guide) -> guide: how the unconditional half is produced.
     init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "along": {name: pytree}, "block": {stage: pytree
@@ -421,6 +422,7 @@ class Accelerator(NamedTuple):
     learned: dict[str, dict[str, Any]] | None = None
     measured: tuple[Mapping[str, Any], ...] = ()
     batchwide: bool = False
+    planned: bool = False
 
 
 class Trace(NamedTuple):

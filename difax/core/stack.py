@@ -163,6 +163,7 @@ def stack(*accelerators: Accelerator, one_clock: bool = False) -> Accelerator:
         learned=_merged([a.learned for a in members if a.learned is not None]),
         measured=tuple(said for a in members for said in a.measured),
         batchwide=any(a.batchwide for a in members),
+        planned=any(a.planned for a in members),
     )
 
 
