@@ -24,7 +24,7 @@ from difax.training.train import TrainOptions, TrainState, make_step, optimizer
 from difax.weights.conditions import random_conditions
 from tests.families import some
 from tests.test_caches import CASES, problem
-from tests.test_solvers import DRIVEN, ELSEWHERE
+from tests.test_solvers import ELSEWHERE
 from tests.toys import randomise, tiny_dit
 
 MODELS = ("flux", "pixart", "skip_dit", "wan")
@@ -128,8 +128,8 @@ def test_solvers(solver, settings):
         return made.step(predict(jnp.tanh(x), "eps", False, x, rows.level), x, made.init(x), rows, keys)
 
     # genie and mcg differentiate a network, others are of position and velocity, or their steps are of a drive
-    driven = {"mcg", "genie", "sscs", "cld_em"} | DRIVEN
-    assert set(SOLVERS) - driven - set(ELSEWHERE["solvers_exponential"]) == {
+    elsewhere = {*ELSEWHERE["solvers_exponential"], *ELSEWHERE["parallel_time"], "mcg", "genie", "sscs", "cld_em"}
+    assert set(SOLVERS) - elsewhere == {
         *("euler", "ddim", "ddpm", "heun", "dpmpp_2m", "gddim"),
         *("euler_ancestral", "kdpm2", "edm", "restart", "pc", "flow_ab", "sampler_scheduler"),
         *ADAMS,

@@ -398,6 +398,7 @@ class Accelerator(NamedTuple):
         (`difax.core.stack.with_learned`) and reach block and branch, layer by layer, as `where.learned`.
     measured: what each file that it plans from says of itself (`difax.accel.caches.measured.record`).
     batchwide: does a decision in the run go by the whole batch, so that other samples beside one change it.
+    planned: is what each evaluation computes known before the run, from the numbers of its plan, which has one mode.
     plan(rows, stages) -> Plan, on the host.
     guide(guide) -> guide: how the unconditional half is produced.
     init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "along": {name: pytree}, "block": {stage: pytree
@@ -439,6 +440,7 @@ class Accelerator(NamedTuple):
     measured: tuple[Mapping[str, Any], ...] = ()
     batchwide: bool = False
     networks: tuple[Network, ...] = ()
+    planned: bool = False
 
 
 class Trace(NamedTuple):

@@ -165,6 +165,7 @@ def stack(*accelerators: Accelerator, one_clock: bool = False) -> Accelerator:
         measured=tuple(said for a in members for said in a.measured),
         batchwide=any(a.batchwide for a in members),
         networks=tuple(network for a in members for network in a.networks),
+        planned=any(a.planned for a in members),
     )
 
 
