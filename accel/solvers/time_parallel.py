@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.solvers.ddim import ddim
-from difax.accel.solvers.ddim import width as deviation
+from difax.accel.solvers.ddim import width as ddim_width
 from difax.core.contracts import Array, Prediction, Row, Solver
 from difax.core.drive import per_sample, width
 from difax.core.process import Process
@@ -77,8 +77,8 @@ def time_parallel(
 
     def grid(process: Process, times: np.ndarray) -> Row:
         rows = base.grid(process, times)
-        noisy = deviation(process.level(times[:-1]), process.level(times[1:]), 1.0)
-        table = WindowTable(rows.coefficients, scale(process.level(times[1:]).alpha), limit(np.append(noisy, 0.0)))
+        t, s = process.level(times[:-1]), process.level(times[1:])
+        table = WindowTable(rows.coefficients, scale(s.alpha), limit(np.append(ddim_width(t, s, 1.0), 0.0)))
         return rows._replace(coefficients=table)
 
     def init(x, rows):
