@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return SOLVERS[self.solver](**self.arguments)
 
 
-SIGMA_SPACE = tuple(name for name in PROCESSES if name not in ("flow", "sit"))
+SIGMA_SPACE = tuple(name for name in PROCESSES if name not in ("flow", "sit", "trig"))
 CASES = [
     Case("ddpm", {"variance": "small"}),
     Case("ddpm", {"variance": "large"}),

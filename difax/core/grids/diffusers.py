@@ -322,7 +322,7 @@ def ipndm() -> Grid:
 
     def grid(process: Process, n: int) -> np.ndarray:
         if process.name != "trig":
-            raise ValueError(f"grid ipndm needs the process trig, not {process.name}")
+            raise ValueError(f"grid ipndm needs a process trig; {process.name} is none")
         return 2 / math.pi * np.arcsin(np.sin(np.linspace(1, 0, n + 1) * (math.pi / 2)) ** 2)
 
     return grid
