@@ -359,7 +359,8 @@ def draw(
         print(f"difax: warning: {silent}", file=sys.stderr)
     if trace.unfinished > 0:
         warnings.warn(unfinished(setup, trace), DifaxWarning, stacklevel=2)
-    gflops = run_cost(model_cost(setup.model, params, setup.attention), trace) / 1e9
+    parts = model_cost(setup.model, params, setup.attention, networks=setup.accelerator.networks)
+    gflops = run_cost(parts, trace) / 1e9
     cost = {
         "images": n,
         "finite": broken == 0,

@@ -41,8 +41,6 @@ def takes(grid: str, process: Process) -> bool:
     """Whether a grid without keys lays times of a process."""
     if grid in KEYED or (grid in DISCRETE and process.steps is None):
         return False
-    if grid == "ipndm":
-        return process.name == "trig"
     return grid not in FLOWS or process.name in ("flow", "sit")
 
 
