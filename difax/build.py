@@ -108,7 +108,7 @@ class Setup(NamedTuple):
     def times_of(self, steps: int) -> np.ndarray:
         """The times [steps + 1] of the run's grid for another number of steps."""
         assert self.grid is not None
-        return grids.make_times(self.grid, self.process, steps)
+        return grids.lay_times(self.grid, self.process, steps)[1]
 
     def inputs(
         self, seed: int, n: int, cond: Any, start: int = 0, numbers: np.ndarray | None = None

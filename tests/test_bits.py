@@ -105,6 +105,13 @@ LEARNED = ("bns", "ddss", "ltsl", "iia", "usf")
         ("sa_solver", {}),
         *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ADAMS if name != "sa_solver"),
         *(pytest.param(name, {}, marks=pytest.mark.slow) for name in LEARNED),
+        ("seeds_3", {}),
+        ("dpm_solver_23", {}),
+        *(
+            pytest.param(name, {}, marks=pytest.mark.slow)
+            for name in ELSEWHERE["solvers_exponential"]
+            if name not in ("seeds_3", "dpm_solver_23")
+        ),
     ],
 )
 def test_solvers(solver, settings):

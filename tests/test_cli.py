@@ -47,7 +47,7 @@ def here(tmp_path, monkeypatch):
 
 # what is asked -> what the one line must name
 REFUSALS = {
-    "solver": (["sample", "--solver", "dpmpp"], ["'dpmpp'", "did you mean dpmpp_2m?", "euler, heun"]),
+    "solver": (["sample", "--solver", "dpmpp"], ["'dpmpp'", "did you mean dpmpp_", "euler, heun"]),
     "grid": (["sample", "--grid", "karas"], ["'karas'", "did you mean karras?", "log_snr"]),
     "scheduler": (["sample", "--scheduler", "none.json"], ["'none.json'", "no such file", "scheduler_config.json"]),
     "guide": (["sample", "--guide", "cgf"], ["'cgf'", "interval"]),
