@@ -230,6 +230,7 @@ def vp(
     log_alpha = log_alphas(found, snr_shift, terminal, precision)
     with np.errstate(invalid="ignore"):
         falls = np.diff(log_alpha, prepend=0.0) < 0
+    falls[-1] |= terminal is not None  # which may lie above what the rescaling left of the step before
     if not falls.all():
         k = int(np.argmin(falls))
         raise ValueError(f"vp: beta {found[k]:g} of step {k} is lost in {precision}; allowed: larger ones")
