@@ -26,7 +26,8 @@ from difax.core import grids, hosts
 from difax.core.annotations import annotations_of, brief, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver, TrunkSpec
 from difax.core.device import check_memory
-from difax.core.noise import sample_keys
+from difax.core.drive import width
+from difax.core.noise import keys_of, sample_keys
 from difax.core.placement import SAMPLES, Axes, Placement, make_placement, shapes_at
 from difax.core.placement import described as placement_in_words
 from difax.core.process import PREDICTIONS, Process
@@ -72,6 +73,8 @@ class Setup(NamedTuple):
     described: Mapping[str, str]  # the names that the configuration gave to its sections
     placement: Placement | None = None  # None: the device that jax runs on
     recipe: Recipe | None = None
+    grid: grids.Grid | None = None
+    by_label: tuple[int, ...] | None = None  # how many steps each label has, where that differs (`steps_by`)
 
     @property
     def target(self) -> Target:
@@ -79,7 +82,16 @@ class Setup(NamedTuple):
         return target() if self.placement is None else self.placement.target
 
     def sampler(self, accelerator: Accelerator | None = None, **options: Any) -> Any:
-        """The jitted sampler (`difax.core.sample.make_sampler`), with another accelerator if one is given."""
+        """The jitted sampler (`difax.core.sample.make_sampler`), with another accelerator if one is given.
+
+        Raises:
+          ValueError: a setup in which each label has a number of steps of its own, which is a sampler each.
+        """
+        if self.by_label is not None:
+            raise ValueError(
+                "config steps_by: each label has steps of its own, and this runs one number of them; allowed: difax "
+                "sample, or steps_by=none with steps"
+            )
         return make_sampler(
             self.model,
             self.process,
@@ -93,21 +105,48 @@ class Setup(NamedTuple):
             **options,
         )
 
-    def inputs(self, seed: int, n: int, cond: Any, start: int = 0) -> tuple[jax.Array, jax.Array, Any]:
-        """Noise, keys and conditions of samples start ... start + n - 1; conditions (leaves lead with [m]) repeat."""
-        keys = sample_keys(seed, n, start)
+    def times_of(self, steps: int) -> np.ndarray:
+        """The times [steps + 1] of the run's grid for another number of steps."""
+        assert self.grid is not None
+        return grids.make_times(self.grid, self.process, steps)
+
+    def inputs(
+        self, seed: int, n: int, cond: Any, start: int = 0, numbers: np.ndarray | None = None
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Noise, keys and conditions of samples start ... start + n - 1; conditions (leaves lead with [m]) repeat.
+
+        Args:
+          numbers: [m] of the samples in the run, where they are others than 0 ... m - 1; they repeat too.
+        """
+        if numbers is None:
+            keys = sample_keys(seed, n, start)
+        else:
+            keys = keys_of(seed, numbers[(start + np.arange(n)) % len(numbers)])
         index = (start + np.arange(n)) % len(jax.tree.leaves(cond)[0])
         some = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[index]), cond)
         return self.placed_samples((initial_noise(self.process, keys, self.model.input_shape), keys, some))
 
     @property
-    def shards(self) -> int:
-        """Parts that a batch is cut into; it has a multiple of so many samples."""
+    def width(self) -> int:
+        """Evaluations of each sample that lie in one batch: more than 1 for solvers that are parallel in time."""
+        return width(self.solver, self.rows)
+
+    @property
+    def parts(self) -> int:
+        """Devices that the evaluations of a batch are cut among."""
         return 1 if self.placement is None else self.placement.size(*SAMPLES)
 
+    @property
+    def shards(self) -> int:
+        """A batch has a multiple of so many samples, for its evaluations, `width` of each, to divide evenly among
+        `parts`."""
+        return self.parts // math.gcd(self.parts, self.width)
+
     def placed_samples(self, tree: Any) -> Any:
-        """Arrays that lead with the samples, cut along the mesh's axes of samples."""
-        return tree if self.placement is None else hosts.put(tree, self.placement.batch())
+        """Arrays that lead with the samples, cut along the mesh's axes of samples as far as these divide them."""
+        if self.placement is None:
+            return tree
+        return hosts.put(tree, self.placement.batch(len(jax.tree.leaves(tree)[0])))
 
     def prepare(self, params: Params) -> Params:
         """Parameters as they are sampled with: quantised, cast to the model's dtype, as the target multiplies them,
@@ -128,14 +167,32 @@ class Setup(NamedTuple):
         return params if self.placement is None else hosts.put(params, self.placement.params(params))
 
 
+def check_laid_out(setup: Setup, command: str) -> None:
+    """Refuses, for a command that goes by the rows, a solver that decides in the run which of them there are, or makes
+    several at once.
+
+    Raises:
+      ValueError: naming the command and the solver.
+    """
+    if setup.solver.drive != "scan":
+        name = setup.described.get("solver", "of the run")
+        what = "several at once" if setup.solver.drive == "window" else "as many as it finds it needs"
+        raise ValueError(
+            f"{command} counts the evaluations before the run, and solver {name} makes {what}; allowed: a solver such "
+            "as ddim"
+        )
+
+
 SECTIONS = (
     "model", "process", "prediction", "weights",
-    "solver", "grid", "steps", "guide", "scale", "cache", "attend", "quant", "layout", "conditioning", "reduced",
+    "solver", "grid", "steps", "steps_by", "guide", "scale", "cache", "attend", "quant", "layout", "conditioning",
+    "reduced",
     "mesh", "data", "loss", "train",
 )  # fmt: skip
 # the values that stand alone, and what each may be
 ALONE: dict[str, Any] = {
-    "prediction": str, "steps": int, "scale": float, "weights": str | None, "layout": str, "conditioning": str,
+    "prediction": str, "steps": int, "steps_by": str | None, "scale": float, "weights": str | None, "layout": str,
+    "conditioning": str,
 }  # fmt: skip
 LAYOUTS = ("stacked", "unstacked")
 CONDITIONINGS = ("each", "ahead")  # is the blocks' modulation computed at each evaluation, or before all of them
@@ -227,7 +284,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
     names = {k: shown(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
     fitted_to = (said for kind in ("grid", "solver") for said in measured.fitted_record(kind, config[kind]))
     measured.compare(
-        (*accelerator.measured, *fitted_to),
+        (*accelerator.measured, *fitted_to, *_says_of_steps(config.get("steps_by"))),
         model=model.name,
         stages=model.stages,
         solver=names["solver"],
@@ -258,8 +315,39 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
         scale=float(config["scale"]),
         described=names,
         placement=placement,
+        grid=make_grid,
+        by_label=steps_by_label(config.get("steps_by"), model),
     )
     return with_recipe(setup, config, config.get("model") if own else None)
+
+
+def _says_of_steps(file: str | None) -> tuple[Mapping[str, Any], ...]:
+    """What a file of `steps_by` says of itself, but for the steps, of which it has several."""
+    return tuple({k: v for k, v in said.items() if k != "steps"} for said in measured.record("steps_by", file))
+
+
+def steps_by_label(file: str | None, model: Model) -> tuple[int, ...] | None:
+    """How many steps each label has, of a file of `difax calibrate --solver stepsaver` or `adadiff`; None for no file.
+
+    Raises:
+      ValueError: no such file, one of something else, or of a model of other labels.
+    """
+    if file is None:
+        return None
+    where = f"config steps_by={file!r}"
+    if not model.classes:
+        raise ValueError(f"{where}: {model.name} has no labels; allowed: none")
+    content = measured.load("steps_by", file)
+    if not isinstance(content, Mapping) or content.get("technique") not in ("stepsaver", "adadiff"):
+        raise ValueError(f"{where}: allowed: a file of difax calibrate --solver stepsaver, or adadiff")
+    steps = content.get("steps_of")
+    if not isinstance(steps, list) or not all(
+        isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= grids.MOST_STEPS for n in steps
+    ):
+        raise ValueError(f"{where}: 'steps_of' is {brief(steps)}; allowed: a list of whole numbers of 1 or more")
+    if len(steps) != model.classes:
+        raise ValueError(f"{where}: {len(steps)} labels; allowed: {model.classes}, those of {model.name}")
+    return tuple(steps)
 
 
 def with_recipe(setup: Setup, config: Mapping[str, Any], section: Mapping[str, Any] | None) -> Setup:
@@ -397,7 +485,8 @@ def _naming(section: str, config: Mapping[str, Any]) -> Iterator[None]:
         yield
     except ValueError as error:
         name = shown(config[section].get("name", ""))
-        if section in str(error) or any(part and part in str(error) for part in name.replace("+", ",").split(",")):
+        known = [*name.replace("+", ",").split(","), shown(config.get("solver", {}).get("name", ""))]
+        if section in str(error) or any(part and part in str(error) for part in known):
             raise
         raise ValueError(f"{described(config, section)}: {error}") from None
 

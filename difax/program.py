@@ -9,6 +9,7 @@ import math
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ from difax.core.contracts import Params, Trace
 from difax.core.cost import model_cost, run_cost
 from difax.core.decisions import averaged, inert, known, summary
 from difax.core.device import check_memory, device_name, memory_available, peak_memory
+from difax.core.drive import evaluations
 from difax.core.executables import settings
 from difax.core.qtensor import size_in_bytes
+from difax.core.shell import DifaxWarning
 from difax.core.target import lowering_for
 from difax.media.images import image_grid, to_uint8
 
@@ -282,12 +285,13 @@ def draw(
     latents: np.ndarray | None = None,
     progress: bool = False,
     program: Callable[..., Program] = kept_program,
+    numbers: np.ndarray | None = None,
 ) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
-    Samples go through in equal chunks of at most 64 (times the devices that share them). Sample i depends on (seed,
-    i), its condition and its latents, to rounding, and on nothing else, but for caches that decide in the run: without
-    `per_sample` one decision serves a whole chunk, and depends on all of it.
+    Samples go through in equal chunks of at most 64 evaluations at once, times the devices that share them. Sample i
+    depends on (seed, i), its condition and its latents, to rounding, and on nothing else, but for caches that decide in
+    the run: without `per_sample` one decision serves a whole chunk, and depends on all of it.
 
     Args:
       setup, params: what to sample with; params as `Setup.prepare` returns them, or a function that does so, which is
@@ -296,12 +300,15 @@ def draw(
       latents: [n, ...] to begin from, at t = 1; None is noise of the seed.
       progress: a bar on stderr, at the price of a callback per step; by chunks where executables are kept.
       program: (setup, params, inputs, on_step=...) -> `Program`, for those that keep their programs.
+      numbers: [n] of the samples in their run, where they are some of it; None is 0 ... n - 1.
 
     Returns:
       `Drawn`; its table has steps, evaluations (rows of the scan), network evaluations of one sample (both halves of
       guidance counted), what a cache decided (`difax.core.decisions`), GFLOPs of one sample, compile and run seconds,
-      peak memory, whether all samples are `finite` and, where they are not, how many are `not_finite`. That, and a
-      cache that did nothing, is warned of on stderr.
+      peak memory, whether all samples are `finite` and, where they are not, how many are `not_finite`. Of a solver that
+      decides in the run the evaluations are those that were made, in the mean over the samples, with how many it might
+      have made, of a window the batches of them, and where not all samples arrived, the share that is `unfinished`.
+      What is not finite or not finished, and a cache that did nothing, is warned of on stderr.
     """
     from tqdm import tqdm
 
@@ -310,7 +317,7 @@ def draw(
     n = len(jax.tree.leaves(cond)[0])
     check_samples(setup, n)
     shards = setup.shards
-    chunks = -(-n // (CHUNK * shards))
+    chunks = -(-n // (shards * max(CHUNK * setup.parts // (setup.width * shards), 1)))
     size = -(-n // (chunks * shards)) * shards
     if setup.accelerator.batchwide and shards > 1 and n % shards:
         raise ValueError(
@@ -319,7 +326,7 @@ def draw(
         )
 
     def inputs(chunk: int) -> tuple[jax.Array, jax.Array, Any]:
-        x, keys, some = setup.inputs(seed, size, cond, chunk * size)
+        x, keys, some = setup.inputs(seed, size, cond, chunk * size, numbers)
         if latents is not None:
             x = jnp.asarray(latents[np.arange(chunk * size, (chunk + 1) * size) % n], jnp.float32)
             x = setup.placed_samples(x)
@@ -350,15 +357,17 @@ def draw(
     silent = inert(setup.rows, trace)
     if silent:
         print(f"difax: warning: {silent}", file=sys.stderr)
+    if trace.unfinished > 0:
+        warnings.warn(unfinished(setup, trace), DifaxWarning, stacklevel=2)
     gflops = run_cost(model_cost(setup.model, params, setup.attention), trace) / 1e9
     cost = {
         "images": n,
         "finite": broken == 0,
         **({"not_finite": broken} if broken else {}),
         "steps": len(setup.times) - 1,
-        "evaluations": len(setup.rows.i),
+        **_made(setup, trace),
         "network_evaluations": int(np.sum(np.asarray(trace.halves))),
-        "computed_fraction": round(float(np.mean([np.mean(c) for c in trace.computed.values()])), 4),
+        "computed_fraction": round(_computed(setup, trace), 4),
         **({} if setup.rows.plan.owner == "none" else summary(trace)),
         "gflops_per_image": round(gflops, 3),
         **_served(setup, params),
@@ -372,6 +381,73 @@ def draw(
         "jax": jax.__version__,
     }
     return Drawn(samples, np.concatenate(begun)[:n], trace, cost)
+
+
+def together(parts: list[tuple[np.ndarray, Drawn]]) -> Drawn:
+    """Runs of several lengths as one: (which of all samples, drawn) of each.
+
+    Returns:
+      `Drawn` in the order of all samples, its trace {steps: trace}; in its table steps and evaluations are words, what
+      is of one image is the mean over all of them, compile seconds are the sum, and memory is the largest.
+    """
+    n = sum(len(numbers) for numbers, _ in parts)
+    shares = np.array([len(numbers) / n for numbers, _ in parts])
+    tables = [drawn.table for _, drawn in parts]
+    mean = lambda key, digits: round(float(shares @ [table[key] for table in tables]), digits)  # noqa: E731
+    words = lambda key: ", ".join(f"{t[key]} ({t['images']} images)" for t in tables)  # noqa: E731
+    order = np.argsort(np.concatenate([numbers for numbers, _ in parts]))
+    joined = lambda arrays: np.concatenate(arrays)[order]  # noqa: E731
+    table = {
+        **tables[0],
+        "images": n,
+        "finite": all(table["finite"] for table in tables),
+        "steps": words("steps"),
+        "evaluations": words("evaluations"),
+        "network_evaluations": mean("network_evaluations", 2),
+        "computed_fraction": mean("computed_fraction", 4),
+        "gflops_per_image": mean("gflops_per_image", 3),
+        "program": ", ".join(dict.fromkeys(table["program"] for table in tables)),
+        "compile_seconds": round(sum(table["compile_seconds"] for table in tables), 2),
+        "seconds_per_image": mean("seconds_per_image", 4),
+        "peak_memory_mib": max(table["peak_memory_mib"] for table in tables),
+    }
+    broken = sum(table.get("not_finite", 0) for table in tables)
+    for key in ("not_finite", "decisions", "hit_rate", "metric"):  # of runs of one length
+        table.pop(key, None)
+    table |= {"not_finite": broken} if broken else {}
+    traces: Any = {table["steps"]: drawn.trace for table, (_, drawn) in zip(tables, parts, strict=True)}
+    return Drawn(joined([d.samples for _, d in parts]), joined([d.latents for _, d in parts]), traces, table)
+
+
+def _computed(setup: Setup, trace: Trace) -> float:
+    """The fraction of the branches that was computed, of all evaluations, or of those that were made."""
+    found = float(np.mean([np.mean(c) for c in trace.computed.values()]))
+    if setup.solver.drive == "scan":
+        return found
+    made = float(np.sum(np.asarray(trace.live) > 0)) * setup.width
+    return found * len(setup.rows.i) / made
+
+
+def _made(setup: Setup, trace: Trace) -> dict[str, Any]:
+    """Of `draw`'s table, the evaluations that were made."""
+    most = len(setup.rows.i)
+    if setup.solver.drive == "scan":
+        return {"evaluations": most}
+    found: dict[str, Any] = {"evaluations": round(evaluations(setup.solver, setup.rows, trace), 2)}
+    if setup.solver.drive == "window":
+        found["batches"] = round(float(np.sum(trace.live)), 2)
+    found["most_evaluations"] = most * setup.width
+    return found | ({"unfinished": round(float(trace.unfinished), 4)} if trace.unfinished > 0 else {})
+
+
+def unfinished(setup: Setup, trace: Trace) -> str:
+    """What is told of samples that had not arrived when the rows were used up."""
+    most, name = len(setup.rows.i), setup.described.get("solver", "of the run")
+    what = "batches of evaluations" if setup.solver.drive == "window" else "evaluations"
+    return (
+        f"solver {name}: {100 * float(trace.unfinished):.3g} % of the samples are not finished after {most} {what}, "
+        "which is all that `steps` allows; allowed: more steps, or a looser tolerance"
+    )
 
 
 def _served(setup: Setup, params: Params) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
 from difax.config import config_names, configuration, keyword_settings, load_config, override, plain, scheduled
 from difax.core import hosts
 from difax.core.annotations import OrInfinite, Seed, brief, check_arguments, check_value
-from difax.core.contracts import Params, Trace
+from difax.core.contracts import Params
 from difax.core.decisions import save_trace
 from difax.core.device import check_memory, memory_available
 from difax.core.executables import signature
@@ -26,7 +26,17 @@ from difax.core.files import writable
 from difax.core.qtensor import size_in_bytes
 from difax.media.images import picture, pictured
 from difax.media.samples import check_latents, check_output, save_samples
-from difax.program import Drawn, Program, ahead_of_time, check_samples, draw, model_shapes, previewer, weight_bytes
+from difax.program import (
+    Drawn,
+    Program,
+    ahead_of_time,
+    check_samples,
+    draw,
+    model_shapes,
+    previewer,
+    together,
+    weight_bytes,
+)
 from difax.registry import choose
 from difax.report import format_table
 from difax.study import calibrate as calibrate_
@@ -42,7 +52,7 @@ class Result:
     """Samples of a run, what was computed for them and what it cost; shows itself in a notebook.
 
     images: float32 [N, H, W, C], or videos [N, F, H, W, C], in [-1, 1] (latents, for models of latents).
-    trace: what was computed (`difax.Trace`), the mean over the batches.
+    trace: what was computed (`difax.Trace`), the mean over the batches; with `steps_by` {steps: of those samples}.
     cost: a table {name: value}: evaluations, GFLOPs, seconds, memory, what a cache decided, whether all images are
     `finite` (`difax.program.draw`).
     latents: [N, ...] that the samples began from. cond: their conditions. seed: of the run.
@@ -52,7 +62,7 @@ class Result:
         self.run, self.cond, self.columns, self.seed = run, cond, columns, seed
         self.images: np.ndarray = drawn.samples
         self.latents: np.ndarray = drawn.latents
-        self.trace: Trace = drawn.trace
+        self.trace: Any = drawn.trace
         self.cost: dict[str, Any] = drawn.table
 
     def __iter__(self) -> Any:
@@ -102,6 +112,8 @@ class Result:
     def save_trace(self, path: str | os.PathLike) -> None:
         """Writes what was computed as .npz (`difax.core.decisions.save_trace`)."""
         path = check_value("path", path, str | os.PathLike)
+        if isinstance(self.trace, dict):
+            raise ValueError("trace: runs of several lengths (steps_by) have no trace in common; allowed: one of steps")
         save_trace(writable(path, (".npz",), "trace"), self.run.setup.rows, self.trace)
 
     def picture(self) -> np.ndarray:
@@ -152,6 +164,7 @@ class Run:
         self._path, self._seed, self._as_configured = path, seed, as_configured
         self._compiled: dict[str, Any] = {} if kept is None else kept._compiled
         self._programs: dict[Any, Program] = {}
+        self._parts: dict[int, Run] = {}  # by the number of steps, where labels have their own
         self._prepared: Params | None = None
         if kept is not None and kept.weights is weights and self._preparation() == kept._preparation():
             self._prepared = kept._prepared
@@ -247,10 +260,26 @@ class Run:
         all_of = self._repeated(row, repeat)
         if latents is not None:
             latents = check_latents(latents, columns * repeat, self.setup.model.input_shape)
+        if self.setup.by_label is not None:
+            return Result(self, all_of, columns, seed, self._by_label(all_of, seed, latents, progress))
         options: dict[str, Any] = {"latents": latents, "progress": progress, "program": self._program}
         weights = (lambda: self.prepared) if self._prepared is None else self._prepared
         drawn = draw(self.setup, weights, all_of, seed, **options)
         return Result(self, all_of, columns, seed, drawn)
+
+    def _by_label(self, labels: Any, seed: int, latents: Any, progress: bool) -> Drawn:
+        """Samples whose labels have steps of their own: those of one number of steps are drawn by one program."""
+        assert self.setup.by_label is not None
+        steps, parts = np.asarray(self.setup.by_label)[np.asarray(labels)], []
+        for count in np.unique(steps).tolist():
+            numbers = np.flatnonzero(steps == count)
+            if count not in self._parts:
+                self._parts[count] = self.replace(steps=count, steps_by=None)
+            part = self._parts[count]
+            some = None if latents is None else latents[numbers]
+            options: dict[str, Any] = {"latents": some, "progress": progress, "program": part._program}
+            parts.append((numbers, draw(part.setup, part.prepared, labels[numbers], seed, numbers=numbers, **options)))
+        return together(parts)
 
     def _repeated(self, row: Any, repeat: int) -> Any:
         """Conditions [n] gone through so often, [repeat n]; refused before they are laid out if they do not fit."""

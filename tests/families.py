@@ -17,6 +17,8 @@ FAMILIES = {
     "schedulers": ("schedulers",),
     "solvers: exponential": ("solvers_exponential",),
     "solvers: adams": ("solvers_adams",),
+    "solvers: learned": ("learned_solvers",),
+    "solvers: parallel in time": ("parallel_time",),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),

@@ -24,7 +24,7 @@ from difax.training.train import TrainOptions, TrainState, make_step, optimizer
 from difax.weights.conditions import random_conditions
 from tests.families import some
 from tests.test_caches import CASES, problem
-from tests.test_solvers import ELSEWHERE
+from tests.test_solvers import DRIVEN, ELSEWHERE
 from tests.toys import randomise, tiny_dit
 
 MODELS = ("flux", "pixart", "skip_dit", "wan")
@@ -84,6 +84,7 @@ def test_caches(name):
 
 
 ADAMS = ("unipc", "dc_solver", "sa_solver", "deis", "ipndm", "pndm", "lms", "dpm_solver_v3")
+LEARNED = ("bns", "ddss", "ltsl", "iia", "usf")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,7 @@ ADAMS = ("unipc", "dc_solver", "sa_solver", "deis", "ipndm", "pndm", "lms", "dpm
             for name in ELSEWHERE["solvers_exponential"]
             if name not in ("seeds_3", "dpm_solver_23")
         ),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in LEARNED),
     ],
 )
 def test_solvers(solver, settings):
@@ -124,10 +126,12 @@ def test_solvers(solver, settings):
 
         return made.step(predict(jnp.tanh(x), "eps", False, x, rows.level), x, made.init(x), rows, keys)
 
-    assert set(SOLVERS) - {"mcg"} - set(ELSEWHERE["solvers_exponential"]) == {  # mcg differentiates a network
+    driven = {"mcg"} | DRIVEN  # mcg differentiates a network, and the others' steps are of a drive
+    assert set(SOLVERS) - driven - set(ELSEWHERE["solvers_exponential"]) == {
         *("euler", "ddim", "ddpm", "heun", "dpmpp_2m"),
         *("euler_ancestral", "kdpm2", "edm", "restart", "pc", "flow_ab", "sampler_scheduler"),
         *ADAMS,
+        *LEARNED,
     }
     assert_same(*in_both(run))
 

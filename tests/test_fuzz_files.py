@@ -28,7 +28,8 @@ from safetensors.numpy import save_file
 
 from difax.accel.caches import CACHES
 from difax.accel.caches.measured import save_by_stage
-from difax.build import build_setup
+from difax.accel.solvers import SOLVERS
+from difax.build import build_setup, steps_by_label
 from difax.config import load_config, override
 from difax.core.arrays import save_arrays
 from difax.core.files import read_json, read_rows, read_text
@@ -137,6 +138,16 @@ def calibration(technique: str, **content: Any) -> Callable[[pathlib.Path], path
     return written(f"{technique}.json", json.dumps({**about, **content}))
 
 
+def tabled(solver: str) -> Callable[[pathlib.Path], Any]:
+    """The table that a solver has from a file."""
+
+    def read(path: pathlib.Path) -> Any:
+        rows = SOLVERS[solver](file=str(path)).grid(SETUP.process, SETUP.times)
+        return rows.t, rows.coefficients.weights
+
+    return read
+
+
 def staged(name: str, **found: np.ndarray) -> Callable[[pathlib.Path], pathlib.Path]:
     def make(where: pathlib.Path) -> pathlib.Path:
         save_by_stage(where / name, {STAGE.name: found})
@@ -220,6 +231,16 @@ def swept(path: pathlib.Path) -> Any:
 
 
 E, L, B = len(SETUP.rows.i), STAGE.depth, STAGE.branches
+LEARNED = {
+    "bns": {"a": [1.0] * E, "b": np.eye(E).tolist()},
+    "ddss": {"mu": np.eye(E).tolist(), "nu": np.eye(E).tolist(), "noise": [0.0] * E},
+    "ltsl": {"data": [1.0] * E, "noise": [1.0] * E},
+    "iia": {"base": "ddim", "gamma": np.full((E, 2), 0.1).tolist()},
+    "usf": {
+        "order": [1, 2, 2, 1][:E], "prediction": ["data"] * E, "estimate": [0] * E, "relaxation": ["none"] * E,
+        "corrector": [False] * E,
+    },
+}  # fmt: skip
 CURVE = [[0.1, None][: 1 + (i > 0)] + [0.2] * (i == 0) for i in range(E)]
 lines = "".join(json.dumps(row) + "\n" for row in ROWS)
 
@@ -242,6 +263,16 @@ KINDS = {
     "png": Kind(pictures(".png"), lambda p: folder(p)[:2], parts="0.png"),
     "jpg": Kind(pictures(".jpg"), lambda p: folder(p)[:2], parts="0.jpg"),
     "webp": Kind(pictures(".webp", lossless=True), lambda p: folder(p)[:2], parts="0.webp"),
+    **{
+        name: Kind(
+            calibration(name, times=SETUP.times[:-1].tolist(), **content), tabled(name), text=True, sound=no_nan
+        )
+        for name, content in LEARNED.items()
+    },
+    "steps_by": Kind(
+        calibration("adadiff", steps_of=[4] * SETUP.model.classes), lambda p: steps_by_label(str(p), SETUP.model),
+        text=True, sound=lambda found, _: len(found) == SETUP.model.classes and min(found) >= 1,
+    ),
     "smoothcache": Kind(
         calibration("smoothcache", kmax=2, errors={STAGE.name: {b: np.full((E, 2), 0.1).tolist() for b in B}}),
         planned("smoothcache"), text=True, sound=no_nan,

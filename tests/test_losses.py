@@ -114,6 +114,29 @@ def test_variational_bound(seed, batch):
     np.testing.assert_allclose(got, mse + bits * 6 / 1000, rtol=1e-5)
 
 
+@pytest.mark.parametrize("skip", [1, 3, 6])
+def test_loss_of_skipped_steps(skip, batch):
+    """Where a DDIM step over several steps lands with what is predicted, against where it lands with what is true."""
+    process, key = P.vp_linear(0.1, 0.5, 6), jax.random.key(0)
+    alpha = np.sqrt(np.append(1.0, np.cumprod(1 - np.linspace(0.1, 0.5, 6))))  # of clean data and the six steps
+    k, eps, label = draws(key, 6, None, 0.0, batch)
+    (a, s), (end_a, end_s) = (
+        (alpha[j][:, None, None, None], np.sqrt(1 - alpha[j] ** 2)[:, None, None, None])
+        for j in (k + 1, np.maximum(k + 1 - skip, 0))
+    )
+    x0 = batch["image"] / 127.5 - 1
+    x = a * x0 + s * eps
+    main, _ = outputs(PARAMS, x, k.astype(float), label, np)
+    landed = end_a * (x - s * main) / a + end_s * main
+    jump = ((landed - end_a * x0 - end_s * eps) ** 2).mean()
+    got, metrics = L.ddpm_loss(toy(False), process, label_dropout=0.0, skip_weight=0.3, skip=skip)(PARAMS, batch, key)
+    np.testing.assert_allclose(metrics["skip"], jump, rtol=1e-4)
+    np.testing.assert_allclose(got, 0.7 * ((main - eps) ** 2).mean() + 0.3 * jump, rtol=1e-4)
+    both, _ = L.ddpm_loss(toy(True), process, label_dropout=0.0, skip_weight=0.3, skip=skip)(PARAMS, batch, key)
+    plain, parts = L.ddpm_loss(toy(True), process, label_dropout=0.0)(PARAMS, batch, key)
+    np.testing.assert_allclose(both - got, plain - parts["mse"], rtol=1e-4)
+
+
 def test_bound_is_zero_for_the_true_posterior():
     """A network that knows eps and asks for the posterior's own variance (v = -1) pays nothing but the decoder."""
     tables = {name: jnp.asarray(table[500]) for name, table in L._posterior_tables(P.vp_linear()).items()}
@@ -209,6 +232,8 @@ def test_augmentation_mirrors_and_moves():
         (lambda: L.ddpm_loss(toy(False), P.flow()), "discrete steps; flow is continuous"),
         (lambda: L.ddpm_loss(toy(True), P.vp_linear(steps=1)), "steps=1; allowed: 2 or more"),
         (lambda: L.ddpm_loss(toy(False), P.vp_linear(), label_dropout=-0.1), "label_dropout=-0.1"),
+        (lambda: L.ddpm_loss(toy(False), P.vp_linear(), skip_weight=1.5), r"skip_weight=1.5; allowed: 0 \.\.\. 1"),
+        (lambda: L.ddpm_loss(toy(False), P.vp_linear(), skip_weight=0.5, skip=0), r"skip=0; allowed: 1 \.\.\. 1000"),
         (lambda: L.cross_entropy(CLASSIFIER, label_smoothing=1.0), "label_smoothing=1.0"),
         (lambda: L.cross_entropy(CLASSIFIER, flip=2.0), "flip=2.0"),
         (lambda: L.cross_entropy(CLASSIFIER, shift=2), r"shift=2; allowed: 0 \.\.\. 1"),

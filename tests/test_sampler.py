@@ -116,6 +116,15 @@ SOLVES = [
     ("seeds_2", {"prediction": "eps"}, "vp_linear"),
     ("seeds_3", {}, "flow"),
     ("pfdiff", {"k": 2}, "vp_linear"),
+    ("bns", {"start": "midpoint"}, "flow"),
+    ("ddss", {"eta": 0.5}, "vp_linear"),
+    ("ltsl", {}, "flow"),
+    ("iia", {"base": "edm"}, "vp_linear"),
+    ("usf", {"order": 3, "corrector": True}, "vp_linear"),
+    ("gotta_go_fast", {"relative": 1.0}, "vp_linear"),
+    ("paradigms", {"tolerance": 0.0, "window": 3}, "vp_linear"),
+    ("parataa", {"tolerance": 0.0}, "vp_linear"),
+    ("deq", {"tolerance": 0.0}, "flow"),
 ]
 IN_EVERY_RUN = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "edm", "sa_solver", "dpm_solver_12")
 solves = pytest.mark.parametrize(

@@ -4,7 +4,7 @@ and solvers that are fitted to a model."""
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.accel.fit import evolution, fastcache, icc, schedules, tables
+from difax.accel.fit import by_label, evolution, fastcache, icc, iia, learned, schedules, tables, usf
 from difax.accel.fit.record import record, record_inputs
 from difax.core.contracts import Accelerator
 
@@ -73,4 +73,13 @@ GRID_FITS: dict[str, Made] = {
     "autodiffusion": Made(evolution.autodiffusion),
 }
 
-SOLVER_FITS: dict[str, Made] = {}
+SOLVER_FITS: dict[str, Made] = {
+    "bns": Made(learned.fit_bns),
+    "ddss": Made(learned.fit_ddss),
+    "ltsl": Made(learned.fit_ltsl),
+    "iia": Made(iia.fit_iia),
+    "dc_solver": Made(learned.fit_dc),
+    "usf": Made(usf.fit_usf),
+    "stepsaver": Made(by_label.fit_stepsaver),
+    "adadiff": Made(by_label.fit_adadiff),
+}

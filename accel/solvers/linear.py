@@ -69,9 +69,12 @@ class Steps:
 
     def rows(self, process: Process) -> Row:
         """The rows of the run."""
-        w = np.stack(self.weights)
-        used = tuple(_used(w[:, o]) for o in range(len(self.outputs)))
-        return lay_rows(process, np.asarray(self.t), np.asarray(self.step), LinearTable(w, used))
+        return lay_rows(process, np.asarray(self.t), np.asarray(self.step), tabulated(np.stack(self.weights)))
+
+
+def tabulated(w: np.ndarray) -> LinearTable:
+    """The table of weights [E, outputs, inputs]."""
+    return LinearTable(w, tuple(_used(w[:, o]) for o in range(w.shape[1])))
 
 
 def _used(w: np.ndarray) -> tuple[int, ...]:

@@ -106,7 +106,8 @@ class Solver(NamedTuple):
         coefficients. ask(x, state, row) -> (t [B], live [B]): at which process time each sample is evaluated next, and
         whether it goes on. Times, levels and model times of the row that `step` gets are those, [B] or [B, 1, ...];
         what it returns for samples that do not go on is dropped. Leaves of the state lead with [B].
-      "window": `window` rows of each sample at once. init(x, rows) -> state, whose leaves lead with [B];
+      "window": `window` rows of each sample at once (None: all of them), at most as many as there are: W
+        (`difax.core.drive.width`). init(x, rows) -> state, whose leaves lead with [B];
         ask(state, rows) -> (x [B, W, ...], index [B, W], live [B]): at which points which rows are evaluated next;
         step(prediction, x, state, row, keys) -> (samples [B, ...], state) gets all of it as [B, W, ...], and the keys
         [B, W] that the scan would give these rows.
@@ -119,7 +120,7 @@ class Solver(NamedTuple):
     start: Callable[..., jax.Array] | None = None
     drive: str = "scan"
     ask: Callable[..., Any] | None = None
-    window: int = 1
+    window: int | None = 1
     derivatives: bool = False
 
 
@@ -433,8 +434,8 @@ class Trace(NamedTuple):
     ahead: float32, copies of the batch for which what depends on the condition alone was computed before the first
     evaluation, and in none; 0 where every evaluation computes it.
     live: float32 [E], the share of the samples for which the evaluation was made; less than 1 only where the solver
-    decides in the run (`difax.core.drive`). Evaluations that were not made are zero in everything; one of a window
-    counts as often as it is wide.
+    decides in the run (`difax.core.drive`). Evaluations that were not made are zero in everything. An evaluation of a
+    window counts as often as it is wide in all but `live`, which is 1 for it (`difax.core.drive.evaluations`).
     unfinished: float32, the share of the samples that had not arrived after all E.
     """
 

@@ -25,8 +25,9 @@ LEVELS = ("trunk", "block", "branch")  # on which gates are
 
 
 def strip(trace: Trace, half: int = 0) -> str:
-    """One character per evaluation: F everything computed, . nothing, 1 to 9 tenths in between, a blank where the half
-    did not run; f everything computed, but not for every sample: some took what was remembered."""
+    """One character per evaluation that was made: F everything computed, . nothing, 1 to 9 tenths in between, a blank
+    where the half did not run; f everything computed, but not for every sample: some took what was remembered. Of a
+    mean over runs whose solver decides how many there are, what only some of the runs made is in between too."""
     parts = [np.asarray(c, np.float64)[..., half].sum((1, 2)) for c in trace.computed.values()]
     computed = np.sum(parts, axis=0)
     total = sum(c.shape[1] * c.shape[2] for c in trace.computed.values())
@@ -34,7 +35,9 @@ def strip(trace: Trace, half: int = 0) -> str:
     # a half may run its ends alone, or the whole network be left out: then nothing was computed, which is a decision
     ran = ran | (np.asarray(trace.halves) == 0)
     partly = _reused(trace, half)
-    return "".join(_character(float(f), p) if r else " " for f, r, p in zip(computed / total, ran, partly, strict=True))
+    each = [_character(float(f), p) if r else " " for f, r, p in zip(computed / total, ran, partly, strict=True)]
+    made = np.broadcast_to(np.asarray(trace.live) > 0, len(each))
+    return "".join(c for c, m in zip(each, made, strict=True) if m)
 
 
 def _character(fraction: float, reused: bool) -> str:
@@ -137,9 +140,10 @@ def inert(rows: Row, trace: Trace) -> str | None:
 
 
 def save_trace(path: str | pathlib.Path, rows: Row, trace: Trace) -> None:
-    """Writes a trace as .npz: computed/STAGE [E, L, branches, halves], entered/STAGE, halves, t, ahead, and the
-    metrics."""
+    """Writes a trace as .npz: computed/STAGE [E, L, branches, halves], entered/STAGE, halves, t, ahead, live,
+    unfinished, and the metrics."""
     arrays = {"t": rows.t, "halves": trace.halves, "ahead": trace.ahead}
+    arrays |= {"live": np.broadcast_to(trace.live, len(rows.i)), "unfinished": trace.unfinished}
     arrays |= {f"computed/{s}": a for s, a in trace.computed.items()}
     arrays |= {f"entered/{s}": a for s, a in trace.entered.items()}
     for where, leaf in jax.tree_util.tree_flatten_with_path(known(trace).metric)[0]:

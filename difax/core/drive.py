@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from difax.core import noise
 from difax.core.contracts import Accelerator, Row, Solver, Trace
@@ -32,6 +33,17 @@ class Run(NamedTuple):
     rows: Row
     keys: jax.Array
     remat: bool = False
+
+
+def width(solver: Solver, rows: Row) -> int:
+    """W: the rows of each sample that are evaluated at once; 1 but for a window."""
+    return len(rows.i) if solver.window is None else min(solver.window, len(rows.i))
+
+
+def evaluations(solver: Solver, rows: Row, trace: Trace) -> float:
+    """Evaluations of the network that a sample took, in the mean over the samples: rows, not steps; halves of guidance
+    count as one. Those that were made beside it for slower samples of its batch are not its own."""
+    return len(rows.i) if solver.drive == "scan" else width(solver, rows) * float(np.sum(trace.live))
 
 
 def check_drive(solver: Solver, rows: Row, accelerator: Accelerator) -> None:
@@ -60,7 +72,7 @@ def check_drive(solver: Solver, rows: Row, accelerator: Accelerator) -> None:
         )
     if solver.drive == "window" and acts:
         raise ValueError(
-            f"cache {name} goes from one evaluation to the next, and this solver makes {solver.window} at once; "
+            f"cache {name} goes from one evaluation to the next, and this solver makes {width(solver, rows)} at once; "
             "allowed: cache none"
         )
     if len(jax.tree.leaves(rows.guide)) or rows.guided.any() != rows.guided.all():
@@ -87,14 +99,19 @@ def scan(run: Run, x: jax.Array, guide_state: Any, memory: Any) -> tuple[jax.Arr
 
 
 def whilst(run: Run, x: jax.Array, guide_state: Any, memory: Any) -> tuple[jax.Array, Trace]:
-    """Evaluations until no sample asks for one, `lax.while_loop`; a sample that is done stays as it is."""
+    """Evaluations until no sample asks for one, `lax.while_loop`; a sample that is done stays as it is, and is
+    evaluated beside the others until the last is done."""
     solver, most, ask = run.solver, len(run.rows.i), run.solver.ask
     assert ask is not None
 
     def row_at(count, t):
         row = jax.tree.map(lambda a: a[jnp.minimum(count, most - 1)], run.rows)
-        level = jax.tree.map(lambda a: per_sample(a, x.ndim), run.process.level(t, jnp))
-        return row._replace(t=t, model_time=run.process.model_time(t), level=level)
+        # tables of a process are wider than x where jax has 64 bits
+        level, model_time = jax.tree.map(
+            lambda a: a.astype(x.dtype), (run.process.level(t, jnp), run.process.model_time(t))
+        )
+        level = jax.tree.map(lambda a: per_sample(a, x.ndim), level)
+        return row._replace(t=t, model_time=model_time, level=level)
 
     def evaluated(x, state, guide_state, memory, row, live):
         prediction, guide_state, memory, trace = run.evaluate(x, row, guide_state, memory)
@@ -122,7 +139,7 @@ def whilst(run: Run, x: jax.Array, guide_state: Any, memory: Any) -> tuple[jax.A
 
 def window(run: Run, x: jax.Array, guide_state: Any, memory: Any) -> tuple[jax.Array, Trace]:
     """Several rows of each sample in one batch, until every sample has its last: at most as often as there are rows."""
-    solver, rows, most, wide = run.solver, run.rows, len(run.rows.i), run.solver.window
+    solver, rows, most, wide = run.solver, run.rows, len(run.rows.i), width(run.solver, run.rows)
     ask = solver.ask
     assert ask is not None
     batch, shape = len(x), x.shape[1:]

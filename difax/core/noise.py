@@ -10,7 +10,12 @@ import jax.numpy as jnp
 
 def sample_keys(seed: int | jax.Array, n: int, start: int = 0) -> jax.Array:
     """Keys [n] of samples start ... start + n - 1 of a run: fold_in(key(seed), index)."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(start, start + n, dtype=jnp.int32))
+    return keys_of(seed, jnp.arange(start, start + n, dtype=jnp.int32))
+
+
+def keys_of(seed: int | jax.Array, index: Any) -> jax.Array:
+    """Keys [n] of the samples of a run with these indices [n], int32."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(index, jnp.int32))
 
 
 def fold(keys: jax.Array, index: jax.Array | int) -> jax.Array:

@@ -98,9 +98,9 @@ class Placement:
     def sharding(self, *spec: Any) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
-    def batch(self) -> NamedSharding:
-        """Of an array whose leading axis is the samples."""
-        return self.sharding(SAMPLES)
+    def batch(self, n: int | None = None) -> NamedSharding:
+        """Of an array whose leading axis is the samples, as far as the axes divide n (None: all of them do)."""
+        return self.sharding(SAMPLES if n is None else self.even(n, SAMPLES))
 
     def params(self, params: Any) -> Any:
         """A `NamedSharding` for every leaf of a tree of parameters, stacked, quantised or neither, or of a state that

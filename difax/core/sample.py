@@ -38,7 +38,7 @@ from difax.core.contracts import (
     no_plan,
 )
 from difax.core.cost import count
-from difax.core.drive import DRIVES, Run, check_drive, per_sample
+from difax.core.drive import DRIVES, Run, check_drive, per_sample, width
 from difax.core.guidance import unguided
 from difax.core.ops import narrowed
 from difax.core.placement import Placement
@@ -151,14 +151,15 @@ def make_sampler(
         if rows.plan.owner != planner:
             raise ValueError(f"the rows were laid out for {rows.plan.owner}, the sampler runs {planner}: see make_rows")
         rows, cond, scale = narrowed((rows, cond, scale), x.dtype)
-        if solver.window > 1:
-            cond = jax.tree.map(lambda a: jnp.repeat(a, solver.window, 0), cond)
+        wide = width(solver, rows)
+        if wide > 1:
+            cond = jax.tree.map(lambda a: jnp.repeat(a, wide, 0), cond)
         null = model.null(cond)
         known = None
         if ahead:
             cond, null, known = _known(model, params, x, cond, null, rows.model_time, guide.halves)
-        wide = jax.ShapeDtypeStruct((solver.window * len(x), *x.shape[1:]), x.dtype)
-        axes, memory = _memory(model, params, accelerator, attention, wide, cond, guide, rows.plan.modes, ahead)
+        batch = jax.ShapeDtypeStruct((wide * len(x), *x.shape[1:]), x.dtype)
+        axes, memory = _memory(model, params, accelerator, attention, batch, cond, guide, rows.plan.modes, ahead)
         x = placement_.rows(x)
 
         def denoise(x_in, cond_in, row, memory, half):
@@ -231,7 +232,7 @@ def make_sampler(
             first = jax.tree.map(lambda a: a[0], rows)
             x = solver.start(x, first, noise.fold(keys, len(rows.i) + 1))  # an index that no evaluation has
         run = Run(solver, process, evaluation, rows, keys, remat)
-        x, trace = DRIVES[solver.drive](run, x, guide.init(jnp.repeat(x, solver.window, 0)), memory)
+        x, trace = DRIVES[solver.drive](run, x, guide.init(jnp.repeat(x, wide, 0)), memory)
         if known is not None:  # all of it was computed, whatever was made of it
             entered = {n: a if known[n].mods is None else jnp.ones_like(a) for n, a in trace.entered.items()}
             trace = trace._replace(entered=entered)

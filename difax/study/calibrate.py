@@ -19,7 +19,7 @@ from difax.accel.caches.measured import save_by_stage, says_of
 from difax.accel.caches.scheduled import scheduled
 from difax.accel.fit import CALIBRATIONS, FITS, GRID_FITS, SOLVER_FITS, Made
 from difax.accel.fit.search import by_dynamic_programming, refine, soft_hold, uniform
-from difax.build import Setup
+from difax.build import Setup, check_laid_out
 from difax.core.annotations import annotations_of, check_arguments, check_keys, check_value
 from difax.core.arrays import save_arrays
 from difax.core.contracts import Accelerator, Params, Trace
@@ -62,6 +62,16 @@ class Sampler(NamedTuple):
         """Of the guidance."""
         return jnp.asarray(self.run.scale, jnp.float32)
 
+    def features(self) -> Callable[[jax.Array], jax.Array]:
+        """samples [B, ...] -> features [B, F], by the classifier that ships.
+
+        Raises:
+          ValueError: a model that draws what it does not know.
+        """
+        from difax.study.judge import shipped_features
+
+        return shipped_features(self.run.model)
+
 
 def calibrate_to(
     technique: str,
@@ -90,6 +100,7 @@ def calibrate_to(
       ValueError: an unknown technique or setting, or a file of another ending.
     """
     check_settings(technique, {"samples": samples, "batch": batch, **settings}, kind)
+    check_laid_out(sampler.run, "difax calibrate")
     suffix = ending(technique, kind)
     if out is not None and pathlib.Path(out).suffix != suffix:
         raise ValueError(f"{out}: allowed: a name that ends in {suffix}")

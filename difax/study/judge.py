@@ -7,7 +7,7 @@ control). Features are standardised by those of 10,000 training images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +93,23 @@ def suits(model: Model, data: Mapping[str, Any]) -> bool:
     knows = make("model", load_config(CLASSIFIER)["model"])
     fits = (knows.input_shape, knows.classes) == (model.input_shape, model.classes)
     return fits and data.get("name", "fashion_mnist") == "fashion_mnist"
+
+
+def shipped_features(model: Model) -> Callable[[jax.Array], jax.Array]:
+    """samples [B, ...] in [-1, 1] -> features [B, F], by the classifier that ships; differentiable.
+
+    Raises:
+      ValueError: a model that draws what it does not know.
+    """
+    if not suits(model, {}):
+        raise ValueError(
+            f"{model.name} draws {' x '.join(map(str, model.input_shape))}, and quality is judged by {CLASSIFIER}; "
+            "allowed: a model of Fashion-MNIST (28 x 28 x 1, 10 classes)"
+        )
+    config = load_config(CLASSIFIER)
+    classifier = make("model", config["model"])
+    _, params, _ = load_weights(config, classifier)
+    return lambda images: classifier.features(params, images)
 
 
 def judge_of(classifier: Classifier, params: Params, train: Images, test: Images) -> Judge:

@@ -21,6 +21,7 @@ import pathlib
 import shlex
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -35,11 +36,13 @@ from difax.core.contracts import Params, Trace
 from difax.core.cost import model_bytes, model_cost, run_bytes, run_cost
 from difax.core.decisions import averaged, strip
 from difax.core.device import device_name, peak_memory, processor, versions
+from difax.core.drive import evaluations
 from difax.core.files import place_of
 from difax.core.lock import locked
+from difax.core.shell import DifaxWarning
 from difax.core.writing import NoRoom, append_line, drop_cut_line, replacing
 from difax.media.images import to_uint8
-from difax.program import Program
+from difax.program import Program, unfinished
 from difax.registry import shown
 from difax.study.calibrate import ending
 from difax.study.folder import read_image_file, read_measured, read_sweep
@@ -340,8 +343,10 @@ class Sweep:
         ratio = 1.0 if name == BASELINE else statistics.median(b / a for a, b in turns)
         self._save_images(name, together)
         lost = _lost(together)
+        if trace.unfinished > 0:
+            warnings.warn(unfinished(program.setup, trace), DifaxWarning, stacklevel=2)
         return {
-            "evaluations": len(program.setup.rows.i),
+            "evaluations": round(evaluations(program.setup.solver, program.setup.rows, trace), 2),
             "cost": {
                 "gflops_per_image": cost / 1e9,
                 "ratio": uncached / cost,
@@ -361,7 +366,7 @@ class Sweep:
             "quality": {} if lost else self._quality(together, wanted),
             **({"not_finite": lost} if lost else {}),
             **({"range": list(self.range), "shown": self._shown()} if self.latents else {}),
-            "decisions": decisions(trace),
+            "decisions": decisions(trace, program.setup.width),
         }
 
     def _batches(self) -> int:
@@ -601,10 +606,12 @@ def refuse_other(out: str | os.PathLike, here: Mapping[str, Any]) -> None:
         )
 
 
-def decisions(trace: Trace) -> dict[str, Any]:
-    """What was computed, as a strip for each half and as a share for each evaluation and block, in hundredths."""
+def decisions(trace: Trace, width: int = 1) -> dict[str, Any]:
+    """What was computed, as a strip for each half and as a share for each evaluation that was made (`width` of a sample
+    at once) and block, in hundredths."""
     halves = next(iter(trace.computed.values())).shape[-1]
-    blocks = np.concatenate([np.asarray(c, np.float64).mean((2, 3)) for c in trace.computed.values()], axis=1)
+    blocks = np.concatenate([np.asarray(c, np.float64).mean((2, 3)) for c in trace.computed.values()], axis=1) / width
+    blocks = blocks[np.broadcast_to(np.asarray(trace.live) > 0, len(blocks))]
     return {
         "strips": [strip(trace, half) for half in range(halves)],
         "blocks": np.round(100 * np.minimum(blocks, 1)).astype(int).tolist(),  # what scores tokens does more

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from difax.build import Setup, axes_of, build_setup
+from difax.build import Setup, axes_of, build_setup, check_laid_out
 from difax.core.chips import Absent, devices, parse_target
 from difax.core.placement import Axes, described
 from difax.program import model_shapes
@@ -55,6 +55,7 @@ def answer(asked: Asked, tell: Callable[[str], None] = lambda _: None) -> dict[s
     axes = None if asked.auto else checked_axes(asked.config.get("mesh", {"data": target.size}), target)
     batch = asked.batch or (axes or {}).get("data", 1) * (axes or {}).get("fsdp", 1)
     setup = build_setup(config)
+    check_laid_out(setup, "difax plan")
     asked = asked._replace(batch=batch, config=config)
     params = jax.eval_shape(setup.prepare, model_shapes(setup.model))
     of = roofline.work(setup, params, batch)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.build import Setup
+from difax.build import Setup, check_laid_out
 from difax.core.contracts import Params, Trace, Where
 from difax.core.cost import model_cost, run_cost
 from difax.core.device import device_name
@@ -122,6 +122,7 @@ def profile(run: Setup, params: Params, cond: Any, seed: int = 0, repeats: int =
 
 def check_setup(run: Setup) -> None:
     """Refuses a setup whose parts cannot be told apart, before its weights are read."""
+    check_laid_out(run, "difax profile")
     if not run.stacked:
         raise ValueError("difax profile: the layout is unstacked; allowed: stacked, whose parts can be told apart")
     if run.ahead:

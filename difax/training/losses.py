@@ -87,6 +87,8 @@ def ddpm_loss(
     *,
     label_dropout: float = 0.1,
     unroll: int | bool = True,
+    skip_weight: float = 0.0,
+    skip: int = 100,
 ) -> Loss:
     """Mean squared error at uniform discrete steps, plus the variational bound where the variance is learned.
 
@@ -94,15 +96,25 @@ def ddpm_loss(
     gradient stopped, so that it trains the variance alone: KL(q(x_{k-1} | x_k, x0) || p), and at k = 0 the
     discretised likelihood of the 8-bit image.
 
+    With a skip weight w the first part becomes (1 - w) E |f - target|^2 + w L_skip: the squared distance between where
+    a DDIM step over `skip` steps at once lands, and where it should,
+
+      L_skip = E |(alpha_j x0' + sigma_j eps') - (alpha_j x0 + sigma_j eps)|^2,    j = k - skip, or clean data
+             = E (alpha_j - sigma_j alpha_k/sigma_k)^2 |x0' - x0|^2.
+
     Args:
       model, process, prediction: the network, its discrete process and what it predicts (eps in the paper).
       label_dropout: probability in [0, 1] that a label becomes the null label (0.1).
       unroll: of the scan over blocks.
+      skip_weight: w in [0, 1] (0, which is the loss without it). skip: steps of the process that one step of sampling
+        goes, 1 ... T (100).
 
     Returns:
       loss(params, batch {"image", "label"}, key) -> (loss, metrics).
 
-    References: Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.09672 (L_hybrid, RESCALED_MSE).
+    References: Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.09672 (L_hybrid, RESCALED_MSE);
+      Wang & Li, S2-DMs: Skip-Step Diffusion Models, 2024, arXiv:2401.01520, from which the balance of the two losses is
+      known, tau = 1 - w. Their L_skip could not be read: what stands here is our reading of a loss of the skipped step.
     """
     if process.steps is None:
         raise ValueError(f"ddpm loss needs a process of discrete steps; {process.name} is continuous")
@@ -110,7 +122,13 @@ def ddpm_loss(
         raise ValueError(f"ddpm loss: {process.name} has steps={process.steps}; allowed: 2 or more")
     _check(label_dropout, unroll)
     steps = process.steps
+    if not 0 <= skip_weight <= 1:
+        raise ValueError(f"ddpm loss: skip_weight={skip_weight}; allowed: 0 ... 1")
+    if not 1 <= skip <= steps and skip_weight:
+        raise ValueError(f"ddpm loss: skip={skip}; allowed: 1 ... {steps}, the steps of {process.name}")
     tables = _posterior_tables(process)
+    if skip_weight:
+        tables["landing"] = _landing(process, skip)
 
     def loss(params: Any, batch: Any, key: jax.Array):
         step_key, noise_key, drop_key = jax.random.split(key, 3)
@@ -124,11 +142,15 @@ def ddpm_loss(
         output = forward(model, trainable(params), x, k.astype(jnp.float32), cond, unroll=unroll).astype(jnp.float32)
         main, variance = split_variance(output, model.learn_sigma)
         mse = jnp.mean((main - target(prediction, x0, eps, level)) ** 2)
+        metrics, total = {"mse": mse}, mse
+        if skip_weight:
+            jumped = jnp.mean((at["landing"] * (convert(main, prediction, x, level)[0] - x0)) ** 2)
+            total, metrics = (1 - skip_weight) * mse + skip_weight * jumped, {"mse": mse, "skip": jumped}
         if variance is None:
-            return mse, {"mse": mse}
+            return total, metrics
         predicted, _ = convert(jax.lax.stop_gradient(main), prediction, x, level)
         vlb = jnp.mean(_vlb(x0, x, predicted, variance, k, at))
-        return mse + vlb * steps / 1000.0, {"mse": mse, "vlb": vlb}
+        return total + vlb * steps / 1000.0, {**metrics, "vlb": vlb}
 
     return loss
 
@@ -201,6 +223,14 @@ def _posterior_tables(process: Process) -> dict[str, np.ndarray]:
         "log_beta_tilde": np.log(tilde),
     }
     return {name: np.asarray(table, np.float32) for name, table in tables.items()}
+
+
+def _landing(process: Process, skip: int) -> np.ndarray:
+    """By how much an error of x0 at each step moves where a DDIM step over so many steps lands, [T]."""
+    assert process.steps is not None
+    k = np.arange(1, process.steps + 1)
+    level, end = process.level(k / process.steps), process.level(np.maximum(k - skip, 0) / process.steps)
+    return np.asarray(end.alpha - end.sigma * level.alpha / level.sigma, np.float32)
 
 
 def _vlb(x0, x, predicted, variance, k, at) -> jax.Array:

@@ -12,9 +12,10 @@ from difax.core.grids.fastdpm import fastdpm
 from difax.core.grids.given import given, measured
 from difax.core.grids.levels import beta, exponential, karras, log_snr_uniform
 from difax.core.grids.plain import leading, linspace, logit, quadratic, shift_time, shifted, trailing, uniform
-from difax.core.grids.times import Grid, Times, check_times, lay_rows, lay_times, make_times
+from difax.core.grids.times import MOST_STEPS, Grid, Times, check_times, lay_rows, lay_times, make_times
 
 __all__ = [
+    "MOST_STEPS",
     "GRIDS", "Grid", "Times", "check_times", "karras", "lay_rows", "lay_times", "leading", "log_snr_uniform",
     "make_times", "quadratic", "shift_time", "shifted", "trailing", "uniform",
 ]  # fmt: skip
