@@ -21,16 +21,17 @@ from difax.accel.attention import attention, first_of
 from difax.accel.caches import measured
 from difax.accel.parallel import parallel
 from difax.accel.quant import check_kernels, fitted
-from difax.checkpoints import find_weights
+from difax.checkpoints import find_weights, second_network
 from difax.core import grids, hosts
 from difax.core.annotations import annotations_of, brief, check_value
 from difax.core.contracts import Accelerator, Attention, Guide, Model, Params, Row, Solver, TrunkSpec
 from difax.core.device import check_memory
 from difax.core.drive import width
+from difax.core.langevin import KINDS
 from difax.core.noise import keys_of, sample_keys
 from difax.core.placement import SAMPLES, Axes, Placement, make_placement, shapes_at
 from difax.core.placement import described as placement_in_words
-from difax.core.process import PREDICTIONS, Process
+from difax.core.process import PREDICTIONS, Process, check_parts, observed_shape
 from difax.core.qtensor import Rules, quantize_params, size_in_bytes
 from difax.core.qtensor import cast as cast_params
 from difax.core.sample import initial_noise, make_rows, make_sampler
@@ -108,7 +109,7 @@ class Setup(NamedTuple):
     def times_of(self, steps: int) -> np.ndarray:
         """The times [steps + 1] of the run's grid for another number of steps."""
         assert self.grid is not None
-        return grids.make_times(self.grid, self.process, steps)
+        return grids.lay_times(self.grid, self.process, steps)[1]
 
     def inputs(
         self, seed: int, n: int, cond: Any, start: int = 0, numbers: np.ndarray | None = None
@@ -245,10 +246,15 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
     process = make_process(config["process"], model)
     prediction = choose("prediction", config["prediction"], PREDICTIONS)
     solver = make("solver", config["solver"])
+    _check_parts(config, process, prediction, solver, model)
     guide = make("guide", config["guide"])
-    accelerator = _accelerator(config.get("cache", {"name": "none"}))
+    accelerator = _accelerator(config.get("cache", {"name": "none"}), config, model)
     attending = _attention(config.get("attend", {"name": "xla"}))
     placement = build_placement(config, model, accelerator, devices)
+    if placement is not None and accelerator.networks:
+        raise ValueError(f"cache {accelerator.name} runs another network too, on one device; allowed: no section mesh")
+    if conditioning_of(config) == "ahead" and accelerator.networks:
+        raise ValueError(f"conditioning=ahead: cache {accelerator.name} runs another network too; allowed: each")
     if placement is not None:
         attending = parallel(attending, placement, joint=_is_joint(model))
     rules = make("quant", config.get("quant", {"name": "none"}), model)
@@ -258,7 +264,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
             jax.eval_shape(lambda params: quantize_params(params, rules), shapes)  # before any weight is read
             check_kernels(rules, target() if placement is None else placement.target, model.dtype)
     layout = choose("layout", config.get("layout", "stacked"), LAYOUTS)
-    conditioning = choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
+    conditioning = conditioning_of(config)
     if conditioning == "ahead" and any(stage.takes for stage in model.stages):
         raise ValueError(f"conditioning=ahead: {model.name} has long skips, which are not conditioning; allowed: each")
     depth = sum(stage.depth for stage in model.stages)
@@ -514,11 +520,41 @@ def make_process(section: Mapping[str, Any], model: Model) -> Process:
     return make("process", section, **more)
 
 
-def _accelerator(section: Mapping[str, Any]) -> Accelerator:
+def _check_parts(config: Mapping[str, Any], process: Process, prediction: str, solver: Solver, model: Model) -> None:
+    """Refuses what does not go with a process of position and velocity, if it is one."""
+    if process.augmented is None:
+        return
+    check_parts(process, solver.augmented, described(config, "solver"))
+    if prediction not in KINDS:
+        raise ValueError(f"prediction={prediction} of process {process.name}; allowed: {', '.join(KINDS)}")
+    channels = model.input_shape[-1]
+    if channels % len(process.augmented.prior_std):
+        raise ValueError(
+            f"process {process.name} takes as many channels of velocity as of position, and {model.name} has "
+            f"channels={channels}; allowed: twice those of the data"
+        )
+
+
+def conditioning_of(config: Mapping[str, Any]) -> str:
+    """When what no image goes into is computed, of a configuration."""
+    return choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
+
+
+def _cache(section: Mapping[str, Any], config: Mapping[str, Any], model: Model) -> Accelerator:
+    """One cache; one that runs a second network gets it read from its key `weights`."""
+    if section.get("name") != "duodiff":
+        return make("cache", section)
+    path = check_value("duodiff: weights", section.get("weights"), str | None)
+    with _naming("cache", config):
+        second = None if path is None else second_network(path, config, model)
+    return make("cache", section, network=second)
+
+
+def _accelerator(section: Mapping[str, Any], config: Mapping[str, Any], model: Model) -> Accelerator:
     """One cache with its hyperparameters, or several names between plus signs, with keys "name.hyperparameter"."""
     names = split_names("cache", section.get("name", ""))
     if len(names) == 1:
-        return make("cache", section)
+        return _cache(section, config, model)
     members: dict[str, dict[str, Any]] = {}
     for name in names:
         if name in members:
@@ -530,7 +566,7 @@ def _accelerator(section: Mapping[str, Any]) -> Accelerator:
             if not name:
                 raise ValueError(f"key of cache {section['name']}: {path!r}; allowed: {names[0]}.{path}")
             members[choose("cache of the key " + path, name, names)][key] = value
-    return stack(*(make("cache", member) for member in members.values()))
+    return stack(*(_cache(member, config, model) for member in members.values()))
 
 
 def _attention(section: Mapping[str, Any]) -> Attention:
@@ -579,7 +615,7 @@ def build_task(config: Mapping[str, Any], previewer: Callable[[Setup], Any] | No
     preview = None if previewer is None else previewer(setup)
     place = setup.placement if "mesh" in config else None
     place = None if place is None else dataclasses.replace(place, arranges=False)
-    return Task(model.init, loss, preview, model.input_shape, model.classes, place)
+    return Task(model.init, loss, preview, observed_shape(setup.process, model.input_shape), model.classes, place)
 
 
 def build_data(config: Mapping[str, Any], split: str) -> Images:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difax.core.contracts import Params
+from difax.core.contracts import Model, Network, Params
 from difax.core.placement import shapes_at
 from difax.models import CHECKPOINTS
 from difax.registry import REGISTRIES, choose, make, shown
@@ -110,6 +110,36 @@ def find_weights(
     if found is not None:
         return Weights(model, source, section, lambda: load_foreign(path, found, shardings=where))
     return Weights(model, source, section, lambda: load_native(path, spec, shardings=where))
+
+
+def second_network(path: str, config: Mapping[str, Any], model: Model) -> Network:
+    """A network that runs beside a model for the same samples, from weights of difax, which say of what model.
+
+    Args:
+      path: a run's folder, a .safetensors file that difax wrote, or a name of embedded weights.
+      config: of the run, whose process and prediction must be those that a run's folder was trained for.
+
+    Raises:
+      ValueError: no such weights, of a model that is not known, or of another size, condition, process or prediction.
+    """
+    said = f"weights={path}"
+    file = str(ASSETS / f"{path}.safetensors") if path in embedded_weights() else path
+    if not os.path.exists(file):
+        raise ValueError(f"{said}: no such file or folder; allowed: one, or {', '.join(embedded_weights())}")
+    stored = stored_model(file) if published_kind(file) is None else None
+    if stored is None:
+        raise ValueError(f"{said} say nothing of their model; allowed: a run's folder, or a file of difax")
+    section = {**stored, "dtype": str(jnp.dtype(model.dtype))}
+    second = make("model", section)
+    for key in ("input_shape", "learn_sigma", "classes", "cond"):
+        has, needs = getattr(second, key, None), getattr(model, key)
+        if has != needs:
+            raise ValueError(f"{said} are of {shown(second)} with {key}={has}; allowed: that of {model.name}, {needs}")
+    trained = read_run(file) if is_run(file) else {}
+    for key in ("process", "prediction"):
+        if key in trained and trained[key] != config[key]:
+            raise ValueError(f"{said} were trained with {key}={trained[key]}; allowed: {config[key]}")
+    return Network(second, find_weights({"model": section}, second, file).params)
 
 
 def is_run(path: str | os.PathLike) -> bool:

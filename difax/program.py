@@ -359,7 +359,8 @@ def draw(
         print(f"difax: warning: {silent}", file=sys.stderr)
     if trace.unfinished > 0:
         warnings.warn(unfinished(setup, trace), DifaxWarning, stacklevel=2)
-    gflops = run_cost(model_cost(setup.model, params, setup.attention), trace) / 1e9
+    parts = model_cost(setup.model, params, setup.attention, networks=setup.accelerator.networks)
+    gflops = run_cost(parts, trace) / 1e9
     cost = {
         "images": n,
         "finite": broken == 0,
@@ -412,7 +413,8 @@ def together(parts: list[tuple[np.ndarray, Drawn]]) -> Drawn:
         "peak_memory_mib": max(table["peak_memory_mib"] for table in tables),
     }
     broken = sum(table.get("not_finite", 0) for table in tables)
-    for key in ("not_finite", "decisions", "hit_rate", "metric"):  # of runs of one length
+    of_one = ("not_finite", "unfinished", "most_evaluations", "batches", "decisions", "hit_rate", "metric")
+    for key in of_one:  # of runs of one length
         table.pop(key, None)
     table |= {"not_finite": broken} if broken else {}
     traces: Any = {table["steps"]: drawn.trace for table, (_, drawn) in zip(tables, parts, strict=True)}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from difax.accel.attention import ATTENTIONS
-from difax.accel.caches import CACHES
+from difax.accel.caches import CACHES, NETWORKS
 from difax.accel.quant import QUANTS
 from difax.accel.solvers import SOLVERS
 from difax.core.annotations import brief, check_arguments, check_keys
@@ -27,6 +27,7 @@ from difax.core.contracts import Accelerator, Attention, Classifier, Guide, Mode
 from difax.core.files import FromData, named, place_of
 from difax.core.grids import GRIDS
 from difax.core.guidance import GUIDES
+from difax.core.langevin import AUGMENTED
 from difax.core.process import PROCESSES, Process
 from difax.core.qtensor import Quantisation
 from difax.core.trunk import neutral
@@ -34,11 +35,11 @@ from difax.models import MODELS
 from difax.training.data import DATASETS, Images
 from difax.training.losses import LOSSES
 
-ACCELERATORS: dict[str, Callable[..., Accelerator]] = {"none": neutral, **CACHES}
+ACCELERATORS: dict[str, Callable[..., Accelerator]] = {"none": neutral, **CACHES, **NETWORKS}
 
 REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "model": MODELS,
-    "process": PROCESSES,
+    "process": {**PROCESSES, **AUGMENTED},
     "solver": SOLVERS,
     "grid": GRIDS,
     "guide": GUIDES,

@@ -61,10 +61,10 @@ dpmpp_2m. {device}, jax {jax}, {date}. Every number: [rows.jsonl](rows.jsonl).
 class Judged:
     """The fine samples of the held-out seed, and the features of them and of a second set."""
 
-    def __init__(self, opened: Any, samples: int):
+    def __init__(self, opened: Any, samples: int, fine: int):
         self.sampler = Sampler(opened.setup, opened.prepared, np.arange(opened.setup.model.classes), HELD_OUT)
         self.features = jax.jit(self.sampler.features())
-        drawn = batches(self.sampler, 2 * samples, BATCH, 0, FINE)
+        drawn = batches(self.sampler, 2 * samples, BATCH, 0, fine)
         self.batches, others = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
         other = np.concatenate([self.features(b.wanted) for b in others])
         self.mean, self.std = other.mean(0), other.std(0) + 0.1 * other.std()
@@ -90,7 +90,7 @@ def measure(method: str, steps: int, options: argparse.Namespace, judged: Judged
     else:
         sampler = Sampler(opened.setup, opened.prepared, np.arange(opened.setup.model.classes), LEARNED)
         tell = lambda text: print(f"  {method} {steps}: {text}", file=sys.stderr, flush=True)  # noqa: E731
-        settings = dict(FITS[method])
+        settings = {**FITS[method], "steps": options.fine}
         batch, samples = settings.pop("batch", BATCH), min(settings.pop("samples", options.samples), options.samples)
         for key, given in (("iterations", options.iterations), ("measured", options.measured)):
             if given and (key in settings or (key, method) == ("iterations", "dc_solver")):
@@ -113,6 +113,7 @@ def measure(method: str, steps: int, options: argparse.Namespace, judged: Judged
         "fit_seconds": round(seconds, 1),
         "fit": found,
         "samples": samples,
+        "fine": options.fine,
         "held_out": len(decibels),
         "provenance": provenance(),
     }
@@ -139,7 +140,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     first = rows[0]["provenance"]
     return PAGE.format(
         held=rows[0]["held_out"],
-        fine=FINE,
+        fine=rows[0]["fine"],
         device=f"{first['cores']} cores of {first['processor']}",
         jax=jax.__version__,
         date=first["date"],
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*HAND, *FITS], choices=[*HAND, *FITS])
     parser.add_argument("--samples", type=int, default=160, help="that a fit sees (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=200, help="samples, in batches of 20 (default: %(default)s)")
+    parser.add_argument("--fine", type=int, default=FINE, help="steps of the fine samples (default: %(default)s)")
     parser.add_argument("--iterations", type=int, help="of descents, instead of each method's own")
     parser.add_argument("--measured", type=int, help="schedules of usf, instead of its own")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "learned_solvers", help="folder of the rows")
@@ -165,7 +167,7 @@ def main() -> None:
             for method in options.methods:
                 if (method, steps) in there:
                     continue
-                judged = judged or Judged(difax.load(CONFIG, steps=STEPS[0]), options.held_out)
+                judged = judged or Judged(difax.load(CONFIG, steps=STEPS[0]), options.held_out, options.fine)
                 row = measure(method, steps, options, judged)
                 append_row(path, row)
                 print(f"{steps:3d} {method:10} PSNR {row['psnr'][0]:.2f}, gain {row['gain'][0]:+.2f} dB", flush=True)

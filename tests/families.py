@@ -19,6 +19,7 @@ FAMILIES = {
     "solvers: adams": ("solvers_adams",),
     "solvers: learned": ("learned_solvers",),
     "solvers: parallel in time": ("parallel_time",),
+    "solvers: augmented": ("augmented",),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
     "caches: contract": ("caches", "caches_rules"),

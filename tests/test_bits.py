@@ -24,7 +24,7 @@ from difax.training.train import TrainOptions, TrainState, make_step, optimizer
 from difax.weights.conditions import random_conditions
 from tests.families import some
 from tests.test_caches import CASES, problem
-from tests.test_solvers import DRIVEN, ELSEWHERE
+from tests.test_solvers import ELSEWHERE
 from tests.toys import randomise, tiny_dit
 
 MODELS = ("flux", "pixart", "skip_dit", "wan")
@@ -105,6 +105,14 @@ LEARNED = ("bns", "ddss", "ltsl", "iia", "usf")
         ("sa_solver", {}),
         *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ADAMS if name != "sa_solver"),
         *(pytest.param(name, {}, marks=pytest.mark.slow) for name in LEARNED),
+        ("seeds_3", {}),
+        ("dpm_solver_23", {}),
+        *(
+            pytest.param(name, {}, marks=pytest.mark.slow)
+            for name in ELSEWHERE["solvers_exponential"]
+            if name not in ("seeds_3", "dpm_solver_23")
+        ),
+        pytest.param("gddim", {}, marks=pytest.mark.slow),
     ],
 )
 def test_solvers(solver, settings):
@@ -119,9 +127,10 @@ def test_solvers(solver, settings):
 
         return made.step(predict(jnp.tanh(x), "eps", False, x, rows.level), x, made.init(x), rows, keys)
 
-    driven = {"mcg"} | DRIVEN  # mcg differentiates a network, and the others' steps are of a drive
-    assert set(SOLVERS) - driven - set(ELSEWHERE["solvers_exponential"]) == {
-        *("euler", "ddim", "ddpm", "heun", "dpmpp_2m"),
+    # genie and mcg differentiate a network, others are of position and velocity, or their steps are of a drive
+    elsewhere = {*ELSEWHERE["solvers_exponential"], *ELSEWHERE["parallel_time"], "mcg", "genie", "sscs", "cld_em"}
+    assert set(SOLVERS) - elsewhere == {
+        *("euler", "ddim", "ddpm", "heun", "dpmpp_2m", "gddim"),
         *("euler_ancestral", "kdpm2", "edm", "restart", "pc", "flow_ab", "sampler_scheduler"),
         *ADAMS,
         *LEARNED,
@@ -130,7 +139,8 @@ def test_solvers(solver, settings):
 
 
 @pytest.mark.parametrize("process", some(P.PROCESSES, "vp_cosine"))
-@pytest.mark.parametrize("solver", some([s for s in SOLVERS if s != "mcg"], "heun"))  # it needs a measurement
+# mcg needs a measurement
+@pytest.mark.parametrize("solver", some([s for s in SOLVERS if s not in ("mcg", "sscs", "cld_em")], "heun"))
 def test_processes_and_solvers_in_the_sampler(process, solver):
     prediction = "velocity" if process in ("flow", "sit") else "eps"
     sections = {"process": {"name": process}, "prediction": prediction, "solver": {"name": solver}}

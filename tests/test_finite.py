@@ -120,8 +120,11 @@ def test_a_gate_of_a_network_that_adds_nothing(name):
     watched(CACHES[name](**ONLINE[name]), toy=untrained)
 
 
+OTHER_SOLVERS = ("mcg", "sscs", "cld_em", "genie")  # of a measurement, of velocities, of derivatives
+
+
 @pytest.mark.parametrize("guide", some(GUIDES))
-@pytest.mark.parametrize("solver", some([s for s in SOLVERS if s != "mcg"], "dpmpp_2m"))  # it needs a measurement
+@pytest.mark.parametrize("solver", some([s for s in SOLVERS if s not in OTHER_SOLVERS], "dpmpp_2m"))
 def test_a_solver_and_a_guide(solver, guide):
     watched(solver=solver, guide=guide)
     if solver != "ddpm":

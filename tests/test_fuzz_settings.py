@@ -43,6 +43,7 @@ SKIP, WAN, PIXART, FLUX = (load_config(n) for n in ("skip_dit_tiny", "wan_tiny",
 TABLE = np.zeros((STEPS, 2, 2)).tolist()
 # what a factory must be given besides the key that is tried
 NEEDS = {
+    ("cache", "duodiff"): {"weights": "fmnist_dit"},
     ("cache", "magcache"): {"ratios": [1.0, 1.1, 0.9, 1.0]},
     ("cache", "learning_to_cache"): {"logits": TABLE},
     ("cache", "harmonica"): {"logits": TABLE},
@@ -58,8 +59,13 @@ NEEDS = {
     ("quant", "int4_weight"): {"group": 8},
     ("quant", "svdquant_w4a8"): {"rank": 4},
 }
+LANGEVIN: dict[str, Any] = {**SMOKE, "process": {"name": "cld"}, "prediction": "eps", "loss": {"name": "hsm"}}
+LANGEVIN |= {"model": {**SMOKE["model"], "channels": 2}, "solver": {"name": "gddim"}}
 # the configuration that a factory is tried in; the others in SMOKE
 WHERE = {
+    ("process", "cld"): LANGEVIN,
+    ("cache", "duodiff"): {**load_config("fmnist_dit"), "steps": STEPS},
+    ("loss", "hsm"): LANGEVIN,
     ("cache", "skipcache"): SKIP,
     ("cache", "tgate"): PIXART,
     ("model", "skip_dit"): SKIP,

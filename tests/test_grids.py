@@ -19,7 +19,18 @@ from tests.oracles import timesteps as oracle
 from tests.toys import KEYED, takes
 
 # where the first evaluation is; grids in log-SNR or sqrt(t) start at t_max
-FIRST = ("uniform", "linspace", "trailing", "shifted", "logit", "lcm", "flow_match", "diffusers", "diffusers_flow")
+FIRST = (
+    "uniform",
+    "linspace",
+    "trailing",
+    "shifted",
+    "logit",
+    "lcm",
+    "flow_match",
+    "diffusers",
+    "diffusers_flow",
+    "ipndm",
+)
 IN_LEVELS = ("quadratic", "log_snr", "karras", "exponential", "beta")
 STARTS = {**dict.fromkeys(FIRST, 1.0), **dict.fromkeys(IN_LEVELS), "dm_nonuniform": None}
 

@@ -191,6 +191,8 @@ def test_learned_variance_interpolates_in_the_logarithm(w, expected):
         ("vp", {"terminal": 0.1}, "terminal=0.1"),
         ("vp", {"between": "alpha"}, "between='alpha'"),
         ("vp", {"prior_std": 0.0}, "prior_std=0.0"),
+        ("vp", {"precision": "float32", "snr_shift": 3.0}, "precision='float32' with snr_shift=3.0"),
+        ("vp", {"precision": "float32", "beta_start": 1e-9}, "beta 1e-09 of step 0 is lost in float32"),
         ("edm", {"sigma_min": 5.0, "sigma_max": 1.0}, "sigma_max=1.0"),
         ("edm", {"sigma_data": 0.0}, "sigma_data=0.0"),
         ("edm", {"time_scale": 0.0}, "time_scale=0.0"),

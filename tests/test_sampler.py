@@ -107,8 +107,28 @@ SOLVES = [
     ("paradigms", {"tolerance": 0.0, "window": 3}, "vp_linear"),
     ("parataa", {"tolerance": 0.0}, "vp_linear"),
     ("deq", {"tolerance": 0.0}, "flow"),
+    ("dpmpp_3m", {}, "flow"),
+    ("dpmpp_2s", {"thresholding": 0.9}, "vp_linear"),
+    ("dpmpp_3s", {}, "flow"),
+    ("dpmpp_sde", {}, "vp_linear"),
+    ("dpmpp_2m_sde", {"eta": 0.5}, "flow"),
+    ("dpmpp_3m_sde", {}, "vp_linear"),
+    ("dpm_solver_2m", {}, "vp_linear"),
+    ("dpm_solver_3m", {}, "flow"),
+    ("dpm_solver_2s", {"r": 0.5}, "vp_linear"),
+    ("dpm_solver_3s", {}, "vp_linear"),
+    ("dpm_solver_12", {}, "vp_linear"),
+    ("dpm_solver_23", {}, "flow"),
+    ("scire_2", {}, "vp_linear"),
+    ("scire_3", {}, "flow"),
+    ("seeds_1", {}, "flow"),
+    ("seeds_2", {"prediction": "eps"}, "vp_linear"),
+    ("seeds_3", {}, "flow"),
+    ("pfdiff", {"k": 2}, "vp_linear"),
+    ("gddim", {"order": 2, "corrector": True}, "vp_linear"),
+    ("genie", {}, "flow"),
 ]
-IN_EVERY_RUN = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "edm", "sa_solver")
+IN_EVERY_RUN = ("ddpm", "ddim", "euler", "heun", "dpmpp_2m", "edm", "sa_solver", "dpm_solver_12")
 solves = pytest.mark.parametrize(
     ("solver", "arguments", "process"),
     [pytest.param(*s, marks=() if s[0] in IN_EVERY_RUN else pytest.mark.slow) for s in SOLVES],
@@ -117,7 +137,8 @@ solves = pytest.mark.parametrize(
 
 
 def test_every_solver_is_sampled_with():
-    assert {s for s, _, _ in SOLVES} == set(SOLVERS)
+    elsewhere = {"sscs", "cld_em"}  # of position and velocity: tests/test_augmented.py
+    assert {s for s, _, _ in SOLVES} == set(SOLVERS) - elsewhere
 
 
 # ---------------------------------------------------------------- the loop itself

@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return SOLVERS[self.solver](**self.arguments)
 
 
-SIGMA_SPACE = tuple(name for name in PROCESSES if name not in ("flow", "sit"))
+SIGMA_SPACE = tuple(name for name in PROCESSES if name not in ("flow", "sit", "trig"))
 CASES = [
     Case("ddpm", {"variance": "small"}),
     Case("ddpm", {"variance": "large"}),
@@ -68,22 +68,17 @@ ELSEWHERE = {
         "seeds_1", "seeds_2", "seeds_3", "pfdiff",
     ),
     "solvers_adams": ("unipc", "dc_solver", "sa_solver", "deis", "ipndm", "pndm", "lms", "dpm_solver_v3"),
+    "augmented": ("gddim", "genie", "sscs", "cld_em"),
     "solvers_kdiffusion": (
         "euler_ancestral", "kdpm2", "edm", "restart", "pc", "flow_ab", "sampler_scheduler", "mcg",
     ),
+    "parallel_time": ("gotta_go_fast", "paradigms", "parataa", "deq"),
 }  # fmt: skip
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-# solvers that no loop over rows runs: tests/test_parallel_time.py has theirs
-DRIVEN = {"gotta_go_fast", "paradigms", "parataa", "deq"}
-
-
 def test_every_solver_has_a_row():
-    named = {case.solver for case in CASES} | {s for solvers in ELSEWHERE.values() for s in solvers}
-    assert named | DRIVEN == set(SOLVERS)
-    scanned = {name for name, make in SOLVERS.items() if name != "mcg" and make().drive == "scan"}
-    assert set(SOLVERS) - scanned == {*DRIVEN, "mcg", "dpm_solver_12", "dpm_solver_23"}
+    assert {case.solver for case in CASES} | {s for solvers in ELSEWHERE.values() for s in solvers} == set(SOLVERS)
 
 
 def module_of(solver: str):
@@ -454,7 +449,7 @@ def test_bad_times_are_refused(case):
         case.make().grid(vp_linear(), np.array([0.2, 0.5, 0.0]))
 
 
-@pytest.mark.parametrize("process", ["flow", "sit"])
+@pytest.mark.parametrize("process", ["flow", "sit", "trig"])
 def test_heun_in_sigma_space_refuses_pure_noise(process):
     with pytest.raises(ValueError, match=f"divides by alpha, which is 0 at t=1 of {process}; allowed: space 'flow'"):
         SOLVERS["heun"]("sigma").grid(PROCESSES[process](), np.array([1.0, 0.5, 0.0]))

@@ -1,7 +1,6 @@
 """Exponential-integrator solvers: the papers' algorithms, orders of convergence, diffusers' trajectories, laws of the
 stochastic ones, adaptive steps, bounds and refusals."""
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,9 +159,7 @@ def test_more_steps_are_no_worse_in_single_precision(case, exact):
 
 # ---------------------------------------------------------------- the papers' own algorithms
 
-LAMS = np.array(
-    [-3.0, -2.2, -1.7, -1.2, -0.3, 0.1, 0.9, 1.2, 1.9, 2.6]
-)  # of each step at most 1.8 times the one before
+LAMS = np.array([-3.0, -2.2, -1.7, -1.2, -0.3, 0.1, 0.9, 1.2, 1.9, 2.6])
 
 
 def data_model(x: np.ndarray, lam: float) -> np.ndarray:
@@ -194,7 +191,7 @@ def test_multistep_by_the_authors(solver, solver_type, clean):
     data, order = solver.startswith("dpmpp"), int(solver[-2])
     for n, bound in ((5, 10), (9, 0)):
         p, times, lams, x = laid(n, clean)
-        made = SOLVERS[solver](lower_order_final=bound, solver_type=solver_type)
+        made = SOLVERS[solver](lower_order_final=bound, stretch=1e9, solver_type=solver_type)
         model = data_model if data else noise_model
         wanted = oracle.multistep(x, model, lams, data, order, solver_type == "heun", bound > n)
         same(tabulated(made, p, times, x, MIXTURE.x0), wanted)
@@ -236,7 +233,7 @@ def test_multistep_sde_by_k_diffusion(order, eta):
     rho = np.exp(-np.array([*lams[:-1], np.inf]))
     z = np.random.default_rng(5).normal(size=(9, 1, 4, 8))
     for heun in (False, True) if order == 2 else (True,):
-        made = SOLVERS[f"dpmpp_{order}m_sde"](eta, lower_order_final=0, solver_type="heun" if heun else "midpoint")
+        made = SOLVERS[f"dpmpp_{order}m_sde"](eta, 0, stretch=1e9, solver_type="heun" if heun else "midpoint")
         denoise = lambda y, s: MIXTURE.x0(y, 1.0, s)  # noqa: E731
         wanted = oracle.k_diffusion_multistep_sde(x / oracle.vp(lams[0])[0], denoise, rho, z[:, 0], order, eta, heun)
         same(tabulated(made, p, times, x, MIXTURE.x0, z), wanted)
@@ -325,7 +322,6 @@ def test_pfdiff_by_the_paper(k, l):  # noqa: E741
 )
 @pytest.mark.parametrize("process", some(("vp_linear", "flow", "sit"), "flow"))
 def test_first_orders_are_ddim(solver, arguments, first, process, monkeypatch):
-    monkeypatch.setattr(sys.modules["difax.accel.solvers.ddim"], "normal_like", lambda keys, x: keys)
     monkeypatch.setattr("difax.accel.solvers.linear.draw", lambda keys, x, k: keys)
     p = PROCESSES[process]()
     z, times = np.random.default_rng(3).normal(size=(6, 4, 8)), np.array([1.0, 0.8, 0.55, 0.5, 0.2, 0.05, 0.0])

@@ -10,6 +10,7 @@ from difax.accel.caches.dbcache import dbcache, fbcache
 from difax.accel.caches.dbprune import dbprune
 from difax.accel.caches.delta_dit import delta_dit
 from difax.accel.caches.duca import duca
+from difax.accel.caches.duodiff import duodiff
 from difax.accel.caches.fastcache import fastcache
 from difax.accel.caches.fastercache import fastercache
 from difax.accel.caches.fora import fora, fora_dit
@@ -61,3 +62,6 @@ CACHES = {
     "fastercache": fastercache,
     "autodiffusion": autodiffusion,
 }
+
+# accelerators that are no caches: they run another network and remember nothing
+NETWORKS = {"duodiff": duodiff}

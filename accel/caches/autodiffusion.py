@@ -57,4 +57,4 @@ def autodiffusion(skip: Sequence[Sequence[int]] | None = None, *, file: str | No
         out, inner, done = jax.lax.cond(left, lambda t, i: run.skip(t, i), lambda t, i: run(t, i), tokens, inner)
         return out, own, inner, done
 
-    return Accelerator(name="autodiffusion", plan=plan, block=block, measured=says)
+    return Accelerator(name="autodiffusion", plan=plan, block=block, measured=says, planned=True)

@@ -1,6 +1,7 @@
 """Solvers of the reverse process: one file each, one row of the scanned table per model evaluation."""
 
 from difax.accel.solvers.bns import bns
+from difax.accel.solvers.cld import cld_em, sscs
 from difax.accel.solvers.dc_solver import dc_solver
 from difax.accel.solvers.ddim import ddim, euler_ancestral
 from difax.accel.solvers.ddpm import ddpm
@@ -15,6 +16,8 @@ from difax.accel.solvers.dpmpp_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
 from difax.accel.solvers.dpmpp_singlestep import dpmpp_2s, dpmpp_3s
 from difax.accel.solvers.edm import edm
 from difax.accel.solvers.euler import euler, flow_ab
+from difax.accel.solvers.gddim import gddim
+from difax.accel.solvers.genie import genie
 from difax.accel.solvers.gotta_go_fast import gotta_go_fast
 from difax.accel.solvers.heun import heun
 from difax.accel.solvers.iia import iia
@@ -86,4 +89,8 @@ SOLVERS = {
     "paradigms": paradigms,
     "parataa": parataa,
     "deq": deq,
+    "gddim": gddim,
+    "genie": genie,
+    "sscs": sscs,
+    "cld_em": cld_em,
 }

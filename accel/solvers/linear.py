@@ -4,12 +4,14 @@
 
 x0 and eps are the two forms of the network's prediction at x, z standard normal noise, slots whatever the method keeps:
 past predictions, the start of a step, an earlier stage. Multistep, single-step and predictor-corrector methods differ
-in their tables W [E, outputs, inputs] alone, which are made in float64 on the host.
+in their tables W [E, outputs, inputs] alone, which are made in float64 on the host. Of a process of position and
+velocity each of these has two parts, halves of the channels, and a weight is a number or a matrix of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -28,10 +30,12 @@ PREDICTED = ("x", "x0", "eps")
 @flax.struct.dataclass
 class LinearTable:
     """W of a run. weights: [E, outputs, inputs]; used: for each output the inputs that any evaluation gives a weight,
-    negative (-1 - input) for an output that is one input as it is in all of them."""
+    negative (-1 - input) for an output that is one input as it is in all of them. parts: of each output and input, one
+    after another in both axes."""
 
     weights: Array
     used: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
+    parts: int = flax.struct.field(pytree_node=False, default=1)
 
 
 class Steps:
@@ -40,41 +44,45 @@ class Steps:
     Args:
       slots: names of what the method keeps, all zero before the first evaluation.
       noises: how many independent draws z1, z2, ... an evaluation may use.
+      parts: of x, and of all that is like it.
     """
 
-    def __init__(self, slots: Sequence[str] = (), noises: int = 0):
+    def __init__(self, slots: Sequence[str] = (), noises: int = 0, parts: int = 1):
+        self.parts = parts
         self.outputs = ("x", *slots)
         self.inputs = (*PREDICTED, *slots, *(f"z{k + 1}" for k in range(noises)))
         self.t: list[float] = []
         self.step: list[int] = []
         self.weights: list[np.ndarray] = []
 
-    def row(self, t: float, step: int, x: Mapping[str, float], **slots: Mapping[str, float]) -> None:
+    def row(self, t: float, step: int, x: Mapping[str, Any], **slots: Mapping[str, Any]) -> None:
         """One evaluation.
 
         Args:
           t: the time at which the network is evaluated, on the x that the row before made. step: the solver step.
-          x: {input: weight} of the next x. slots: the same for the slots that change; the others are kept.
+          x: {input: weight} of the next x. slots: the same for the slots that change; the others are kept. A weight of
+          several parts is a number, of each, or [parts, parts].
         """
-        w = np.zeros((len(self.outputs), len(self.inputs)))
+        w = np.zeros((len(self.outputs), len(self.inputs), self.parts, self.parts))
         for o, name in enumerate(self.outputs):
             given = x if name == "x" else slots.pop(name, {name: 1.0})
             for key, value in given.items():
-                w[o, self.inputs.index(key)] += value
+                w[o, self.inputs.index(key)] += value * np.eye(self.parts) if np.ndim(value) == 0 else value
         if slots:
             raise KeyError(f"no such slot: {', '.join(slots)}")
         self.t.append(float(t))
         self.step.append(step)
-        self.weights.append(w)
+        self.weights.append(w.swapaxes(1, 2).reshape(len(w) * self.parts, -1))
 
     def rows(self, process: Process) -> Row:
         """The rows of the run."""
-        return lay_rows(process, np.asarray(self.t), np.asarray(self.step), tabulated(np.stack(self.weights)))
+        table = tabulated(np.stack(self.weights), self.parts)
+        return lay_rows(process, np.asarray(self.t), np.asarray(self.step), table)
 
 
-def tabulated(w: np.ndarray) -> LinearTable:
+def tabulated(w: np.ndarray, parts: int = 1) -> LinearTable:
     """The table of weights [E, outputs, inputs]."""
-    return LinearTable(w, tuple(_used(w[:, o]) for o in range(w.shape[1])))
+    return LinearTable(w, tuple(_used(w[:, o]) for o in range(w.shape[1])), parts)
 
 
 def _used(w: np.ndarray) -> tuple[int, ...]:
@@ -89,6 +97,7 @@ def linear(
     noises: int = 0,
     bound: Callable[[jax.Array], jax.Array] | None = None,
     follows: bool = True,
+    augmented: bool = False,
 ) -> Solver:
     """A solver from a function that lays out its table.
 
@@ -98,6 +107,7 @@ def linear(
       slots, noises: of `Steps`. Noise is drawn where a weight of it is not zero in all evaluations.
       bound: x0 -> x0, what is made of the data prediction before the step (clipping, dynamic thresholding).
       follows: is eps then that of the bounded x0, or as it was predicted.
+      augmented: does it take processes of position and velocity, for which its weights are matrices.
 
     Returns:
       A `Solver` whose state is the slots, a tuple of arrays like x.
@@ -105,7 +115,7 @@ def linear(
 
     def grid(process: Process, times: np.ndarray) -> Row:
         check_times(times)
-        steps = Steps(slots, noises)
+        steps = Steps(slots, noises, 1 if process.augmented is None else len(process.augmented.prior_std))
         lay(steps, process, times)
         return steps.rows(process)
 
@@ -115,10 +125,13 @@ def linear(
             x0 = bound(x0)
             eps = (x - row.level.alpha * x0) / row.level.sigma if follows else eps
         known = [x, x0, eps, *state]
-        drawn = {i for used in c.used for i in used if i >= len(known)}
-        drawn |= {-1 - i for used in c.used for i in used if -1 - i >= len(known)}
-        values = dict(enumerate(known)) | {i: draw(keys, x, i - len(known)) for i in sorted(drawn)}
-        weights = jnp.asarray(c.weights)
+        inputs = {(i if i >= 0 else -1 - i) // c.parts for used in c.used for i in used}
+        drawn = sorted(i for i in inputs if i >= len(known))
+        values = dict(enumerate(known)) | {i: draw(keys, x, i - len(known)) for i in drawn}
+        if c.parts > 1:
+            halves = {i: jnp.split(value, c.parts, -1) for i, value in values.items()}
+            values = {i * c.parts + p: part for i, parts in halves.items() for p, part in enumerate(parts)}
+        weights, like = jnp.asarray(c.weights), values[0]
 
         def weight(o: int, i: int) -> jax.Array:
             w = weights[..., o, i]  # of all samples, or of each
@@ -128,12 +141,15 @@ def linear(
             used = c.used[o]
             if len(used) == 1 and used[0] < 0:
                 return jnp.asarray(values[-1 - used[0]], x.dtype)
-            return mix([values[i] for i in used], [weight(o, i) for i in used], x)
+            return mix([values[i] for i in used], [weight(o, i) for i in used], like)
 
-        new, *kept = map(output, range(len(c.used)))
+        found = list(map(output, range(len(c.used))))
+        if c.parts > 1:
+            found = [jnp.concatenate(found[o : o + c.parts], -1) for o in range(0, len(found), c.parts)]
+        new, *kept = found
         return new, tuple(kept)
 
-    return Solver(grid=grid, init=lambda x: tuple(jnp.zeros_like(x) for _ in slots), step=step)
+    return Solver(grid, lambda x: tuple(jnp.zeros_like(x) for _ in slots), step, augmented=augmented)
 
 
 def draw(keys: jax.Array, x: jax.Array, k: int) -> jax.Array:

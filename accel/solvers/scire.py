@@ -84,8 +84,8 @@ def scire_3(
 
 def _phis(steps: int, n: int) -> list[float]:
     """The authors' phi of each step: partial sums up to the middle of n steps and back, at most `steps` of them."""
-    terms = [(-1.0) ** (k - 1) / np.prod(np.arange(1.0, k + 1)) for k in range(1, n + 3)]
-    sums = np.cumsum(terms)[2:]  # from m = 3 on
+    k = np.arange(1, n + 3)
+    sums = np.cumsum((-1.0) ** (k - 1) * np.cumprod(1.0 / k))[2:]  # from m = 3 on
     at = [2 * j if j < n // 2 else -1 if j == n // 2 or j >= n else 2 * (n - j) - 1 for j in range(steps)]
     return [float(sums[i]) for i in at]
 

@@ -136,7 +136,7 @@ def _seeds(
             _step(steps, j, t, *levels_at(process, t))
 
     def _step(steps: Steps, j: int, t: np.ndarray, alpha: np.ndarray, sigma: np.ndarray, half: np.ndarray) -> None:
-        h = half - half[0]
+        h = np.append(0.0, half[1:] - half[0])
         E = 2 * h if data else -h
         scale = alpha if data else 2 * sigma
         for k in range(len(t) - 1):

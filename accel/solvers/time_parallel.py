@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.solvers.ddim import ddim
+from difax.accel.solvers.ddim import width as ddim_width
 from difax.core.contracts import Array, Prediction, Row, Solver
 from difax.core.drive import per_sample, width
 from difax.core.process import Process
@@ -76,8 +77,8 @@ def time_parallel(
 
     def grid(process: Process, times: np.ndarray) -> Row:
         rows = base.grid(process, times)
-        noisy = ddim(1.0).grid(process, times).coefficients.noise
-        table = WindowTable(rows.coefficients, scale(process.level(times[1:]).alpha), limit(np.append(noisy, 0.0)))
+        t, s = process.level(times[:-1]), process.level(times[1:])
+        table = WindowTable(rows.coefficients, scale(s.alpha), limit(np.append(ddim_width(t, s, 1.0), 0.0)))
         return rows._replace(coefficients=table)
 
     def init(x, rows):
@@ -91,7 +92,7 @@ def time_parallel(
     def step(prediction, x, state, row, keys):
         batch, wide = x.shape[:2]
         flat = lambda a: a.reshape(batch * wide, *a.shape[2:])  # noqa: E731
-        table = jax.tree.map(lambda a: per_sample(flat(a), x.ndim - 1), row.coefficients.step)
+        table = jax.tree.map(flat, row.coefficients.step)
         each = Prediction(flat(prediction.x0), flat(prediction.eps), None)
         mapped, _ = base.step(each, flat(x), (), row._replace(coefficients=table), keys.reshape(-1))
         mapped = mapped.reshape(x.shape)

@@ -83,6 +83,7 @@ class Prediction(NamedTuple):
 
     jvp(dx, dt) -> (dx0, deps): how it changes with x and the process time t, [B] or a scalar; vjp(dx0, deps) -> dx: the
     transpose in x. Both are of the network with its guidance, for solvers that ask for `derivatives`, else None.
+    extra: what the solver's own `head` says of the conditional half [B, ..., F], or None.
     """
 
     x0: jax.Array
@@ -90,6 +91,7 @@ class Prediction(NamedTuple):
     variance: jax.Array | None  # the learned-variance channels in [-1, 1] (DiT), or None
     jvp: Callable[..., tuple[jax.Array, jax.Array]] | None = None
     vjp: Callable[..., jax.Array] | None = None
+    extra: jax.Array | None = None
 
 
 class Solver(NamedTuple):
@@ -112,6 +114,9 @@ class Solver(NamedTuple):
         step(prediction, x, state, row, keys) -> (samples [B, ...], state) gets all of it as [B, W, ...], and the keys
         [B, W] that the scan would give these rows.
     derivatives: is the prediction handed out with `jvp` and `vjp`.
+    augmented: does it take processes of position and velocity (`difax.core.langevin`).
+    head: (x, model_time [B], hidden [B, N, D], output) -> [B, ..., F], of the shape of x but for its channels: what the
+        solver reads off the network's last tokens beside its output, at every evaluation; the step gets it as `extra`.
     """
 
     grid: Callable[..., Row]
@@ -122,6 +127,8 @@ class Solver(NamedTuple):
     ask: Callable[..., Any] | None = None
     window: int | None = 1
     derivatives: bool = False
+    augmented: bool = False
+    head: Callable[..., jax.Array] | None = None
 
 
 class Guide(NamedTuple):
@@ -373,6 +380,13 @@ def no_memory(spec: TrunkSpec, modes: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
+class Network(NamedTuple):
+    """A second network of a run, for the same samples, conditions and prediction as its own."""
+
+    model: Model
+    params: Params
+
+
 class Accelerator(NamedTuple):
     """What may be computed or filled, and what is remembered for it. Every part has a neutral default.
 
@@ -384,6 +398,7 @@ class Accelerator(NamedTuple):
         (`difax.core.stack.with_learned`) and reach block and branch, layer by layer, as `where.learned`.
     measured: what each file that it plans from says of itself (`difax.accel.caches.measured.record`).
     batchwide: does a decision in the run go by the whole batch, so that other samples beside one change it.
+    planned: is what each evaluation computes known before the run, from the numbers of its plan, which has one mode.
     plan(rows, stages) -> Plan, on the host.
     guide(guide) -> guide: how the unconditional half is produced.
     init(spec, modes) -> memory {"output": pytree, "trunk": pytree, "along": {name: pytree}, "block": {stage: pytree
@@ -391,8 +406,11 @@ class Accelerator(NamedTuple):
         branch to branch and block to block, and on to the next evaluation: `memory["along"]`, `inner["along"]`.
     lookup(plan, row, along) -> (index, values): which mode the evaluation has and the numbers that go with it, where
         that depends on what is remembered; plan is the whole run's, None takes the row's own.
+    networks: others that it may run instead of the model, whose parameters are `params["networks"]`
+        (`difax.core.stack.with_learned`); `output` says which, and in a report their stages are "1/blocks", "2/blocks".
     output(run, state, memory, row) -> (output, state, memory, report, ran): wraps the whole network,
-        `run(memory)` -> (output, memory, report); ran: 1.0, or 0.0 where the network was not run.
+        `run(memory, network=0)` -> (output, memory, report), 0 the model, 1 the first of `networks`; ran: 1.0, or 0.0
+        where no network was run.
     trunk(blocks, tokens, context, state, memory, row) -> (tokens, state, memory, report): wraps the blocks,
         `blocks.run(tokens, memory, first=0, last=None)` -> (tokens, memory, report) runs those from `first` up to
         `last`, counted over all stages; what is left out reports zeros (`difax.core.trunk.Blocks`).
@@ -421,6 +439,8 @@ class Accelerator(NamedTuple):
     learned: dict[str, dict[str, Any]] | None = None
     measured: tuple[Mapping[str, Any], ...] = ()
     batchwide: bool = False
+    networks: tuple[Network, ...] = ()
+    planned: bool = False
 
 
 class Trace(NamedTuple):

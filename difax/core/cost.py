@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.core.contracts import Attention, Model, Params, Trace, Where
+from difax.core.contracts import Attention, Model, Network, Params, Trace, Where
 from difax.core.shapes import first_layer, trunk_spec
 from difax.core.trunk import reference_attention
 
@@ -25,7 +25,8 @@ from difax.core.trunk import reference_attention
 class ModelCost(NamedTuple):
     """Operations per sample of one evaluation: `ends` (embeddings and head), and per stage the conditioning of one
     block (with its long skip, if it has one) and each branch of one block; `depth` says how many blocks. Of them
-    `ends_once` and, of each branch, `once` are what depends on the condition alone (`Model.once`, `Stage.once`)."""
+    `ends_once` and, of each branch, `once` are what depends on the condition alone (`Model.once`, `Stage.once`).
+    `others`: of the other networks that an accelerator runs (`Accelerator.networks`)."""
 
     ends: float
     mods: dict[str, float]
@@ -33,6 +34,7 @@ class ModelCost(NamedTuple):
     depth: dict[str, int]
     ends_once: float
     once: dict[str, tuple[float, ...]]
+    others: tuple[ModelCost, ...] = ()
 
     @property
     def held(self) -> float:
@@ -60,7 +62,11 @@ def count(function: Callable[..., Any], *specs: Any) -> float:
 
 
 def model_cost(
-    model: Model, params: Params, attention: Attention | None = None, of: tuple[str, ...] | None = None
+    model: Model,
+    params: Params,
+    attention: Attention | None = None,
+    of: tuple[str, ...] | None = None,
+    networks: tuple[Network, ...] = (),
 ) -> ModelCost:
     """Counts a model's parts for one sample, from shapes alone.
 
@@ -68,8 +74,10 @@ def model_cost(
       model: the network. params: its parameters, or their ShapeDtypeStructs (`jax.eval_shape(model.init, key)`).
       attention: how the blocks attend; None is the reference.
       of: only products whose two operands are of one of these types, such as ("int8",); None is all.
+      networks: that an accelerator runs besides; the cost of the full model is not theirs.
     """
-    return _each_part(lambda part: _count(part.jaxpr, of), model, params, attention, 1)
+    others = tuple(model_cost(one.model, one.params, attention, of) for one in networks)
+    return _each_part(lambda part: _count(part.jaxpr, of), model, params, attention, 1)._replace(others=others)
 
 
 class _Part(NamedTuple):
@@ -85,21 +93,25 @@ class ModelBytes(NamedTuple):
 
     weights: ModelCost
     activations: ModelCost
+    others: tuple[ModelBytes, ...] = ()
 
 
-def model_bytes(model: Model, params: Params, attention: Attention | None = None) -> ModelBytes:
+def model_bytes(
+    model: Model, params: Params, attention: Attention | None = None, networks: tuple[Network, ...] = ()
+) -> ModelBytes:
     """Counts what a model's parts move to and from memory, from shapes alone.
 
     A product reads its operands and writes its result once; what is not a product is taken as fused into one, and
     what a cache remembers is not in it (`Accelerator.init` says how much that is). Quantised weights count as stored.
 
     Args:
-      model, params, attention: as in `model_cost`; params as they are sampled with (`Setup.prepare`).
+      model, params, attention, networks: as in `model_cost`; params as they are sampled with (`Setup.prepare`).
     """
+    others = tuple(model_bytes(one.model, one.params, attention) for one in networks)
     weights = _each_part(_weights, model, params, attention, 1)
     one, two = (_each_part(lambda part: _moved(part.jaxpr), model, params, attention, n) for n in (1, 2))
     # what grows with the batch is the activations', the rest was the weights' again
-    return ModelBytes(weights, jax.tree.map(lambda a, b: b - a, one, two)._replace(depth=one.depth))
+    return ModelBytes(weights, jax.tree.map(lambda a, b: b - a, one, two)._replace(depth=one.depth), others)
 
 
 def _each_part(
@@ -171,6 +183,9 @@ def run_cost(cost: ModelCost, trace: Trace) -> float:
     branches of the computed fraction of their cost). What depends on the condition alone counts once for each of
     `trace.ahead` copies, and in no evaluation, where it was computed before the first one.
     """
+    if cost.others:
+        costs = (cost._replace(others=()), *cost.others)
+        return sum(run_cost(costs[k], its) for k, its in _by_network(trace, len(cost.others)).items())
     ahead, halves = float(trace.ahead), float(np.sum(np.asarray(trace.halves, np.float64)))
     total = cost.ends * halves + (cost.ends_once * (ahead - halves) if ahead else 0.0)
     for stage, depth in cost.depth.items():
@@ -193,6 +208,11 @@ def run_bytes(cost: ModelBytes, trace: Trace, batch: int, together: bool = True)
       together: do both halves of guidance run in one batch (`Guide.together`), and read the weights once.
     """
 
+    if cost.others:
+        costs = (cost._replace(others=()), *cost.others)
+        traces = _by_network(trace, len(cost.others))
+        return sum(run_bytes(costs[k], its, batch, together) for k, its in traces.items())
+
     def reads(computed: Any) -> np.ndarray:  # [E, ..., halves] -> how often a part was read
         ran = np.asarray(computed, np.float64) > 0
         return np.asarray(ran.any(-1) if together else ran.sum(-1), np.float64)
@@ -206,6 +226,20 @@ def run_bytes(cost: ModelBytes, trace: Trace, batch: int, together: bool = True)
         total += float(reads(trace.computed[stage]).sum((0, 1)) @ (np.asarray(weights.branches[stage]) - once))
         total += depth * float(np.sum(once))
     return total + batch * run_cost(cost.activations, trace)
+
+
+def _by_network(trace: Trace, others: int) -> dict[int, Trace]:
+    """The traces of the model (0) and of each other network in it, whose first block is entered where it ran."""
+    halves, found = np.asarray(trace.halves, np.float64), {}
+    for k in range(1, others + 1):
+        own = lambda of, k=k: {n.partition("/")[2]: a for n, a in of.items() if n.startswith(f"{k}/")}  # noqa: E731
+        entered = own(trace.entered)
+        if not entered:
+            continue
+        ran = np.asarray(next(iter(entered.values())), np.float64)[:, 0].sum(-1)
+        halves = halves - ran
+        found[k] = trace._replace(computed=own(trace.computed), entered=entered, halves=ran)
+    return {0: trace._replace(halves=halves), **found}
 
 
 def _traced(function: Callable[..., Any], *specs: Any) -> _Part:

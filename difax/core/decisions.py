@@ -26,16 +26,21 @@ LEVELS = ("trunk", "block", "branch")  # on which gates are
 
 def strip(trace: Trace, half: int = 0) -> str:
     """One character per evaluation that was made: F everything computed, . nothing, 1 to 9 tenths in between, a blank
-    where the half did not run; f everything computed, but not for every sample: some took what was remembered. Of a
-    mean over runs whose solver decides how many there are, what only some of the runs made is in between too."""
-    parts = [np.asarray(c, np.float64)[..., half].sum((1, 2)) for c in trace.computed.values()]
+    where the half did not run; f everything computed, but not for every sample: some took what was remembered; s
+    another network ran (`Accelerator.networks`). Of a mean over runs whose solver decides how many there are, what only
+    some of the runs made is in between too."""
+    own = [c for name, c in trace.computed.items() if "/" not in name]
+    parts = [np.asarray(c, np.float64)[..., half].sum((1, 2)) for c in own]
     computed = np.sum(parts, axis=0)
-    total = sum(c.shape[1] * c.shape[2] for c in trace.computed.values())
+    total = sum(c.shape[1] * c.shape[2] for c in own)
+    others = [np.asarray(c, np.float64)[..., half].sum((1, 2)) for name, c in trace.computed.items() if "/" in name]
+    other = np.sum([*others, np.zeros(len(computed))], axis=0) > 0
     ran = np.asarray(trace.halves) > half
     # a half may run its ends alone, or the whole network be left out: then nothing was computed, which is a decision
     ran = ran | (np.asarray(trace.halves) == 0)
     partly = _reused(trace, half)
-    each = [_character(float(f), p) if r else " " for f, r, p in zip(computed / total, ran, partly, strict=True)]
+    each = zip(computed / total, ran, partly, other, strict=True)
+    each = ["s" if o else _character(float(f), p) if r else " " for f, r, p, o in each]
     made = np.broadcast_to(np.asarray(trace.live) > 0, len(each))
     return "".join(c for c, m in zip(each, made, strict=True) if m)
 

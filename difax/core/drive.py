@@ -60,9 +60,12 @@ def check_drive(solver: Solver, rows: Row, accelerator: Accelerator) -> None:
     name = accelerator.name
     acts = any(part is not None for part in (accelerator.output, accelerator.trunk, accelerator.block))
     acts = acts or accelerator.branch is not None or accelerator.guide is not None
-    planned = len(rows.plan.modes) > 1 or accelerator.guide is not None or accelerator.lookup is not None
+    planned = len(rows.plan.modes) > 1 or accelerator.planned
+    planned = planned or accelerator.guide is not None or accelerator.lookup is not None
     if solver.derivatives and acts:
         raise ValueError(f"cache {name} with a solver that differentiates the network; allowed: cache none")
+    if solver.head is not None and accelerator.output is not None:
+        raise ValueError(f"cache {name} acts on the output, and this solver reads the tokens too; allowed: cache none")
     if solver.drive == "scan":
         return
     if solver.drive == "while" and planned:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ class Process(NamedTuple):
     t_min, t_max: the range in which log(alpha/sigma) is finite and grids in that variable are laid.
     prior_std: standard deviation of x at t = 1, in which sampling starts.
     shift: time shift of a flow (Esser et al. 2024), used by the `shifted` grid and by training.
+    augmented: of a process whose x is not alpha x0 + sigma eps alone, what its parts are and how they move
+        (`difax.core.langevin.Augmented`); `level` is then that of the data's own part, with more beside it.
     """
 
     name: str
@@ -54,6 +56,27 @@ class Process(NamedTuple):
     t_max: float
     prior_std: float
     shift: float = 1.0
+    augmented: Any = None
+
+
+def observed(process: Process, x: Any) -> Any:
+    """The part [..., C] of x that the data has: the position, where there is a velocity too, else all of it."""
+    return x[..., : observed_shape(process, x.shape)[-1]]
+
+
+def observed_shape(process: Process, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of that part of what has a shape [..., C]."""
+    parts = 1 if process.augmented is None else len(process.augmented.prior_std)
+    return (*shape[:-1], shape[-1] // parts)
+
+
+def check_parts(process: Process, takes: bool, solver: str = "solver") -> None:
+    """Refuses a process of several parts to a solver that does not take one."""
+    if process.augmented is not None and not takes:
+        raise ValueError(
+            f"{solver}: process {process.name} has positions and velocities, and this is for one noise level; allowed: "
+            "sscs, cld_em, gddim, or a process such as vp_sde"
+        )
 
 
 def log_snr(process: Process, t: Array) -> np.ndarray:
@@ -204,7 +227,13 @@ def vp(
             raise ValueError(f"vp: trained={brief(list(trained))}; allowed: numbers between 0 and 1")
     if precision == "float32" and snr_shift != 1.0:
         raise ValueError(f"vp: precision='float32' with snr_shift={snr_shift}; allowed: float64, or no shift")
-    return _from_log_alphas("vp", log_alphas(found, snr_shift, terminal, precision), between, prior_std)
+    log_alpha = log_alphas(found, snr_shift, terminal, precision)
+    with np.errstate(invalid="ignore"):
+        falls = np.diff(log_alpha, prepend=0.0) < 0
+    if not falls.all():
+        k = int(np.argmin(falls))
+        raise ValueError(f"vp: beta {found[k]:g} of step {k} is lost in {precision}; allowed: larger ones")
+    return _from_log_alphas("vp", log_alpha, between, prior_std)
 
 
 def vp_sde(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> Process:
@@ -568,11 +597,17 @@ def learned_log_variance(variance: jax.Array, log_beta: Array, log_beta_tilde: A
     return w * log_beta + (1 - w) * log_beta_tilde
 
 
-def predict(output: jax.Array, kind: str, learn_sigma: bool, x: jax.Array, level: Level) -> Prediction:
-    """Splits off the variance channels and converts the rest: network output -> `Prediction`, in float32 or wider."""
+def predict(
+    output: jax.Array, kind: str, learn_sigma: bool, x: jax.Array, level: Level, process: Process | None = None
+) -> Prediction:
+    """Splits off the variance channels and converts the rest: network output -> `Prediction`, in float32 or wider.
+
+    process: that the level is of, where it may have a conversion of its own.
+    """
     output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
     main, variance = split_variance(output, learn_sigma)
-    x0, eps = convert(main, kind, x, level)
+    own = None if process is None else process.augmented
+    x0, eps = (convert if own is None else own.convert)(main, kind, x, level)
     return Prediction(x0, eps, variance)
 
 

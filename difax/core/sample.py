@@ -43,7 +43,7 @@ from difax.core.guidance import unguided
 from difax.core.ops import narrowed
 from difax.core.placement import Placement
 from difax.core.process import Process
-from difax.core.shapes import first_layer, memory_for, trunk_spec
+from difax.core.shapes import first_layer, memory_for, trunk_spec, zeros_of
 from difax.core.target import lowering_for
 from difax.core.trunk import neutral, reference_attention, run_trunk
 
@@ -68,6 +68,7 @@ def make_rows(
       Rows [E] as numpy arrays (E = n for one-evaluation solvers, 2n - 1 for Heun).
     """
     accelerator = accelerator or neutral()
+    process_.check_parts(process, solver.augmented)
     rows = _guided(guide, accelerator).plan(solver.grid(process, np.asarray(times, np.float64)))
     rows = rows._replace(plan=accelerator.plan(rows, stages))
     check_drive(solver, rows, accelerator)
@@ -85,7 +86,11 @@ def _guided(guide: Guide, accelerator: Accelerator) -> Guide:
 
 def initial_noise(process: Process, keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """x at t = 1: prior_std times standard normal noise [len(keys), *shape], one key per sample."""
-    return process.prior_std * noise.normal(noise.fold(keys, 0), shape)
+    drawn, own = noise.normal(noise.fold(keys, 0), shape), process.augmented
+    if own is None:
+        return process.prior_std * drawn
+    halves = jnp.split(drawn, len(own.prior_std), -1)
+    return jnp.concatenate([std * half for std, half in zip(own.prior_std, halves, strict=True)], -1)
 
 
 def make_sampler(
@@ -134,7 +139,8 @@ def make_sampler(
     64 bits draws a float32 model as any other does.
 
     Returns:
-      The jitted function; it returns samples [B, ...] in the dtype of x and the `Trace` of what was computed.
+      The jitted function; it returns samples [B, ...] in the dtype of x, of a process of position and velocity the
+      position's channels alone, and the `Trace` of what was computed.
     """
     if prediction not in process_.PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; allowed: {', '.join(process_.PREDICTIONS)}")
@@ -143,6 +149,8 @@ def make_sampler(
     if ahead and solver.drive != "scan":
         raise ValueError("conditioning ahead needs times that are known before the run; allowed: ahead=False")
     accelerator = accelerator or neutral()
+    if ahead and accelerator.networks:
+        raise ValueError(f"cache {accelerator.name} runs another network too; allowed: conditioning each, ahead=False")
     guide = _guided(guide or unguided(), accelerator)
     attention = attention or reference_attention()
 
@@ -184,13 +192,21 @@ def make_sampler(
             def evaluate(mode, memory):
                 chosen = row._replace(plan=Chosen(mode, values, halves))
 
-                def run(part):
+                def run(part, network=0):
                     time = jnp.broadcast_to(row.model_time, x_in.shape[:1])
+                    if network:
+                        own = zeros_of(lambda: run(part)[2])
+                        output, report = _other(accelerator, attention, network, params, x_in, time, cond_in, chosen)
+                        return output, part, _with_others(own, accelerator, report)
                     tokens, context = model.embed(params, x_in, time, cond_in)
                     tokens, part, report = run_trunk(
                         model, params, tokens, context, accelerator, attention, part, chosen, known=here
                     )
                     output = model.head(params, tokens, context)
+                    report = _with_others(report, accelerator)
+                    if solver.head is not None:  # behind the channels that guidance mixes
+                        extra = solver.head(x_in, time, model.hidden(tokens), output)
+                        output = jnp.concatenate([output, extra.astype(output.dtype)], -1)
                     return output.astype(jnp.promote_types(output.dtype, jnp.float32)), part, report
 
                 part = _slice(memory, axes, at)
@@ -217,7 +233,11 @@ def make_sampler(
 
         def network(x, row, guide_state, memory):
             output, guide_state, memory, trace = guide.apply(denoise, x, cond, null, scale, row, guide_state, memory)
-            return process_.predict(output, prediction, model.learn_sigma, x, row.level), guide_state, memory, trace
+            width, extra = x.shape[-1] * (2 if model.learn_sigma else 1), None
+            if solver.head is not None:
+                output, extra = output[..., :width], output[..., width:]
+            predicted = process_.predict(output, prediction, model.learn_sigma, x, row.level, process)
+            return predicted._replace(extra=extra), guide_state, memory, trace
 
         def evaluation(x, row, guide_state, memory):
             if solver.derivatives:
@@ -239,14 +259,15 @@ def make_sampler(
         trace = trace._replace(ahead=jnp.float32(guide.halves if ahead else 0))
         if solver.drive == "scan":
             trace = trace._replace(live=jnp.ones(len(rows.i), jnp.float32), unfinished=jnp.float32(0))
-        return x, trace
+        return x if process.augmented is None else process_.observed(process, x), trace
 
     def sample_there(params, x, keys, cond, rows, scale):
         where = contextlib.nullcontext() if placement is None else lowering_for(placement.target)
         with placement_.placed(placement), where:
             return sample(params, x, keys, cond, rows, scale)
 
-    return jax.jit(sample_there, donate_argnames="x")
+    whole = process.augmented is None  # where the result is as large as the noise, it takes its place
+    return jax.jit(sample_there, donate_argnames="x" if whole else ())
 
 
 def _differentiated(network, process, x, row, guide_state, memory):
@@ -313,6 +334,32 @@ def _known(model, params, x, cond, null, model_time, halves) -> tuple[Any, Any, 
         return cond, null, known
     halved = [jax.tree.map(lambda a, part=part: a[part], cond) for part in (slice(0, batch), slice(batch, None))]
     return *halved, known
+
+
+def _other(accelerator, attention, network, params, x, time, cond, row) -> tuple[jax.Array, Report]:
+    """The output of one of an accelerator's other networks, whole, and its report with its stages named as its own."""
+    model, params = accelerator.networks[network - 1].model, params["networks"][network - 1]
+    memory = memory_for(trunk_spec(model, params, x, cond), neutral(), attention, ((),))
+    tokens, context = model.embed(params, x, time, cond)
+    tokens, _, report = run_trunk(model, params, tokens, context, neutral(), attention, memory, row)
+    output = model.head(params, tokens, context)
+    named = lambda of: {f"{network}/{stage}": a for stage, a in of.items()}  # noqa: E731
+    report = report._replace(computed=named(report.computed), entered=named(report.entered))
+    return output.astype(jnp.promote_types(output.dtype, jnp.float32)), report
+
+
+def _with_others(report: Report, accelerator: Accelerator, ran: Report | None = None) -> Report:
+    """A report of the model with the stages of an accelerator's other networks, zeros but of the one that ran."""
+    computed, entered = dict(report.computed), dict(report.entered)
+    for k, network in enumerate(accelerator.networks, 1):
+        for stage in network.model.stages:
+            name, halves = f"{k}/{stage.name}", next(iter(report.entered.values())).shape[-1]
+            shape = (stage.depth, len(stage.branches), halves)
+            computed.setdefault(name, jnp.zeros(shape, jnp.float32))
+            entered.setdefault(name, jnp.zeros((stage.depth, halves), jnp.float32))
+    if ran is not None:
+        computed, entered = {**computed, **ran.computed}, {**entered, **ran.entered}
+    return report._replace(computed=computed, entered=entered)
 
 
 def _part(a: Any, batch: int, at: int | None) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.core.contracts import Accelerator, Params, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
+from difax.core.qtensor import cast
 
 LEVELS = ("guide", "output", "trunk", "block", "branch")  # from the outermost to the innermost
 
@@ -163,6 +164,8 @@ def stack(*accelerators: Accelerator, one_clock: bool = False) -> Accelerator:
         learned=_merged([a.learned for a in members if a.learned is not None]),
         measured=tuple(said for a in members for said in a.measured),
         batchwide=any(a.batchwide for a in members),
+        networks=tuple(network for a in members for network in a.networks),
+        planned=any(a.planned for a in members),
     )
 
 
@@ -180,10 +183,12 @@ def _merged(learned: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any
 
 
 def with_learned(params: Params, accelerator: Accelerator) -> Params:
-    """The parameters of a model with those of an accelerator that has some."""
-    if accelerator.learned is None:
-        return params
-    return {**params, "accelerator": jax.tree.map(jnp.asarray, accelerator.learned)}
+    """The parameters of a model with those of an accelerator that has some, and of the other networks that it runs."""
+    if accelerator.learned is not None:
+        params = {**params, "accelerator": jax.tree.map(jnp.asarray, accelerator.learned)}
+    if accelerator.networks:
+        params = {**params, "networks": tuple(cast(one.params, one.model.dtype) for one in accelerator.networks)}
+    return params
 
 
 def joined(plans: list[Plan], inner: dict[int, str], members: list[Accelerator]) -> Plan:

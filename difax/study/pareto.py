@@ -396,9 +396,10 @@ class Sweep:
         """Operations and bytes of one image; the weights' bytes are those of a batch, shared by its images."""
         run, batch = program.setup, self.options.batch
         parts = (run.model, program.params, run.attention)
-        cost = model_bytes(*parts)
+        networks = run.accelerator.networks
+        cost = model_bytes(*parts, networks)
         moved = [run_bytes(cost, trace, batch, run.guide.together) for trace in traces]
-        return run_cost(model_cost(*parts), averaged(traces)), statistics.mean(moved) / batch
+        return run_cost(model_cost(*parts, networks=networks), averaged(traces)), statistics.mean(moved) / batch
 
     def _quality(self, images: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
         compare = measures(self.run.setup.model, self.range[1] - self.range[0] or 1.0)

@@ -78,7 +78,7 @@ def profile(run: Setup, params: Params, cond: Any, seed: int = 0, repeats: int =
     x, keys, cond = run.inputs(seed, batch, cond)
     rows, scale = jax.tree.map(jnp.asarray, run.rows), jnp.float32(run.scale)
     programs, gflops = _parts(run, params, x, keys, cond)
-    cost = model_cost(run.model, params, run.attention)
+    cost = model_cost(run.model, params, run.attention, networks=run.accelerator.networks)
     whole: dict[str, Any] = {"uncached": neutral()}
     if run.rows.plan.owner != "none" or run.accelerator != neutral():
         whole["cached"] = run.accelerator

@@ -57,6 +57,7 @@ def flow_loss(
     """
     if times not in ("uniform", "logit_normal"):
         raise ValueError(f"flow loss: times={times!r}; allowed: uniform, logit_normal")
+    _check_scalar("flow", process)
     if model.learn_sigma:
         raise ValueError("flow loss: model has learn_sigma=True; allowed: False (a flow has no learned variance)")
     _check(label_dropout, unroll)
@@ -116,6 +117,7 @@ def ddpm_loss(
       Wang & Li, S2-DMs: Skip-Step Diffusion Models, 2024, arXiv:2401.01520, from which the balance of the two losses is
       known, tau = 1 - w. Their L_skip could not be read: what stands here is our reading of a loss of the skipped step.
     """
+    _check_scalar("ddpm", process)
     if process.steps is None:
         raise ValueError(f"ddpm loss needs a process of discrete steps; {process.name} is continuous")
     if process.steps < 2:
@@ -151,6 +153,59 @@ def ddpm_loss(
         predicted, _ = convert(jax.lax.stop_gradient(main), prediction, x, level)
         vlb = jnp.mean(_vlb(x0, x, predicted, variance, k, at))
         return total + vlb * steps / 1000.0, {**metrics, "vlb": vlb}
+
+    return loss
+
+
+def hsm_loss(
+    model: Model,
+    process: Process,
+    prediction: str = "eps",
+    *,
+    t_min: float = 1e-5,
+    label_dropout: float = 0.1,
+    unroll: int | bool = True,
+) -> Loss:
+    """Hybrid score matching of a process of position and velocity (`cld`): the first velocities are averaged out.
+
+    L = E |f_v(u_t, t, y) - target|^2, u_t = (x, v) of x0 alone; t ~ U(t_min, 1). Of the output the velocity's half
+    alone is trained, which says all of the noise (of a prediction of x0, the position's half).
+
+    Args:
+      model, process, prediction: the network, of twice the channels of the images; its process; and what it predicts:
+        eps, as in the paper's reweighted loss, x0 or score.
+      t_min: smallest time, above 0, below 1 (1e-5).
+      label_dropout: probability in [0, 1] that a label becomes the null label (0.1).
+      unroll: of the scan over blocks.
+
+    Returns:
+      loss(params, batch {"image", "label"}, key) -> (loss, metrics).
+
+    References: Dockhorn et al. 2021, arXiv:2112.07068, section 3.2, appendix B ("reweightedv2" in the authors' code).
+    """
+    if process.augmented is None:
+        raise ValueError(f"hsm loss: process {process.name} has no velocities; allowed: cld, or loss flow or ddpm")
+    if model.learn_sigma:
+        raise ValueError("hsm loss: model has learn_sigma=True; allowed: False")
+    if not 0 < t_min < 1:
+        raise ValueError(f"hsm loss: t_min={t_min}; allowed: above 0, below 1")
+    _check(label_dropout, unroll)
+    own = process.augmented
+
+    def loss(params: Any, batch: Any, key: jax.Array):
+        time_key, noise_key, drop_key = jax.random.split(key, 3)
+        x0 = scale_image(batch["image"])
+        t = jax.random.uniform(time_key, x0.shape[:1], x0.dtype, t_min, 1.0)
+        level = _like(process.level(t, jnp), x0)
+        e_x, e_v = jax.random.normal(noise_key, (2, *x0.shape), x0.dtype)
+        x = level.alpha * x0 + level.sigma * e_x
+        v = level.alpha_v * x0 + level.cross * e_x + level.sigma_v * e_v
+        u, eps = jnp.concatenate([x, v], -1), jnp.concatenate([e_x, e_v], -1)
+        cond = _drop_labels(model, batch["label"], label_dropout, drop_key)
+        output = forward(model, trainable(params), u, process.model_time(t), cond, unroll=unroll).astype(jnp.float32)
+        half = jnp.split(output, 2, -1)[0 if prediction == "x0" else 1]
+        mse = jnp.mean((half - own.target(prediction, x0, eps, u, level)) ** 2)
+        return mse, {"mse": mse}
 
     return loss
 
@@ -204,7 +259,7 @@ def _augment(image: jax.Array, key: jax.Array, flip: float, shift: int) -> jax.A
     return image
 
 
-LOSSES = {"flow": flow_loss, "ddpm": ddpm_loss, "cross_entropy": cross_entropy}
+LOSSES = {"flow": flow_loss, "ddpm": ddpm_loss, "hsm": hsm_loss, "cross_entropy": cross_entropy}
 
 
 def _posterior_tables(process: Process) -> dict[str, np.ndarray]:
@@ -267,6 +322,11 @@ def _drop_labels(model: Model, label: jax.Array, rate: float, key: jax.Array) ->
 def _like(value: Any, x: jax.Array) -> Any:
     """Numbers [B] beside x [B, ...], in the precision of x where jax has 64 bits."""
     return jax.tree.map(lambda a: a.reshape(-1, *([1] * (x.ndim - 1))), narrowed(value, x.dtype))
+
+
+def _check_scalar(name: str, process: Process) -> None:
+    if process.augmented is not None:
+        raise ValueError(f"{name} loss: process {process.name} has positions and velocities; allowed: loss hsm")
 
 
 def _check(rate: float, unroll: int | bool) -> None:

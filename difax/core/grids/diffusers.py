@@ -315,14 +315,12 @@ def lcm(original_inference_steps: int = 50, last: Literal["zero", "sigma_min"] =
 
 
 def ipndm() -> Grid:
-    """The times of diffusers' IPNDMScheduler on `trig`: sin(pi t/2) = sin(pi s/2)^2 for even s in [0, 1].
+    """The times of diffusers' IPNDMScheduler, sin(pi t/2) = sin(pi s/2)^2 for even s in [0, 1], there on `trig`.
 
     References: https://github.com/huggingface/diffusers, 0.42.1, after Crowson's v-diffusion.
     """
 
     def grid(process: Process, n: int) -> np.ndarray:
-        if process.name != "trig":
-            raise ValueError(f"grid ipndm needs the process trig, not {process.name}")
         return 2 / math.pi * np.arcsin(np.sin(np.linspace(1, 0, n + 1) * (math.pi / 2)) ** 2)
 
     return grid

@@ -79,26 +79,26 @@ def scheduler_keys(config: Mapping[str, Any]) -> tuple[str, Keys]:
         raise ValueError(f"scheduler {name} is not taken: {REFUSED[name]}; allowed: {', '.join(CLASSES)}")
     own = CLASSES[choose("scheduler class", name, CLASSES)]
     known = dict.fromkeys((*own, *STORED, *(key for keys in CLASSES.values() for key in keys)))
-    for key, value in config.items():
+    for key in config:
         choose(f"key of scheduler {name}", key, known)
-        if key in own and key not in INERT.get(name, ()):
-            _check(name, key, value, own[key])
-    return name, {**own, **{key: value for key, value in config.items() if key in own}}
+    read = {key: value for key, value in config.items() if key in own and key not in INERT.get(name, ())}
+    return name, {**own, **{key: _checked(name, key, value, own[key]) for key, value in read.items()}}
 
 
-def _check(name: str, key: str, value: Any, default: Any) -> None:
-    """Refuses a value of another type than diffusers' own."""
+def _checked(name: str, key: str, value: Any, default: Any) -> Any:
+    """A value as the type of diffusers' own default; refused if it is of another."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     finite = number and (math.isfinite(value) or default in (math.inf, -math.inf))
     if key in TEXTS:
         good, allowed = value in TEXTS[key], ", ".join(TEXTS[key])
     elif key in LISTS:
-        numbers = isinstance(value, list) and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+        types = (int, float) if default is None else (int,)
+        numbers = isinstance(value, list) and all(type(v) in types and math.isfinite(v) for v in value)
         good, allowed = numbers or value is default is None, "a list of numbers"
     elif isinstance(default, bool):
         good, allowed = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
-        good, allowed = number and value == int(value) and abs(value) < 2**31, "a whole number"
+        good, allowed = number and abs(value) < 2**31 and value == int(value), "a whole number"
     elif isinstance(default, float):
         good, allowed = finite, "a number"
     elif isinstance(default, str):
@@ -107,3 +107,6 @@ def _check(name: str, key: str, value: Any, default: Any) -> None:
         good, allowed = value is None or finite or isinstance(value, str), "a number, a text or null"
     if not good:
         raise ValueError(f"scheduler {name}: {key}={brief(value)}; allowed: {allowed}")
+    known: Any = value
+    whole = isinstance(default, int) and not isinstance(default, bool)
+    return int(known) if whole else float(known) if isinstance(default, float) else known
