@@ -144,7 +144,7 @@ def dpm_solver_v3(
     def init(x: jax.Array) -> V3State:
         return V3State(jnp.zeros_like(x), tuple(jnp.zeros_like(x) for _ in range(kept)))
 
-    return Solver(grid=grid, init=init, step=step, measured=measured.record("dpm_solver_v3", file))
+    return Solver(grid=grid, init=init, step=step)
 
 
 class Integrals(NamedTuple):
