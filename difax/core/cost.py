@@ -93,7 +93,6 @@ class ModelBytes(NamedTuple):
 
     weights: ModelCost
     activations: ModelCost
-    others: tuple[ModelBytes, ...] = ()
 
 
 def model_bytes(
@@ -107,11 +106,15 @@ def model_bytes(
     Args:
       model, params, attention, networks: as in `model_cost`; params as they are sampled with (`Setup.prepare`).
     """
-    others = tuple(model_bytes(one.model, one.params, attention) for one in networks)
+    others = [model_bytes(one.model, one.params, attention) for one in networks]
     weights = _each_part(_weights, model, params, attention, 1)
     one, two = (_each_part(lambda part: _moved(part.jaxpr), model, params, attention, n) for n in (1, 2))
     # what grows with the batch is the activations', the rest was the weights' again
-    return ModelBytes(weights, jax.tree.map(lambda a, b: b - a, one, two)._replace(depth=one.depth), others)
+    activations = jax.tree.map(lambda a, b: b - a, one, two)._replace(depth=one.depth)
+    return ModelBytes(
+        weights._replace(others=tuple(other.weights for other in others)),
+        activations._replace(others=tuple(other.activations for other in others)),
+    )
 
 
 def _each_part(
@@ -208,10 +211,10 @@ def run_bytes(cost: ModelBytes, trace: Trace, batch: int, together: bool = True)
       together: do both halves of guidance run in one batch (`Guide.together`), and read the weights once.
     """
 
-    if cost.others:
-        costs = (cost._replace(others=()), *cost.others)
-        traces = _by_network(trace, len(cost.others))
-        return sum(run_bytes(costs[k], its, batch, together) for k, its in traces.items())
+    if cost.weights.others:
+        each = [(part._replace(others=()), *part.others) for part in cost]
+        traces = _by_network(trace, len(cost.weights.others))
+        return sum(run_bytes(ModelBytes(each[0][k], each[1][k]), its, batch, together) for k, its in traces.items())
 
     def reads(computed: Any) -> np.ndarray:  # [E, ..., halves] -> how often a part was read
         ran = np.asarray(computed, np.float64) > 0
