@@ -23,7 +23,7 @@ from difax.core.arrays import read_arrays, save_arrays
 from difax.core.device import device_name
 from difax.study.calibrate import Sampler
 
-LABELS = list(range(10)) * 2
+LABELS = list(range(10))
 
 
 def main() -> None:
@@ -52,14 +52,14 @@ def main() -> None:
         rows.append({"method": name, "evaluations": evaluations, "rmse": round(error, 4), "gflops": cost})
         print(rows[-1], flush=True)
 
-    for n in (5, 10, 20):
+    for n in (5, 10):
         row("ddim", n, solver="ddim", steps=n)
         row("genie, exact", n, solver="genie", steps=n)
         row("genie, head", n, solver={"name": "genie", "file": str(head)}, steps=n)
     if options.shallow:
         for switch in (0.0, 0.5, 0.8, 1.0):
             cache = {"name": "duodiff", "weights": options.shallow, "switch": switch}
-            row(f"duodiff, switch {switch}", 20, solver="ddim", steps=20, cache=cache)
+            row(f"duodiff, switch {switch}", 10, solver="ddim", steps=10, cache=cache)
     table = {
         "device": device_name(),
         "date": datetime.date.today().isoformat(),
