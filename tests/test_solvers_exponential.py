@@ -219,8 +219,10 @@ def test_single_steps_by_the_authors(solver, solver_type, clean):
                 r = [(lam - s) / (t - s) for lam in lams[i + 1 : i + q]] if own else [[], [0.5], [1 / 3, 2 / 3]][q - 1]
                 if q == 2 and order == 3 and not own:
                     r = [(lams[i + 1] - s) / (t - s)]  # only steps of the full order have shares of their own
-                step = (one, two, three)[q - 1]
-                x = one(x, model(x, s), s, t) if q == 1 else step(x, model, s, t, *r, taylor=taylor)
+                if q == 1:
+                    x = one(x, model(x, s), s, t)
+                else:
+                    x = (two if q == 2 else three)(x, model, s, t, *r, taylor=taylor)
                 i += q
             shares = {} if own else {"r": 0.5} if order == 2 else {"r1": 1 / 3, "r2": 2 / 3}
             same(tabulated(SOLVERS[solver](solver_type=solver_type, **shares), p, times, x0, MIXTURE.x0), x)
@@ -500,7 +502,7 @@ def drive(solver: Solver, process: Any, times: np.ndarray, x: Any) -> tuple[np.n
 @pytest.mark.parametrize("order", [2, 3])
 def test_adaptive_steps_by_the_authors_sample_by_sample(order, prediction):
     p, data = vp_sde(), prediction == "x0"
-    times = np.linspace(*p.inverse(np.array([-3.0, 3.0])), 301)
+    times = np.linspace(p.inverse(-3.0), p.inverse(3.0), 301)
     x = np.random.default_rng(4).normal(size=(5, 8)) * np.array([0.2, 0.6, 1.0, 2.0, 4.0])[:, None]
     made = SOLVERS[f"dpm_solver_{order - 1}{order}"](rtol=0.01, prediction=prediction)
     with jax.enable_x64(True):
@@ -518,7 +520,7 @@ def test_adaptive_steps_by_the_authors_sample_by_sample(order, prediction):
 @pytest.mark.parametrize("solver", ADAPTIVE)
 def test_tighter_tolerances_are_nearer(solver, exact):
     p, errors, counts = vp_sde(), [], []
-    times = np.linspace(*p.inverse(np.array([-3.0, 3.0])), 401)
+    times = np.linspace(p.inverse(-3.0), p.inverse(3.0), 401)
     ends = p.level(times[[0, -1]])
     with jax.enable_x64(True):
         for by in (1, 1e-1, 1e-2):
@@ -554,12 +556,15 @@ def test_adaptive_steps_go_from_pure_noise_to_a_clean_sample(solver, process):
 def test_dynamic_thresholding_is_of_each_sample():
     x = np.random.default_rng(0).normal(size=(3, 4, 5, 2)) * np.array([0.2, 1.0, 3.0])[:, None, None, None]
     for most in (None, 1.5):
-        got = bounded("s", thresholding=0.9, sample_max_value=most)(jnp.asarray(x, jnp.float32))
+        threshold = bounded("s", thresholding=0.9, sample_max_value=most)
+        assert threshold is not None
+        got = threshold(jnp.asarray(x, jnp.float32))
         for b in range(3):
             s = min(max(np.quantile(np.abs(x[b]), 0.9), 1.0), most or np.inf)
             np.testing.assert_allclose(got[b], np.clip(x[b], -s, s) / s, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(bounded("s", clip=0.5)(jnp.asarray(x)), np.clip(jnp.asarray(x), -0.5, 0.5))
-    assert bounded("s") is None
+    clip = bounded("s", clip=0.5)
+    assert clip is not None and bounded("s") is None
+    np.testing.assert_array_equal(clip(jnp.asarray(x)), np.clip(jnp.asarray(x), -0.5, 0.5))
 
 
 @pytest.mark.parametrize("solver", sorted({c.solver for c in CASES}))

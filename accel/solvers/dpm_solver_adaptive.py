@@ -136,10 +136,13 @@ def _adaptive(name: str, order: int, first: float, atol: float, rtol: float, saf
         low, high = levels_at(process, ends).half
         half = np.linspace(low, high, KNOTS)
         t = np.clip(process.inverse(half), ends[1], ends[0])
-        alone = (low, high, times[0], float(enter), float(leave), first, atol, rtol, safety)
-        low_, high_, start, *rest = (np.full(n, value) for value in alone)
-        knots = (np.broadcast_to(a, (n, KNOTS)) for a in (t, np.log(levels_at(process, t).alpha)))
-        table = AdaptiveTable(low_, high_, *knots, start, *rest)
+        settings = {"low": low, "high": high, "start": times[0], "enter": float(enter), "leave": float(leave)}
+        settings |= {"first": first, "atol": atol, "rtol": rtol, "safety": safety}
+        knots = {"t": t, "log_alpha": np.log(levels_at(process, t).alpha)}
+        table = AdaptiveTable(
+            **{key: np.full(n, value) for key, value in settings.items()},
+            **{key: np.broadcast_to(a, (n, KNOTS)) for key, a in knots.items()},
+        )
         return lay_rows(process, times[:-1], np.arange(n) // order, table)
 
     def init(x: jax.Array) -> AdaptiveState:

@@ -10,6 +10,7 @@ with scale = alpha_t for "x0", of E = -h with scale = sigma_t for "eps". So both
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -224,7 +225,7 @@ def lay_singlestep(
     kind: str,
     order: int,
     solver_type: str,
-    ratios: dict[int, tuple[float, ...]] | None = None,
+    ratios: Mapping[int, tuple[float, ...] | None] | None = None,
     stage: str = "exponential",
 ) -> None:
     """n evaluations for n + 1 times: `blocks` of up to `order` of them, with the first outputs of a step in the slots
@@ -240,10 +241,9 @@ def lay_singlestep(
         t = inner(process, times, i, p, (ratios or {}).get(p))
         at = levels_at(process, t)
         scale = at.alpha if kind == "x0" else at.sigma
-        if p > 1:
-            h = at.half[p] - at.half[0]
-            E = h if kind == "x0" else -h
-            r = (at.half - at.half[0]) / h
+        h = at.half[p] - at.half[0] if p > 1 else np.inf
+        E = h if kind == "x0" else -h
+        r = (at.half - at.half[0]) / h if p > 1 else np.zeros(2)
         for k in range(p):
             names = ("x0", "eps") if k == 0 else ("first_x0", "first_eps")
             x = {names[0]: at.alpha[k + 1], names[1]: at.sigma[k + 1]}

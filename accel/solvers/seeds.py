@@ -129,7 +129,7 @@ def _seeds(
             )
         for j in range(len(times) - 1):
             if not np.isfinite(half[j + 1]):
-                steps.row(times[j], j, {"x0": levels_at(process, times[j + 1]).alpha})
+                steps.row(times[j], j, {"x0": float(levels_at(process, times[j + 1]).alpha)})
                 continue
             inner = [] if half[j] == -np.inf else process.inverse(half[j] + np.array(shares) * (half[j + 1] - half[j]))
             t = np.array([times[j], *inner, times[j + 1]])
