@@ -727,7 +727,7 @@ def test_a_perfectly_known_image_is_reached(case, n, given_noise):
 def test_rows_are_finite_single_precision_and_counted(case, n):
     for process in POSITIONS:
         p = PROCESSES[process]()
-        for grid in GRIDS:
+        for grid in ("uniform", "leading", "trailing", "quadratic", "log_snr", "karras", "shifted"):
             if (grid == "leading" and p.steps is None) or (grid == "shifted" and p.name not in ("flow", "sit")):
                 continue
             times = make_times(GRIDS[grid](), p, n)
