@@ -41,6 +41,11 @@ DATA = Langevin(0.25, 0.04, [0.4, 0.6], np.array([[0.7, -0.2, 0.1], [-0.5, 0.4, 
 SETTINGS = [{}, {"beta": 2.0, "beta_slope": 3.0, "mass": 0.5, "gamma": 0.2, "mixed_score": False}]
 
 
+def level_of(process: Any, t: float) -> Any:
+    """A `LangevinLevel`, in float64."""
+    return process.level(np.float64(t))
+
+
 def parts(x: Any) -> np.ndarray:
     """[B, 2d] as [B, 2, d]."""
     return np.asarray(x, np.float64).reshape(len(x), 2, -1)
@@ -96,7 +101,7 @@ def test_levels_of_cld_are_those_of_its_equation(settings):
     p = process.augmented
     data = Langevin(p.mass, settings.get("gamma", 0.04), [1.0], np.zeros((1, 1)), [0.0])
     for t in (1e-5, 1e-3, 0.04, 0.3, 1.0):
-        b, level = float(p.clock(t)), process.level(np.float64(t))
+        b, level = float(p.clock(t)), level_of(process, t)
         covariance, motion = data.known(b), data.moved(b)
         np.testing.assert_allclose(p.root(t) @ p.root(t).T, covariance, rtol=1e-9)
         np.testing.assert_allclose(p.transition(b), motion, rtol=1e-9, atol=1e-12)
@@ -136,7 +141,7 @@ def test_the_velocitys_half_says_all(kind, settings):
     p, rng = process.augmented, np.random.default_rng(0)
     with jax.enable_x64(True):
         for t in (0.01, 0.4, 0.95):
-            level = process.level(np.float64(t))
+            level = level_of(process, t)
             x0, e_x, e_v = rng.normal(size=(3, 5, D))
             x = level.alpha * x0 + level.sigma * e_x
             v = level.alpha_v * x0 + level.cross * e_x + level.sigma_v * e_v
@@ -291,7 +296,9 @@ def test_gaussian_data_is_drawn_with_its_mean_and_covariance(solver, settings):
     """No sampling error: the moments go through the table. The error falls as the number of steps grows, at least."""
     process, errors = cld(), []
     for n in (25, 50, 100):
-        times = process.inverse(np.linspace(*np.log(level_ratio(process, np.array([1.0, 0.02]))), n + 1))
+        times = process.inverse(
+            np.linspace(np.log(level_ratio(process, 1.0)), np.log(level_ratio(process, 0.02)), n + 1)
+        )
         times[0] = 1.0
         mean, spread = moments(SOLVERS[solver](**settings), process, times, GAUSS)
         b = float(process.augmented.clock(times[-1]))
@@ -302,8 +309,8 @@ def test_gaussian_data_is_drawn_with_its_mean_and_covariance(solver, settings):
     assert errors[2] < 0.6 * errors[1] < 0.36 * errors[0] and errors[2] < 0.03
 
 
-def level_ratio(process: Any, t: np.ndarray) -> np.ndarray:
-    level = process.level(t)
+def level_ratio(process: Any, t: Any) -> np.ndarray:
+    level = process.level(np.asarray(t))
     return level.alpha / level.sigma
 
 

@@ -153,7 +153,7 @@ def test_predict_splits_off_the_variance_and_works_in_single_precision():
     x = jnp.ones((2, 3, 3, 4))
     output = jnp.concatenate([jnp.full_like(x, 0.5), jnp.full_like(x, -0.25)], -1).astype(jnp.bfloat16)
     got = P.predict(output, "eps", True, x, level)
-    assert {a.dtype for a in got if a is not None} == {jnp.dtype("float32")}
+    assert {a.dtype for a in got[:3] if a is not None} == {jnp.dtype("float32")}
     np.testing.assert_array_equal(got.eps, jnp.full_like(x, 0.5))
     np.testing.assert_array_equal(got.variance, jnp.full_like(x, -0.25))
     assert P.predict(output[..., :4], "eps", False, x, level).variance is None
@@ -249,6 +249,7 @@ def test_schedules_of_betas_at_their_steps_and_between(name, between):
         np.testing.assert_allclose(process.level(pairs.mean(0)).alpha, np.sqrt(at.alpha.prod(0)), rtol=1e-9)
     d = 1e-7
     t = pairs.mean(0)[:: max(1, len(inner) // 20)]
+    assert process.steps is not None
     slope = (process.level(t + d).alpha - process.level(t - d).alpha) / (2 * d * process.steps)
     np.testing.assert_allclose(process.level(t).alpha_dot, slope, rtol=1e-4, atol=1e-9)
 

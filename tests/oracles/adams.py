@@ -64,7 +64,7 @@ def unipc(x, eps, alpha, sigma, order, variant="bh2", data=True, off=(), lower_f
         if i and i - 1 not in off:
             x = update(before, i - 1, outputs, many, new)
         outputs = [new, *outputs]
-        if ratios is not None and ratios[i] != 1:
+        if t is not None and ratios is not None and ratios[i] != 1:
             at = ratios[i] * t[i] + (1 - ratios[i]) * t[i - 1]
             nodes = [t[i], t[i - 1], t[i - 2]]
             total = 0.0

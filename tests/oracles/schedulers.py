@@ -67,7 +67,7 @@ def network(cls: str, given: dict[str, Any], x: np.ndarray, told: float) -> np.n
 
     Between two discrete steps log(alpha) is linear in the step.
     """
-    config = DEFAULTS | OWN.get(cls, {}) | given
+    config: dict[str, Any] = DEFAULTS | OWN.get(cls, {}) | given
     kind = config.get("prediction_type", "epsilon")
     if "sigma_data" in config:
         data = config["sigma_data"]
