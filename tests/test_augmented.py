@@ -587,7 +587,7 @@ def test_the_second_networks_depth_is_that_of_its_weights(tmp_path, capsys):
     for said, keys in {
         r"weights=nowhere: no such file or folder": {"weights": "nowhere"},
         r"with input_shape=\(28, 28, 1\); allowed: that of dit-3x16/2": {"weights": "fmnist_dit"},
-        r"duodiff: weights=None; allowed: a run's folder": {},
+        r"duodiff: weights=None; allowed: a run's folder": {"weights": None},
         r"duodiff: switch=2.0; allowed: 0 \.\.\. 1": {"weights": str(path), "switch": 2.0},
     }.items():
         with pytest.raises(ValueError, match=said):
