@@ -13,6 +13,7 @@ from scipy.optimize import brentq
 import difax
 from difax.accel.caches import NETWORKS
 from difax.accel.fit.genie import fit as fit_genie
+from difax.accel.fit.genie import secant
 from difax.accel.solvers import SOLVERS
 from difax.build import build_setup, build_task
 from difax.config import load_config
@@ -33,7 +34,7 @@ from difax.study.calibrate import Sampler
 from difax.weights.checkpoint import save_safetensors
 from tests.families import some
 from tests.oracles.augmented import Langevin, sscs
-from tests.toys import MIXTURE, predict, solve, tiny_dit
+from tests.toys import MIXTURE, predict, randomise, solve, tiny_dit
 
 D = 3
 GAUSS = Langevin(0.25, 0.04, [1.0], np.full((1, D), 0.3), [0.5])
@@ -457,12 +458,15 @@ def test_the_loss_is_that_of_the_velocitys_noise():
     np.testing.assert_allclose(loss, np.mean(wanted), rtol=1e-4)
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if not SOLVERS[s]().augmented])
+NEEDS = {"mcg": {"measurement": 0.0, "mask": 0.0}}  # what a factory must be given
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if not SOLVERS[s](**NEEDS.get(s, {})).augmented])
 def test_scalar_solvers_are_refused_a_process_of_position_and_velocity(solver):
     with pytest.raises(ValueError, match=f"solver {solver}.*: process cld has positions.*allowed: sscs, cld_em, gddim"):
-        build_setup({**LANGEVIN, "solver": {"name": solver}})
+        build_setup({**LANGEVIN, "solver": {"name": solver, **NEEDS.get(solver, {})}})
     with pytest.raises(ValueError, match="process cld has positions"):
-        make_rows(SOLVERS[solver](), unguided(), cld(), np.array([0.9, 0.5, 0.0]))
+        make_rows(SOLVERS[solver](**NEEDS.get(solver, {})), unguided(), cld(), np.array([0.9, 0.5, 0.0]))
 
 
 REFUSED = [
@@ -671,7 +675,8 @@ def test_genie_by_the_papers_step():
     np.testing.assert_allclose(got, level.alpha[1] * (y + h * eps + h**2 / 2 * slope), rtol=1e-6, atol=1e-7)
 
 
-SMALL = {**load_config("fmnist_smoke"), "weights": "random", "steps": 4}
+# told times of 0 to 1, in which a network of random weights is smooth
+SMALL = {**load_config("fmnist_smoke"), "weights": "random", "steps": 4, "process": {"name": "flow", "time_scale": 1.0}}
 SMALL["model"] = {**SMALL["model"], "depth": 1, "width": 16, "heads": 2, "size": 8, "patch": 2}
 
 
@@ -679,7 +684,7 @@ SMALL["model"] = {**SMALL["model"], "depth": 1, "width": 16, "heads": 2, "size":
 def fitted(tmp_path_factory):
     """(run with random weights, file of a head that was fitted to it, the lines that it told)."""
     run, lines = difax.load({**SMALL, "solver": {"name": "genie"}}), []
-    params = jax.tree.map(lambda a: 0.2 + 3 * a, run.params)
+    params = randomise(run.params)
     sampler = Sampler(run.setup, run.setup.prepare(params), np.arange(10, dtype=np.int32), 0)
     arrays = fit_genie(sampler, 48, 16, lines.append, nodes=3, width=32, steps=150, rate=1e-2)
     path = tmp_path_factory.mktemp("genie") / "head.npz"
@@ -691,6 +696,21 @@ def test_a_head_is_fitted_to_the_exact_derivative(fitted):
     _, _, arrays, lines = fitted
     print(lines[-1])
     assert arrays["error"] < 0.7 and arrays["flow"] == 1  # of a random network, from 48 samples
+
+
+def test_a_derivative_over_a_reach_is_the_change_of_the_slope_on_the_way():
+    """d = u (2 - y) of a flow, whose way from y at u is 2 - (2 - y) exp(-(u'^2 - u^2)/2)."""
+    x, t, reach = jnp.asarray([[[[0.3, -1.0]]]]), jnp.asarray([0.6]), 0.2
+
+    def predicted(x, t):
+        d = t[:, None, None, None] * (2.0 - x)  # a flow: y = x, u = t, d = eps - x0
+        return x - t[:, None, None, None] * d, x + (1 - t[:, None, None, None]) * d
+
+    got = secant(predicted, flow(), x, t, 0.6 * (2.0 - x), 1.0, reach)
+    there = 2 - (2 - np.asarray(x)) * np.exp(-(0.4**2 - 0.6**2) / 2)
+    wanted = (0.4 * (2 - there) - 0.6 * (2 - np.asarray(x))) / -0.2
+    np.testing.assert_allclose(got, wanted, rtol=5e-3)
+    np.testing.assert_allclose(secant(predicted, flow(), x, jnp.asarray([1e-4]), 0 * x, 1.0, reach), 0)
 
 
 def test_a_fitted_head_is_sampled_with_and_a_zero_one_is_ddim(fitted, tmp_path):
@@ -735,7 +755,7 @@ def test_bad_heads_are_refused(fitted, tmp_path):
         make_rows(
             SOLVERS["genie"](file=path), unguided(), flow(), np.array([1.0, 0.5]), cache, sampler.run.model.stages
         )
-    for key, value in {"nodes": 1, "width": 0, "steps": 0, "rate": 2.0}.items():
+    for key, value in {"nodes": 1, "width": 0, "steps": 0, "rate": 2.0, "reach": 0.9}.items():
         with pytest.raises(ValueError, match=f"genie: {key}={value}; allowed"):
             fit_genie(sampler, 48, 16, print, **{key: value})
     with pytest.raises(ValueError, match="two batches or more"):

@@ -4,7 +4,7 @@ and solvers that are fitted to a model."""
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.accel.fit import by_label, dpm_v3, evolution, fastcache, icc, iia, learned, schedules, tables, usf
+from difax.accel.fit import by_label, dpm_v3, evolution, fastcache, genie, icc, iia, learned, schedules, tables, usf
 from difax.accel.fit.record import record, record_inputs
 from difax.core.contracts import Accelerator
 
@@ -79,6 +79,7 @@ SOLVER_FITS: dict[str, Made] = {
     "ltsl": Made(learned.fit_ltsl),
     "iia": Made(iia.fit_iia),
     "dc_solver": Made(learned.fit_dc),
+    "genie": Made(genie.fit, ".npz"),
     "dpm_solver_v3": Made(dpm_v3.fit_statistics, ".npz"),
     "usf": Made(usf.fit_usf),
     "stepsaver": Made(by_label.fit_stepsaver),
