@@ -164,7 +164,7 @@ def test_linear_solvers_multiply_out(name, arguments, process):
 
 def test_what_cannot_be_multiplied_out_is_refused():
     with pytest.raises(ValueError, match="linear engine"):
-        unrolled(SOLVERS["heun"]().grid(P.flow(), TIMES))
+        unrolled(SOLVERS["ddpm"]().grid(P.flow(), TIMES))
     with pytest.raises(ValueError, match="draws noise"):
         unrolled(SOLVERS["ddss"](eta=1.0).grid(P.vp_linear(), TIMES))
 
@@ -428,7 +428,6 @@ def test_grids_that_a_solver_cannot_take_are_refused():
     ("name", "settings", "message"),
     [
         ("bns", {"rate": 0.0}, "allowed: above 0"),
-        ("bns", {"start": "run"}, "linear engine"),
         ("ddss", {}, "multiples of 4"),
         ("iia", {"order": 0}, "order=0"),
         ("usf", {"measured": 1}, "measured=1"),

@@ -92,9 +92,9 @@ def _ddim(row: Callable[..., None], process: Process, times: np.ndarray) -> None
 
 
 def _dpmpp_2m(row: Callable[..., None], process: Process, times: np.ndarray) -> None:
-    table = dpmpp_2m().grid(process, times).coefficients
+    weights = dpmpp_2m().grid(process, times).coefficients.weights[:, 0]  # of x, x0, eps and the x0 before
     for j in range(len(times) - 1):
-        row(times[j], j, {"x": table.x[j], "x0": table.x0[j], "g1": table.previous[j]})
+        row(times[j], j, dict(zip(("x", "x0", "eps", "g1"), weights[j].tolist(), strict=True)))
 
 
 def _edm(row: Callable[..., None], process: Process, times: np.ndarray) -> None:
