@@ -194,6 +194,11 @@ def test_lower_order_final(bound, n, first_order):
 # the grids of a process; the longest h/h_before of each, in lambda, at any number of steps from 8 on
 EVEN = ("uniform", "leading", "trailing", "quadratic", "log_snr", "karras", "shifted")
 LAID = [(p, g) for p, g in itertools.product(PROCESSES, EVEN) if takes(g, PROCESSES[p]())]
+FAMILIAR = ("vp_linear", "vp_cosine", "vp_sde", "ve", "flow")  # with which every run tests; the others are slow
+laid = pytest.mark.parametrize(
+    ("process", "grid"),
+    [pytest.param(*at, marks=() if at[0] in FAMILIAR else pytest.mark.slow, id="-".join(at)) for at in LAID],
+)
 
 
 def _ratios(process: Any, times: np.ndarray) -> np.ndarray:
@@ -203,7 +208,7 @@ def _ratios(process: Any, times: np.ndarray) -> np.ndarray:
         return np.nan_to_num(h[1:-1] / h[:-2])  # 0 behind a step of infinite length
 
 
-@pytest.mark.parametrize(("process", "grid"), LAID)
+@laid
 def test_dpmpp_2m_steps_in_second_order_as_far_as_it_has_measured(process, grid):
     """The authors' table wherever no step is over twice as long as the one before; nowhere weights beyond 2 and 1."""
     p = PROCESSES[process]()
@@ -262,7 +267,7 @@ def _mean_error(solver: Solver, p: Any, times: np.ndarray, known: Known) -> floa
     return float(np.abs(x - wanted).mean())
 
 
-@pytest.mark.parametrize(("process", "grid"), LAID)
+@laid
 def test_second_order_is_about_as_good_as_first_everywhere(process, grid):
     """Errors with exact predictions are at most twice Euler's of as many steps; Heun's, of as many steps too, four
     times (ve and vp_cosine in 8 steps even in log-SNR, which the equation in sigma/alpha costs)."""
