@@ -138,9 +138,15 @@ def test_solvers(solver, settings):
     assert_same(*in_both(run))
 
 
-@pytest.mark.parametrize("process", some(P.PROCESSES, "vp_cosine"))
-# mcg needs a measurement
-@pytest.mark.parametrize("solver", some([s for s in SOLVERS if s not in ("mcg", "sscs", "cld_em")], "heun"))
+# every solver on a process, but mcg, which needs a measurement, and those of velocities; every process under two solvers
+DRAWN = [(s, "vp_cosine") for s in SOLVERS if s not in ("mcg", "sscs", "cld_em")]
+DRAWN += [(s, p) for s in ("heun", "unipc") for p in P.PROCESSES if p != "vp_cosine"]
+
+
+@pytest.mark.parametrize(
+    ("solver", "process"),
+    [pytest.param(*at, marks=() if at == ("heun", "vp_cosine") else pytest.mark.slow, id="-".join(at)) for at in DRAWN],
+)
 def test_processes_and_solvers_in_the_sampler(process, solver):
     prediction = "velocity" if process in ("flow", "sit") else "eps"
     sections = {"process": {"name": process}, "prediction": prediction, "solver": {"name": solver}}

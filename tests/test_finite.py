@@ -123,8 +123,14 @@ def test_a_gate_of_a_network_that_adds_nothing(name):
 OTHER_SOLVERS = ("mcg", "sscs", "cld_em", "genie")  # of a measurement, of velocities, of derivatives
 
 
-@pytest.mark.parametrize("guide", some(GUIDES))
-@pytest.mark.parametrize("solver", some([s for s in SOLVERS if s not in OTHER_SOLVERS], "dpmpp_2m"))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("solver", "guide"),
+    [
+        *((s, "cfg") for s in SOLVERS if s not in OTHER_SOLVERS),
+        *(("dpmpp_2m", guide) for guide in GUIDES if guide != "cfg"),
+    ],
+)
 def test_a_solver_and_a_guide(solver, guide):
     watched(solver=solver, guide=guide)
     if solver != "ddpm":
