@@ -138,7 +138,7 @@ def test_solvers(solver, settings):
     assert_same(*in_both(run))
 
 
-# every solver on a process, but mcg, which needs a measurement, and those of velocities; every process under two solvers
+# every solver on a process, but mcg, which needs a measurement, and those of velocities; every process under two
 DRAWN = [(s, "vp_cosine") for s in SOLVERS if s not in ("mcg", "sscs", "cld_em")]
 DRAWN += [(s, p) for s in ("heun", "unipc") for p in P.PROCESSES if p != "vp_cosine"]
 
