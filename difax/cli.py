@@ -303,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     pareto.add_argument("--out", default="pareto", metavar="DIR", help="folder of the sweep (default: %(default)s)")
     pareto.add_argument("--seeds", type=int, default=64, help="images of each method (default: %(default)s)")
     pareto.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
-    pareto.add_argument("--turns", type=int, default=3, help="batches that are timed (default: %(default)s)")
+    pareto.add_argument("--turns", type=int, default=3, help="batches that are timed beside it (default: %(default)s)")
     pareto.add_argument("--seed", type=int, default=0, help="seed of the images")
     pareto.add_argument("--budget", type=float, metavar="MINUTES", help="begin no more methods after so long")
     pareto.add_argument("--data", metavar="PATH", help="real images: a folder of them, an .npz, or a data set's files")

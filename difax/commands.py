@@ -218,7 +218,7 @@ def _cache_folder(name: str) -> pathlib.Path | None:
 def pareto(options: argparse.Namespace) -> int:
     log = _start(options)
     for name, most in (("seeds", None), ("batch", None), ("turns", 1000), ("trials", 10_000)):
-        _counts(options, name, most)
+        _counts(options, name, most, least=0 if name == "turns" else 1)
     _seeds(options)
     if options.budget is not None and not options.budget > 0:
         raise ValueError(f"--budget={options.budget}; allowed: above 0")
@@ -326,11 +326,11 @@ def pareto(options: argparse.Namespace) -> int:
     return 1 if sweep.failed or wrong else 0
 
 
-def _counts(options: argparse.Namespace, name: str, most: int | None = None) -> None:
-    """Refuses a number of things below 1, or above what anybody waits for."""
+def _counts(options: argparse.Namespace, name: str, most: int | None = None, least: int = 1) -> None:
+    """Refuses a number of things below the least, or above what anybody waits for."""
     value = getattr(options, name)
-    if value < 1 or (most is not None and value > most):
-        raise ValueError(f"--{name}={value}; allowed: {'1 or more' if value < 1 else f'{most} at most'}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"--{name}={value}; allowed: {f'{least} or more' if value < least else f'{most} at most'}")
 
 
 def _seeds(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -222,6 +223,17 @@ def test_frontier_by_hand():
     text = table(rows)
     assert text.splitlines()[2].startswith("| **b** | x3.00 | x3.00 (2.90-3.20) | 1.00 | 25.0 [25.0, 25.0]")
     assert "| c | x4.00 | x2.50 (2.40-2.70) |" in text and text.splitlines()[3].endswith("| b |")
+
+
+def test_without_turns_seconds_are_compared_with_those_of_the_start(sweep, tmp_path):
+    made = sweep(tmp_path / "p", options=SHORT._replace(turns=0))
+    rows = {r["method"]: r for r in made.measure({LOW: METHODS["teacache 0.2"]})}
+    for name in (BASELINE, LOW):
+        speed = rows[name]["speed"]
+        assert speed["turns"] == [] and speed["seconds_per_image"] > 0
+        assert speed["baseline_seconds_per_image"] == statistics.median(made.seconds) / SHORT.batch
+    assert rows[BASELINE]["speed"]["ratio"] == 1.0
+    assert "()" not in table(list(rows.values())) and "| x1.00 | x1.00 |" in table(list(rows.values()))
 
 
 def test_methods_have_families_and_known_settings():

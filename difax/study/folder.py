@@ -54,7 +54,8 @@ def read_measured(folder: str | os.PathLike) -> list[dict[str, Any]]:
         if row.get("speed") is not None:
             for part, kinds in MEASURED.items():
                 check_object(row.get(part), f"{where}: {part}", **kinds)
-            _check_numbers(row["speed"]["turns"], f"{where}: turns")
+            if row["speed"]["turns"]:  # none where the sweep was told to time none
+                _check_numbers(row["speed"]["turns"], f"{where}: turns")
         for name, figure in (row.get("quality") or {}).items():
             if figure is not None:
                 _check_numbers(figure, f"{where}: quality {name[:80]!r}", 3, (*NUMBER, MISSING))

@@ -80,6 +80,11 @@ def frontier(rows: list[dict[str, Any]], quality: str = "psnr", cost: str = "sec
     return found
 
 
+def _range(turns: list[float]) -> str:
+    """The least and the most of the turns, where there are any."""
+    return f" ({min(turns):.2f}-{max(turns):.2f})" if turns else ""
+
+
 def table(rows: list[dict[str, Any]], quality: str = "psnr") -> str:
     """The measured methods as a Markdown table, the fastest first; the frontier's in bold."""
     shown = [q for q in SHOWN if any(_figure(r, q) for r in rows)]
@@ -102,7 +107,7 @@ def table(rows: list[dict[str, Any]], quality: str = "psnr") -> str:
         cells = [
             f"**{row['method']}**" if best else row["method"],
             f"x{row['cost']['ratio']:.2f}",
-            f"x{row['speed']['ratio']:.2f} ({min(row['speed']['turns']):.2f}-{max(row['speed']['turns']):.2f})",
+            f"x{row['speed']['ratio']:.2f}{_range(row['speed']['turns'])}",
             f"{row['speed']['realised']:.2f}",
             *(_figure(row, q) for q in shown),
             row["dominated_by"] or "",

@@ -155,10 +155,14 @@ METHODS: dict[str, Method] = {
 
 BUDGETS = (5, 8, 10, 15, 20, 50)  # evaluations at which solvers are compared
 
-# every solver at its defaults, at equal evaluations; what it needs besides (a file, another process) is its refusal
+# which are another solver until they have learned (experiments/learned_solvers.py compares what they are then)
+LEARNED = ("bns", "ddss", "ltsl", "iia", "usf", "dc_solver", "dpm_solver_v3")
+
+# every solver at its defaults, at equal evaluations; what it needs besides (a measurement, a process) is its refusal
 SOLVER_METHODS: dict[str, Method] = {
     f"{name}, {n} evaluations": Method("solver", {"solver.name": name}, evaluations=n)
     for name in REGISTRIES["solver"]
+    if name not in LEARNED
     for n in BUDGETS
 }
 

@@ -71,8 +71,9 @@ Tell = Callable[[str], None]
 
 
 class Options(NamedTuple):
-    """seeds: images of each method; batch: at a time; turns: batches that are timed; seed: of the first image;
-    budget: minutes after which no more methods are begun, or None."""
+    """seeds: images of each method; batch: at a time; turns: batches that are timed beside the baseline's; 0 compares
+    with the baseline's seconds when the sweep began, and the machine may have had other work then; seed: of the first
+    image; budget: minutes after which no more methods are begun, or None."""
 
     seeds: int = 64
     batch: int = 8
@@ -158,6 +159,7 @@ class Sweep:
         self.failed: dict[str, str] = {}  # methods that raised what no refusal is, and what
         self.baseline: Timed | None = None
         self.wanted: np.ndarray | None = None
+        self.seconds: list[float] = []  # of each batch of it
         self.range = (-1.0, 1.0)  # of the images; of latents, that of the baseline's once they are drawn
         self.uncached = (0.0, 0.0)  # operations and bytes of the baseline, once its images are drawn
         self.described = {
@@ -324,7 +326,7 @@ class Sweep:
     def _measured(self, name: str, program: Timed) -> dict[str, Any]:
         baseline, options = self._baseline(), self.options
         batches, wanted = self._batches(), self._wanted(baseline)
-        drawn = [program.draw(0)[:2]]  # not timed: the first run touches its memory
+        drawn, own = [program.draw(0)[:2]], []  # not timed: the first run touches its memory
         turns = []
         for index in range(1, max(batches, options.turns + 1)):
             at, timed = index % batches, index <= options.turns
@@ -332,6 +334,7 @@ class Sweep:
             samples, trace, seconds = program.draw(at)
             if timed:
                 turns.append((seconds, beside or baseline.draw(at)[2]))
+            own.append(seconds)
             if index < batches:
                 drawn.append((samples, trace))
         images, traces = (list(part) for part in zip(*drawn, strict=True))
@@ -340,7 +343,8 @@ class Sweep:
         cost, moved = self._cost(program, traces)
         uncached, uncached_moved = self.uncached
         # the baseline is the unit: what its turns against itself are off from 1 is the machine's noise
-        ratio = 1.0 if name == BASELINE else statistics.median(b / a for a, b in turns)
+        pairs = turns or [(a, statistics.median(self.seconds)) for a in own or [program.draw(0)[2]]]
+        ratio = 1.0 if name == BASELINE else statistics.median(b / a for a, b in pairs)
         self._save_images(name, together)
         lost = _lost(together)
         if trace.unfinished > 0:
@@ -354,8 +358,8 @@ class Sweep:
                 "bytes_ratio": uncached_moved / moved,
             },
             "speed": {
-                "seconds_per_image": statistics.median(a for a, _ in turns) / options.batch,
-                "baseline_seconds_per_image": statistics.median(b for _, b in turns) / options.batch,
+                "seconds_per_image": statistics.median(a for a, _ in pairs) / options.batch,
+                "baseline_seconds_per_image": statistics.median(b for _, b in pairs) / options.batch,
                 "ratio": ratio,
                 "turns": [b / a for a, b in turns],
                 "realised": ratio * cost / uncached,
@@ -375,8 +379,9 @@ class Sweep:
     def _wanted(self, baseline: Timed) -> np.ndarray:
         if self.wanted is None:
             baseline.draw(0)
-            drawn = [baseline.draw(i)[:2] for i in range(self._batches())]
-            wanted = np.concatenate([samples for samples, _ in drawn])[: self.options.seeds]
+            drawn = [baseline.draw(i) for i in range(self._batches())]
+            self.seconds = [seconds for *_, seconds in drawn]
+            wanted = np.concatenate([samples for samples, *_ in drawn])[: self.options.seeds]
             lost = _lost(wanted)
             if lost:
                 raise FloatingPointError(
@@ -388,7 +393,7 @@ class Sweep:
                     f"{self.run.setup.model.name} draws latents: PSNR and SSIM take their range, "
                     f"{self.range[0]:.3g} to {self.range[1]:.3g}; pictures show {self._shown()}"
                 )
-            self.uncached = self._cost(baseline, [trace for _, trace in drawn])
+            self.uncached = self._cost(baseline, [trace for _, trace, _ in drawn])
             self.wanted = wanted
         return self.wanted
 
