@@ -166,7 +166,7 @@ def page(rows: Rows, words: str) -> str:
     lines += [*table(rows), "", *judged(rows), ""]
     reasons = refused(rows)
     if reasons:
-        lines += ["Refused here:", "", *(f"- {name}: {why}" for name, why in reasons.items()), ""]
+        lines += ["Refused here:", "", *(f"- {why}" for why in reasons.values()), ""]
     return "\n".join(lines)
 
 
