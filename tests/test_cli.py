@@ -488,6 +488,13 @@ PARTNERS = {
     ("cache", "icc"): ["--config.cache.period=1"],
     ("cache", "tgate"): ["--config", "pixart_tiny", "--config.cache.gate=1"],
     ("cache", "skipcache"): ["--config", "skip_dit_tiny"],
+    ("cache", "autodiffusion"): ["--config.cache.skip=((),(1,),())"],
+    ("grid", "given"): ["--config.grid.times=(1.0,0.6,0.3,0.0)"],
+    ("grid", "measured"): ["--config.grid.file=times.json"],
+    ("grid", "lcm"): ["--config", "fmnist_smoke:ddpm"],
+    ("grid", "diffusers"): ["--config", "fmnist_smoke:ddpm"],
+    ("solver", "gotta_go_fast"): ["--grid", "log_snr", "--steps", "200"],
+    ("solver", "mcg"): ["--config.solver.measurement=0.0", "--config.solver.mask=0.0"],
     ("solver", "sscs"): LANGEVIN,
     ("solver", "cld_em"): LANGEVIN,
 }
@@ -508,6 +515,7 @@ def test_every_name_of_the_lists_runs(here, capsys, kind, name):
     if more is None:
         pytest.skip("needs a GPU")
     np.savez(here / "router.npz", blocks=np.linspace(-5, 5, 3 * 3 * 2).reshape(3, 3, 2))  # of three layers
+    (here / "times.json").write_text(json.dumps({"process": "flow", "times": [1.0, 0.6, 0.3, 0.0]}))
     base = TINY
     if "--config" in more and "fmnist_smoke" not in " ".join(more):  # a model without labels, with a run of its own
         base = ["--config.steps=3", "--random-init", "--no-compile-cache"]

@@ -133,7 +133,7 @@ OTHER_SOLVERS = ("mcg", "sscs", "cld_em", "genie")  # of a measurement, of veloc
 )
 def test_a_solver_and_a_guide(solver, guide):
     watched(solver=solver, guide=guide)
-    if solver != "ddpm":
+    if solver not in ("ddpm", "gotta_go_fast"):  # whose steps have no slope out of pure noise of a flow
         watched(solver=solver, guide=guide, process=P.flow(), prediction="velocity")
 
 

@@ -66,6 +66,7 @@ WHERE = {
     ("process", "cld"): LANGEVIN,
     ("cache", "duodiff"): {**load_config("fmnist_dit"), "steps": STEPS},
     ("loss", "hsm"): LANGEVIN,
+    ("solver", "gotta_go_fast"): {**SMOKE, "grid": {"name": "log_snr"}},  # a flow has no slope out of pure noise
     ("cache", "skipcache"): SKIP,
     ("cache", "tgate"): PIXART,
     ("model", "skip_dit"): SKIP,
@@ -86,7 +87,8 @@ NOT_A_VALUE = {"model", "process", "prediction"}
 def keys_of(kind: str, name: str) -> list[str]:
     """The keys that a user may give a factory."""
     found = inspect.signature(REGISTRIES[kind][name]).parameters
-    return [key for key in found if not (kind in ("quant", "loss") and key in NOT_A_VALUE)]
+    given = {"quant": NOT_A_VALUE, "loss": NOT_A_VALUE, "cache": {"network"}}.get(kind, set())  # by the builder
+    return [key for key in found if key not in given]
 
 
 FACTORIES = [(kind, name) for kind, entries in REGISTRIES.items() for name in entries if keys_of(kind, name)]

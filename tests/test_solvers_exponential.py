@@ -433,7 +433,7 @@ def test_the_law_is_approached(case, process):
 @pytest.mark.parametrize("case", some(STOCHASTIC, STOCHASTIC[0]), ids=str)
 def test_many_samples_have_the_law(case):
     """Means and covariances of 20000 samples in two dimensions, by the keys, within five standard errors of theory."""
-    p, n, count = flow(), 30, 20000
+    p, n, count = flow(), 60, 20000
     times = make_times(GRIDS["uniform"](), p, n)
     rows = case.make().grid(p, times)
     keys = noise.sample_keys(3, count)
@@ -540,12 +540,14 @@ def test_adaptive_steps_go_from_pure_noise_to_a_clean_sample(solver, process):
     """Out of alpha = 0 and into sigma = 0, of a batch as of its samples; too few evaluations are told."""
     p = PROCESSES[process]()
     x = (np.random.default_rng(0).normal(size=(3, 8)) * p.prior_std).astype(np.float32)
-    times = make_times(GRIDS["uniform"](), p, 100)
+    times = make_times(GRIDS["uniform"](), p, 300)
     end, trace = drive(SOLVERS[solver](), p, times, jnp.asarray(x))
     assert trace.unfinished == 0 and np.all(np.isfinite(end))
-    for b in range(3):
-        one, _ = drive(SOLVERS[solver](), p, times, jnp.asarray(x[b : b + 1]))
-        np.testing.assert_allclose(one[0], end[b], rtol=2e-5, atol=2e-5)
+    with jax.enable_x64(True):  # in 32 bits, rounding decides now and then whether a step is taken
+        end, _ = drive(SOLVERS[solver](), p, times, jnp.asarray(x, jnp.float64))
+        for b in range(3):
+            one, _ = drive(SOLVERS[solver](), p, times, jnp.asarray(x[b : b + 1], jnp.float64))
+            np.testing.assert_allclose(one[0], end[b], rtol=1e-7, atol=1e-7)
     _, few = drive(SOLVERS[solver](), p, make_times(GRIDS["uniform"](), p, 6), jnp.asarray(x))
     assert few.unfinished == 1
 

@@ -275,7 +275,7 @@ def _differentiated(network, process, x, row, guide_state, memory):
 
     def at(x, t):
         def moving(value, of_t):  # the numbers of the table, with their slope
-            return value + (of_t - jax.lax.stop_gradient(of_t))
+            return value + (of_t - jax.lax.stop_gradient(of_t)).astype(value.dtype)
 
         level = process.level(t, jnp)
         if jnp.ndim(t):
