@@ -328,6 +328,7 @@ def test_commands_at_ten_moments(name, tmp_path, filled, user_env):
         done = False
         for number in rng.sample([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], 3):
             more = ["--resume"] if name == "train" and (here / "run" / "config.json").exists() else []
+            before = leftovers(here)  # of a kill -9, which may outlive a start that ends before it looks
             process = start([*command, *more], user_env, here)
             time.sleep(seconds * (moment + rng.random()) / 10)
             done = tell(process, number) == 0
@@ -335,13 +336,14 @@ def test_commands_at_ten_moments(name, tmp_path, filled, user_env):
                 break
             ended += 1
             if number != signal.SIGKILL:
-                assert leftovers(here) == []
+                assert set(leftovers(here)) <= set(before)
         if not done:
             more = ["--resume"] if name == "train" and (here / "run" / "config.json").exists() else []
             again = subprocess.run(
                 [sys.executable, *command, *more], cwd=here, env=user_env, capture_output=True, text=True
             )
-            assert again.returncode == 0 or "asks for no more" in again.stderr, again.stderr
+            finished = any(said in again.stderr for said in ("asks for no more", "exists already"))
+            assert again.returncode == 0 or finished, again.stderr  # a signal may come when all of it is done
         whole(name, here)
     print(f"{name}: {ended} processes ended before they were done, of {seconds:.1f} s each")
     assert ended >= 5
