@@ -180,7 +180,7 @@ def test_gddim_is_exact_for_one_image(settings, times):
         np.testing.assert_allclose(end, point.flow(parts(x), p.clock(t[0]), p.clock(t[-1])), rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("order", some([1, 2, 3], 2))
 def test_gddims_weights_are_the_integrals_of_the_paper(order):
     process, t = cld(), np.array([0.8, 0.6, 0.45, 0.3])
     p = process.augmented
@@ -287,9 +287,9 @@ def moments(solver: Any, process: Any, times: np.ndarray, data: Langevin) -> tup
     ("solver", "settings"),
     [
         ("gddim", {"order": 1}),
-        ("gddim", {"order": 1, "lam": 0.5}),
+        pytest.param("gddim", {"order": 1, "lam": 0.5}, marks=pytest.mark.slow),
         ("sscs", {}),
-        ("cld_em", {}),
+        pytest.param("cld_em", {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -461,7 +461,10 @@ def test_the_loss_is_that_of_the_velocitys_noise():
 NEEDS = {"mcg": {"measurement": 0.0, "mask": 0.0}}  # what a factory must be given
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if not SOLVERS[s](**NEEDS.get(s, {})).augmented])
+SCALAR = [s for s in SOLVERS if not SOLVERS[s](**NEEDS.get(s, {})).augmented]
+
+
+@pytest.mark.parametrize("solver", some(SCALAR, "ddim", "heun", "unipc", "gotta_go_fast", "mcg"))
 def test_scalar_solvers_are_refused_a_process_of_position_and_velocity(solver):
     with pytest.raises(ValueError, match=f"solver {solver}.*: process cld has positions.*allowed: sscs, cld_em, gddim"):
         build_setup({**LANGEVIN, "solver": {"name": solver, **NEEDS.get(solver, {})}})

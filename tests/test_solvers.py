@@ -18,6 +18,7 @@ from difax.core.grids import GRIDS, make_times
 from difax.core.guidance import unguided
 from difax.core.process import PROCESSES, flow, ve, vp_cosine, vp_linear, vp_sde
 from difax.core.sample import make_rows
+from tests.families import some
 from tests.oracles import solvers as oracle
 from tests.toys import MIXTURE, predict, solve, takes
 
@@ -375,7 +376,7 @@ def test_a_perfectly_known_image_is_reached(case, process, n, given_noise):
             np.testing.assert_allclose(end, c, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("n", [1, 2, 10])
+@pytest.mark.parametrize("n", some([1, 2, 10], 2))
 @cases
 def test_rows_are_finite_single_precision_and_counted(case, n):
     per_step = 2 if case.solver == "heun" else 1
