@@ -10,10 +10,9 @@ from functools import partial
 
 from difax.accel.solvers.bounds import bounded
 from difax.accel.solvers.exponential import (
-    check_multistep,
     check_singlestep,
-    lay_multistep,
     lay_singlestep,
+    multistep,
     singlestep_slots,
 )
 from difax.accel.solvers.linear import linear
@@ -119,16 +118,10 @@ def dpm_solver_2m(
 
     References: Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095; the authors' code.
     """
-    check_multistep("dpm_solver_2m", lower_order_final, stretch, solver_type)
-    settings = dict(
-        order=2,
-        lower_order_final=lower_order_final,
-        stretch=stretch,
-        euler_at_final=euler_at_final,
-        solver_type=solver_type,
-    )
     bound = bounded("dpm_solver_2m", clip, thresholding, sample_max_value)
-    return linear(partial(lay_multistep, kind="eps", **settings), slots=("before",), bound=bound)
+    return multistep(
+        "dpm_solver_2m", "eps", 2, lower_order_final, stretch, solver_type, bound, euler_at_final=euler_at_final
+    )
 
 
 @checked
@@ -160,8 +153,15 @@ def dpm_solver_3m(
 
     References: Lu et al. 2022, arXiv:2206.00927 and arXiv:2211.01095; the authors' code.
     """
-    check_multistep("dpm_solver_3m", lower_order_final, stretch, solver_type)
-    ends = dict(lower_order_final=lower_order_final, stretch=stretch, euler_at_final=euler_at_final)
-    lay = partial(lay_multistep, kind="eps", order=3, solver_type=solver_type, exact=exact, **ends)
     bound = bounded("dpm_solver_3m", clip, thresholding, sample_max_value)
-    return linear(lay, slots=("before", "before2"), bound=bound)
+    return multistep(
+        "dpm_solver_3m",
+        "eps",
+        3,
+        lower_order_final,
+        stretch,
+        solver_type,
+        bound,
+        euler_at_final=euler_at_final,
+        exact=exact,
+    )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from difax.accel.solvers.bounds import bounded
-from difax.accel.solvers.exponential import check_multistep, lay_multistep
-from difax.accel.solvers.linear import linear
+from difax.accel.solvers.exponential import multistep
 from difax.core.annotations import checked
 from difax.core.contracts import Solver
 
@@ -56,17 +53,8 @@ def dpmpp_2m(
     References: Lu et al. 2022, arXiv:2211.01095, algorithm 2. PixArt's authors, on even times that end at the last
       discrete step, take that step in first order at any number of steps, which is what stretch = 2 does there.
     """
-    check_multistep("dpmpp_2m", lower_order_final, stretch, solver_type)
-    lay = partial(
-        lay_multistep,
-        kind="x0",
-        order=2,
-        lower_order_final=lower_order_final,
-        stretch=stretch,
-        euler_at_final=euler_at_final,
-        solver_type=solver_type,
-    )
-    return linear(lay, slots=("before",), bound=bounded("dpmpp_2m", clip, thresholding, sample_max_value))
+    bound = bounded("dpmpp_2m", clip, thresholding, sample_max_value)
+    return multistep("dpmpp_2m", "x0", 2, lower_order_final, stretch, solver_type, bound, euler_at_final=euler_at_final)
 
 
 @checked
@@ -107,16 +95,7 @@ def dpmpp_3m(
 
     References: Lu et al. 2022, arXiv:2211.01095, appendix B.
     """
-    check_multistep("dpmpp_3m", lower_order_final, stretch, solver_type)
-    lay = partial(
-        lay_multistep,
-        kind="x0",
-        order=3,
-        lower_order_final=lower_order_final,
-        stretch=stretch,
-        euler_at_final=euler_at_final,
-        solver_type=solver_type,
-        exact=exact,
-    )
     bound = bounded("dpmpp_3m", clip, thresholding, sample_max_value)
-    return linear(lay, slots=("before", "before2"), bound=bound)
+    return multistep(
+        "dpmpp_3m", "x0", 3, lower_order_final, stretch, solver_type, bound, euler_at_final=euler_at_final, exact=exact
+    )

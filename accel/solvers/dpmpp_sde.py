@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
 from difax.accel.solvers.bounds import bounded
-from difax.accel.solvers.exponential import check_eta, check_multistep, lay_multistep, levels_at
+from difax.accel.solvers.exponential import check_eta, levels_at, multistep
 from difax.accel.solvers.linear import Steps, linear
 from difax.core.annotations import checked
 from difax.core.contracts import Solver
@@ -48,17 +46,10 @@ def dpmpp_2m_sde(
     References: Lu et al. 2022, arXiv:2211.01095, section 4.3; Crowson, k-diffusion, 2022 (eta).
     """
     check_eta("dpmpp_2m_sde", eta)
-    check_multistep("dpmpp_2m_sde", lower_order_final, stretch, solver_type)
-    settings = dict(
-        order=2,
-        lower_order_final=lower_order_final,
-        stretch=stretch,
-        euler_at_final=euler_at_final,
-        solver_type=solver_type,
-        eta=eta,
-    )
     bound = bounded("dpmpp_2m_sde", clip, thresholding, sample_max_value)
-    return linear(partial(lay_multistep, kind="x0", **settings), slots=("before",), noises=1, bound=bound)
+    return multistep(
+        "dpmpp_2m_sde", "x0", 2, lower_order_final, stretch, solver_type, bound, euler_at_final=euler_at_final, eta=eta
+    )
 
 
 @checked
@@ -94,11 +85,19 @@ def dpmpp_3m_sde(
     References: Crowson, k-diffusion, 2022; Lu et al. 2022, arXiv:2211.01095.
     """
     check_eta("dpmpp_3m_sde", eta)
-    check_multistep("dpmpp_3m_sde", lower_order_final, stretch, solver_type)
-    ends = dict(lower_order_final=lower_order_final, stretch=stretch, euler_at_final=euler_at_final)
-    lay = partial(lay_multistep, kind="x0", order=3, solver_type=solver_type, exact=exact, eta=eta, **ends)
     bound = bounded("dpmpp_3m_sde", clip, thresholding, sample_max_value)
-    return linear(lay, slots=("before", "before2"), noises=1, bound=bound)
+    return multistep(
+        "dpmpp_3m_sde",
+        "x0",
+        3,
+        lower_order_final,
+        stretch,
+        solver_type,
+        bound,
+        euler_at_final=euler_at_final,
+        exact=exact,
+        eta=eta,
+    )
 
 
 @checked

@@ -11,11 +11,14 @@ with scale = alpha_t for "x0", of E = -h with scale = sigma_t for "eps". So both
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from difax.accel.solvers.linear import Steps
+from difax.accel.solvers.bounds import Bound
+from difax.accel.solvers.linear import Steps, linear
+from difax.core.contracts import Solver
 from difax.core.process import Process
 
 KINDS = ("x0", "eps")
@@ -280,3 +283,24 @@ def _third(solver_type: str, r1: float, r2: float, first: float, second: float) 
 def singlestep_slots(order: int) -> tuple[str, ...]:
     """The slots of `lay_singlestep`."""
     return ("first_x0", "first_eps", "second")[:order]
+
+
+def multistep(
+    solver: str,
+    kind: str,
+    order: int,
+    lower_order_final: int,
+    stretch: float,
+    solver_type: str,
+    bound: Bound | None,
+    **settings: Any,
+) -> Solver:
+    """The multistep solver of a kind of prediction and an order, 2 or 3, its settings checked.
+
+    Args:
+      solver: whose settings these are, for messages. settings: others of `lay_multistep`; one with eta draws noise.
+    """
+    check_multistep(solver, lower_order_final, stretch, solver_type)
+    ends = dict(lower_order_final=lower_order_final, stretch=stretch, solver_type=solver_type)
+    lay = partial(lay_multistep, kind=kind, order=order, **ends, **settings)
+    return linear(lay, slots=("before", "before2")[: order - 1], noises=int("eta" in settings), bound=bound)
