@@ -48,46 +48,61 @@ def locked(folder: str | os.PathLike, what: str) -> Iterator[None]:
       ValueError: another process holds it (its number, machine and since when), or one of another machine may.
     """
     path = pathlib.Path(folder) / LOCK
-    file, sure = _opened(path)
+    opened: list[int] = []
 
     def release() -> None:
-        path.unlink(missing_ok=True)
+        while opened:
+            os.close(opened.pop())
+        _remove_ours(path)
 
-    try:
-        _check(path, _owner(file), sure)
+    with undone(release):  # before the file is there: a signal may come between
+        sure = _open(path, opened)
+        _check(path, _owner(opened[-1]), sure)
         me = {"what": what, "pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         me |= {} if _job() is None else {"job": _job()}
-        with undone(release):
-            os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps(me).encode(), 0)
-            yield
-    finally:
-        os.close(file)
+        os.ftruncate(opened[-1], 0)
+        os.pwrite(opened[-1], json.dumps(me).encode(), 0)
+        yield
 
 
-def _opened(path: pathlib.Path) -> tuple[int, bool]:
-    """A descriptor of the file, and whether the kernel's lock is on it, which some file systems do not have."""
+def _remove_ours(path: pathlib.Path) -> None:
+    """Removes the file if it names this process, or nobody and nobody holds it."""
+    with contextlib.suppress(OSError):
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            owner = _owner(file)
+            ours = (owner.get("pid"), owner.get("host")) == (os.getpid(), platform.node())
+            if ours or os.fstat(file).st_size == 0:
+                path.unlink()
+        finally:
+            os.close(file)
+
+
+def _open(path: pathlib.Path, opened: list[int]) -> bool:
+    """Opens the file and puts its descriptor into `opened`; whether the kernel's lock is on it, which some file systems
+    do not have."""
     while True:
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):  # it would be written to
             raise ValueError(f"{path}: is no file; remove it to go on")
-        file, sure = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), True
+        opened.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666))
+        sure = True
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(opened[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = _owner(file)
-            os.close(file)
-            raise ValueError(
-                f"{path.parent}: {_words(owner)} writes there; allowed: another folder, or later"
-            ) from None
+            raise ValueError(_refusal(path, _owner(opened[-1]))) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                os.close(file)
                 raise
             sure = False
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file, sure
-        os.close(file)  # whoever held it has just removed it
+            if os.path.samestat(os.fstat(opened[-1]), os.stat(path)):
+                return sure
+        os.close(opened.pop())  # whoever held it has just removed it
 
 
 def _owner(file: int) -> dict[str, Any]:

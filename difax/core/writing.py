@@ -115,6 +115,17 @@ def remove(path: pathlib.Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def give_up(half: pathlib.Path, final: pathlib.Path) -> None:
+    """Removes a folder that threads, of this process too, fill and rename to `final` when it is whole, so that `final`
+    is there whole or not at all: an empty file has its name meanwhile, which no folder can take. A process that is
+    killed in here leaves that file."""
+    with contextlib.suppress(FileExistsError):  # they were quicker, or it is of another time
+        os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+    remove(half)
+    if not final.is_dir():
+        final.unlink(missing_ok=True)
+
+
 def _shortened(name: str, room: int) -> str:
     return name.encode()[:room].decode(errors="ignore")
 

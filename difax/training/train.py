@@ -29,7 +29,7 @@ from difax.core.files import check_object, listed, makeable, named, place_of, re
 from difax.core.lock import LOCK, locked
 from difax.core.placement import SAMPLES, Axes, Placement, make_placement, placed, shapes_at
 from difax.core.shell import undone
-from difax.core.writing import append_line, remove, replacing, unwritable, writing
+from difax.core.writing import append_line, give_up, replacing, unwritable, writing
 from difax.training.checkpoints import not_finite, open_checkpoints, restored, restored_part
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
@@ -349,11 +349,13 @@ def _kept(folder: pathlib.Path) -> str:
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
-    """Removes checkpoints that were being written: orbax renames those that are whole."""
+    """Removes checkpoints that are, or were, being written: orbax renames those that are whole."""
+    folder = folder / "checkpoints"
     with contextlib.suppress(OSError):
-        for entry in list(os.scandir(folder / "checkpoints")):
-            if ".orbax-checkpoint-tmp" in entry.name:
-                remove(pathlib.Path(entry.path))
+        for entry in list(os.scandir(folder)):
+            step, mark, _ = entry.name.partition(".orbax-checkpoint-tmp")
+            if mark or (step.isdigit() and entry.is_file(follow_symlinks=False) and not entry.stat().st_size):
+                give_up(folder / entry.name, folder / step)
 
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
