@@ -236,6 +236,54 @@ class Classifier(NamedTuple):
     classes: int
 
 
+class TextEncoder(NamedTuple):
+    """A text encoder as data: ids of tokens -> the states [B, L, D] between and behind its blocks.
+
+    init(key) -> {"ends": ..., "blocks": leaves lead with [depth]};
+    embed(ends, ids [B, L] int32, mask [B, L] int32, 0 for padding) -> (x [B, L, D], context): the embedded tokens, and
+        what all blocks share (positions, who sees whom, biases);
+    block(params of one layer, x, context) -> x;
+    norm(ends, x) -> x: what the state behind the last block goes through;
+    pool(ends, x, ids) -> {"pooled": [B, D], "projected": [B, P]} of the normed state, or None.
+
+    State 0 is what `embed` gives, state i is behind block i, and -1 the last one, normed, as transformers counts its
+    hidden_states.
+    """
+
+    name: str
+    init: Callable[[jax.Array], Params]
+    embed: Callable[..., tuple[jax.Array, Context]]
+    block: Callable[[Params, jax.Array, Context], jax.Array]
+    norm: Callable[[Params, jax.Array], jax.Array]
+    depth: int
+    width: int
+    length: int  # of the longest text that its positions allow
+    vocabulary: int
+    pool: Callable[..., dict[str, jax.Array]] | None = None
+    dtype: Any = "float32"
+    shards: tuple[tuple[str, Shard], ...] = ()
+
+
+class Autoencoder(NamedTuple):
+    """Between pixels [B, H, W, 3] in [-1, 1] and latents [B, h, w, C], or videos [B, F, ...], as data.
+
+    Latents are as the denoiser has them: scale, shift, and means and deviations by channel are inside of both functions.
+
+    init(key) -> params; decode(params, latents) -> pixels, not clipped; encode(params, pixels) -> latents, the mean.
+    side: pixels of a latent's side. time: 0 for images; else frames that a latent adds: f latents are 1 + time (f - 1)
+    frames. channels: of the latents.
+    """
+
+    name: str
+    init: Callable[[jax.Array], Params]
+    decode: Callable[[Params, jax.Array], jax.Array]
+    encode: Callable[[Params, jax.Array], jax.Array]
+    side: int
+    time: int
+    channels: int
+    dtype: Any = "float32"
+
+
 class Where(NamedTuple):
     """The place of a block or of one of its branches.
 
