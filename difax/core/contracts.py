@@ -267,7 +267,7 @@ class TextEncoder(NamedTuple):
 class Autoencoder(NamedTuple):
     """Between pixels [B, H, W, 3] in [-1, 1] and latents [B, h, w, C], or videos [B, F, ...], as data.
 
-    Latents are as the denoiser has them: scale, shift, and means and deviations by channel are inside of both functions.
+    Latents are as the denoiser has them: scale, shift, means and deviations by channel are inside of both functions.
 
     init(key) -> params; decode(params, latents) -> pixels, not clipped; encode(params, pixels) -> latents, the mean.
     side: pixels of a latent's side. time: 0 for images; else frames that a latent adds: f latents are 1 + time (f - 1)
