@@ -331,6 +331,30 @@ def test_on_step_hears_of_every_evaluation():
     assert sorted(heard) == [0, 1, 2, 3, 4]
 
 
+def test_what_is_watched_is_the_path():
+    s, seen = setup("euler", process="flow", n=4), {}
+    watch = lambda i, x, x0: seen.update({int(i): (np.array(x), np.array(x0))})  # noqa: E731
+    x = np.array(s.inputs()[0])
+    sampler = make_sampler(s.model, s.process, s.prediction, s.solver, watch=watch)
+    last = sampler(s.params, *s.inputs(), s.rows, 1.0)[0]
+    jax.effects_barrier()
+    assert sorted(seen) == [0, 1, 2, 3]
+    np.testing.assert_array_equal(seen[0][0], x)
+    np.testing.assert_allclose(seen[3][1], last, atol=1e-6)  # the last step of a flow ends at x0
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "euler_ancestral"])
+def test_noise_that_is_given_is_the_noise_of_the_steps(solver):
+    s = setup(solver, n=3)
+    x, keys, cond = s.inputs()
+    drawn = [noise.normal(noise.fold(keys, e + 1), x.shape[1:]) for e in range(len(s.rows.i))]
+    want = s.sampler()(s.params, *s.inputs(), s.rows, 1.0)[0]
+    found = s.sampler()(s.params, x, noise.Given(jnp.stack(drawn, 1)), cond, s.rows, 1.0)[0]
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="one draw an evaluation"):
+        noise.fold(noise.fold(noise.Given(jnp.stack(drawn, 1)), 1), 1)
+
+
 def test_unknown_prediction_is_refused():
     s = setup()
     with pytest.raises(ValueError, match="unknown prediction 'noise'; allowed: eps, x0"):

@@ -103,6 +103,7 @@ def make_sampler(
     *,
     attention: Attention | None = None,
     on_step: Callable[[Any], None] | None = None,
+    watch: Callable[[Any, Any, Any], None] | None = None,
     remat: bool = False,
     ahead: bool = False,
     placement: Placement | None = None,
@@ -117,6 +118,8 @@ def make_sampler(
       solver, guide, accelerator, attention: the seams; they default to no guidance, the neutral accelerator and the
         reference attention. The rows of a run are laid out for the same accelerator (`make_rows`).
       on_step: called on the host with the index of each finished evaluation (a progress bar); costs a callback.
+      watch: called on the host with the index of each evaluation, the x that it was made at and the x0 that it predicts
+        (previews); costs a callback, and the copies.
       remat: for gradients through the sampler: keep each evaluation's inputs only, and compute it again.
       ahead: compute before the first evaluation what no sample's x goes into. Of the condition alone: projections of
         the text (`Model.once`) and, layer by layer, the keys and values of cross-attention (`Stage.once`), once a run
@@ -130,7 +133,8 @@ def make_sampler(
     Args of the sampler:
       params: the model's parameters.
       x: [B, ...] initial noise, float32 (`initial_noise`); float64, where jax has 64 bits, runs all of it in them.
-      keys: [B] one key per sample (`difax.core.noise.sample_keys`).
+      keys: [B] one key per sample (`difax.core.noise.sample_keys`), or the noise of every evaluation
+        (`difax.core.noise.Given`).
       cond: the model's condition, leaves lead with [B] (labels, int32).
       rows: `make_rows`.
       scale: guidance scale, a scalar (1 is unguided).
@@ -246,6 +250,8 @@ def make_sampler(
                 found = network(x, row, guide_state, memory)
             if on_step is not None:
                 jax.debug.callback(on_step, row.i)
+            if watch is not None:
+                jax.debug.callback(watch, row.i, x, found[0].x0)
             return found
 
         if solver.start is not None:
