@@ -301,7 +301,7 @@ class Run:
         all_of, n = self._repeated(row, repeat), columns * repeat
         setup, shape = self.setup, self.setup.model.input_shape
         if latents is not None:
-            latents = check_latents(self._channels_last(latents), n, shape)
+            latents = check_latents(self.channels_last(latents), n, shape)
         more: dict[str, Any] = {}
         if image is not None or mask is not None or strength is not None:
             if self.pipeline is None or image is None:
@@ -309,7 +309,7 @@ class Run:
             more["image"], more["mask"] = self.pipeline.known(image, mask, n, shape)
             setup = setup.started(0.6 if strength is None and mask is None else 1.0 if strength is None else strength)
         if noise is not None:
-            more["noise"] = check_latents(self._channels_last(noise, 2), n, (len(setup.rows.i), *shape), "noise")
+            more["noise"] = check_latents(self.channels_last(noise, 2), n, (len(setup.rows.i), *shape), "noise")
         if batch is not None:
             _counted(batch=batch)
         batch = 1 if batch is None and self.pipeline is not None else batch
@@ -335,7 +335,7 @@ class Run:
             raise ValueError(f"prompts: {self.setup.model.name} has no pipeline; allowed: difax.load(FOLDER)")
         return self.pipeline.conditions(self.setup.model, prompts, self.setup.guide.halves > 1)
 
-    def _channels_last(self, latents: Any, lead: int = 1) -> Any:
+    def channels_last(self, latents: Any, lead: int = 1) -> Any:
         """Latents in the layout of the model, where a pipeline's are in diffusers'; [n, ...], or with more axes in
         front."""
         if self.pipeline is None:

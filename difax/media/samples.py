@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,23 +61,36 @@ def _save_folder(path: pathlib.Path, samples: np.ndarray) -> None:
                 write_png(frames / f"{j:05d}.png", image_grid(to_uint8(frame)[None], 1, gap=0))
 
 
-def read_latents(path: str, n: int, shape: tuple[int, ...]) -> np.ndarray:
+def read_latents(
+    path: str,
+    n: int,
+    shape: tuple[int, ...] | None,
+    arranged: Callable[[np.ndarray], np.ndarray] = lambda found: found,
+    name: str = "latents",
+    flag: str = "--latents",
+) -> np.ndarray:
     """The initial latents [n, *shape] of an .npz file, under the name `latents`, float32.
+
+    Args:
+      n: of them. shape: of one; None leaves it to be checked where it is known. arranged: brings latents of another
+        layout into that of the model. name, flag: of the array, and of what asks for it.
 
     Raises:
       ValueError: a file that is not there or no .npz, or latents that are missing, of another shape or not finite.
     """
-    allowed = "an .npz file with an array named latents"
+    allowed = f"an .npz file with an array named {name}"
+    size = None if shape is None else n * int(np.prod(shape))
     try:
         with opened_arrays(path, allowed) as found:
-            if "latents" not in found:
-                raise ValueError(f"{named(path)}: no array named latents in it; allowed: what --out FILE.npz writes")
-            stored = found["latents"]
-            _check_latents(stored, n, shape, named(path))  # by its header, before it is read
-            latents = stored.read()
+            if name not in found:
+                raise ValueError(f"{named(path)}: no array named {name} in it; allowed: what --out FILE.npz writes")
+            stored = found[name]
+            if size is not None and shape is not None and int(np.prod(stored.shape)) != size:
+                _check_latents(stored, n, shape, named(path))  # by its header, before it is read
+            latents = arranged(stored.read())
     except ValueError as error:
-        raise ValueError(f"--latents {error}") from None
-    return check_latents(latents, n, shape, f"--latents {named(path)}")
+        raise ValueError(f"{flag} {error}") from None
+    return latents if shape is None else check_latents(latents, n, shape, f"{flag} {named(path)}")
 
 
 def check_latents(latents: Any, n: int, shape: tuple[int, ...], where: str = "latents") -> np.ndarray:

@@ -450,7 +450,9 @@ def wan_autoencoder(
     References: Wan Team 2025, arXiv:2503.20314.
     """
     names = ("base", "decoder_base", "channels", "patch", "residual")
-    preset = dict(zip(names, VARIANTS[variant], strict=True)) if variant is not None else {"patch": 1, "residual": False}
+    preset = (
+        dict(zip(names, VARIANTS[variant], strict=True)) if variant is not None else {"patch": 1, "residual": False}
+    )
     given = dict(zip(names, (base, decoder_base, channels, patch, residual), strict=True))
     found: dict[str, Any] = {n: preset.get(n) if value is None else value for n, value in given.items()}
     missing = [name for name, value in found.items() if value is None]

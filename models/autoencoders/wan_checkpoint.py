@@ -200,7 +200,9 @@ def _geometry(path: Any, layout: str, shapes: Mapping[str, tuple[int, ...]]) -> 
     def width(name: str, axis: int = 0) -> int:
         shape = shapes.get(f"{name}.weight", ())
         if len(shape) != 5 or 0 in shape:
-            raise ValueError(f"{path}: tensor {name + '.weight'!r} is {shape or 'missing'}; expected a kernel of 5 axes")
+            raise ValueError(
+                f"{path}: tensor {name + '.weight'!r} is {shape or 'missing'}; expected a kernel of 5 axes"
+            )
         return shape[axis]
 
     conv_in, _, conv_out = names.ends
@@ -318,7 +320,9 @@ def _config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
     check_agrees(file, config, said)
     scales = config.get("attn_scales", [])
     if not found["residual"] and found["attention"] != tuple(2.0**-i in scales for i in range(len(found["attention"]))):
-        raise ValueError(f"{file}: attn_scales={scales}; allowed: those of the levels that have attention in the tensors")
+        raise ValueError(
+            f"{file}: attn_scales={scales}; allowed: those of the levels that have attention in the tensors"
+        )
     patch = 1 if image else config.get("patch_size", 1)
     if entered % patch**2:
         raise ValueError(f"{file}: patch_size={patch}; allowed: one whose square divides {entered} channels")

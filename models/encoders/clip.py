@@ -261,7 +261,15 @@ def clip_vision(
 
 
 def _config(
-    what: str, depth: int, width: int, heads: int, ffn: int, activation: str, projection: int | None, eps: float, dtype: Any
+    what: str,
+    depth: int,
+    width: int,
+    heads: int,
+    ffn: int,
+    activation: str,
+    projection: int | None,
+    eps: float,
+    dtype: Any,
 ) -> ClipConfig:
     """What both encoders check."""
     check_least(what, {"depth": depth, "width": width, "heads": heads, "ffn": ffn, "projection": projection or 1})

@@ -173,7 +173,9 @@ def t5(
     whole = ("depth", "width", "heads", "head_width", "ffn", "vocabulary")
     check_least("t5", {name: getattr(c, name) for name in whole})
     if buckets < 4 or buckets % 4 or distance <= buckets // 4:
-        raise ValueError(f"t5: buckets={buckets}, distance={distance}; allowed: a multiple of 4, and more than a fourth")
+        raise ValueError(
+            f"t5: buckets={buckets}, distance={distance}; allowed: a multiple of 4, and more than a fourth"
+        )
     if not 0 < eps <= 1:
         raise ValueError(f"t5: eps={eps}; allowed: > 0, up to 1")
     example = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
