@@ -122,7 +122,9 @@ class _Tensor(NamedTuple):
         row = self._replace(shape=(1, *self.shape[1:]), scale=None, finite=False)
         begins = self.begin + np.asarray(indices, np.int64) * size * np.dtype(CODES[self.dtype]).itemsize
         found = [row._replace(begin=int(begin)).stored() for begin in begins]
-        return self._scaled(np.concatenate(found) if found else np.empty((0, *self.shape[1:]), CODES[self.dtype]), indices)
+        return self._scaled(
+            np.concatenate(found) if found else np.empty((0, *self.shape[1:]), CODES[self.dtype]), indices
+        )
 
     def _scaled(self, found: np.ndarray, rows: Any) -> np.ndarray:
         """Values of the file times the scales of their rows, where they have some."""

@@ -266,6 +266,6 @@ def published_file(folder: str | os.PathLike, variant: str | None = None) -> Pat
 
 
 def _variant(name: str) -> str | None:
-    """"fp16" of model.fp16.safetensors, model.safetensors.index.fp16.json or model.fp16.safetensors.index.json."""
+    """ "fp16" of model.fp16.safetensors, model.safetensors.index.fp16.json or model.fp16.safetensors.index.json."""
     words = [w for w in name.split(".")[1:] if w not in ("safetensors", "index", "json")]
     return ".".join(words) or None
