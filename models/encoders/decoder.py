@@ -4,10 +4,10 @@ One function with settings. With norm(x) = (o + w) x / sqrt(mean x^2 + eps), a b
 
   x <- x + attn(norm1(x)),   x <- x + down (act(gate norm2(x)) up norm2(x)),
 
-causal, queries and keys turned by their places (a feature and the one half a head on are a pair), keys and values shared
-among heads. Gemma-2 norms what attention and the feed-forward give as well; Qwen3 the queries and keys of each head.
-The functions are those of transformers; of models that also take pictures, that of text alone, for which their positions
-of three axes are the plain ones. Nothing generates here: no cache, no logits.
+causal, queries and keys turned by their places (a feature and the one half a head on are a pair), keys and values
+shared among heads. Gemma-2 norms what attention and the feed-forward give as well; Qwen3 the queries and keys of each
+head. The functions are those of transformers; of models that also take pictures, that of text alone, where positions of
+three axes are the plain ones. Nothing generates here: no cache, no logits.
 
 Touvron et al. (Llama), 2023, arXiv:2302.13971; Gemma Team, 2024, arXiv:2408.00118; Qwen Team, 2025, arXiv:2505.09388.
 """
@@ -189,9 +189,9 @@ def decoder(
 ) -> TextEncoder:
     """A decoder-only language model as a `TextEncoder`: the states between its blocks.
 
-    Right-padded rows see the real tokens before them and not themselves; places are counted from 0, padding or not. A
-    left-padded row sees nothing, and attention adds 0 to it, as with all classes of the library but Gemma-2's, which adds
-    the mean of all values; no pipeline pads Gemma's texts there.
+    Right-padded rows see the real tokens before them and not themselves; places are counted from 0, padding or not.
+    Left-padded rows see nothing, and attention adds 0 to them, as in all classes of the library but Gemma-2's, which
+    adds the mean of all values; no pipeline pads Gemma's texts there.
 
     Args:
       depth, width, ffn, vocabulary: blocks, width, hidden width of the feed-forward, tokens.

@@ -116,13 +116,16 @@ def encode(
     *inputs: jax.Array,
     wanted: Sequence[int] = (-1,),
     pooled: bool = False,
-) -> dict[Any, jax.Array]:
+) -> tuple[dict[int, jax.Array], dict[str, jax.Array]]:
     """`states` with the weights in memory, as one pure function to be compiled: the blocks are scanned.
 
     Args:
       params: as `load` gives them, or what became of these.
       inputs: ids and mask [B, L], or pixels [B, H, W, C]; not checked, as they may be traced.
       wanted, pooled: as of `states`.
+
+    Returns:
+      ({number: [B, L, D]}, what is pooled or {}).
     """
     numbers = _numbers(encoder, wanted, pooled)
     x, context = encoder.embed(params["ends"], *inputs)
@@ -131,7 +134,8 @@ def encode(
         some = jax.tree.map(lambda a, at=at, stop=stop: a[at:stop], params["blocks"])
         x, _ = jax.lax.scan(lambda x, one: (encoder.block(one, x, context), None), x, some)
         found[stop], at = x, stop
-    return _handed_out(encoder, numbers, found, params["ends"], inputs[:1], pooled, encoder.norm, encoder.pool)
+    more = inputs[:1] if isinstance(encoder, TextEncoder) else ()
+    return _handed_out(encoder, numbers, found, params["ends"], more, pooled, encoder.norm, encoder.pool)
 
 
 def _streamed(
@@ -150,7 +154,8 @@ def _streamed(
             x = jax.block_until_ready(run.block(_read(parameters, "blocks/", layer, {}), x, context))
             if layer + 1 in (*numbers.values(), last):
                 kept[layer + 1] = x
-    return _handed_out(encoder, numbers, kept, outer, more, pooled, run.norm, run.pool)
+    out, pools = _handed_out(encoder, numbers, kept, outer, more, pooled, run.norm, run.pool)
+    return {**out, **pools}
 
 
 def _handed_out(
@@ -160,14 +165,14 @@ def _handed_out(
     ends: Params,
     more: tuple,
     pooled: bool,
-    norm: Any,
-    pool: Any,
-) -> dict[Any, jax.Array]:
-    is_normed = lambda n: n == -1 or (n == encoder.depth and encoder.normed)  # noqa: E731
-    needed = pooled or any(map(is_normed, numbers))
-    normed = norm(ends, found[encoder.depth]) if needed else None
-    out: dict[Any, Any] = {n: normed if is_normed(n) else found[i] for n, i in numbers.items()}
-    return out | (pool(ends, normed, *more) if pooled else {})
+    norm: Callable[..., Any],
+    pool: Callable[..., Any] | None,
+) -> tuple[dict[int, Any], dict[str, Any]]:
+    """The states behind so many blocks, `found`, as they were asked for."""
+    is_normed = {n: n == -1 or (n == encoder.depth and encoder.normed) for n in numbers}
+    normed = norm(ends, found[encoder.depth]) if pooled or any(is_normed.values()) else None
+    out = {n: normed if is_normed[n] else found[i] for n, i in numbers.items()}
+    return out, pool(ends, normed, *more) if pooled and pool is not None else {}
 
 
 def _read(parameters: dict[str, Streamed], under: str, layer: int | None, known: dict[str, Any]) -> Params:

@@ -11,63 +11,84 @@ import numpy as np
 
 L = 12  # tokens of a text
 _LM: dict[str, Any] = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}  # fmt: skip
-_T5: dict[str, Any] = {
-    "vocab_size": 40, "d_model": 16, "d_kv": 6, "d_ff": 20, "num_layers": 3, "num_heads": 4, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
-_CLIP: dict[str, Any] = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": 14, "projection_dim": 10,
-}  # fmt: skip
-_SEES = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2}
-_VISION = {
-    **_SEES,
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 20,
     "num_hidden_layers": 3,
-    "image_size": 20,
-    "patch_size": 6,
-    "projection_dim": 10,
-    "hidden_act": "gelu",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
-_QWEN_EYE = {**_SEES, "depth": 1, "num_heads": 2, "out_hidden_size": 16, "patch_size": 4}
-_LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
+_T5: dict[str, Any] = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 20,
+    "num_layers": 3,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+}
+_CLIP: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 14,
+    "projection_dim": 10,
+}
+_SEES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2}
+_CLIP_VISION = {**_SEES, "num_hidden_layers": 3, "image_size": 20, "patch_size": 6, "projection_dim": 10}
+_QWEN_VISION = {**_SEES, "depth": 1, "num_heads": 2, "out_hidden_size": 16, "patch_size": 4}
+_PIXTRAL = {**_SEES, "model_type": "pixtral", "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+_PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 _MROPE = {"rope_type": "default", "type": "mrope", "rope_theta": 5000.0}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_FEW = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 9}
 
 # name -> class of transformers, its configuration
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("T5EncoderModel", _T5),
     "t5_relu": ("T5EncoderModel", {**_T5, "feed_forward_proj": "relu", "num_layers": 2}),
-    "t5_buckets": ("T5EncoderModel", {**_T5, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 9}),
+    "t5_buckets": ("T5EncoderModel", {**_T5, **_FEW}),
     "mt5": ("MT5EncoderModel", {**_T5, "num_layers": 2}),
     "umt5": ("UMT5EncoderModel", _T5),
     "clip_l": ("CLIPTextModel", {**_CLIP, "eos_token_id": 2}),
-    "clip_g": ("CLIPTextModelWithProjection", {**_CLIP, "hidden_act": "gelu", "eos_token_id": 38, "layer_norm_eps": 1e-3}),
-    "clip_vision": ("CLIPVisionModelWithProjection", _VISION),
-    "clip_vision_plain": ("CLIPVisionModel", {**_VISION, "hidden_act": "quick_gelu", "num_hidden_layers": 2}),
+    "clip_g": (
+        "CLIPTextModelWithProjection",
+        {**_CLIP, "hidden_act": "gelu", "eos_token_id": 38, "layer_norm_eps": 1e-3},
+    ),
+    "clip_vision": ("CLIPVisionModelWithProjection", {**_CLIP_VISION, "hidden_act": "gelu"}),
+    "clip_vision_plain": ("CLIPVisionModel", {**_CLIP_VISION, "num_hidden_layers": 2}),
     "llama": ("LlamaModel", {**_LM, "rope_parameters": _LLAMA3, "max_position_embeddings": 64}),
     "llama_lm": ("LlamaForCausalLM", {**_LM, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3}),
     "llava": (
         "LlavaForConditionalGeneration",
-        {"text_config": {**_LM, "model_type": "llama"}, "vision_config": {**_VISION, "model_type": "clip_vision_model"}},
+        {
+            "text_config": {**_LM, "model_type": "llama"},
+            "vision_config": {**_CLIP_VISION, "model_type": "clip_vision_model"},
+        },
     ),
     "qwen2": ("Qwen2ForCausalLM", _LM),
     "qwen2_5_vl": (
         "Qwen2_5_VLForConditionalGeneration",
         {
             "text_config": {**_LM, "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0]}},
-            "vision_config": {**_QWEN_EYE, "fullatt_block_indexes": [0], "window_size": 16},
+            "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [0], "window_size": 16},
         },
     ),
-    "qwen3": ("Qwen3ForCausalLM", {**_LM, "head_dim": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": ("Qwen3ForCausalLM", {**_LM, "head_dim": 6, "rope_parameters": _PLAIN}),
     "qwen3_vl": (
         "Qwen3VLForConditionalGeneration",
         {
             "text_config": {**_LM, "head_dim": 6, "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1]}},
-            "vision_config": {**_QWEN_EYE, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         },
     ),
     "gemma2": ("Gemma2Model", {**_LM, "head_dim": 6, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 2.0}),
@@ -76,11 +97,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Mistral3ForConditionalGeneration",
         {
             "text_config": {**_LM, "model_type": "mistral", "head_dim": 6, "sliding_window": None},
-            "vision_config": {**_SEES, "model_type": "pixtral", "num_hidden_layers": 1, "image_size": 8, "patch_size": 4},
+            "vision_config": _PIXTRAL,
         },
     ),
     "bert": ("BertModel", {**_LM, "max_position_embeddings": 16}),
-}  # fmt: skip
+}
 
 
 def kind_of(name: str) -> str:

@@ -1,8 +1,8 @@
 """Writes encoders.npz: what transformers' text encoders compute of tests/golden/encoder_cases.py.
 
 Per case: `config` (the config.json that transformers writes, as text), `shapes` (names and shapes of its tensors, as
-text), `states` [n + 1, B, L, D] (hidden_states), `last`, and where the class has them `pooled` and `projected`; weights are
-made of a seed by name. Further `buckets`: T5's bucket of every distance from -300 to 300.
+text), `states` [n + 1, B, L, D] (hidden_states), `last`, and where the class has them `pooled` and `projected`; weights
+are made of a seed by name. Further `buckets`: T5's bucket of every distance from -300 to 300.
 
 Needs torch 2.13 and transformers 5.24, no accelerator:
 
@@ -54,8 +54,8 @@ def main() -> None:
                 out = model(ids, output_hidden_states=True, **given)
         last = out.last_hidden_state if "last_hidden_state" in out else out.hidden_states[-1]
         found = {"states": torch.stack(out.hidden_states), "last": last}
-        for key, names in {"pooled": ("pooler_output",), "projected": ("text_embeds", "image_embeds")}.items():
-            found |= {key: out[n] for n in names if n in out}
+        pooled = {"pooler_output": "pooled", "text_embeds": "projected", "image_embeds": "projected"}
+        found |= {key: out[name_there] for name_there, key in pooled.items() if name_there in out}
         files |= {f"{name}.{key}": value.numpy().astype(np.float32) for key, value in found.items()}
         files[f"{name}.config"] = np.array(json.dumps(config))
         files[f"{name}.shapes"] = np.array(json.dumps(shapes))
