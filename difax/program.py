@@ -28,6 +28,7 @@ from difax.core.drive import evaluations
 from difax.core.executables import settings
 from difax.core.noise import Given
 from difax.core.qtensor import size_in_bytes
+from difax.core.sample import Held
 from difax.core.shell import DifaxWarning
 from difax.core.target import lowering_for
 from difax.media.images import image_grid, to_uint8
@@ -293,6 +294,8 @@ def draw(
     noise: np.ndarray | None = None,
     batch: int | None = None,
     watch: Callable[[int, Any, Any, Any], None] | None = None,
+    image: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
 ) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
@@ -312,6 +315,8 @@ def draw(
       batch: samples at once, at most; None is what makes 64 evaluations at once.
       watch: called with the number of the first sample of a chunk, the index of an evaluation, the x [B, ...] that it
         is made at and the x0 that it predicts.
+      image: [n, ...] samples that noise is added to, at the first time of the setup, to begin from (`Setup.started`).
+      mask: [n, ..., 1], 1 where a sample may become another than the image.
 
     Returns:
       `Drawn`; its table has steps, evaluations (rows of the scan), network evaluations of one sample (both halves of
@@ -347,6 +352,13 @@ def draw(
         if noise is not None:
             some_noise = noise[np.arange(chunk * size, (chunk + 1) * size) % n]
             keys = Given(setup.placed_samples(jnp.asarray(some_noise, jnp.float32)))
+        if image is not None:
+            index = np.arange(chunk * size, (chunk + 1) * size) % n
+            x0, eps = setup.placed_samples(jnp.asarray(image[index], jnp.float32)), x / setup.process.prior_std
+            if mask is not None:
+                keys = Held(keys, x0, eps, setup.placed_samples(jnp.asarray(mask[index], jnp.float32)))
+            level = setup.process.level(setup.times[0])
+            x = np.float32(level.alpha) * x0 + np.float32(level.sigma) * eps
         return x, keys, some
 
     # a program that is kept cannot call back to a bar, which then moves by chunks

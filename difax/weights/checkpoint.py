@@ -9,7 +9,8 @@ What other tools do to a file is undone here, for every layout:
     names to be the table's; tensors that lie outside of it (a VAE, text encoders) are left out;
   - fp8 weights X.weight with their scale beside them, X.scale_weight, X.weight_scale or X.weight_scale_inv: value times
     scale (the last is a factor too, despite its name);
-  - tensors of several floating dtypes: read in the one that holds them all.
+  - tensors of several floating dtypes: read in the one that holds them all;
+  - how many batches a norm has seen in training: left out.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ CODES = (
 SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
 UNUSED = ("scale_input", "input_scale", "comfy_quant")  # the scale of activations, a description of the format
 MARKER = "scaled_fp8"  # an empty tensor that says of a file that it has scales
+COUNTER = "num_batches_tracked"  # of torch's BatchNorm, beside its statistics: of training alone
 MOST_HEADER = 2**25  # bytes; FLUX.1's is 0.1 MB
 MOST_LETTERS = 512  # of a tensor's name
 MOST_DEPTH = 8  # parts of a prefix
@@ -543,7 +545,7 @@ def _network(path: Any, tensors: Mapping[str, _Tensor], keys: set[str]) -> dict[
         found = ", ".join(repr(p) for p in others[:5])
         raise ValueError(f"{path}: holds several networks, under {found}; allowed: a file of one of them")
     inside = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-    scaled = dict(inside)
+    scaled = {name: t for name, t in inside.items() if name.rpartition(".")[2] != COUNTER}
     eighths = {name for name, t in inside.items() if t.dtype in FP8}
     scaled.pop(MARKER, None)
     for name in eighths:
