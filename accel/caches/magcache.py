@@ -68,7 +68,8 @@ def magcache(
     if (ratios is None) == (file is None):
         raise ValueError(
             f"magcache: {'nothing' if file is None else 'ratios and file'} was given; allowed: the model's ratios "
-            f"(numbers, or {', '.join(published.table('magcache'))}), or a file of them as difax calibrate --cache magcache writes"
+            f"(numbers, or {', '.join(published.table('magcache'))}), or a file of them as difax calibrate --cache "
+            "magcache writes"
         )
     if not threshold >= 0 or streak < 0 or not 0 <= retention <= 1:
         raise ValueError(

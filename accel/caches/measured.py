@@ -188,8 +188,8 @@ def compare(
 
 
 def _compare_published(said: Mapping[str, Any], model: str, stages: tuple[Stage, ...], steps: int) -> None:
-    """Warns where numbers that are published (`difax.accel.caches.published`) are those of a model of other blocks, or of
-    a run of another length."""
+    """Warns where published numbers (`difax.accel.caches.published`) are those of a model of other blocks, or of a run
+    of another length."""
     begins, ours = f"{said['technique']}: {said['published']}", [s.depth for s in stages]
     theirs = said["blocks"]
     if theirs is None or list(theirs) != ours:

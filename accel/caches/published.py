@@ -10,8 +10,8 @@ They lie in published.json beside this file, by the name of a fit:
 Sets that nobody says to have fitted are left out (the one of Qwen-Image for TeaCache that is in circulation, which has
 round numbers). A fit belongs to one model, to its input and, in MagCache, nearly to one length of run.
 
-References: Liu et al. 2024, arXiv:2411.19108 (ali-vilab/TeaCache); Ma et al. 2025, arXiv:2506.09045 (Zehong-Ma/MagCache);
-ModelTC/LightX2V. All are under Apache-2.0.
+References: Liu et al. 2024, arXiv:2411.19108 (ali-vilab/TeaCache); Ma et al. 2025, arXiv:2506.09045
+(Zehong-Ma/MagCache); ModelTC/LightX2V. All are under Apache-2.0.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from difax.core.annotations import choose
 from difax.core.files import read_json
 
 FILE = pathlib.Path(__file__).with_name("published.json")
+
+# parts of a path that do not say which model it is
+UNTELLING = r"(transformer|unet)(_\d)?|snapshots|main|[0-9a-f]{40}|(diffusion_pytorch_)?model.*\.(safetensors|json)|\.+"
 
 # what the first names of difax stand for
 ALIASES = {
@@ -183,7 +186,7 @@ def model_of(names: Iterable[str], geometry: Mapping[str, Any] | None = None) ->
 
     Args:
       names: that it has, the most telling first: the folder's path, _name_or_path of its files. Of a path the last part
-        that names a model counts.
+        counts that is no component, no snapshot and no file of weights.
       geometry: what is known of it, of "pipeline" (the class in model_index.json), "width", "blocks" (of each stage)
         and "guidance" (has it a guidance embedding).
 
@@ -191,11 +194,11 @@ def model_of(names: Iterable[str], geometry: Mapping[str, Any] | None = None) ->
       A key of `MODELS`; None where no name tells, and the geometry is that of none or of several.
     """
     for name in names:
-        for part in reversed(re.split(r"[/\\]|--", name)):
-            text = re.sub(r"[^a-z0-9.]+", "-", part.lower())
-            for model, known in MODELS.items():
-                if re.search(known.called, text):
-                    return model
+        parts = [part for part in re.split(r"[/\\]|--", name) if part and not re.fullmatch(UNTELLING, part)]
+        text = re.sub(r"[^a-z0-9.]+", "-", parts[-1].lower()) if parts else ""
+        for model, known in MODELS.items():
+            if re.search(known.called, text):
+                return model
     given = dict(geometry or {})
     for model, known in MODELS.items():
         whole = (*known.geometry, ("blocks", known.blocks))
