@@ -38,7 +38,7 @@ FAMILIES = {
     "encoders": ("encoders",),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),
-    "prompts": ("tokenizers", "prompts"),
+    "prompts": ("tokenizers", "prompts", "published"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),
     "grids": ("grids", "grid_fits"),

@@ -218,6 +218,8 @@ class Model(NamedTuple):
     once: Callable[[Params, Any], Any] = lambda params, cond: cond
     # (pattern of a path such as "blocks/qkv/", how these weights are cut); weights that no rule names are not
     shards: tuple[tuple[str, Shard], ...] = ()
+    # of a context, what is made of the time alone: "time", its embedding, "modulation", what all blocks modulate by
+    told: Callable[[Context], Mapping[str, jax.Array]] = lambda context: {}
 
 
 class Classifier(NamedTuple):
@@ -378,7 +380,7 @@ class Attention(NamedTuple):
 class TrunkSpec(NamedTuple):
     """What an accelerator may allocate for: per stage its depth, and per branch the update's ShapeDtypeStruct,
     its `AttentionSpec` (None: the branch does not attend) and its dense layers {name: (x, y)}; the tokens between
-    blocks, and the network's output; halves: how many copies of the batch these shapes hold."""
+    blocks, the network's output, what `Model.told` gives; halves: how many copies of the batch these shapes hold."""
 
     depth: dict[str, int]
     update: dict[str, dict[str, Any]]
@@ -390,6 +392,7 @@ class TrunkSpec(NamedTuple):
     output: Any
     halves: int = 1
     together: bool = True
+    told: Mapping[str, Any] = {}
 
 
 class Done(NamedTuple):
