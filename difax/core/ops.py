@@ -171,6 +171,33 @@ def attend(
     return (o_BTHK, (top_BHT1 + jnp.log(total_BHT1))[..., 0]) if with_lse else o_BTHK
 
 
+def attend_by_rows(
+    q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, segments: Segments | None = None, rows: int = 1024
+) -> jax.Array:
+    """`attend` for so many queries at a time: of its logits [B, H, T, S] a part [B, H, rows, S] is there at once.
+
+    Args:
+      q_BTHK, k_BSHK, v_BSHK, segments: as of `attend`.
+      rows: queries at a time, 1 or more (1024).
+    """
+    b, t, *rest = q_BTHK.shape
+    if t <= rows:
+        return attend(q_BTHK, k_BSHK, v_BSHK, segments)
+    n = -(-t // rows)
+
+    def parts(a: jax.Array) -> jax.Array:
+        a = jnp.pad(a, ((0, 0), (0, n * rows - t), *((0, 0),) * (a.ndim - 2)))
+        return a.reshape(b, n, rows, *a.shape[2:]).swapaxes(0, 1)
+
+    def some(part: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        q, ids = part
+        return attend(q, k_BSHK, v_BSHK, None if segments is None or ids is None else Segments(ids, segments.k))
+
+    ids = None if segments is None else parts(jnp.broadcast_to(segments.q, (b, t)))
+    o = jax.lax.map(some, (parts(q_BTHK), ids))
+    return o.swapaxes(0, 1).reshape(b, n * rows, *rest)[:, :t]
+
+
 def per_element(scales: Scales | BlockScales, queries: int, keys: int) -> Scales:
     """Scales that broadcast to q [B, T, H, K] and to k and v [B, S, H, K], whichever form they have."""
     if isinstance(scales, Scales):
