@@ -41,6 +41,7 @@ FAMILIES = {
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),
     "grids": ("grids", "grid_fits"),
+    "media": ("media",),
     "files": ("files", "fuzz_files"),
     "study": ("metrics", "networks", "pareto", "pareto_report", "pareto_search", "profile", "experiments", "peers"),
     "plans": ("plan",),

@@ -9,6 +9,7 @@ import sys
 EXTRAS: dict[str, str | None] = {
     "matplotlib": "plot",
     "optuna": "search",
+    "av": "video",
     "triton": "triton",
     "jax_triton": "triton",
     "torch": "features",
