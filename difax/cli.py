@@ -267,7 +267,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         default="samples.png",
         metavar="PATH",
-        help="a picture (.png), the numbers (.npz), or a folder of single pictures (default: %(default)s)",
+        help="a picture (.png, .jpg, .webp), of videos a film (.mp4, .gif, .webp), the numbers (.npz), or a folder of "
+        "single pictures (default: %(default)s)",
     )
     sample.add_argument(
         "--trace", metavar="FILE.npz", help="what was computed: step, layer, branch, half; the gate's metric"

@@ -1,7 +1,7 @@
 """Weights of Wan's autoencoders by other projects: four published layouts as tables, and `find_wan_autoencoder`.
 
-"diffusers" is that of AutoencoderKLWan and AutoencoderKLQwenImage, "original" that of Wan-Video's Wan2.1_VAE; their
-other two are those of Wan 2.2, whose levels have names of their own. Levels and blocks are counted by the tensors' names.
+"diffusers" is that of AutoencoderKLWan and AutoencoderKLQwenImage, "original" that of Wan-Video's Wan2.1_VAE; the
+other two are those of Wan 2.2, whose levels have names of their own. Levels and blocks are counted by tensors' names.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def find_wan_autoencoder(path: str | os.PathLike, *, layout: str | None = None, 
     """The autoencoder that is in a checkpoint of Wan 2.1, Wan 2.2 or Qwen-Image.
 
     Widths, levels, blocks, attention and what is halved in time come from the tensors; patch, means, deviations and the
-    factors that pipelines count with from a config.json of diffusers beside the file, whose missing keys are the class's
-    defaults. Without one they follow from the tensors and are the published ones.
+    factors that pipelines count with from a config.json of diffusers beside the file, whose missing keys have the
+    class's defaults. Without one they follow from the tensors, and the statistics are the published ones.
 
     Args:
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
