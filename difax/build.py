@@ -111,6 +111,26 @@ class Setup(NamedTuple):
         assert self.grid is not None
         return grids.lay_times(self.grid, self.process, steps)[1]
 
+    def started(self, strength: float) -> Setup:
+        """The last part of a run, which begins at a known sample with noise: int(steps strength) of its steps, as
+        diffusers counts them.
+
+        Args:
+          strength: (0, 1], 1 is the whole run.
+
+        Raises:
+          ValueError: another strength, or one of no step.
+        """
+        n = len(self.times) - 1
+        first = int(max(n - n * strength, 0)) if 0 < strength <= 1 else n
+        if first >= n:
+            raise ValueError(f"strength={strength}; allowed: above 0 up to 1, and one of {n} steps at least")
+        if not first:
+            return self
+        times = self.times[first:]
+        rows = make_rows(self.solver, self.guide, self.process, times, self.accelerator, self.model.stages)
+        return self._replace(times=times, rows=rows, recipe=None)
+
     def inputs(
         self, seed: int, n: int, cond: Any, start: int = 0, numbers: np.ndarray | None = None
     ) -> tuple[jax.Array, jax.Array, Any]:
@@ -188,7 +208,7 @@ SECTIONS = (
     "model", "process", "prediction", "weights",
     "solver", "grid", "steps", "steps_by", "guide", "scale", "cache", "attend", "quant", "layout", "conditioning",
     "reduced",
-    "mesh", "data", "loss", "train",
+    "mesh", "pipeline", "data", "loss", "train",
 )  # fmt: skip
 # the values that stand alone, and what each may be
 ALONE: dict[str, Any] = {
@@ -228,7 +248,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             check_config(value)
 
 
-EXAMPLES = {"train": "steps=1000", "reduced": "model", "mesh": "seq=4"}
+EXAMPLES = {"train": "steps=1000", "reduced": "model", "mesh": "seq=4", "pipeline": "height=512"}
 
 
 def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: Sequence[Any] | None = None) -> Setup:

@@ -26,7 +26,9 @@ from difax.core.decisions import averaged, inert, known, summary
 from difax.core.device import check_memory, device_name, memory_available, peak_memory
 from difax.core.drive import evaluations
 from difax.core.executables import settings
+from difax.core.noise import Given
 from difax.core.qtensor import size_in_bytes
+from difax.core.sample import Held
 from difax.core.shell import DifaxWarning
 from difax.core.target import lowering_for
 from difax.media.images import image_grid, to_uint8
@@ -101,10 +103,11 @@ class Program:
         compiled: dict[str, _Pending] | None = None,
         on_step: Callable[[Any], None] | None = None,
         known: Program | None = None,
+        watch: Callable[[Any, Any, Any], None] | None = None,
     ):
         """params: as `Setup.prepare` returns them, or their shapes. inputs: x, keys, cond, or their shapes. compiled:
-        by text, of those that may be shared, to which this one is added. on_step: as `make_sampler` takes it. known:
-        what this very setup was compiled to before."""
+        by text, of those that may be shared, to which this one is added. on_step, watch: as `make_sampler` takes them.
+        known: what this very setup was compiled to before."""
         self.setup, self.params = setup, params
         self.rows, self.scale = jax.tree.map(jnp.asarray, setup.rows), jnp.float32(setup.scale)
         if setup.placement is not None:
@@ -119,7 +122,8 @@ class Program:
         else:
             arguments = (params, *inputs, self.rows, self.scale)
             compiled = {} if compiled is None else compiled
-            self._pending, self.shared, self._before = _begun(setup, arguments, compiled, on_step, in_thread)
+            calls = {"on_step": on_step, "watch": watch}
+            self._pending, self.shared, self._before = _begun(setup, arguments, compiled, calls, in_thread)
         if not in_thread:
             self.compiled  # noqa: B018  (what is wrong with it is raised here)
 
@@ -177,7 +181,7 @@ def _begun(
     setup: Setup,
     arguments: tuple[Any, ...],
     compiled: dict[str, _Pending],
-    on_step: Callable[[Any], None] | None,
+    calls: dict[str, Any],
     in_thread: bool,
 ) -> tuple[_Pending, bool, float]:
     """The executable of a setup, found in this process or where it is kept, or begun to be compiled; whether this
@@ -186,11 +190,12 @@ def _begun(
     Kept is what was compiled by its lowered text; where a setup has a `program_key`, that stands for it.
     """
     start = time.perf_counter()
-    place = None if on_step is not None else executables.folder()  # no file calls back to this process
+    calling = any(call is not None for call in calls.values())
+    place = None if calling else executables.folder()  # no file calls back to this process
     short = None if place is None else program_key(setup, arguments)
 
     def trace() -> tuple[Any, str]:
-        lowered = setup.sampler(on_step=on_step).lower(*arguments)
+        lowered = setup.sampler(None, **calls).lower(*arguments)
         # equal texts may differ in what their arguments are called, which a compiled program insists on
         return lowered, hashlib.sha256(f"{lowered.in_tree}{lowered.as_text()}".encode()).hexdigest()
 
@@ -239,10 +244,10 @@ _texts: dict[str, _Pending] = {}
 _drawn: list[tuple[Setup, Any, Program]] = []
 
 
-def kept_program(setup: Setup, params: Params, inputs: Any, on_step: Callable[[Any], None] | None = None) -> Program:
+def kept_program(setup: Setup, params: Params, inputs: Any, **calls: Callable[..., None] | None) -> Program:
     """A `Program`, of which this process keeps the last few without their weights, as a jitted function does."""
-    if on_step is not None:  # it calls back to this draw's bar
-        return Program(setup, params, inputs, on_step=on_step)
+    if any(call is not None for call in calls.values()):  # it calls back to this draw's bar
+        return Program(setup, params, inputs, **calls)  # type: ignore[arg-type]
     shapes = executables.signature((params, inputs))
     for before, of, drawn in _drawn:
         if before is setup and of == shapes and not drawn.failed:
@@ -286,6 +291,11 @@ def draw(
     progress: bool = False,
     program: Callable[..., Program] = kept_program,
     numbers: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
+    batch: int | None = None,
+    watch: Callable[[int, Any, Any, Any], None] | None = None,
+    image: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
 ) -> Drawn:
     """Draws one sample per condition with one ahead-of-time compiled program, and measures it.
 
@@ -301,6 +311,12 @@ def draw(
       progress: a bar on stderr, at the price of a callback per step; by chunks where executables are kept.
       program: (setup, params, inputs, on_step=...) -> `Program`, for those that keep their programs.
       numbers: [n] of the samples in their run, where they are some of it; None is 0 ... n - 1.
+      noise: [n, E, ...] that the solver's steps take in place of noise of the seed, one draw an evaluation.
+      batch: samples at once, at most; None is what makes 64 evaluations at once.
+      watch: called with the number of the first sample of a chunk, the index of an evaluation, the x [B, ...] that it
+        is made at and the x0 that it predicts.
+      image: [n, ...] samples that noise is added to, at the first time of the setup, to begin from (`Setup.started`).
+      mask: [n, ..., 1], 1 where a sample may become another than the image.
 
     Returns:
       `Drawn`; its table has steps, evaluations (rows of the scan), network evaluations of one sample (both halves of
@@ -316,8 +332,11 @@ def draw(
         cond = np.asarray(cond, np.int32)
     n = len(jax.tree.leaves(cond)[0])
     check_samples(setup, n)
+    if noise is not None:
+        _check_noise(setup, noise, n)
     shards = setup.shards
-    chunks = -(-n // (shards * max(CHUNK * setup.parts // (setup.width * shards), 1)))
+    most = CHUNK * setup.parts // setup.width if batch is None else batch
+    chunks = -(-n // (shards * max(most // shards, 1)))
     size = -(-n // (chunks * shards)) * shards
     if setup.accelerator.batchwide and shards > 1 and n % shards:
         raise ValueError(
@@ -325,20 +344,31 @@ def draw(
             f"fill the last device would change; allowed: a multiple of {shards} samples, or per_sample=True"
         )
 
-    def inputs(chunk: int) -> tuple[jax.Array, jax.Array, Any]:
+    def inputs(chunk: int) -> tuple[jax.Array, Any, Any]:
         x, keys, some = setup.inputs(seed, size, cond, chunk * size, numbers)
         if latents is not None:
             x = jnp.asarray(latents[np.arange(chunk * size, (chunk + 1) * size) % n], jnp.float32)
             x = setup.placed_samples(x)
+        if noise is not None:
+            some_noise = noise[np.arange(chunk * size, (chunk + 1) * size) % n]
+            keys = Given(setup.placed_samples(jnp.asarray(some_noise, jnp.float32)))
+        if image is not None:
+            index = np.arange(chunk * size, (chunk + 1) * size) % n
+            x0, eps = setup.placed_samples(jnp.asarray(image[index], jnp.float32)), x / setup.process.prior_std
+            if mask is not None:
+                keys = Held(keys, x0, eps, setup.placed_samples(jnp.asarray(mask[index], jnp.float32)))
+            level = setup.process.level(setup.times[0])
+            x = np.float32(level.alpha) * x0 + np.float32(level.sigma) * eps
         return x, keys, some
 
     # a program that is kept cannot call back to a bar, which then moves by chunks
     stepwise = progress and executables.folder() is None
     on_step = (lambda _: bar.update()) if stepwise else None
-    started = lambda weights: program(setup, weights, inputs(0), on_step=on_step)  # noqa: E731
+    looked = None if watch is None else lambda i, x, x0: watch(chunk * size, int(i), x, x0)
+    started = lambda weights: program(setup, weights, inputs(0), on_step=on_step, watch=looked)  # noqa: E731
     compiled, params = _with_weights(setup, params, started)
     bar = tqdm(total=chunks * len(setup.rows.i), unit="evaluation", disable=not progress, file=sys.stderr)
-    images, begun, seconds, traces = [], [], 0.0, []
+    images, begun, seconds, traces, chunk = [], [], 0.0, [], 0
     for chunk in range(chunks):
         x, keys, some = jax.block_until_ready(inputs(chunk))
         begun.append(np.array(hosts.fetch(x)))  # x is donated
@@ -382,6 +412,16 @@ def draw(
         "jax": jax.__version__,
     }
     return Drawn(samples, np.concatenate(begun)[:n], trace, cost)
+
+
+def _check_noise(setup: Setup, noise: np.ndarray, n: int) -> None:
+    """Refuses noise of another shape than the evaluations', or for a solver that takes other noise too."""
+    shape = (n, len(setup.rows.i), *setup.model.input_shape)
+    if noise.shape != shape:
+        raise ValueError(f"noise: {list(noise.shape)}; allowed: {list(shape)}, samples by evaluations")
+    if setup.solver.drive != "scan" or setup.solver.start is not None:
+        name = setup.described.get("solver", "of the run")
+        raise ValueError(f"noise: solver {name} draws other noise than one an evaluation; allowed: a seed")
 
 
 def together(parts: list[tuple[np.ndarray, Drawn]]) -> Drawn:

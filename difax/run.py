@@ -287,9 +287,9 @@ class Run:
         check_samples(self.setup, len(jax.tree.leaves(row)[0]) * repeat)
         return jax.tree.map(lambda a: np.concatenate([np.asarray(a)] * repeat), row)
 
-    def _program(self, setup: Setup, params: Params, inputs: Any, on_step: Any = None) -> Program:
-        if on_step is not None:  # a program of its own: it calls back to this draw's bar
-            return Program(setup, params, inputs, on_step=on_step)
+    def _program(self, setup: Setup, params: Params, inputs: Any, **calls: Any) -> Program:
+        if any(call is not None for call in calls.values()):  # a program of its own: it calls back to this draw's bar
+            return Program(setup, params, inputs, **calls)
         shapes = str(signature((params, inputs)))
         if shapes in self._programs and not self._programs[shapes].failed:
             self._programs[shapes].again()

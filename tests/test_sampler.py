@@ -15,7 +15,7 @@ from difax.core import process as P
 from difax.core.contracts import Model
 from difax.core.grids import GRIDS, make_times
 from difax.core.guidance import GUIDES
-from difax.core.sample import initial_noise, make_rows, make_sampler
+from difax.core.sample import Held, initial_noise, make_rows, make_sampler
 from difax.core.trunk import forward, neutral
 from tests.toys import FULL, network, tiny_dit
 
@@ -329,6 +329,43 @@ def test_on_step_hears_of_every_evaluation():
     jax.block_until_ready(sampler(s.params, *s.inputs(), s.rows, 1.0))
     jax.effects_barrier()
     assert sorted(heard) == [0, 1, 2, 3, 4]
+
+
+def test_what_is_watched_is_the_path():
+    s, seen = setup("euler", process="flow", n=4), {}
+    watch = lambda i, x, x0: seen.update({int(i): (np.array(x), np.array(x0))})  # noqa: E731
+    x = np.array(s.inputs()[0])
+    sampler = make_sampler(s.model, s.process, s.prediction, s.solver, watch=watch)
+    last = sampler(s.params, *s.inputs(), s.rows, 1.0)[0]
+    jax.effects_barrier()
+    assert sorted(seen) == [0, 1, 2, 3]
+    np.testing.assert_array_equal(seen[0][0], x)
+    np.testing.assert_allclose(seen[3][1], last, atol=1e-6)  # the last step of a flow ends at x0
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "euler_ancestral"])
+def test_noise_that_is_given_is_the_noise_of_the_steps(solver):
+    s = setup(solver, n=3)
+    x, keys, cond = s.inputs()
+    drawn = [noise.normal(noise.fold(keys, e + 1), x.shape[1:]) for e in range(len(s.rows.i))]
+    want = s.sampler()(s.params, *s.inputs(), s.rows, 1.0)[0]
+    found = s.sampler()(s.params, x, noise.Given(jnp.stack(drawn, 1)), cond, s.rows, 1.0)[0]
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="one draw an evaluation"):
+        noise.fold(noise.fold(noise.Given(jnp.stack(drawn, 1)), 1), 1)
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+def test_what_is_known_is_held(solver):
+    s = setup(solver, process="flow", n=4)
+    (x, keys, cond), x0 = s.inputs(), jnp.full(s.inputs()[0].shape, 0.25)
+    free = jnp.zeros((*x.shape[:-1], 1)).at[:, :2].set(1.0)
+    eps, plain = jnp.array(x), s.run()[0]
+    found = s.sampler()(s.params, x, Held(keys, x0, eps, free), cond, s.rows, 1.0)[0]
+    np.testing.assert_array_equal(found[:, 2:], x0[:, 2:])
+    assert np.abs(found[:, :2] - x0[:, :2]).max() > 0.1 and np.abs(found[:, :2] - plain[:, :2]).max() > 1e-3
+    everywhere = s.sampler()(s.params, s.inputs()[0], Held(keys, x0, eps, jnp.ones_like(free)), cond, s.rows, 1.0)[0]
+    np.testing.assert_allclose(everywhere, plain, atol=1e-5)
 
 
 def test_unknown_prediction_is_refused():

@@ -247,7 +247,7 @@ class TextEncoder(NamedTuple):
     pool(ends, x, ids) -> {"pooled": [B, D], "projected": [B, P]} of the normed state, or None.
 
     State 0 is what `embed` gives, state i is behind block i, and -1 the last one, normed, as transformers counts its
-    hidden_states.
+    hidden_states. normed: is the state of number `depth` the normed one too; in CLIP it is not.
     """
 
     name: str
@@ -262,6 +262,7 @@ class TextEncoder(NamedTuple):
     pool: Callable[..., dict[str, jax.Array]] | None = None
     dtype: Any = "float32"
     shards: tuple[tuple[str, Shard], ...] = ()
+    normed: bool = True
 
 
 class Autoencoder(NamedTuple):

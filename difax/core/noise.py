@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -18,16 +19,45 @@ def keys_of(seed: int | jax.Array, index: Any) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(index, jnp.int32))
 
 
-def fold(keys: jax.Array, index: jax.Array | int) -> jax.Array:
-    """Folds one index into every key [B]: the keys of one evaluation."""
+@flax.struct.dataclass
+class Given:
+    """Noise that takes the place of keys, so that a run that drew its own can be repeated.
+
+    values: [B, E, ...], one draw of each evaluation.
+    """
+
+    values: jax.Array
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@flax.struct.dataclass
+class OfEvaluation:
+    """What `Given` has for one evaluation, [B, ...]: the keys of its step."""
+
+    values: jax.Array
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def fold(keys: Any, index: Any) -> Any:
+    """Folds one index into every key [B]: the keys of one evaluation, i + 1 of evaluation i; or its given noise."""
+    if isinstance(keys, Given):
+        return OfEvaluation(jax.lax.dynamic_index_in_dim(keys.values, index - 1, 1, keepdims=False))
+    if isinstance(keys, OfEvaluation):
+        raise ValueError("noise that is given has one draw an evaluation, and this solver draws more; allowed: a seed")
     return jax.vmap(jax.random.fold_in, (0, None))(keys, index)
 
 
-def normal_like(keys: jax.Array, x: jax.Array) -> jax.Array:
+def normal_like(keys: Any, x: jax.Array) -> jax.Array:
     """Standard normal noise of x's shape and dtype, row b from keys[b] alone."""
     return normal(keys, x.shape[1:], x.dtype)
 
 
-def normal(keys: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Standard normal noise [len(keys), *shape], row b from keys[b] alone."""
+def normal(keys: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Standard normal noise [len(keys), *shape], row b from keys[b] alone, or what is given for the evaluation."""
+    if isinstance(keys, OfEvaluation):
+        return keys.values.astype(dtype)
     return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +94,39 @@ def initial_noise(process: Process, keys: jax.Array, shape: tuple[int, ...]) -> 
     return jnp.concatenate([std * half for std, half in zip(own.prior_std, halves, strict=True)], -1)
 
 
+@flax.struct.dataclass
+class Held:
+    """In place of keys: what is known of the samples beforehand, which they are held to after each evaluation.
+
+    x = mask x + (1 - mask)(alpha x0 + sigma eps), alpha and sigma of the next evaluation, in the end 1 and 0.
+
+    keys: [B], or `difax.core.noise.Given`. x0, eps: [B, ...], known and noise of their own. mask: [B, ..., 1], 1 where
+    the sample is free.
+
+    References: Lugmayr et al. (RePaint, without its resampling), 2022, arXiv:2201.09865.
+    """
+
+    keys: Any
+    x0: jax.Array
+    eps: jax.Array
+    mask: jax.Array
+
+
+def _holding(solver: Solver, rows: Row, held: Held) -> Solver:
+    """A solver whose samples are held after every step."""
+    if solver.drive != "scan":
+        raise ValueError("samples that are held to what is known need a solver that takes its rows in order, as ddim")
+    alpha = jnp.append(jnp.ravel(rows.level.alpha)[1:], 1.0).astype(held.x0.dtype)
+    sigma = jnp.append(jnp.ravel(rows.level.sigma)[1:], 0.0).astype(held.x0.dtype)
+
+    def step(prediction, x, state, row, keys):
+        x, state = solver.step(prediction, x, state, row, keys)
+        known = alpha[row.i] * held.x0 + sigma[row.i] * held.eps
+        return jnp.where(held.mask == 0, known, held.mask * x + (1 - held.mask) * known), state
+
+    return solver._replace(step=step)
+
+
 def make_sampler(
     model: Model,
     process: Process,
@@ -103,6 +137,7 @@ def make_sampler(
     *,
     attention: Attention | None = None,
     on_step: Callable[[Any], None] | None = None,
+    watch: Callable[[Any, Any, Any], None] | None = None,
     remat: bool = False,
     ahead: bool = False,
     placement: Placement | None = None,
@@ -117,6 +152,8 @@ def make_sampler(
       solver, guide, accelerator, attention: the seams; they default to no guidance, the neutral accelerator and the
         reference attention. The rows of a run are laid out for the same accelerator (`make_rows`).
       on_step: called on the host with the index of each finished evaluation (a progress bar); costs a callback.
+      watch: called on the host with the index of each evaluation, the x that it was made at and the x0 that it predicts
+        (previews); costs a callback, and the copies.
       remat: for gradients through the sampler: keep each evaluation's inputs only, and compute it again.
       ahead: compute before the first evaluation what no sample's x goes into. Of the condition alone: projections of
         the text (`Model.once`) and, layer by layer, the keys and values of cross-attention (`Stage.once`), once a run
@@ -130,7 +167,8 @@ def make_sampler(
     Args of the sampler:
       params: the model's parameters.
       x: [B, ...] initial noise, float32 (`initial_noise`); float64, where jax has 64 bits, runs all of it in them.
-      keys: [B] one key per sample (`difax.core.noise.sample_keys`).
+      keys: [B] one key per sample (`difax.core.noise.sample_keys`), or the noise of every evaluation
+        (`difax.core.noise.Given`), or these with what the samples are held to (`Held`).
       cond: the model's condition, leaves lead with [B] (labels, int32).
       rows: `make_rows`.
       scale: guidance scale, a scalar (1 is unguided).
@@ -159,6 +197,8 @@ def make_sampler(
         if rows.plan.owner != planner:
             raise ValueError(f"the rows were laid out for {rows.plan.owner}, the sampler runs {planner}: see make_rows")
         rows, cond, scale = narrowed((rows, cond, scale), x.dtype)
+        stepping = solver if not isinstance(keys, Held) else _holding(solver, rows, keys)
+        keys = keys.keys if isinstance(keys, Held) else keys
         wide = width(solver, rows)
         if wide > 1:
             cond = jax.tree.map(lambda a: jnp.repeat(a, wide, 0), cond)
@@ -246,12 +286,14 @@ def make_sampler(
                 found = network(x, row, guide_state, memory)
             if on_step is not None:
                 jax.debug.callback(on_step, row.i)
+            if watch is not None:
+                jax.debug.callback(watch, row.i, x, found[0].x0)
             return found
 
         if solver.start is not None:
             first = jax.tree.map(lambda a: a[0], rows)
             x = solver.start(x, first, noise.fold(keys, len(rows.i) + 1))  # an index that no evaluation has
-        run = Run(solver, process, evaluation, rows, keys, remat)
+        run = Run(stepping, process, evaluation, rows, keys, remat)
         x, trace = DRIVES[solver.drive](run, x, guide.init(jnp.repeat(x, wide, 0)), memory)
         if known is not None:  # all of it was computed, whatever was made of it
             entered = {n: a if known[n].mods is None else jnp.ones_like(a) for n, a in trace.entered.items()}

@@ -78,12 +78,17 @@ class Source(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """One parameter of an open checkpoint, read when asked: `read(layer)`, or `read(None)` without layers."""
+    """One parameter of an open checkpoint, read when asked: `read(layer)`, or `read(None)` without layers.
+
+    rows(indices [N]) -> [N, ...]: some entries of its first axis, of which no others are read, for a parameter that is
+    one tensor as the file has it (a table of embeddings); None for others.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     layers: int | None
     read: Callable[[int | None], np.ndarray]
+    rows: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -111,10 +116,23 @@ class _Tensor(NamedTuple):
 
     def read(self) -> np.ndarray:
         """The values times their scale (then in float32); ValueError for values that are not finite."""
-        found = _finite(self, self.stored()) if self.finite else self.stored()
+        return self._scaled(self.stored(), slice(None))
+
+    def read_rows(self, indices: np.ndarray) -> np.ndarray:
+        """`read()[indices]` of which only these rows are read."""
+        size = math.prod(self.shape[1:])
+        row = self._replace(shape=(1, *self.shape[1:]), scale=None, finite=False)
+        begins = self.begin + np.asarray(indices, np.int64) * size * np.dtype(CODES[self.dtype]).itemsize
+        found = [row._replace(begin=int(begin)).stored() for begin in begins]
+        return self._scaled(np.concatenate(found) if found else np.empty((0, *self.shape[1:]), CODES[self.dtype]), indices)
+
+    def _scaled(self, found: np.ndarray, rows: Any) -> np.ndarray:
+        """Values of the file times the scales of their rows, where they have some."""
+        found = _finite(self, found) if self.finite else found
         if self.scale is None:
             return found
         scale = _finite(self.scale, self.scale.stored())
+        scale = scale if scale.size == 1 else scale[rows]
         with np.errstate(over="ignore"):  # what is beyond float32 is refused where it is used, by the scale's name
             scale = scale.astype(np.float32)
             return found.astype(np.float32) * scale.reshape((-1,) + (1,) * (len(self.shape) - 1))
@@ -148,6 +166,7 @@ def load_safetensors(
     constants: Mapping[str, np.ndarray] | None = None,
     dtype: Any = None,
     shardings: Params | None = None,
+    ignored: str | None = None,
 ) -> Params:
     """Reads a checkpoint of another project into a parameter tree, through a layout table.
 
@@ -162,6 +181,7 @@ def load_safetensors(
         (float32 for bfloat16 beside float16 or float32, for fp8 with scales and for float64; bfloat16 for fp8 alone).
       shardings: a tree like `spec` of where each parameter lies; None is the first device. A host then holds one
         parameter at a time, and of those that a file has by layers one layer.
+      ignored: as of `opened_safetensors`.
 
     Returns:
       A nested dict of jax arrays like `spec`.
@@ -171,7 +191,7 @@ def load_safetensors(
         constants that differ; values that are not finite. The message names the file, the tensor, what was found and
         what was expected.
     """
-    with opened_safetensors(path, spec, table, layers or {}, constants or {}, dtype) as parameters:
+    with opened_safetensors(path, spec, table, layers or {}, constants or {}, dtype, ignored=ignored) as parameters:
         return _read_all(parameters, shardings)
 
 
@@ -185,18 +205,25 @@ def opened_safetensors(
     dtype: Any,
     each: bool = False,
     finite: bool = True,
+    ignored: str | None = None,
 ) -> Iterator[dict[str, Streamed]]:
     """The parameters of a checkpoint by path, checked as `load_safetensors` does, and not read yet.
 
     Args:
       each: without a dtype, every parameter has its own, and not all of them one. finite: as `load_native`.
+      ignored: regular expression of names of which the file may have more than the table (`re.search`).
     """
     wanted: dict[str, Any] = dict(flatten_dict(spec, sep="/"))
     if set(wanted) != set(table):
         raise ValueError(f"the layout table and the model differ in {sorted(set(wanted) ^ set(table))}")
     rows = {p: _expand(source, layers) for p, source in table.items()}
     tensors = _network(path, _opened(path), _keys(table))
-    tensors = {name: tensor._replace(finite=finite) for name, tensor in tensors.items()}
+    known = {name for row in rows.values() for names in row for name in names}
+    tensors = {
+        name: tensor._replace(finite=finite)
+        for name, tensor in tensors.items()
+        if ignored is None or name in known or not re.search(ignored, name)
+    }
     _check_names(path, tensors, rows, constants)
     for p, row in rows.items():
         _check_tensors(p, table[p], wanted[p], row, tensors)
@@ -717,7 +744,15 @@ def _streamed(
             _fill(target, values, tensors[name])
         return out
 
-    return Streamed(shape, stored, len(row) if _stacked(source) else None, read)
+    def read_rows(indices: np.ndarray) -> np.ndarray:
+        tensor = tensors[row[0][0]]
+        out = np.empty((len(indices), *shape[1:]), stored)
+        _fill(out, tensor.read_rows(indices), tensor)
+        return out
+
+    plain = len(row) == len(row[0]) == 1 and source.axes is None and source.order is None
+    rows = read_rows if plain and tensors[row[0][0]].shape == shape else None
+    return Streamed(shape, stored, len(row) if _stacked(source) else None, read, rows)
 
 
 def _check_copies(names: list[str], tensors: Mapping[str, _Tensor]) -> None:

@@ -1,7 +1,7 @@
 """What a model is conditioned on, as a tree of arrays: labels, or embeddings of prompts made elsewhere.
 
-difax holds no text encoders: prompts arrive as the embeddings that the model's own encoder made, in one safetensors
-file with a tensor for every leaf of `Model.cond`, each leading with [n].
+Embeddings are those that the model's own encoders made (`difax encode`, or another program), in one safetensors file
+with a tensor for every leaf of `Model.cond`, each leading with [n].
 """
 
 from __future__ import annotations
@@ -41,11 +41,25 @@ def random_conditions(model: Model, n: int, seed: int = 0) -> Any:
     return jax.tree.map(draw, model.cond)
 
 
-def load_conditions(model: Model, path: str) -> Any:
+TEXTS = ("text", "mask", "null_text", "null_mask")  # leaves that lead with the tokens of the prompt
+
+
+def of_lengths(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> Model:
+    """A model whose condition has texts as long as those that are given, [n, L, ...] by name."""
+    spec = flatten_dict(model.cond, sep="/")
+    for name in spec.keys() & set(TEXTS) & shapes.keys():
+        shape = shapes[name]
+        if len(shape) == len(spec[name].shape) + 1 and shape[1] > 0:
+            spec[name] = jax.ShapeDtypeStruct((shape[1], *spec[name].shape[1:]), spec[name].dtype)
+    return model._replace(cond=unflatten_dict(spec, sep="/"))
+
+
+def load_conditions(model: Model, path: str, lengths: bool = False) -> Any:
     """Reads the conditions [n] of a model that takes embeddings.
 
     Args:
       path: a .safetensors file with one tensor [n, ...] for every leaf of `model.cond`. Masks hold 0 and 1 in any type.
+      lengths: may texts have other lengths than the model's.
 
     Raises:
       ValueError: as `difax.weights.checkpoint.load_safetensors` and `check_conditions`; tensors of unequal n, or too
@@ -54,10 +68,11 @@ def load_conditions(model: Model, path: str) -> Any:
     if labelled(model):
         raise ValueError(f"--cond {path}: {model.name} takes labels")
     shapes = tensor_shapes(path)
-    lengths = {shapes[name][0] for name in flatten_dict(model.cond, sep="/") if shapes.get(name)}
-    n = lengths.pop() if lengths else 1
-    if lengths:
-        raise ValueError(f"{path}: the tensors lead with {sorted({n, *lengths})}; allowed: one number of conditions")
+    model = of_lengths(model, shapes) if lengths else model
+    numbers = {shapes[name][0] for name in flatten_dict(model.cond, sep="/") if shapes.get(name)}
+    n = numbers.pop() if numbers else 1
+    if numbers:
+        raise ValueError(f"{path}: the tensors lead with {sorted({n, *numbers})}; allowed: one number of conditions")
     if not n:
         raise ValueError(f"{path}: the tensors lead with 0; allowed: one condition or more")
     types = tensor_types(path)
@@ -75,16 +90,18 @@ def load_conditions(model: Model, path: str) -> Any:
     return check_conditions(model, jax.tree.map(np.asarray, found), path)
 
 
-def check_conditions(model: Model, cond: Any, where: str = "cond") -> Any:
+def check_conditions(model: Model, cond: Any, where: str = "cond", lengths: bool = False) -> Any:
     """Conditions [n] that are given as a tree, as arrays of the model's types.
 
     Args:
-      where: they are from, for the messages.
+      where: they are from, for the messages. lengths: may texts have other lengths than the model's.
 
     Raises:
       ValueError: leaves that are missing, unknown, of another shape, type or of unequal n; a mask of other numbers than
         0 and 1, or without a token; a number that is not finite, but where a mask says that there is no token.
     """
+    if lengths and isinstance(cond, Mapping):
+        model = of_lengths(model, {str(name): np.shape(leaf) for name, leaf in cond.items()})
     spec: dict[str, Any] = flatten_dict(model.cond, sep="/")
     if not isinstance(cond, Mapping):
         raise ValueError(

@@ -38,6 +38,7 @@ class Foreign(NamedTuple):
     geometry: the arguments that the model's factory was called with.
     kind: the model's name in `difax.models.MODELS`, or "" before it is known.
     assumed: keys of the geometry that neither the file nor the caller tells: the factory's defaults.
+    ignored: regular expression of names of which the file may have more than the table.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class Foreign(NamedTuple):
     geometry: Mapping[str, Any] = {}
     kind: str = ""
     assumed: frozenset[str] = frozenset()
+    ignored: str | None = None
 
     @property
     def spec(self) -> Params:
@@ -81,13 +83,23 @@ class Published(NamedTuple):
 
 def load_foreign(path: str | os.PathLike, found: Foreign, dtype: Any = None, shardings: Params | None = None) -> Params:
     """`difax.weights.checkpoint.load_safetensors` for a checkpoint that has been looked at."""
-    return load_safetensors(path, found.spec, found.table, found.layers, found.constants, dtype, shardings)
+    return load_safetensors(
+        path, found.spec, found.table, found.layers, found.constants, dtype, shardings, found.ignored
+    )
 
 
 @contextlib.contextmanager
-def opened_parameters(path: str | os.PathLike, found: Foreign, dtype: Any = None) -> Iterator[dict[str, Streamed]]:
-    """The parameters of a checkpoint by path, checked as `load_safetensors` does and not read yet."""
-    with opened_safetensors(path, found.spec, found.table, found.layers, found.constants, dtype) as parameters:
+def opened_parameters(
+    path: str | os.PathLike, found: Foreign, dtype: Any = None, each: bool = False
+) -> Iterator[dict[str, Streamed]]:
+    """The parameters of a checkpoint by path, checked as `load_safetensors` does and not read yet.
+
+    Args:
+      each: without a dtype, every parameter has its own, and not all of them one.
+    """
+    with opened_safetensors(
+        path, found.spec, found.table, found.layers, found.constants, dtype, each, ignored=found.ignored
+    ) as parameters:
         yield parameters
 
 
@@ -195,18 +207,65 @@ def read_config(path: str | os.PathLike, rules: Mapping[str, tuple[Any, ...]]) -
     Raises:
       ValueError: a file that is no JSON object, or a value that is not allowed.
     """
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
-    if not file.is_file():
-        return file, {}
-    try:
-        config = dict(json.loads(file.read_text()))
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror or error}") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file}: not a JSON object") from error
+    file, config = read_description(path)
     if "_class_name" not in config:
         return file, {}
     for name, only in rules.items():
         if config.get(name, only[0]) not in only:
             raise ValueError(f"{file}: {name}={config[name]!r}; allowed: {' or '.join(map(str, only))}")
     return file, config
+
+
+def read_description(path: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
+    """The config.json in a folder or beside a file, whatever program wrote it: (its path, its entries or none).
+
+    Raises:
+      ValueError: a file that is no JSON object.
+    """
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+    if not file.is_file():
+        return file, {}
+    try:
+        return file, dict(json.loads(file.read_text()))
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror or error}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: not a JSON object") from error
+
+
+def published_file(folder: str | os.PathLike, variant: str | None = None) -> Path:
+    """The safetensors file of a network's folder, or the index of its shards.
+
+    Projects put several precisions of the same weights side by side, told apart by a variant in the name:
+    model.safetensors, model.fp16.safetensors, model.safetensors.index.fp16.json. Without one asked for, the file
+    whose name has none is taken, else the only one that there is.
+
+    Args:
+      variant: such as "fp16".
+
+    Raises:
+      ValueError: none, or several that no name tells apart; the folder and what it holds.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        return folder
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such file or folder")
+    indices = [f for f in folder.iterdir() if re.search(r"\.safetensors\.index(\.[^.]+)?\.json$", f.name)]
+    files = indices + [f for f in folder.iterdir() if f.suffix == ".safetensors"]
+    chosen = [f for f in files if _variant(f.name) == variant]
+    chosen = chosen if chosen or variant is not None else files
+    of_shards = [f for f in chosen if f in indices]
+    whole = [f for f in chosen if any(f.name == i.name.partition(".index")[0] for i in of_shards)]
+    chosen = whole or of_shards or chosen
+    if len(chosen) != 1:
+        names = ", ".join(sorted(f.name for f in files)[:10]) or "no .safetensors file"
+        asked = "" if variant is None else f" of variant={variant}"
+        raise ValueError(f"{folder}: expected one .safetensors file or one index{asked}; found {names}")
+    return chosen[0]
+
+
+def _variant(name: str) -> str | None:
+    """"fp16" of model.fp16.safetensors, model.safetensors.index.fp16.json or model.fp16.safetensors.index.json."""
+    words = [w for w in name.split(".")[1:] if w not in ("safetensors", "index", "json")]
+    return ".".join(words) or None

@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from difax.core.annotations import choose
-from difax.models.autoencoders import kl_checkpoint, tiny_checkpoint
+from difax.models.autoencoders import kl_checkpoint, tiny_checkpoint, wan_checkpoint
 from difax.weights.checkpoint import tensor_shapes
 from difax.weights.published import Foreign, Published, read_config
 
@@ -21,6 +21,8 @@ AUTOENCODERS: dict[str, Published] = {
     "AutoencoderKL": kl_checkpoint.KL,
     "AutoencoderKLFlux2": kl_checkpoint.FLUX2,
     "AutoencoderTiny": tiny_checkpoint.PUBLISHED,
+    "AutoencoderKLWan": wan_checkpoint.PUBLISHED,
+    "AutoencoderKLQwenImage": wan_checkpoint.PUBLISHED,
 }
 
 

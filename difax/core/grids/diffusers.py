@@ -10,11 +10,12 @@ References: https://github.com/huggingface/diffusers, 0.42.1, `set_timesteps` of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from difax.core.annotations import OrInfinite, checked, choose
+from difax.core.annotations import OrInfinite, brief, checked, choose
 from difax.core.grids.levels import beta_quantiles, geometric, level_range, powers
 from difax.core.grids.plain import Spacing, logit_shift, shift_time, spaced
 from difax.core.grids.times import Grid, Times, ratios, times_of_ratios
@@ -240,7 +241,7 @@ def flow_match(
     use_exponential_sigmas: bool = False,
     use_beta_sigmas: bool = False,
     invert_sigmas: bool = False,
-    sigmas: Literal["scheduler", "pipeline"] = "scheduler",
+    sigmas: Literal["scheduler", "pipeline"] | Sequence[float] = "scheduler",
 ) -> Grid:
     """The grid of diffusers' FlowMatchEuler, FlowMatchHeun and FlowMatchLCM schedulers, on a flow.
 
@@ -256,7 +257,7 @@ def flow_match(
       shift_terminal: stretches so that the last one is this, in (0, 1) (0.1 in LTX-Video).
       use_*: the curve between the ends of the sigmas, one at most.
       invert_sigmas: tells (1 - sigma) T (Mochi's).
-      sigmas: whose they are, before the shift.
+      sigmas: whose they are, before the shift; or a list of them, falling, in (0, 1], one for each step.
 
     References: Esser et al. (SD3), 2024, arXiv:2403.03206; https://github.com/huggingface/diffusers.
     """
@@ -268,10 +269,18 @@ def flow_match(
     if len(curves) > 1:
         raise ValueError(f"flow_match: {', '.join(curves)} are all used; allowed: one curve")
 
+    given = None if isinstance(sigmas, str) else np.asarray(sigmas, np.float64)
+    if given is not None and (not len(given) or not np.all((given > 0) & (given <= 1)) or np.any(np.diff(given) >= 0)):
+        raise ValueError(f"flow_match: sigmas={brief(list(given))}; allowed: falling numbers in (0, 1]")
+
     def grid(process: Process, n: int) -> np.ndarray | Times:
         only_flows("flow_match", process)
         by, total = process.shift if shift is None else shift, num_train_timesteps
-        if sigmas == "pipeline":
+        if given is not None and len(given) != n:
+            raise ValueError(f"flow_match: {len(given)} sigmas; allowed: the {n} of steps={n}")
+        if given is not None:
+            sigma = given
+        elif sigmas == "pipeline":
             sigma = np.linspace(1, 1 / n, n)
         else:
             sigma = np.linspace(1, 1 / total if use_dynamic_shifting else shift_time(1 / total, by), n)

@@ -24,7 +24,7 @@ def scheduler_sections(
     steps: int,
     shape: Sequence[int] | None = None,
     mu: float | None = None,
-    sigmas: str | None = None,
+    sigmas: str | Sequence[float] | None = None,
 ) -> Sections:
     """The sections process, prediction, solver and grid that sample as a scheduler of diffusers does.
 
@@ -35,7 +35,7 @@ def scheduler_sections(
         use_dynamic_shifting has its shift: the tokens are H W / 4, or F H W.
       mu: that shift's logarithm, as a pipeline gives it.
       sigmas: of a flow before its shift, "scheduler" or "pipeline" (1 ... 1/n, as FLUX's, Qwen's and HunyuanVideo's
-        pipelines give them); None: the pipeline's with use_dynamic_shifting, else the scheduler's.
+        pipelines give them), or a list of them; None: the pipeline's with use_dynamic_shifting, else the scheduler's.
 
     Samples are diffusers' to float32's rounding, its float32 tables and rounded timesteps included, but for
 
@@ -53,6 +53,8 @@ def scheduler_sections(
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={brief(steps)}; allowed: 1 or more")
     name, keys = scheduler_keys(config)
+    if sigmas is not None and not isinstance(sigmas, str) and MAPPINGS[name] is not flows.flow:
+        raise ValueError(f"scheduler {name}: a list of sigmas; allowed: of a flow's scheduler")
     return MAPPINGS[name](Case(name, keys, steps, None if shape is None else tuple(shape), mu, sigmas))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from difax.core.annotations import brief, choose
@@ -43,7 +43,7 @@ class Case:
         steps: int,
         shape: tuple[int, ...] | None = None,
         mu: float | None = None,
-        sigmas: str | None = None,
+        sigmas: str | Sequence[float] | None = None,
     ):
         self.name, self.keys, self.steps, self.shape, self.mu, self.sigmas = name, keys, steps, shape, mu, sigmas
 

@@ -25,9 +25,11 @@ def flow(case: Case) -> Sections:
     if case.get("shift_terminal"):
         grid["shift_terminal"] = case["shift_terminal"]
     grid |= {key: True for key in UNSET if key.startswith("use_") and case.get(key)}
+    if case.name == "FlowMatchHeunDiscreteScheduler" and not isinstance(case.sigmas, str | None):
+        raise ValueError(f"scheduler {case.name}: a list of sigmas; allowed: of FlowMatchEulerDiscreteScheduler")
     if case.name != "FlowMatchHeunDiscreteScheduler":
         whose = case.sigmas or ("pipeline" if dynamic else "scheduler")
-        grid["sigmas"] = choose("sigmas", whose, ("scheduler", "pipeline"))
+        grid["sigmas"] = choose("sigmas", whose, ("scheduler", "pipeline")) if isinstance(whose, str) else list(whose)
     solver: Sections = {"name": "euler"}
     if case.name == "FlowMatchLCMScheduler":
         case.only("scale_factors", (None,), "it would sample in growing sizes")
