@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "AutoencoderKL",
         KL
         | dict(
+            sample_size=16,
             block_out_channels=(4, 4),
             latent_channels=6,
             scaling_factor=1.5305,
@@ -93,7 +94,7 @@ for _types, _of in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types
         if _kind != "AutoencoderTiny":
             _config[_types] = (_of,) * len(_config["block_out_channels"])
 SIZE = (3, 4)  # of the latents
-TILED = {"kl": (13, 10), "flux2": (7, 4)}
+TILED = {"kl_shift": (13, 10), "flux2": (7, 4)}
 
 
 def original_name(name: str, levels: int, flux2: bool) -> str:
@@ -179,7 +180,9 @@ def main() -> None:
                 break
         files |= {f"{name}/weights/{k}": v for k, v in state.items()}
         out = files[f"{name}/decoded"]
-        print(f"{name}: {sum(v.numel() for v in state.values())} weights, decoded {tuple(out.shape)} std {out.std():.3f}")
+        print(
+            f"{name}: {sum(v.numel() for v in state.values())} weights, decoded {tuple(out.shape)} std {out.std():.3f}"
+        )
     for tiled, path in ((False, HERE / "autoencoders.safetensors"), (True, HERE / "autoencoders_tiled.safetensors")):
         some = {k: v.contiguous() for k, v in files.items() if ("/tiled_" in k) == tiled}
         save_file(some, path, None if tiled else configs)
