@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from difax.core.contracts import Autoencoder, Segments
 from difax.core.ops import attend, attend_by_rows
 from difax.core.placement import Axes, make_placement, placed
-from difax.models.autoencoders import AUTOENCODERS, find_autoencoder
+from difax.models.autoencoders import find_autoencoder
 from difax.models.autoencoders.kl import autoencoder_kl, autoencoder_kl_flux2
 from difax.models.autoencoders.kl_checkpoint import NAMES, layout_table
 from difax.models.autoencoders.tiles import tiled, tiled_as_diffusers
@@ -168,7 +168,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", some(LAYOUTS, "FLUX.2's original", "in a whole checkpoint"))
 def test_every_layout_gives_the_same_parameters(golden, layout, tmp_path):
     case, rename = LAYOUTS[layout]
     config, weights, _ = golden[case]
@@ -301,25 +301,28 @@ def test_factories_refuse_by_name(name):
 
 
 def test_bfloat16_runs(golden, tmp_path):
-    config, weights, arrays = golden["kl"]
+    config, weights, arrays = golden["kl_shift"]
     model, params = opened(written(tmp_path / "vae", weights, config), dtype="bfloat16")
     decoded = jax.jit(model.decode)(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), arrays["latents"])
     assert decoded.dtype == jnp.float32 and model.dtype == jnp.bfloat16
     assert 1e-4 < error(decoded, arrays["decoded"]) < 0.1
 
 
-def test_every_class_has_its_own_geometry():
-    """Published sizes as shapes: parameters, sides and channels of FLUX.1's, FLUX.2's and TAESD."""
-    sizes = {
-        autoencoder_kl(latents=16, quant=False, post_quant=False): (8, 16, 83_819_683),
-        autoencoder_kl(): (8, 4, 83_653_863),
-        autoencoder_kl_flux2(): (16, 128, 84_046_371),
-        autoencoder_tiny(): (8, 4, 2_445_063),
-    }
-    for model, (side, channels, count) in sizes.items():
-        spec = jax.eval_shape(model.init, jax.random.key(0))
-        assert (model.side, model.channels, sum(a.size for a in jax.tree.leaves(spec))) == (side, channels, count)
-    assert set(AUTOENCODERS) >= {"AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"}
+SIZES = {
+    # (side, channels, parameters) of the published ones, counted by diffusers
+    "FLUX.1": (lambda: autoencoder_kl(latents=16, quant=False, post_quant=False), (8, 16, 83_819_683)),
+    "Stable Diffusion": (autoencoder_kl, (8, 4, 83_653_863)),
+    "FLUX.2": (autoencoder_kl_flux2, (16, 128, 84_046_371)),
+    "TAESD": (autoencoder_tiny, (8, 4, 2_445_063)),
+}
+
+
+@pytest.mark.parametrize("name", some(SIZES, "FLUX.2"))
+def test_published_sizes_as_shapes(name):
+    make, expected = SIZES[name]
+    model = make()
+    spec = jax.eval_shape(model.init, jax.random.key(0))
+    assert (model.side, model.channels, sum(a.size for a in jax.tree.leaves(spec))) == expected
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -389,7 +392,9 @@ def test_tiles_of_a_local_network_are_the_whole(local, half):
 
 def test_a_picture_that_fits_is_taken_whole(local):
     model, params, latents, _ = local
-    np.testing.assert_array_equal(tiled(model, 34).decode(params, latents), model.decode(params, latents))
+    seen = []
+    tiled(model._replace(decode=lambda params, x: seen.append(x) or x), 34).decode(params, latents)
+    assert seen[-1] is latents and len(seen) == 2  # once for the shapes
 
 
 def test_tiles_of_a_size_are_one_program_in_the_memory_of_a_tile(local):
