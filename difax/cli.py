@@ -223,12 +223,40 @@ def _parser() -> argparse.ArgumentParser:
         help="a scheduler_config.json of diffusers or a pipeline's folder: process, prediction, solver and grid",
     )
     opened.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
-    from_weights = [common, composed, opened]
+    piped = _Parser(add_help=False)
+    piped.add_argument("--pipeline", metavar="FOLDER", help="a pipeline as diffusers saves it (model_index.json)")
+    whole = {"type": int, "metavar": "N"}
+    for flag, kind, text in (
+        ("height", whole, "of --pipeline: of the picture in pixels (default: the pipeline's own, as for all of these)"),
+        ("width", whole, "of --pipeline: of the picture in pixels"),
+        ("frames", whole, "of --pipeline: of the film"),
+        ("fps", {"type": float}, "of --pipeline: frames of a second of the film"),
+        ("negative", {"metavar": "TEXT"}, "of --pipeline: the negative prompt"),
+        ("guidance", {"type": float}, "of --pipeline: scale that the network takes as an input (FLUX.1 dev)"),
+        ("shift", {"type": float}, "of --pipeline: of the flow's times"),
+        ("tokens", whole, "of --pipeline: of the longest prompt"),
+        ("sigmas", {"metavar": "S,S,..."}, "of --pipeline: of the flow, before the shift, one for each step"),
+        ("tile", whole, "of --pipeline: side in pixels of what is decoded at once (default: all of it)"),
+        ("vae", {"metavar": "PATH"}, "of --pipeline: another autoencoder"),
+        ("text-encoder", {"metavar": "FOLDER"}, "of --pipeline: another text encoder; --text-encoder-2, -3 too"),
+        ("text-encoder-2", {"metavar": "FOLDER"}, argparse.SUPPRESS),
+        ("text-encoder-3", {"metavar": "FOLDER"}, argparse.SUPPRESS),
+    ):
+        piped.add_argument(f"--{flag}", help=text, **kind)
+    prompted = _Parser(add_help=False)
+    prompted.add_argument("--prompt", action="append", metavar="TEXT", help="of --pipeline; may be repeated")
+    prompted.add_argument("--prompts", metavar="FILE", help="of --pipeline: a prompt a line")
+    from_weights = [common, composed, opened, piped]
 
-    sample = added.add_parser("sample", parents=from_weights, help="draw images and say what they cost")
+    sample = added.add_parser("sample", parents=[*from_weights, prompted], help="draw images and say what they cost")
     sample.add_argument("--repeat", type=int, default=1, help="rows of the labels, each with other noise")
     sample.add_argument("--seed", type=int, default=0, help="seed of the run, of which image i has the i-th noise")
     sample.add_argument("--latents", metavar="FILE.npz", help="to begin from, as --out FILE.npz writes them")
+    sample.add_argument(
+        "--noise", metavar="FILE.npz", help="of the steps, in place of the seed's: noise [n, steps, ...]"
+    )
+    sample.add_argument("--batch", type=int, help="samples at a time (default: 64 evaluations, of --pipeline 1)")
+    sample.add_argument("--preview", type=int, metavar="N", help="write a small picture of each sample every N steps")
     sample.add_argument(
         "--out",
         default="samples.png",
@@ -274,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
 
     calibrate = added.add_parser(
         "calibrate",
-        parents=from_weights,
+        parents=[*from_weights, prompted],
         help="measure what a cache plans from, fit what it has learned, or search a plan; fit a grid or a solver",
         description="Names one calibration: --cache NAME, --grid NAME or --solver NAME. Besides it, --grid and "
         "--solver name what the run has, as in sample.",
@@ -335,7 +363,9 @@ def _parser() -> argparse.ArgumentParser:
     pareto.add_argument("--json", action="store_true", help="print the rows as JSON")
     pareto.set_defaults(run=commands.pareto)
 
-    profile = added.add_parser("profile", parents=from_weights, help="where the seconds of a step go, part by part")
+    profile = added.add_parser(
+        "profile", parents=[*from_weights, prompted], help="where the seconds of a step go, part by part"
+    )
     profile.add_argument("--repeat", type=int, default=1, help="rows of the labels")
     profile.add_argument("--seed", type=int, default=0, help="seed of the samples")
     profile.add_argument("--turns", type=int, default=5, help="of which the median is taken (default: %(default)s)")
@@ -346,7 +376,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = added.add_parser(
         "plan",
-        parents=[common, composed],
+        parents=[common, composed, piped],
         help="what a run would take on devices that are not there, compiled for them",
     )
     plan.add_argument(
@@ -362,6 +392,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--picture", metavar="FILE.png", help="the memory by what holds it (needs difax[plot])")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.set_defaults(run=commands.plan)
+
+    encode = added.add_parser(
+        "encode",
+        parents=[common, piped, prompted],
+        help="turn prompts into embeddings, as --cond takes them",
+    )
+    encode.add_argument("--out", required=True, metavar="FILE.safetensors")
+    encode.add_argument("--json", action="store_true", help="print what was written as JSON")
+    encode.set_defaults(run=commands.encode)
 
     convert = added.add_parser(
         "convert", parents=[every], help="turn a published safetensors checkpoint into an orbax one"

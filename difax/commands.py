@@ -31,6 +31,9 @@ LISTS = (
     "configs",
 )
 
+# flags that are keys of the section pipeline
+PIPED = ("height", "width", "frames", "fps", "negative", "guidance", "shift", "tokens", "sigmas", "tile", "vae",
+         "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
 NAMED = ("solver", "grid", "guide", "cache", "attend", "quant")  # sections whose name has a flag of its own
 
 
@@ -38,7 +41,15 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     """The configuration of a command: the one that it names, or else that of its weights, or else the default; with
     its settings."""
     from difax.checkpoints import RANDOM, embedded_weights
-    from difax.config import SHORT, configuration, gin_settings, mesh_settings, parse_value, scheduled
+    from difax.config import (
+        SHORT,
+        configuration,
+        gin_settings,
+        mesh_settings,
+        parse_value,
+        pipeline_config,
+        scheduled,
+    )
 
     settings: list[tuple[str, Any]] = []
     base: str | None = options.config
@@ -53,6 +64,20 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
             settings.append((key, getattr(options, flag)))
     if getattr(options, "mesh", None):
         settings += mesh_settings(options.mesh)
+    pipeline = getattr(options, "pipeline", None)
+    given = {flag: getattr(options, flag) for flag in PIPED if getattr(options, flag, None) is not None}
+    if pipeline is not None:
+        if base is not None:
+            raise ValueError(f"--pipeline {pipeline} and a configuration exclude each other; allowed: one of them")
+        if "sigmas" in given:
+            given["sigmas"] = _numbers(given["sigmas"], "--sigmas")
+        settings += [(f"pipeline.{key}", value) for key, value in given.items()]
+        config = pipeline_config(pipeline, settings)
+        scheduler = getattr(options, "scheduler", None)
+        return config if scheduler is None else scheduled(config, scheduler, settings)
+    if given:
+        flag = next(iter(given))
+        raise ValueError(f"--{flag.replace('_', '-')} {given[flag]} is of a pipeline; allowed: with --pipeline FOLDER")
     weights = getattr(options, "weights", None)
     if weights in (RANDOM, *embedded_weights()):
         weights = None
@@ -70,11 +95,35 @@ def _run(options: argparse.Namespace, config: dict[str, Any]) -> Any:
     return load(config, weights=weights, seed=options.seed)
 
 
+def _numbers(text: str, flag: str) -> list[float]:
+    """Numbers between commas; ValueError for what is none."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} {text[:100]}; allowed: numbers between commas") from None
+
+
+def _prompts(options: argparse.Namespace) -> list[str] | None:
+    """The prompts of a command, by --prompt and --prompts; None without any."""
+    from difax.pipelines.prompts import read_prompts
+
+    told, file = list(options.prompt or []), options.prompts
+    found = told + (read_prompts(file) if file is not None else [])
+    if found and not options.pipeline:
+        raise ValueError(f"--prompt {found[0][:100]}: prompts are a pipeline's; allowed: with --pipeline FOLDER")
+    return found or None
+
+
 def _cond(options: argparse.Namespace, run: Any) -> Any:
     """What a command is conditioned on, as the model takes it."""
     from difax.weights.conditions import labelled
 
-    model = run.setup.model
+    model, prompts = run.setup.model, _prompts(options)
+    if prompts is not None:
+        for flag in ("cond", "labels"):
+            if getattr(options, flag):
+                raise ValueError(f"--prompt and --{flag} exclude each other; allowed: one of them")
+        return run.encoded(prompts)
     if labelled(model) and options.cond:
         raise ValueError(f"--cond {options.cond}: {model.name} takes labels")
     if not labelled(model) and options.labels:

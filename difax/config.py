@@ -35,9 +35,13 @@ from difax.checkpoints import (
 from difax.core.annotations import brief, check_value
 from difax.core.contracts import Model
 from difax.core.placement import Axes
+from difax.models.autoencoders import find_autoencoder
+from difax.pipelines.recipes import open_pipeline
+from difax.pipelines.section import COMPONENTS, filled, latent_size, shifted
+from difax.pipelines.section import checked as checked_section
 from difax.registry import REGISTRIES, check_name, choose, make, shown
 from difax.training.train import read_run
-from difax.weights.checkpoint import Source, read_metadata, tensor_shapes
+from difax.weights.checkpoint import Source, read_metadata, tensor_shapes, tensor_types
 from difax.weights.convert import is_converted
 from difax.weights.scheduler import read_scheduler, scheduler_sections
 
@@ -195,6 +199,54 @@ def scheduled(
         said, steps=config["steps"], shape=shape, mu=given.get("grid.mu"), sigmas=given.get("grid.sigmas")
     )
     return override({**config, **found}, own)
+
+
+def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
+    """The configuration that a pipeline's folder is sampled with: its network, its scheduler, and the values that the
+    pipeline itself takes where none are given.
+
+    Args:
+      path: a folder with a model_index.json. settings: the user's own, as `override` takes them; those of `pipeline`
+        say what is asked of it (`difax.pipelines.section.KEYS`).
+
+    Raises:
+      ValueError: no such folder, a pipeline or a component of an unknown class, a size or a setting that it cannot have.
+    """
+    own = checked_section({k.partition(".")[2]: v for k, v in settings if k.partition(".")[0] == "pipeline"})
+    folder, recipe = open_pipeline(path, {name: own[name] for name in COMPONENTS if own.get(name)})
+    autoencoder = find_autoencoder(folder.component("vae")).model
+    section = filled(folder, recipe, autoencoder, own)
+    size, told = latent_size(recipe, autoencoder, section), dict(settings)
+    network = os.fspath(folder.component(recipe.networks[0]))
+    given = {key.removeprefix("model."): value for key, value in told.items() if key.startswith("model.")}
+    found = recognise(network, recipe.model, **{"size": size, **recipe.geometry(section), **given})
+    steps = told.get("steps", len(section["sigmas"]) if "sigmas" in section else recipe.steps)
+    model = cast(Model, make("model", {"name": recipe.model, **found.geometry}))
+    tokens = math.prod(size) // recipe.patch**2
+    return override(
+        {
+            "model": {"name": recipe.model, **found.geometry, "dtype": given.get("dtype", _half_or_single(network))},
+            **scheduler_sections(
+                shifted(read_scheduler(folder.component("scheduler")), section.get("shift")),
+                steps=check_alone("steps", steps),
+                shape=model.input_shape,
+                mu=None if recipe.mu is None or "shift" in section else recipe.mu(tokens, steps),
+                sigmas=section.get("sigmas", recipe.sigmas),
+            ),
+            "steps": steps,
+            "guide": dict(recipe.guide if recipe.scale != 1 or told.get("scale", 1) != 1 else {"name": "none"}),
+            "scale": recipe.scale,
+            "cache": {"name": "none"},
+            "pipeline": section,
+        },
+        [setting for setting in settings if setting[0].partition(".")[0] != "pipeline"],
+    )
+
+
+def _half_or_single(network: str) -> str:
+    """The type that a network is computed in: float32 where it is stored so, else bfloat16."""
+    types = {str(t) for t in tensor_types(network).values() if t is not None and t.kind not in "iub"}
+    return "float32" if types <= {"float32", "float64"} else "bfloat16"
 
 
 def _agreed(

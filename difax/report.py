@@ -47,6 +47,8 @@ _ROWS = {
     "multiplied_by": "products of quantised weights",
     "weights_mib": "weights (MiB)",
     "program": "program was",
+    "encode_seconds": "seconds of encoding the prompts",
+    "decode_seconds": "seconds of decoding the pictures",
     "compile_seconds": "compile seconds",
     "seconds_per_image": "seconds per image",
     "peak_memory_mib": "peak memory (MiB)",

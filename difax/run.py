@@ -15,7 +15,16 @@ import numpy as np
 
 from difax.build import Setup, build_data, build_options, build_setup, build_task, described, with_recipe
 from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
-from difax.config import config_names, configuration, keyword_settings, load_config, override, plain, scheduled
+from difax.config import (
+    config_names,
+    configuration,
+    keyword_settings,
+    load_config,
+    override,
+    pipeline_config,
+    plain,
+    scheduled,
+)
 from difax.core import hosts
 from difax.core.annotations import OrInfinite, Seed, brief, check_arguments, check_value
 from difax.core.contracts import Params
@@ -26,6 +35,9 @@ from difax.core.files import writable
 from difax.core.qtensor import size_in_bytes
 from difax.media.images import picture, pictured
 from difax.media.samples import check_latents, check_output, save_samples
+from difax.pipelines.folder import is_pipeline
+from difax.pipelines.pipeline import Pipeline, network_of
+from difax.pipelines.preview import Preview, previewing
 from difax.program import (
     Drawn,
     Program,
@@ -51,16 +63,20 @@ from difax.weights.conditions import check_conditions, labelled, load_conditions
 class Result:
     """Samples of a run, what was computed for them and what it cost; shows itself in a notebook.
 
-    images: float32 [N, H, W, C], or videos [N, F, H, W, C], in [-1, 1] (latents, for models of latents).
+    images: float32 [N, H, W, C], or videos [N, F, H, W, C], in [-1, 1] (latents, for models of latents without a
+    pipeline that decodes them). samples: what the network gave, of a pipeline the latents. prompts: of each image.
     trace: what was computed (`difax.Trace`), the mean over the batches; with `steps_by` {steps: of those samples}.
     cost: a table {name: value}: evaluations, GFLOPs, seconds, memory, what a cache decided, whether all images are
     `finite` (`difax.program.draw`).
     latents: [N, ...] that the samples began from. cond: their conditions. seed: of the run.
     """
 
-    def __init__(self, run: Run, cond: Any, columns: int, seed: int, drawn: Drawn):
-        self.run, self.cond, self.columns, self.seed = run, cond, columns, seed
-        self.images: np.ndarray = drawn.samples
+    def __init__(
+        self, run: Run, cond: Any, columns: int, seed: int, drawn: Drawn, prompts: Sequence[str] | None = None
+    ):
+        self.run, self.cond, self.columns, self.seed, self.prompts = run, cond, columns, seed, prompts
+        self.samples: np.ndarray = drawn.samples
+        self.images: np.ndarray = drawn.samples if run.pipeline is None else run.pipeline.decode(drawn.samples)
         self.latents: np.ndarray = drawn.latents
         self.trace: Any = drawn.trace
         self.cost: dict[str, Any] = drawn.table
@@ -80,6 +96,7 @@ class Result:
             **{key: names[key] for key in ("solver", "guide", "cache", "attend", "quant")},
             "dtype": str(np.dtype(self.run.setup.model.dtype)),
             **self.cost,
+            **({} if self.run.pipeline is None else self.run.pipeline.spent()),
             **({} if part is None else {"pictures": f"{part}, -1 (black) to 1"}),
             **self.run.full_size,
         }
@@ -105,8 +122,11 @@ class Result:
             "seeds": np.stack([np.full(len(self.images), self.seed), np.arange(len(self.images))], 1),
             **{name(p): np.asarray(leaf) for p, leaf in leaves},
             "config": np.asarray(json.dumps(plain(self.run.config))),
+            **({} if self.prompts is None else {"prompts": np.asarray(self.prompts)}),
+            **({} if self.images is self.samples else {"pixels": self.images}),
         }
-        save_samples(target, self.images, self.columns, arrays)
+        numbers = self.samples if target.suffix == ".npz" else self.images
+        save_samples(target, numbers, self.columns, arrays)
         return target
 
     def save_trace(self, path: str | os.PathLike) -> None:
@@ -166,6 +186,10 @@ class Run:
         self._programs: dict[Any, Program] = {}
         self._parts: dict[int, Run] = {}  # by the number of steps, where labels have their own
         self._prepared: Params | None = None
+        self.pipeline: Pipeline | None = None
+        if "pipeline" in self.config:
+            same = kept is not None and kept.config.get("pipeline") == self.config["pipeline"]
+            self.pipeline = kept.pipeline if kept is not None and same else Pipeline(self.config["pipeline"])
         if kept is not None and kept.weights is weights and self._preparation() == kept._preparation():
             self._prepared = kept._prepared
 
@@ -217,9 +241,9 @@ class Run:
             words = cond.split(",") if isinstance(cond, str) else np.ravel(np.asarray(cond, object)).tolist()
             return np.asarray(parse_labels(words, model.classes, self.class_names), np.int32)
         if isinstance(cond, (str, os.PathLike)):
-            return load_conditions(model, os.fspath(cond))
+            return load_conditions(model, os.fspath(cond), self.pipeline is not None)
         if cond is not None:
-            return check_conditions(model, cond)
+            return check_conditions(model, cond, lengths=self.pipeline is not None)
         if self.source == RANDOM:
             return random_conditions(model, 1, self._seed)
         leaves = jax.tree_util.tree_flatten_with_path(model.cond)[0]
@@ -235,7 +259,14 @@ class Run:
         seed: int = 0,
         *,
         repeat: int = 1,
+        prompt: str | Sequence[str] | None = None,
         latents: Any = None,
+        noise: Any = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
+        batch: int | None = None,
+        preview: Preview | None = None,
         progress: bool = False,
     ) -> Result:
         """Draws one sample per condition; the first call of a shape compiles, later ones do not.
@@ -245,27 +276,71 @@ class Run:
           seed: 0 ... 2^32 - 1; sample i depends on (seed, i), its condition and its latents, and not on its batch but
             with a cache that decides in the run without `per_sample`: one decision then serves the batch.
           repeat: how often the conditions are gone through, each time with other noise.
-          latents: [n, ...] to begin from, in place of noise of the seed.
+          prompt: of a pipeline, one or several, in place of `cond`.
+          latents: [n, ...] to begin from, in place of noise of the seed; of a pipeline in diffusers' layout too.
+          noise: [n, evaluations, ...] that the steps take, in place of the seed's; layouts as of the latents.
+          image: of a pipeline, to begin from: a path, or uint8 [H, W, 3] or [n, H, W, 3].
+          strength: of the noise that is added to it, above 0 up to 1: that part of the steps is made (0.6).
+          mask: of the image, 1 where it may become another: a path, or [H, W] or [n, H, W] of 0 ... 1.
+          batch: samples at a time; None is as many as make 64 evaluations, of a pipeline 1.
+          preview: called with what is predicted on the way (`Preview`).
           progress: a bar on stderr, at the price of a callback per step; by batches where executables are kept.
 
         Returns:
           `Result`: images, trace and cost.
 
         Raises:
-          ValueError: a condition, seed or latents that the model cannot take.
+          ValueError: a condition, seed or latents that the model cannot take, an image or a mask that is none.
         """
         check_seed(seed)
-        row = self.conditions(cond)
+        if prompt is not None and cond is not None:
+            raise ValueError("cond and prompt exclude each other; allowed: one of them")
+        words = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        row = self.conditions(cond) if words is None else self.encoded(words)
         columns = len(jax.tree.leaves(row)[0])
-        all_of = self._repeated(row, repeat)
+        all_of, n = self._repeated(row, repeat), columns * repeat
+        setup, shape = self.setup, self.setup.model.input_shape
         if latents is not None:
-            latents = check_latents(latents, columns * repeat, self.setup.model.input_shape)
+            latents = check_latents(self._channels_last(latents), n, shape)
+        more: dict[str, Any] = {}
+        if image is not None or mask is not None or strength is not None:
+            if self.pipeline is None or image is None:
+                raise ValueError("image, mask and strength: of a pipeline, with an image; allowed: difax.load(FOLDER)")
+            more["image"], more["mask"] = self.pipeline.known(image, mask, n, shape)
+            setup = setup.started(0.6 if strength is None and mask is None else 1.0 if strength is None else strength)
+        if noise is not None:
+            more["noise"] = check_latents(self._channels_last(noise, 2), n, (len(setup.rows.i), *shape), "noise")
+        if batch is not None:
+            _counted(batch=batch)
+        batch = 1 if batch is None and self.pipeline is not None else batch
+        options: dict[str, Any] = {"latents": latents, "progress": progress}
         if self.setup.by_label is not None:
-            return Result(self, all_of, columns, seed, self._by_label(all_of, seed, latents, progress))
-        options: dict[str, Any] = {"latents": latents, "progress": progress, "program": self._program}
+            if more:
+                raise ValueError("steps_by: labels of other steps each; allowed: without noise, image and mask")
+            return Result(self, all_of, columns, seed, self._by_label(all_of, seed, **options))
         weights = (lambda: self.prepared) if self._prepared is None else self._prepared
-        drawn = draw(self.setup, weights, all_of, seed, **options)
-        return Result(self, all_of, columns, seed, drawn)
+        with previewing(preview, self.pipeline, len(setup.rows.i)) as watch:
+            drawn = draw(
+                setup, weights, all_of, seed, program=self._program, batch=batch, watch=watch, **options, **more
+            )
+        return Result(self, all_of, columns, seed, drawn, None if words is None else words * repeat)
+
+    def encoded(self, prompts: Sequence[str]) -> Any:
+        """Conditions [n] of prompts, by the encoders of the run's pipeline.
+
+        Raises:
+          ValueError: a run without a pipeline, a model of labels, no prompts, or what is no text.
+        """
+        if self.pipeline is None:
+            raise ValueError(f"prompts: {self.setup.model.name} has no pipeline; allowed: difax.load(FOLDER)")
+        return self.pipeline.conditions(self.setup.model, prompts, self.setup.guide.halves > 1)
+
+    def _channels_last(self, latents: Any, lead: int = 1) -> Any:
+        """Latents in the layout of the model, where a pipeline's are in diffusers'; [n, ...], or with more axes in
+        front."""
+        if self.pipeline is None:
+            return latents
+        return self.pipeline.channels_last(np.asarray(latents), self.setup.model.input_shape, lead)
 
     def _by_label(self, labels: Any, seed: int, latents: Any, progress: bool) -> Drawn:
         """Samples whose labels have steps of their own: those of one number of steps are drawn by one program."""
@@ -470,6 +545,8 @@ def load(
         config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in what.items()}
         return _opened(finish(override(config, given)), path, seed)
     what, base = os.fspath(what), os.fspath(what)
+    if is_pipeline(what):
+        return _opened(finish(pipeline_config(what, given)), path, seed)
     if _is_checkpoint(what):
         base = None if weights is None else configuration(None, what, given)
         path = what if weights is None else weights
@@ -488,6 +565,8 @@ def _opened(config: dict[str, Any], path: Any, seed: int, kept: Run | None = Non
     """A configuration with the weights of a path, a name of embedded ones, "random", or (None) its own."""
     path = check_value("weights", path, str | os.PathLike | None)
     path = None if path is None else os.fspath(path)
+    if path is None and "pipeline" in config and config.get("weights") is None:
+        path = network_of(config["pipeline"])
     if path == RANDOM or path in embedded_weights():
         config, path = {**config, "weights": path}, None
     setup, full = build_setup(config), {}

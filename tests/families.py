@@ -38,6 +38,7 @@ FAMILIES = {
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),
+    "prompts": ("tokenizers", "prompts"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),
     "grids": ("grids", "grid_fits"),

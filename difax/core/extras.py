@@ -8,6 +8,7 @@ import sys
 # package -> extra of pyproject.toml that brings it; None is installed by hand
 EXTRAS: dict[str, str | None] = {
     "matplotlib": "plot",
+    "tokenizers": "text",
     "optuna": "search",
     "triton": "triton",
     "jax_triton": "triton",

@@ -1,0 +1,1 @@
+"""Published pipelines: from a prompt to a picture or a film."""

@@ -1,0 +1,101 @@
+"""What a pipeline does around its denoiser, as data: one entry for each class of a model_index.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from difax.core.annotations import brief, check_value, choose
+from difax.core.files import named
+from difax.pipelines.folder import Folder, open_folder
+
+
+class Recipe(NamedTuple):
+    """One pipeline of diffusers 0.42.1 with the values that it takes where none are given.
+
+    model: of `difax.models.MODELS`. side: pixels of a default picture, (height, width), given the folder and the pixels of
+        a latent's side. patch: latents on the side of a token. steps, scale: of solver and guidance. guide: how the halves
+        are mixed. guidance: what a network is told that takes its scale as an input; None for those that do not.
+    prompts: 0 for labels, else tokens of the longest prompt (`max_sequence_length`). negative: the negative prompt; None
+        means that there is no guidance without one.
+    frames, fps: of a film, 0 for pictures.
+    packed: are latents of diffusers [B, tokens, C patch^2], features in the order (channel, row, column).
+    mu: (tokens, steps) -> logarithm of the flow's shift, where the scheduler's file does not say it.
+    sigmas: of the flow before its shift, "pipeline" (1 ... 1/n) or "scheduler"; None is what the scheduler's file says.
+    networks: folders of denoisers, the second for the lower noise levels.
+    text: tokens of a prompt's embeddings, given those of the longest prompt.
+    """
+
+    model: str
+    side: Callable[[Folder, int], tuple[int, int]]
+    patch: int
+    steps: int
+    scale: float
+    guide: Mapping[str, Any] = {"name": "cfg"}
+    guidance: float | None = None
+    prompts: int = 0
+    negative: str | None = ""
+    frames: int = 0
+    fps: int = 0
+    packed: bool = False
+    mu: Callable[[int, int], float] | None = None
+    sigmas: str | None = None
+    networks: tuple[str, ...] = ("transformer",)
+    text: Callable[[int], int] = lambda tokens: tokens
+
+    def geometry(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        """What a section tells of the network beside its size."""
+        return {"text_tokens": self.text(section["tokens"])} if self.prompts else {}
+
+
+def _of_network(folder: Folder, side: int) -> tuple[int, int]:
+    """The size that the network was made for, by its config.json."""
+    size = folder.config("transformer").get("sample_size")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{named(folder.path)}: transformer/config.json has no sample_size; give --height and --width")
+    return size * side, size * side
+
+
+def _square(latents: int) -> Callable[[Folder, int], tuple[int, int]]:
+    return lambda folder, side: (latents * side, latents * side)
+
+
+def flux2_mu(tokens: int, steps: int) -> float:
+    """FLUX.2's empirical shift: two lines in the tokens, for 10 and 200 steps, and between them a line in the steps."""
+    many = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return many
+    few = 8.73809524e-05 * tokens + 1.89833333
+    slope = (many - few) / 190.0
+    return slope * steps + many - 200.0 * slope
+
+
+RECIPES: dict[str, Recipe] = {
+    "DiTPipeline": Recipe("dit", _of_network, patch=2, steps=50, scale=4.0),
+    "FluxPipeline": Recipe(
+        "flux", _square(128), patch=2, steps=28, scale=1.0, guidance=3.5, prompts=512, negative=None, packed=True,
+        sigmas="pipeline",
+    ),
+    "PixArtAlphaPipeline": Recipe("pixart", _of_network, patch=2, steps=20, scale=4.5, prompts=120),
+    "PixArtSigmaPipeline": Recipe("pixart", _of_network, patch=2, steps=20, scale=4.5, prompts=300),
+    "StableDiffusion3Pipeline": Recipe("sd3", _of_network, patch=2, steps=28, scale=7.0, prompts=256, text=lambda n: 77 + n),
+    "WanPipeline": Recipe(
+        "wan", lambda folder, side: (480, 832), patch=2, steps=50, scale=5.0, prompts=512, frames=81, fps=16,
+        networks=("transformer", "transformer_2"),
+    ),
+    "QwenImagePipeline": Recipe(
+        "qwen_image", _square(128), patch=2, steps=50, scale=4.0, prompts=512, negative=None, packed=True,
+        sigmas="pipeline",
+    ),
+    "ZImagePipeline": Recipe("z_image", _square(128), patch=2, steps=50, scale=5.0, prompts=512, sigmas="pipeline"),
+    "Flux2KleinPipeline": Recipe(
+        "flux2", _square(64), patch=1, steps=50, scale=4.0, prompts=512, packed=True, sigmas="pipeline", mu=flux2_mu
+    ),
+}  # fmt: skip
+
+
+def open_pipeline(path: Any, given: Mapping[str, str] | None = None) -> tuple[Folder, Recipe]:
+    """A pipeline's folder and its recipe; ValueError as `open_folder`."""
+    folder = open_folder(path, RECIPES, given)
+    return folder, RECIPES[folder.name]
