@@ -22,6 +22,7 @@ FAMILIES = {
     "solvers: augmented": ("augmented",),
     "execution": ("executed", "composition"),
     "64 bits": ("bits",),
+    "autoencoders": ("autoencoders",),
     "caches: contract": ("caches", "caches_rules"),
     "caches: promises": ("batches", "finite"),
     "caches: engine": ("cache_engine",),
