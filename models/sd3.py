@@ -445,8 +445,8 @@ def _check(c: SD3Config) -> None:
         raise ValueError(f"sd3: size={c.size[0]}x{c.size[1]} must be divisible by patch={c.patch}")
     if max(c.grid) > c.position_rows:
         raise ValueError(
-            f"sd3: size={c.size[0]}x{c.size[1]} with patch={c.patch}; allowed: sides up to {c.position_rows * c.patch}, "
-            f"the table of positions (position_rows={c.position_rows})"
+            f"sd3: size={c.size[0]}x{c.size[1]} with patch={c.patch}; allowed: sides up to "
+            f"{c.position_rows * c.patch}, by the table of positions (position_rows={c.position_rows})"
         )
     check_size("sd3", c.size, c.channels, math.prod(c.grid) + c.text_tokens, c.width)
     table = f"sd3: position_rows={c.position_rows} of width={c.width}"

@@ -35,6 +35,7 @@ FAMILIES = {
     "meshes": ("meshes",),
     "quantisation": ("qtensor", "products"),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),
+    "models: sd3": ("sd3_parity",),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),
     "training": ("train", "losses", "data", "classifier"),

@@ -21,10 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import SD3Transformer2DModel
-from diffusers.loaders import single_file_utils
-from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 GEOMETRY: dict[str, Any] = {
@@ -51,9 +47,11 @@ TEXT_TOKENS = 5
 TIMES = (1000.0, 857.6923, 301.25, 8.75)
 
 
-def randomise(model: torch.nn.Module, seed: int, positions: bool = True) -> None:
+def randomise(model: Any, seed: int, positions: bool = True) -> None:
     """Fills every parameter: weights with std 1/sqrt(inputs), biases with 0.1, norms with 0.2 around 1; the table of
     positions gets noise of 0.3."""
+    import torch
+
     rng = np.random.default_rng(seed)
     half = lambda value: torch.from_numpy(value.astype(np.float16).astype(np.float32))  # noqa: E731
     with torch.no_grad():
@@ -70,6 +68,8 @@ def randomise(model: torch.nn.Module, seed: int, positions: bool = True) -> None
 
 def run(model: Any, size: tuple[int, int], text_tokens: int, times: Any, seed: int) -> dict[str, Any]:
     """Inputs and what the reference computes, as tensors."""
+    import torch
+
     c, rng, n = model.config, np.random.default_rng(seed), len(times)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -82,8 +82,10 @@ def run(model: Any, size: tuple[int, int], text_tokens: int, times: Any, seed: i
     return {"x": x, "t": t, "text": text, "pooled": pooled, "output": output.contiguous()}
 
 
-def to_original(state: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
+def to_original(state: dict[str, Any], depth: int) -> dict[str, Any]:
     """A state dict of diffusers under the names of Stability AI's single files."""
+    import torch
+
     out = {"pos_embed": state["pos_embed.pos_embed"]}
 
     def move(new: str, *old: str, swap: bool = False) -> None:
@@ -120,8 +122,11 @@ def to_original(state: dict[str, torch.Tensor], depth: int) -> dict[str, torch.T
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
-def check_conversion(original: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+def check_conversion(original: dict[str, Any], state: dict[str, Any]) -> None:
     """diffusers' own converter must turn `original`, behind its prefix, into `state`."""
+    import torch
+    from diffusers.loaders import single_file_utils
+
     behind = {f"model.diffusion_model.{name}": tensor for name, tensor in original.items()}
     back = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(behind)
     assert back.keys() == state.keys(), back.keys() ^ state.keys()
@@ -130,6 +135,10 @@ def check_conversion(original: dict[str, torch.Tensor], state: dict[str, torch.T
 
 
 def main() -> None:
+    import torch
+    from diffusers import SD3Transformer2DModel
+    from safetensors.torch import save_file
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
