@@ -86,7 +86,7 @@ def test_matches_diffusers(form):
 def test_both_layouts_hold_the_same_parameters(form):
     """The original's file is turned into diffusers' state dict by diffusers' own converter (make_sd3.py)."""
     one, other = (loaded(form, layout) for layout in LAYOUTS)
-    assert one[0].stages and [s.name for s in one[0].stages] == [s.name for s in other[0].stages]
+    assert [s.name for s in one[0].stages] == [s.name for s in other[0].stages]
     jax.tree.map(np.testing.assert_array_equal, one[1], other[1])
 
 
@@ -117,7 +117,7 @@ def test_recorded_calls_of_a_pipeline_are_repeated():
         np.testing.assert_allclose(setup.times, file["sigmas"], rtol=1e-6)
 
 
-def _swap_halves(params, *path):
+def _swap_halves(params: Any, *path: str) -> Any:
     """With shift and scale of a modulation in each other's place."""
     inner = params[path[0]]
     if len(path) > 1:
