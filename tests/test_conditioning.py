@@ -131,10 +131,8 @@ def test_what_depends_on_the_condition_alone_is_computed_once(name):
         run, params, _, trace = drawn(config, conditioning == "ahead")
         body, before = executed(run, params)
         cost = model_cost(run.model, params, run.attention)
-        if conditioning == "ahead" and name in (
-            "flux_tiny",
-            "sd3_tiny",
-        ):  # the time's network runs once more, for the modulation
+        # the time's network runs once more, for the modulation
+        if conditioning == "ahead" and name in ("flux_tiny", "sd3_tiny"):
             before -= 2 * run.guide.halves * len(run.rows.i) * 2 * (256 * 64 + 64 * 64)
         assert 2 * run_cost(cost, trace) == pytest.approx(body + before, rel=1e-6)
         found[conditioning] = body, before

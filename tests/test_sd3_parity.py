@@ -119,10 +119,10 @@ def test_recorded_calls_of_a_pipeline_are_repeated():
 
 def _swap_halves(params: Any, *path: str) -> Any:
     """With shift and scale of a modulation in each other's place."""
-    inner = params[path[0]]
-    if len(path) > 1:
-        return {**params, path[0]: _swap_halves(inner, *path[1:])}
-    return {**params, path[0]: {k: np.roll(a, a.shape[-1] // 2, axis=-1) for k, a in inner.items()}}
+    first, *rest = path
+    if rest:
+        return {**params, first: _swap_halves(params[first], *rest)}
+    return {**params, first: {k: np.roll(a, a.shape[-1] // 2, axis=-1) for k, a in params[first].items()}}
 
 
 def _swap_streams(params):
