@@ -211,24 +211,26 @@ def test_runs_of_layers():
     assert names(4, (0, 1, 2)) == [("dual", 0, 1, 2), ("last", 3)]
 
 
-# name -> stages, parameters but for the table of positions
+# name -> stages, parameters but for the table of positions, GB of the half-precision files in the published folder
 PUBLISHED = {
-    "medium": ([("joint", 23), ("last", 1)], 2_028_328_000),
-    "3.5-medium": ([("dual", 13), ("joint", 10), ("last", 1)], 2_243_171_520),
-    "3.5-large": ([("joint", 37), ("last", 1)], 8_056_627_520),
-    "3.5-large-turbo": ([("joint", 37), ("last", 1)], 8_056_627_520),
+    "medium": ([("joint", 23), ("last", 1)], 2_028_328_000, 4.17),
+    "3.5-medium": ([("dual", 13), ("joint", 10), ("last", 1)], 2_243_171_520, 4.94),
+    "3.5-large": ([("joint", 37), ("last", 1)], 8_056_627_520, 9.99 + 6.31),
+    "3.5-large-turbo": ([("joint", 37), ("last", 1)], 8_056_627_520, 9.99 + 6.31),
 }
 
 
 @pytest.mark.parametrize("name", some(PUBLISHED, "medium", "3.5-medium", "3.5-large"))
 def test_geometry_of_the_published_models(name):
-    """Stability AI says 2, 2.5 (with the table of positions, which trains nothing) and 8.1 billion."""
-    stages, total = PUBLISHED[name]
+    """Stability AI says 2, 2.5 (with the table of positions) and 8.1 billion; the files on its pages are as long as
+    all of it is."""
+    stages, total, gigabytes = PUBLISHED[name]
     model = sd3(name)
     spec = jax.eval_shape(model.init, jax.random.key(0))
     sizes = [sum(a.size for a in jax.tree.leaves(tree)) for tree in (spec, spec["ends"]["positions"])]
     print(f"{name}: {sizes[0] / 1e9:.3f} billion parameters, {sizes[1] / 1e9:.3f} of them positions")
     assert [(s.name, s.depth) for s in model.stages] == stages and sizes[0] - sizes[1] == total
+    assert 2 * sizes[0] / 1e9 == pytest.approx(gigabytes, abs=0.01)
     assert (model.input_shape, model.cond["text"].shape) == ((128, 128, 16), (333, 4096))
     assert model.cond["pooled"].shape == (2048,) and VARIANTS[name]["width"] == 64 * VARIANTS[name]["heads"]
 
