@@ -50,7 +50,7 @@ from difax.weights.convert import is_converted
 from difax.weights.scheduler import read_scheduler, scheduler_sections
 
 # the configuration that a published checkpoint is sampled with where none is named
-PUBLISHED = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1"}
+PUBLISHED = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1", "sd3": "sd3"}
 FOLDER = pathlib.Path(__file__).resolve().parent / "configs"
 if not FOLDER.is_dir():  # a checkout without its links, see difax/__init__.py
     FOLDER = FOLDER.parent.parent / "configs"
@@ -350,6 +350,8 @@ def _sampled_with(path: str, kind: str, geometry: Mapping[str, Any]) -> dict[str
         name = "flux_schnell"
     if kind == "pixart" and model.cond["text"].shape[0] == 120:
         name = "pixart_alpha"
+    if kind == "sd3" and geometry.get("variant") is not None:
+        name = f"sd3:{geometry['variant']}"
     config = load_config(name)
     return {**config, "model": {"name": kind, **geometry, "dtype": config["model"]["dtype"]}}
 

@@ -38,6 +38,7 @@ FAMILIES = {
     "autoencoders: video": ("wan_autoencoder",),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),
     "encoders": ("encoders",),
+    "models: sd3": ("sd3_parity",),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),
     "prompts": ("tokenizers", "prompts", "published"),

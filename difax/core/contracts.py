@@ -163,6 +163,8 @@ class Stage(NamedTuple):
         and of no time (keys and values of cross-attention). Where the context has it already, they take it from there.
     takes: for long skips, the name of an earlier stage of the same depth: block j is first given the tokens behind
         that stage's block depth - 1 - j, by the block's method `skip(tokens, taken)` -> tokens.
+    beside: branches that are given the tokens which the branch before them was given, and not what it made of them:
+        two branches in parallel, whose updates are added one after the other.
     """
 
     name: str
@@ -172,6 +174,7 @@ class Stage(NamedTuple):
     enter: Callable[[Tokens, Context], Tokens] = lambda tokens, context: tokens
     takes: str | None = None
     once: bool = False
+    beside: tuple[str, ...] = ()
 
 
 class Known(NamedTuple):

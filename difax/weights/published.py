@@ -19,6 +19,7 @@ import numpy as np
 
 from difax.core.contracts import Params
 from difax.weights.checkpoint import (
+    Layers,
     Source,
     Streamed,
     load_safetensors,
@@ -43,7 +44,7 @@ class Foreign(NamedTuple):
 
     model: Any
     table: Table
-    layers: Mapping[str, int]
+    layers: Layers
     constants: Mapping[str, np.ndarray] = {}
     geometry: Mapping[str, Any] = {}
     kind: str = ""
