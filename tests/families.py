@@ -34,6 +34,8 @@ FAMILIES = {
     "kernels: GPU": ("triton_attention", "mosaic_attention"),
     "meshes": ("meshes",),
     "quantisation": ("qtensor", "products"),
+    "models: qwen_image": ("qwen_image_parity",),
+    "models: flux2": ("flux2_parity",),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),
