@@ -42,7 +42,14 @@ from difax.weights.convert import is_converted
 from difax.weights.scheduler import read_scheduler, scheduler_sections
 
 # the configuration that a published checkpoint is sampled with where none is named
-PUBLISHED = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1"}
+PUBLISHED = {
+    "dit": "dit_imagenet",
+    "flux": "flux_dev",
+    "pixart": "pixart_sigma",
+    "wan": "wan2_1",
+    "qwen_image": "qwen_image",
+    "flux2": "flux2_klein",
+}
 FOLDER = pathlib.Path(__file__).resolve().parent / "configs"
 if not FOLDER.is_dir():  # a checkout without its links, see difax/__init__.py
     FOLDER = FOLDER.parent.parent / "configs"
@@ -275,6 +282,8 @@ def _sampled_with(path: str, kind: str, geometry: Mapping[str, Any]) -> dict[str
     name = PUBLISHED[kind]
     if kind == "flux" and "guidance" not in model.cond:
         name = "flux_schnell"
+    if kind == "flux2" and "guidance" in model.cond:
+        name = "flux2_klein:dev"
     if kind == "pixart" and model.cond["text"].shape[0] == 120:
         name = "pixart_alpha"
     config = load_config(name)

@@ -19,6 +19,8 @@ NATIVE = {
     "flux": "flux_dev",
     "pixart": "pixart_sigma",
     "wan": "wan2_1",
+    "qwen_image": "qwen_image",
+    "flux2": "flux2_klein",
 }
 
 _ROWS = {

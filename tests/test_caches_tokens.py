@@ -117,10 +117,12 @@ ITSELF = {
     "flux": {"double/attn", "single/attn_mlp"},
     "pixart": {"blocks/attn"},
     "wan": {"blocks/attn"},
+    "qwen_image": {"double/attn"},
+    "flux2": {"double/attn", "single/attn_mlp"},
 }
 
 
-@pytest.mark.parametrize("model", ITSELF)
+@pytest.mark.parametrize("model", some(ITSELF, "flux", "pixart", "wan"))
 def test_branches_whose_tokens_attend_to_each_other(model):
     """All others give, for some of the tokens alone, what they give for these among all."""
     run = composed(model)

@@ -39,6 +39,7 @@ DDPM["model"] |= {"depth": 2, "width": 16, "size": 8, "patch": 2}
 CNN = load_config("fmnist_cnn")
 CNN["model"] |= {"width": 4, "size": 8}
 SKIP, WAN, PIXART, FLUX = (load_config(n) for n in ("skip_dit_tiny", "wan_tiny", "pixart_tiny", "flux_tiny"))
+QWEN_IMAGE, FLUX2 = load_config("qwen_image_tiny"), load_config("flux2_tiny:dev")
 
 TABLE = np.zeros((STEPS, 2, 2)).tolist()
 # what a factory must be given besides the key that is tried
@@ -73,6 +74,8 @@ WHERE = {
     ("model", "wan"): WAN,
     ("model", "pixart"): PIXART,
     ("model", "flux"): FLUX,
+    ("model", "qwen_image"): QWEN_IMAGE,
+    ("model", "flux2"): FLUX2,
     ("model", "cnn"): CNN,
     ("loss", "ddpm"): DDPM,
     ("loss", "cross_entropy"): CNN,

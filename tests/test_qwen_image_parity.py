@@ -159,16 +159,16 @@ def test_recorded_calls_of_a_pipeline():
     rows, columns = (int(arrays[f"call/0/in/img_shapes/0/0/{i}"]) for i in (1, 2))
     model, params = load_qwen_image(PIPELINE / "transformer", size=(2 * rows, 2 * columns), text_tokens=40)
     network = jax.jit(functools.partial(forward, model))
+
+    def unpacked(a: np.ndarray) -> np.ndarray:
+        parts = a.reshape(-1, rows, columns, model.input_shape[-1], 2, 2).transpose(0, 1, 4, 2, 5, 3)
+        return parts.reshape(-1, *model.input_shape)
+
     for i in range(8):
         call = {name.removeprefix(f"call/{i}/in/"): a for name, a in arrays.items() if name.startswith(f"call/{i}/")}
-        text, c = call["encoder_hidden_states"], model.input_shape[-1]
+        text = call["encoder_hidden_states"]
         more = 40 - text.shape[1]
         mask = np.pad(np.ones(text.shape[:2], np.int32), ((0, 0), (0, more)))
-
-        def unpacked(a: np.ndarray) -> np.ndarray:
-            parts = a.reshape(-1, rows, columns, c, 2, 2).transpose(0, 1, 4, 2, 5, 3)
-            return parts.reshape(-1, 2 * rows, 2 * columns, c)
-
         run = {"x": unpacked(call["hidden_states"]), "t": call["timestep"], "mask": mask}
         run["text"] = np.pad(text, ((0, 0), (0, more), (0, 0)))
         run["output"] = unpacked(arrays[f"call/{i}/out"])
@@ -219,7 +219,11 @@ def _put(name: str, *shape: int) -> Any:
 
 # edit of the tensors, of config.json, words of the message
 REFUSALS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "a network that edits": (None, {"zero_cond_t": True}, "zero_cond_t=True; allowed: false .with it the network edits"),
+    "a network that edits": (
+        None,
+        {"zero_cond_t": True},
+        "zero_cond_t=True; allowed: false .with it the network edits",
+    ),
     "layers": (None, {"use_additional_t_cond": True}, "use_additional_t_cond=True; allowed: false .*layers"),
     "positions of layers": (None, {"use_layer3d_rope": True}, "use_layer3d_rope=True; allowed: false .*layers"),
     "guidance": (None, {"guidance_embeds": True}, "guidance_embeds=True; allowed: false"),
