@@ -190,13 +190,12 @@ class Ends(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        narrow = partial(Dense, c.width, kernel_init=nn.initializers.normal(0.02), use_bias=False)
+        wide = partial(Dense, c.width, use_bias=False)  # of the time too: there is no bias that gates could stand on
         zero = partial(Dense, kernel_init=nn.initializers.zeros, use_bias=False)
-        self.img = Dense(c.width, use_bias=False)
-        self.txt = Dense(c.width, use_bias=False)
-        self.time1, self.time2 = narrow(), narrow()
+        self.img, self.txt = wide(), wide()
+        self.time1, self.time2 = wide(), wide()
         if c.guidance_embedding:
-            self.guidance1, self.guidance2 = narrow(), narrow()
+            self.guidance1, self.guidance2 = wide(), wide()
         self.mod_img, self.mod_txt, self.mod_single = zero(6 * c.width), zero(6 * c.width), zero(3 * c.width)
         self.ada = zero(2 * c.width)
         self.out = zero(c.channels)

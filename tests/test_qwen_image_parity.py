@@ -18,14 +18,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import difax
 from difax.build import build_setup
 from difax.checkpoints import recognise
-from difax.config import load_config, override
+from difax.config import load_config, mesh_settings, override
 from difax.configs import qwen_image as published
 from difax.core.shapes import trunk_spec
 from difax.core.trunk import forward
 from difax.models.qwen_image import centred_positions, qwen_image
 from difax.models.qwen_image_checkpoint import DIFFUSERS, load_qwen_image
+from difax.weights.conditions import random_conditions
 from tests.families import some
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -307,6 +309,26 @@ def test_what_the_head_reads_and_what_blocks_hold(dtype):
     assert {a.shape for a in jax.tree.leaves(spec.update["double"]["attn"])} == {(2, 6, 12), (2, 3, 12)}
     attention = spec.attention["double"]["attn"]
     assert attention is not None and attention.q.shape == (2, 9, 2, 6) and attention.segments is not None
+
+
+MESHES = ("seq=4,ulysses=1", "seq=4,ulysses=2", "seq=2,tensor=2", "cfg=2,seq=2", "fsdp=2,tensor=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_masked_text_on_a_mesh(mesh):
+    """Tokens that are cut are masked as they are on one device, and the padding does not matter there either."""
+    run = difax.load("qwen_image_tiny", weights="random", steps=2)
+    cond = random_conditions(run.setup.model, 2)
+    cond["mask"][0, 3:] = cond["null_mask"][1, 5:] = 0
+    one = np.asarray(run.sample(cond).images)
+    over = run.replace(**dict(mesh_settings(mesh)))
+    scale = np.abs(one).max()
+    assert np.abs(np.asarray(over.sample(cond).images) - one).max() <= 1e-4 * scale
+    cond["text"][0, 3:] = cond["null_text"][1, 5:] = 100.0
+    assert np.abs(np.asarray(over.sample(cond).images) - one).max() <= 1e-4 * scale
+    cond["mask"][0, 3] = 1
+    assert np.abs(np.asarray(over.sample(cond).images) - one).max() > 1e-2 * scale
 
 
 # ---- live, with the `parity` extra -----------------------------------------------------------------------------
