@@ -50,7 +50,15 @@ from difax.weights.convert import is_converted
 from difax.weights.scheduler import read_scheduler, scheduler_sections
 
 # the configuration that a published checkpoint is sampled with where none is named
-PUBLISHED = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1", "sd3": "sd3"}
+PUBLISHED = {
+    "dit": "dit_imagenet",
+    "flux": "flux_dev",
+    "pixart": "pixart_sigma",
+    "wan": "wan2_1",
+    "sd3": "sd3",
+    "qwen_image": "qwen_image",
+    "flux2": "flux2_klein",
+}
 FOLDER = pathlib.Path(__file__).resolve().parent / "configs"
 if not FOLDER.is_dir():  # a checkout without its links, see difax/__init__.py
     FOLDER = FOLDER.parent.parent / "configs"
@@ -348,6 +356,8 @@ def _sampled_with(path: str, kind: str, geometry: Mapping[str, Any]) -> dict[str
     name = PUBLISHED[kind]
     if kind == "flux" and "guidance" not in model.cond:
         name = "flux_schnell"
+    if kind == "flux2" and "guidance" in model.cond:
+        name = "flux2_klein:dev"
     if kind == "pixart" and model.cond["text"].shape[0] == 120:
         name = "pixart_alpha"
     if kind == "sd3" and geometry.get("variant") is not None:

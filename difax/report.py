@@ -20,6 +20,8 @@ NATIVE = {
     "pixart": "pixart_sigma",
     "wan": "wan2_1",
     "sd3": "sd3",
+    "qwen_image": "qwen_image",
+    "flux2": "flux2_klein",
 }
 
 _ROWS = {

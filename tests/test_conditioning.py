@@ -47,6 +47,8 @@ CELLS = [
     pytest.param("fmnist_dit", SMALL, "none", marks=slow),
     pytest.param("flux_tiny", [("cache.name", "fora")], None, marks=slow),
     pytest.param("sd3_tiny", [("cache.name", "fora")], None, marks=slow),
+    pytest.param("qwen_image_tiny", [("cache.name", "fora")], None, marks=slow),
+    pytest.param("flux2_tiny:dev", [("cache.name", "fora")], None, marks=slow),
     ("pixart_tiny", [("cache.name", "pab")], None),
     pytest.param("pixart_tiny", [("cache.name", "tgate")], None, marks=slow),
     pytest.param("pixart_tiny", [("cache.name", "fora"), ("layout", "unstacked")], None, marks=slow),

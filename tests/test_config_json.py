@@ -233,7 +233,7 @@ def test_another_architecture_is_named(tmp_path, golden, case):
 
 
 PIPELINES = Path(__file__).parents[2] / "shared" / "pipelines"
-OTHERS = ("cogvideox_2b", "hunyuan_video", "ltx", "qwen_image", "z_image", "sd15", "svd")
+OTHERS = ("cogvideox_2b", "hunyuan_video", "ltx", "z_image", "sd15", "svd")
 
 
 @pytest.mark.skipif(not PIPELINES.is_dir(), reason="the tiny pipelines are not there")

@@ -166,6 +166,9 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "dit diffusers": ("dit_diffusers", {"heads": 4, "size": 8}),
     "flux original": ("flux_original", {"size": (8, 12), "axes_dim": (2, 4, 4)}),
     "flux diffusers": ("flux_diffusers", {"size": (8, 12), "axes_dim": (2, 4, 4)}),
+    "qwen_image": ("qwen_image_diffusers", {"size": (4, 6), "axes_dim": (2, 4, 4)}),
+    "flux2 original": ("flux2_dev_original", {"size": (4, 6), "axes_dim": (2, 4, 4, 6)}),
+    "flux2 diffusers": ("flux2_dev_diffusers", {"size": (4, 6), "axes_dim": (2, 4, 4, 6)}),
     "pixart alpha": ("pixart_alpha", {"heads": 2, "size": 16, "text_tokens": 6}),
     "pixart sigma": ("pixart_sigma", {"heads": 2, "size": 16, "text_tokens": 6}),
     "wan original": ("wan_original", {"heads": 2, "size": (2, 4, 4)}),
@@ -300,6 +303,7 @@ PIPELINES = Path(__file__).parents[2] / "shared" / "pipelines"
         ("pixart_sigma", {"variant": "sigma"}),
         ("wan21", {"size": (2, 8, 8)}),
         ("sd3", {"size": (8, 12)}),
+        ("qwen_image", {"size": (8, 8)}),
     ],
 )
 @pytest.mark.skipif(not PIPELINES.is_dir(), reason="the tiny pipelines are not there")

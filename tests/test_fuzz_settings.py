@@ -40,6 +40,7 @@ CNN = load_config("fmnist_cnn")
 CNN["model"] |= {"width": 4, "size": 8}
 SKIP, WAN, PIXART, FLUX = (load_config(n) for n in ("skip_dit_tiny", "wan_tiny", "pixart_tiny", "flux_tiny"))
 SD3 = load_config("sd3_tiny")
+QWEN_IMAGE, FLUX2 = load_config("qwen_image_tiny"), load_config("flux2_tiny:dev")
 
 TABLE = np.zeros((STEPS, 2, 2)).tolist()
 # what a factory must be given besides the key that is tried
@@ -75,6 +76,8 @@ WHERE = {
     ("model", "pixart"): PIXART,
     ("model", "flux"): FLUX,
     ("model", "sd3"): SD3,
+    ("model", "qwen_image"): QWEN_IMAGE,
+    ("model", "flux2"): FLUX2,
     ("model", "cnn"): CNN,
     ("loss", "ddpm"): DDPM,
     ("loss", "cross_entropy"): CNN,
