@@ -163,6 +163,8 @@ class Stage(NamedTuple):
         and of no time (keys and values of cross-attention). Where the context has it already, they take it from there.
     takes: for long skips, the name of an earlier stage of the same depth: block j is first given the tokens behind
         that stage's block depth - 1 - j, by the block's method `skip(tokens, taken)` -> tokens.
+    streams: where the model's tokens are a dict of streams, the names of those that the blocks are given, update and
+        hand around, among them the one that `Model.hidden` reads; the others pass by as they are. None: all.
     """
 
     name: str
@@ -172,6 +174,15 @@ class Stage(NamedTuple):
     enter: Callable[[Tokens, Context], Tokens] = lambda tokens, context: tokens
     takes: str | None = None
     once: bool = False
+    streams: tuple[str, ...] | None = None
+
+    def within(self, tokens: Tokens) -> Tokens:
+        """The part of the model's tokens that the blocks of this stage have."""
+        return tokens if self.streams is None else {name: tokens[name] for name in self.streams}
+
+    def behind(self, tokens: Tokens, own: Tokens) -> Tokens:
+        """The model's tokens with that part as the blocks left it."""
+        return own if self.streams is None else {**tokens, **own}
 
 
 class Known(NamedTuple):
@@ -377,13 +388,14 @@ class Attention(NamedTuple):
 class TrunkSpec(NamedTuple):
     """What an accelerator may allocate for: per stage its depth, and per branch the update's ShapeDtypeStruct,
     its `AttentionSpec` (None: the branch does not attend) and its dense layers {name: (x, y)}; the tokens between
-    blocks, and the network's output; halves: how many copies of the batch these shapes hold."""
+    stages, and those of each stage's blocks (`Stage.within`), and the network's output; halves: how many copies of the batch these shapes hold."""
 
     depth: dict[str, int]
     update: dict[str, dict[str, Any]]
     attention: dict[str, dict[str, AttentionSpec | None]]
     dense: dict[str, dict[str, dict[str, tuple[Any, Any]]]]
     tokens: Any
+    within: dict[str, Any]
     hidden: Any
     first_input: Any
     output: Any
