@@ -67,6 +67,7 @@ def apply_rotary(x_BTHK: jax.Array, cos_TK2: jax.Array, sin_TK2: jax.Array) -> j
     """
     pairs = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
-    cos, sin = jnp.asarray(cos_TK2)[..., None, :], jnp.asarray(sin_TK2)[..., None, :]
+    # [B or 1, T, 1, K/2]
+    cos, sin = (t.reshape(-1, x_BTHK.shape[1], 1, t.shape[-1]) for t in map(jnp.asarray, (cos_TK2, sin_TK2)))
     rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return rotated.reshape(x_BTHK.shape).astype(x_BTHK.dtype)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -357,8 +357,13 @@ def z_image(
         (tokens, context), ends_params = ends.init_with_output(ends_key, x, jnp.zeros((1,)), cond)
         # attention has no parameters: its values stand in for it
         given = {"context": context, "attend": lambda q, k, v, segments=None: v}
+        rotary = caption_rotary(c, tokens["txt"].shape[1])
         starts = {
-            "caption": (caption, c.refiner_depth, {"h_BLD": tokens["txt"], "rotary": caption_rotary(c, tokens["txt"].shape[1]), "ids_BL": None}),
+            "caption": (
+                caption,
+                c.refiner_depth,
+                {"h_BLD": tokens["txt"], "rotary": rotary, "ids_BL": None},
+            ),
             "refiner": (refiner, c.refiner_depth, {"tokens": {"img": tokens["img"]}, **given}),
             "blocks": (block, c.depth, {"tokens": tokens, **given}),
         }
@@ -370,9 +375,11 @@ def z_image(
 
     def once(params: Params, cond: Any) -> dict[str, Any]:
         """The condition as refined caption tokens [B, L, D] and the lengths [B] that they are filled to."""
-        h, filled = ends.apply({"params": params["ends"]}, cond, method="caption")
+        h, filled = cast(Any, ends.apply({"params": params["ends"]}, cond, method="caption"))
         rotary, ids = caption_rotary(c, h.shape[1]), caption_ids(filled, h.shape[1])
-        refined, _ = jax.lax.scan(lambda h, p: (caption.apply({"params": p}, h, rotary, ids), None), h, params["caption"])
+        refined, _ = jax.lax.scan(
+            lambda h, p: (caption.apply({"params": p}, h, rotary, ids), None), h, params["caption"]
+        )
         return {"refined": refined, "filled": filled}
 
     def embed(params: Params, x: jax.Array, model_time: jax.Array, cond: Any) -> Any:

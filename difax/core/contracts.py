@@ -388,7 +388,8 @@ class Attention(NamedTuple):
 class TrunkSpec(NamedTuple):
     """What an accelerator may allocate for: per stage its depth, and per branch the update's ShapeDtypeStruct,
     its `AttentionSpec` (None: the branch does not attend) and its dense layers {name: (x, y)}; the tokens between
-    stages, and those of each stage's blocks (`Stage.within`), and the network's output; halves: how many copies of the batch these shapes hold."""
+    stages, those that each stage's blocks have (`Stage.within`), and the network's output; halves: how many copies of
+    the batch these shapes hold."""
 
     depth: dict[str, int]
     update: dict[str, dict[str, Any]]
