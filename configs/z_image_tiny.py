@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
                 "heads": 4,
                 "size": 16,
                 "channels": 4,
-                "text_tokens": 8,
+                "text_tokens": 40,
                 "text_width": 32,
                 "time_hidden": 64,
                 "axes_dim": (4, 6, 6),

@@ -19,6 +19,7 @@ NATIVE = {
     "flux": "flux_dev",
     "pixart": "pixart_sigma",
     "wan": "wan2_1",
+    "z_image": "z_image",
 }
 
 _ROWS = {

@@ -117,6 +117,7 @@ ITSELF = {
     "flux": {"double/attn", "single/attn_mlp"},
     "pixart": {"blocks/attn"},
     "wan": {"blocks/attn"},
+    "z_image": {"refiner/attn", "blocks/attn"},
 }
 
 

@@ -170,6 +170,8 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "pixart sigma": ("pixart_sigma", {"heads": 2, "size": 16, "text_tokens": 6}),
     "wan original": ("wan_original", {"heads": 2, "size": (2, 4, 4)}),
     "wan diffusers": ("wan_diffusers", {"heads": 2, "size": (2, 4, 4)}),
+    "z_image original": ("z_image_original", {"size": (8, 12), "axes_dim": (2, 4, 4)}),
+    "z_image diffusers": ("z_image_diffusers", {"size": (8, 12), "axes_dim": (2, 4, 4)}),
 }
 
 
@@ -229,7 +231,7 @@ def _eighths(tensors, suffix):
         written[name] = a.astype(ml_dtypes.bfloat16)
         if name.endswith(".weight") and a.ndim > 1:
             written[name] = a.astype(ml_dtypes.float8_e4m3fn)
-            if "block" in name and "emb" not in name:
+            if ("block" in name or "layers." in name) and "emb" not in name:
                 scale = np.linspace(0.5, 1.5, len(a)) if suffix == "weight_scale_inv" else np.float32(0.7)
                 written[name.removesuffix("weight") + suffix] = np.asarray(scale, np.float32)
     return written
@@ -296,6 +298,7 @@ PIPELINES = Path(__file__).parents[2] / "shared" / "pipelines"
         ("flux_dev", {"size": (8, 8)}),
         ("pixart_sigma", {"variant": "sigma"}),
         ("wan21", {"size": (2, 8, 8)}),
+        ("z_image", {"size": (8, 8), "text_tokens": 40}),
     ],
 )
 @pytest.mark.skipif(not PIPELINES.is_dir(), reason="the tiny pipelines are not there")

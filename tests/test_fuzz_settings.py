@@ -73,6 +73,7 @@ WHERE = {
     ("model", "wan"): WAN,
     ("model", "pixart"): PIXART,
     ("model", "flux"): FLUX,
+    ("model", "z_image"): load_config("z_image_tiny"),
     ("model", "cnn"): CNN,
     ("loss", "ddpm"): DDPM,
     ("loss", "cross_entropy"): CNN,
