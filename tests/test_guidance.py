@@ -1,5 +1,6 @@
 """Forms of guidance against numpy written from their rule, alone and inside of caches that act on the guide."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,11 +29,13 @@ def rows_of(guide: Any, solver: str = "euler") -> Any:
     return make_rows(SOLVERS[solver](), guide, PROCESSES["flow"](), TIMES)
 
 
-def applied(guide: Any, halves: np.ndarray, at: int = 0, scale: float = SCALE, memory: Any = ()) -> Any:
+def applied(
+    guide: Any, halves: np.ndarray, at: int = 0, scale: float = SCALE, memory: Any = (), predicted: int = 4
+) -> Any:
     """(output, halves that were asked for) of one evaluation, whose network gives these halves whatever it is given."""
     on, off = (jnp.asarray(a, jnp.float32) for a in halves)
     row = jax.tree.map(lambda a: a[at], rows_of(guide))
-    x, asked = jnp.zeros((*on.shape[:-1], 4)), []
+    x, asked = jnp.zeros((*on.shape[:-1], predicted)), []
 
     def denoise(x: Any, cond: Any, row: Any, memory: Any, half: str) -> Any:
         asked.append(half)
@@ -259,3 +262,26 @@ def test_refuses_samples_of_another_shape():
         GUIDES["cfg"](first_frame=1.0).init(jnp.zeros((2, 4, 6, 4)))
     with pytest.raises(ValueError, match=r"norm='patch' for samples \(4, 5, 4\); allowed: of even"):
         GUIDES["cfg"](norm="patch").init(jnp.zeros((2, 4, 5, 4)))
+
+
+QWEN_IMAGE = Path(__file__).parents[2] / "shared" / "pipelines" / "qwen_image" / "run.npz"
+
+
+@pytest.mark.skipif(not QWEN_IMAGE.is_file(), reason="the tiny pipelines are not there")
+def test_recorded_guidance_of_qwen_image():
+    """What its pipeline made of the two calls of each step, whose tokens are 2 x 2 places of all channels."""
+    recorded = np.load(QWEN_IMAGE)
+    height, width = recorded["decode/0/in"].shape[-2:]
+    rows, columns = height // 2, width // 2
+    steps = sum(name.endswith("/model_output") for name in recorded)
+
+    def unpacked(tokens: np.ndarray) -> np.ndarray:
+        cells = tokens.reshape(1, rows, columns, -1, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+        return cells.reshape(1, height, width, -1)
+
+    for k in range(steps):
+        halves = np.stack([unpacked(recorded[f"call/{2 * k + j}/out"]) for j in range(2)])
+        got, _ = applied(GUIDES["cfg"](norm="patch"), halves, scale=4.0, predicted=halves.shape[-1])
+        want = unpacked(recorded[f"step/{k}/model_output"])
+        np.testing.assert_allclose(got, want, atol=5e-6 * np.abs(want).max())
+    assert steps > 0

@@ -224,6 +224,32 @@ def test_recorded_calls_of_a_pipeline():
         assert error <= TOLERANCE
 
 
+@pytest.mark.skipif(not PIPELINE.is_dir(), reason="the tiny pipelines are not there")
+def test_recorded_run_of_a_pipeline():
+    """Its four guided steps from its first latents: sigmas 1 ... 1/n shifted by 3, c + 4 (c - u), which is a scale of
+    5."""
+    recorded = np.load(PIPELINE / "run.npz")
+    captions = [recorded[f"embeds/0/{j}/0"] for j in range(2)]
+    most = max(map(len, captions))
+    model, params = load_z_image(PIPELINE / "transformer", size=(8, 12), text_tokens=most, param_dtype="float32")
+    text, mask = np.zeros((2, most, 32), np.float32), np.zeros((2, most), np.int32)
+    for j, caption in enumerate(captions):
+        text[j, : len(caption)], mask[j, : len(caption)] = caption, 1
+    cond = {"text": text[:1], "mask": mask[:1], "null_text": text[1:], "null_mask": mask[1:]}
+    process = PROCESSES["flow"](shift=3.0)
+    times = make_times(GRIDS["shifted"](), process, 4)
+    np.testing.assert_allclose(times, recorded["sigmas"], atol=1e-6)
+    rows = make_rows(SOLVERS["euler"](), GUIDES["cfg"](), process, times)
+    sampler = make_sampler(model, process, "velocity", SOLVERS["euler"](), GUIDES["cfg"]())
+    x = jnp.asarray(recorded["latents0"].transpose(0, 2, 3, 1))
+    with jax.default_matmul_precision("highest"):
+        got, _ = sampler(params, x, noise.sample_keys(0, 1), jax.tree.map(jnp.asarray, cond), rows, 5.0)
+    want = recorded["step/3/prev"].transpose(0, 2, 3, 1)
+    error = np.abs(np.asarray(got) - want).max() / np.abs(want).max()
+    print(f"four steps: error {error:.1e}")
+    assert error <= 1e-4
+
+
 # ---- as a model of difax ---------------------------------------------------------------------------------------
 
 
