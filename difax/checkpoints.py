@@ -255,7 +255,7 @@ def _completed(model: Any, section: Mapping[str, Any], stored: Mapping[str, Any]
 # what a published checkpoint may not tell about its model
 UNSTORED = (
     "size", "heads", "dtype", "variant", "text_tokens", "axes_dim", "base_size", "interpolation_scale", "eps",
-    "norm_eps", "mlp_norm_eps", "activation", "max_positions",
+    "norm_eps", "mlp_norm_eps", "activation", "max_positions", "theta", "time_scale",
 )  # fmt: skip
 
 

@@ -58,6 +58,7 @@ PUBLISHED = {
     "sd3": "sd3",
     "qwen_image": "qwen_image",
     "flux2": "flux2_klein",
+    "z_image": "z_image",
 }
 FOLDER = pathlib.Path(__file__).resolve().parent / "configs"
 if not FOLDER.is_dir():  # a checkout without its links, see difax/__init__.py

@@ -22,6 +22,7 @@ NATIVE = {
     "sd3": "sd3",
     "qwen_image": "qwen_image",
     "flux2": "flux2_klein",
+    "z_image": "z_image",
 }
 
 _ROWS = {

@@ -11,6 +11,7 @@ from difax.models import (
     qwen_image_checkpoint,
     sd3_checkpoint,
     wan_checkpoint,
+    z_image_checkpoint,
 )
 from difax.models.cnn import cnn
 from difax.models.dit import dit
@@ -21,6 +22,7 @@ from difax.models.qwen_image import qwen_image
 from difax.models.sd3 import sd3
 from difax.models.skip_dit import skip_dit
 from difax.models.wan import wan
+from difax.models.z_image import z_image
 
 MODELS = {
     "dit": dit,
@@ -31,6 +33,7 @@ MODELS = {
     "sd3": sd3,
     "qwen_image": qwen_image,
     "flux2": flux2,
+    "z_image": z_image,
     "cnn": cnn,
 }
 CHECKPOINTS = {
@@ -41,4 +44,5 @@ CHECKPOINTS = {
     "sd3": sd3_checkpoint.PUBLISHED,
     "qwen_image": qwen_image_checkpoint.PUBLISHED,
     "flux2": flux2_checkpoint.PUBLISHED,
+    "z_image": z_image_checkpoint.PUBLISHED,
 }

@@ -38,6 +38,8 @@ FAMILIES = {
     "autoencoders: video": ("wan_autoencoder",),
     "models: qwen_image": ("qwen_image_parity",),
     "models: flux2": ("flux2_parity",),
+    "guidance": ("guidance",),
+    "models: z_image": ("z_image_parity",),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),
     "encoders": ("encoders",),
     "models: sd3": ("sd3_parity",),

@@ -120,6 +120,7 @@ ITSELF = {
     "sd3": {"dual/attn", "dual/attn2", "joint/attn", "last/attn"},
     "qwen_image": {"double/attn"},
     "flux2": {"double/attn", "single/attn_mlp"},
+    "z_image": {"refiner/attn", "blocks/attn"},
 }
 
 

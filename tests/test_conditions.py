@@ -24,7 +24,7 @@ from tests.families import some
 TINY = ["--steps", "2", "--no-compile-cache", "--json"]
 MODELS = {
     name: build_setup(load_config(f"{name}_tiny")).model
-    for name in ("flux", "pixart", "wan", "sd3", "qwen_image", "flux2")
+    for name in ("flux", "pixart", "wan", "sd3", "qwen_image", "flux2", "z_image")
 }
 DIT = build_setup(load_config("fmnist_smoke")).model
 
@@ -261,6 +261,7 @@ DRAWN = (
     "qwen_image_tiny",
     "flux2_tiny",
     "flux2_tiny:dev",
+    "z_image_tiny",
 )
 
 

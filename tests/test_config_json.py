@@ -206,6 +206,9 @@ def test_what_a_section_does_not_state_comes_from_the_file(tmp_path, golden, cas
 # ---- other architectures ---------------------------------------------------------------------------------------------
 
 
+KINDS = ", ".join(CHECKPOINTS)
+
+
 def other_architecture(tensors: dict[str, Any]) -> dict[str, Any]:
     """The tensors of a relative: some kinds are missing, as many are its own, the rest are named alike."""
     moved = {
@@ -233,7 +236,7 @@ def test_another_architecture_is_named(tmp_path, golden, case):
 
 
 PIPELINES = Path(__file__).parents[2] / "shared" / "pipelines"
-OTHERS = ("cogvideox_2b", "hunyuan_video", "ltx", "z_image", "sd15", "svd")
+OTHERS = ("cogvideox_2b", "hunyuan_video", "ltx", "sd15", "svd")
 
 
 @pytest.mark.skipif(not PIPELINES.is_dir(), reason="the tiny pipelines are not there")

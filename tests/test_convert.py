@@ -175,6 +175,8 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "wan diffusers": ("wan_diffusers", {"heads": 2, "size": (2, 4, 4)}),
     "sd3 original": ("sd3_35_medium_original", {"size": (8, 12)}),
     "sd3 diffusers": ("sd3_odd_diffusers", {"heads": 2, "size": (8, 12)}),
+    "z_image original": ("z_image_original", {"size": (8, 12), "axes_dim": (2, 4, 4)}),
+    "z_image diffusers": ("z_image_diffusers", {"size": (8, 12), "axes_dim": (2, 4, 4)}),
 }
 
 
@@ -234,7 +236,7 @@ def _eighths(tensors, suffix):
         written[name] = a.astype(ml_dtypes.bfloat16)
         if name.endswith(".weight") and a.ndim > 1:
             written[name] = a.astype(ml_dtypes.float8_e4m3fn)
-            if "block" in name and "emb" not in name:
+            if ("block" in name or "layers." in name) and "emb" not in name:
                 scale = np.linspace(0.5, 1.5, len(a)) if suffix == "weight_scale_inv" else np.float32(0.7)
                 written[name.removesuffix("weight") + suffix] = np.asarray(scale, np.float32)
     return written
@@ -304,6 +306,7 @@ PIPELINES = Path(__file__).parents[2] / "shared" / "pipelines"
         ("wan21", {"size": (2, 8, 8)}),
         ("sd3", {"size": (8, 12)}),
         ("qwen_image", {"size": (8, 8)}),
+        ("z_image", {"size": (8, 8), "text_tokens": 40}),
     ],
 )
 @pytest.mark.skipif(not PIPELINES.is_dir(), reason="the tiny pipelines are not there")

@@ -78,6 +78,7 @@ WHERE = {
     ("model", "sd3"): SD3,
     ("model", "qwen_image"): QWEN_IMAGE,
     ("model", "flux2"): FLUX2,
+    ("model", "z_image"): load_config("z_image_tiny"),
     ("model", "cnn"): CNN,
     ("loss", "ddpm"): DDPM,
     ("loss", "cross_entropy"): CNN,

@@ -165,6 +165,8 @@ class Stage(NamedTuple):
         that stage's block depth - 1 - j, by the block's method `skip(tokens, taken)` -> tokens.
     beside: branches that are given the tokens which the branch before them was given, and not what it made of them:
         two branches in parallel, whose updates are added one after the other.
+    streams: where the model's tokens are a dict of streams, the names of those that the blocks are given, update and
+        hand around, among them the one that `Model.hidden` reads; the others pass by as they are. None: all.
     """
 
     name: str
@@ -175,6 +177,15 @@ class Stage(NamedTuple):
     takes: str | None = None
     once: bool = False
     beside: tuple[str, ...] = ()
+    streams: tuple[str, ...] | None = None
+
+    def within(self, tokens: Tokens) -> Tokens:
+        """The part of the model's tokens that the blocks of this stage have."""
+        return tokens if self.streams is None else {name: tokens[name] for name in self.streams}
+
+    def behind(self, tokens: Tokens, own: Tokens) -> Tokens:
+        """The model's tokens with that part as the blocks left it."""
+        return own if self.streams is None else {**tokens, **own}
 
 
 class Known(NamedTuple):
@@ -383,13 +394,15 @@ class Attention(NamedTuple):
 class TrunkSpec(NamedTuple):
     """What an accelerator may allocate for: per stage its depth, and per branch the update's ShapeDtypeStruct,
     its `AttentionSpec` (None: the branch does not attend) and its dense layers {name: (x, y)}; the tokens between
-    blocks, the network's output, what `Model.told` gives; halves: how many copies of the batch these shapes hold."""
+    stages, those that each stage's blocks have (`Stage.within`), the network's output, what `Model.told` gives; halves:
+    how many copies of the batch these shapes hold."""
 
     depth: dict[str, int]
     update: dict[str, dict[str, Any]]
     attention: dict[str, dict[str, AttentionSpec | None]]
     dense: dict[str, dict[str, dict[str, tuple[Any, Any]]]]
     tokens: Any
+    within: dict[str, Any]
     hidden: Any
     first_input: Any
     output: Any
