@@ -30,7 +30,6 @@ from difax.weights.published import (
 )
 from difax.weights.settings import (
     check_agrees,
-    check_head_width,
     flag,
     number,
     one_of,
@@ -38,6 +37,7 @@ from difax.weights.settings import (
     read_settings,
     rows_of,
     several,
+    stored_heads,
     whole,
 )
 
@@ -222,15 +222,14 @@ def _config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
     check_agrees(file, config, said | {"cross_attn_norm": found["cross_attn_norm"]})
     if config.get("qk_norm") and not found["qk_norm"]:  # where there are norms, diffusers takes them without asking
         raise ValueError(f"{file}: qk_norm={config['qk_norm']!r}; allowed: null, as the checkpoint has no such norms")
-    check_head_width(file, config, "num_attention_heads", "attention_head_dim", found["width"])
+    which = "num_heads" if "num_heads" in config else "num_attention_heads"
+    heads = stored_heads(file, config, which, "attention_head_dim", found["width"], 128)
     names = (
-        ("heads", "num_attention_heads"),
-        ("heads", "num_heads"),
         ("eps", "eps"),
         ("text_tokens", "text_len"),
         ("max_positions", "rope_max_seq_len"),
     )
-    return {field: config[name] for field, name in names if name in config}
+    return heads | {field: config[name] for field, name in names if name in config}
 
 
 PUBLISHED = Published(find_wan, LAYOUTS, CLASSES)
