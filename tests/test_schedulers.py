@@ -385,11 +385,11 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 
 
-class Recorded(NamedTuple):
+class Recorded:
     """A recorded run: arrays by name, whatever name they are stored under, and what its run.json says."""
 
-    arrays: Any
-    said: dict[str, Any]
+    def __init__(self, arrays: Any, said: dict[str, Any]):
+        self.arrays, self.said = arrays, said
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[self.said["same"].get(name, name)]
