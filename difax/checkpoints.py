@@ -206,7 +206,7 @@ def stored_model(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 # what may differ from the checkpoint without a word: the size of what is drawn, and how it is computed
-FREE = ("size", "dtype", "text_tokens")
+FREE = ("size", "dtype", "text_tokens", "image_tokens", "first_frame")
 
 
 def settings_of(model: Any) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def _completed(model: Any, section: Mapping[str, Any], stored: Mapping[str, Any]
 # what a published checkpoint may not tell about its model
 UNSTORED = (
     "size", "heads", "dtype", "variant", "text_tokens", "axes_dim", "base_size", "interpolation_scale", "eps",
-    "norm_eps", "mlp_norm_eps", "activation", "max_positions",
+    "norm_eps", "mlp_norm_eps", "activation", "max_positions", "image_tokens", "first_frame",
 )  # fmt: skip
 
 

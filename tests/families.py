@@ -34,7 +34,7 @@ FAMILIES = {
     "kernels: GPU": ("triton_attention", "mosaic_attention"),
     "meshes": ("meshes",),
     "quantisation": ("qtensor", "products"),
-    "models: folders": ("model_folders", "experts"),
+    "models: folders": ("model_folders", "experts", "wan_image"),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),

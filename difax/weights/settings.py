@@ -93,8 +93,8 @@ def read_settings(
     for name, setting in settings.items():
         if name in config and not setting.fits(config[name]):
             raise ValueError(f"{file}: {name}={config[name]!r}; allowed: {setting.allowed}")
-    assumed = defaults if config else {}
-    return file, assumed | {name: config[name] for name in settings if config.get(name) is not None}
+    said = {name: config[name] for name in settings if config.get(name) is not None}
+    return file, {**defaults, **said} if config else said
 
 
 def check_agrees(file: Path, config: Mapping[str, Any], found: Mapping[str, Any]) -> None:
