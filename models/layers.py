@@ -99,10 +99,12 @@ def modulate(
     """norm(x) (1 + scale) + shift, computed in float32 and returned in the dtype of x.
 
     Args:
+      shift_BD, scale_BD: of all tokens; [B, N, D] where each has its own.
       norm: in place of the LayerNorm without a scale and a shift of its own.
     """
     normed = layer_norm(x_BND, eps) if norm is None else norm(x_BND)
-    return (normed * (1 + scale_BD[:, None]) + shift_BD[:, None]).astype(x_BND.dtype)
+    shift, scale = (a[:, None] if a.ndim == 2 else a for a in (shift_BD, scale_BD))
+    return (normed * (1 + scale) + shift).astype(x_BND.dtype)
 
 
 def masked(x_BLT: jax.Array, mask_BL: jax.Array) -> jax.Array:

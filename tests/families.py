@@ -40,6 +40,7 @@ FAMILIES = {
     "models: flux2": ("flux2_parity",),
     "guidance": ("guidance",),
     "models: z_image": ("z_image_parity",),
+    "models: folders": ("model_folders", "experts", "wan_image"),
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),
     "encoders": ("encoders",),
     "models: sd3": ("sd3_parity",),

@@ -118,8 +118,8 @@ def test_values_of_another_kind_are_refused(tmp_path, golden, case):
 
 REFUSALS = {
     "gated": ("pixart as it is", {"attention_type": "gated"}, "attention_type='gated'; allowed: default .*another"),
-    "image to video": ("wan as it is", {"image_dim": 1280}, "image_dim=1280; allowed: null .image-to-video"),
-    "image keys": ("wan as it is", {"added_kv_proj_dim": 24}, "added_kv_proj_dim=24; allowed: null .image-to-video"),
+    "image to video": ("wan as it is", {"image_dim": 1280}, "image_dim=1280; allowed: null, as"),
+    "image keys": ("wan as it is", {"added_kv_proj_dim": 24}, "added_kv_proj_dim=24; allowed: null, as"),
     "patches of latents": ("flux as it is", {"patch_size": 2}, "patch_size=2; allowed: 1 .latents are packed"),
     "rotary sections": ("flux as it is", {"axes_dims_rope": [4, 6, 8]}, "allowed: three even widths .* 16"),
     "heads": (

@@ -46,6 +46,7 @@ TABLE = np.zeros((STEPS, 2, 2)).tolist()
 # what a factory must be given besides the key that is tried
 NEEDS = {
     ("cache", "duodiff"): {"weights": "fmnist_dit"},
+    ("cache", "experts"): {"weights": "fmnist_dit"},
     ("cache", "magcache"): {"ratios": [1.0, 1.1, 0.9, 1.0]},
     ("cache", "learning_to_cache"): {"logits": TABLE},
     ("cache", "harmonica"): {"logits": TABLE},
@@ -67,6 +68,7 @@ LANGEVIN |= {"model": {**SMOKE["model"], "channels": 2}, "solver": {"name": "gdd
 WHERE = {
     ("process", "cld"): LANGEVIN,
     ("cache", "duodiff"): {**load_config("fmnist_dit"), "steps": STEPS},
+    ("cache", "experts"): {**load_config("fmnist_dit"), "steps": STEPS},
     ("loss", "hsm"): LANGEVIN,
     ("solver", "gotta_go_fast"): {**SMOKE, "grid": {"name": "log_snr"}},  # a flow has no slope out of pure noise
     ("cache", "skipcache"): SKIP,

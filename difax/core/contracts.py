@@ -449,10 +449,15 @@ def no_memory(spec: TrunkSpec, modes: tuple[Any, ...]) -> dict[str, Any]:
 
 
 class Network(NamedTuple):
-    """A second network of a run, for the same samples, conditions and prediction as its own."""
+    """A second network of a run, for the same samples, conditions and prediction as its own.
+
+    shared: is it the run's model with other weights. Then accelerators, attention, quantisation and mesh act on it as
+    on the model, and in a report its stages are the model's.
+    """
 
     model: Model
     params: Params
+    shared: bool = False
 
 
 class Accelerator(NamedTuple):
@@ -476,6 +481,9 @@ class Accelerator(NamedTuple):
         that depends on what is remembered; plan is the whole run's, None takes the row's own.
     networks: others that it may run instead of the model, whose parameters are `params["networks"]`
         (`difax.core.stack.with_learned`); `output` says which, and in a report their stages are "1/blocks", "2/blocks".
+    network(row) -> which of `networks` that share the model's blocks gives the weights of an evaluation, by its mode:
+        0 the model's own, 1 those of the first.
+    fresh(rows) -> rows, on the host and before any plan: marks evaluations at which nothing that was remembered holds.
     output(run, state, memory, row) -> (output, state, memory, report, ran): wraps the whole network,
         `run(memory, network=0)` -> (output, memory, report), 0 the model, 1 the first of `networks`; ran: 1.0, or 0.0
         where no network was run.
@@ -509,6 +517,8 @@ class Accelerator(NamedTuple):
     batchwide: bool = False
     networks: tuple[Network, ...] = ()
     planned: bool = False
+    network: Callable[[Row], int] | None = None
+    fresh: Callable[[Row], Row] | None = None
 
 
 class Trace(NamedTuple):

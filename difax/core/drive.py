@@ -62,6 +62,7 @@ def check_drive(solver: Solver, rows: Row, accelerator: Accelerator) -> None:
     acts = acts or accelerator.branch is not None or accelerator.guide is not None
     planned = len(rows.plan.modes) > 1 or accelerator.planned
     planned = planned or accelerator.guide is not None or accelerator.lookup is not None
+    planned = planned or accelerator.network is not None
     if solver.derivatives and acts:
         raise ValueError(f"cache {name} with a solver that differentiates the network; allowed: cache none")
     if solver.head is not None and accelerator.output is not None:
@@ -73,7 +74,7 @@ def check_drive(solver: Solver, rows: Row, accelerator: Accelerator) -> None:
             f"cache {name} plans what each evaluation computes, and this solver decides in the run which there are; "
             "allowed: none, or a cache that decides in the run too, such as teacache"
         )
-    if solver.drive == "window" and acts:
+    if solver.drive == "window" and (acts or accelerator.network is not None):
         raise ValueError(
             f"cache {name} goes from one evaluation to the next, and this solver makes {width(solver, rows)} at once; "
             "allowed: cache none"

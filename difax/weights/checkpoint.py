@@ -368,7 +368,8 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
     path = Path(path)
     try:
         if path.is_dir():
-            found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+            indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.safetensors.index.*.json")]
+            found = _plain(indices) or _plain(path.glob("*.safetensors"))
             if len(found) != 1:
                 names = ", ".join(f.name for f in found[:10]) or "none"
                 inside = [folder for folder in ("transformer", "unet") if (path / folder).is_dir()]
@@ -399,6 +400,15 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
     if not shards:
         raise ValueError(f"{path}: its 'weight_map' is empty")
     return [(path.parent / file, names) for file, names in sorted(shards.items())]
+
+
+def _plain(files: Iterable[Path]) -> list[Path]:
+    """Files by name, without those that are variants of another of them (`x.fp16.safetensors` beside
+    `x.safetensors`), which diffusers takes where they are asked for alone."""
+    names = {f.name: f for f in files}
+    parts = {name: name.split(".") for name in names}
+    without = {name: {".".join([*p[:i], *p[i + 1 :]]) for i in range(1, len(p) - 1)} for name, p in parts.items()}
+    return [f for name, f in sorted(names.items()) if not without[name] & names.keys()]
 
 
 def _beside(path: Path, file: str) -> bool:
