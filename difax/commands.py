@@ -32,8 +32,8 @@ LISTS = (
 )
 
 # flags that are keys of the section pipeline
-PIPED = ("height", "width", "frames", "fps", "negative", "guidance", "shift", "tokens", "sigmas", "tile", "vae",
-         "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
+PIPED = ("height", "width", "frames", "fps", "negative", "guidance", "shift", "tokens", "sigmas", "tile", "preview_vae",
+         "embeddings", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
 NAMED = ("solver", "grid", "guide", "cache", "attend", "quant")  # sections whose name has a flag of its own
 
 
@@ -71,7 +71,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
             raise ValueError(f"--pipeline {pipeline} and a configuration exclude each other; allowed: one of them")
         if "sigmas" in given:
             given["sigmas"] = _numbers(given["sigmas"], "--sigmas")
-        settings += [(f"pipeline.{key}", value) for key, value in given.items()]
+        settings += [(f"pipeline.{key.replace('preview_vae', 'preview')}", value) for key, value in given.items()]
         config = pipeline_config(pipeline, settings)
         scheduler = getattr(options, "scheduler", None)
         return config if scheduler is None else scheduled(config, scheduler, settings)
@@ -105,7 +105,7 @@ def _numbers(text: str, flag: str) -> list[float]:
 
 def _prompts(options: argparse.Namespace) -> list[str] | None:
     """The prompts of a command, by --prompt and --prompts; None without any."""
-    from difax.pipelines.prompts import read_prompts
+    from difax.pipelines.encode import read_prompts
 
     told, file = list(options.prompt or []), options.prompts
     found = told + (read_prompts(file) if file is not None else [])
@@ -215,18 +215,27 @@ def sample(options: argparse.Namespace) -> int:
     import jax
 
     from difax.core.executables import kept_in
+    from difax.pipelines.preview import Preview
     from difax.report import format_table
 
     if not options.no_compile_cache:
         _keep_compilations()
     with kept_in(None if options.no_compile_cache else _cache_folder("executables")):
         run = _run(options, config)
-        cond, latents = _cond(options, run), None
+        prompts, shape = _prompts(options), run.setup.model.input_shape
+        given: dict[str, Any] = {"prompt": prompts} if prompts is not None else {"cond": _cond(options, run)}
+        n = (len(jax.tree.leaves(given["cond"])[0]) if prompts is None else len(prompts)) * options.repeat
         if options.latents:
-            n = len(jax.tree.leaves(cond)[0]) * options.repeat
-            latents = read_latents(options.latents, n, run.setup.model.input_shape)
+            given["latents"] = read_latents(options.latents, n, shape, run.channels_last)
+        if options.noise:
+            given["noise"] = read_latents(options.noise, n, None, name="noise", flag="--noise")
+        for key in ("image", "strength", "mask", "batch"):
+            if getattr(options, key) is not None:
+                given[key] = getattr(options, key)
+        if options.preview is not None:
+            given["preview"] = Preview(options.preview, _previewed(options))
         progress = not (options.quiet or options.json) and sys.stderr.isatty() and hosts.processes() == 1
-        found = run.sample(cond, options.seed, repeat=options.repeat, latents=latents, progress=progress)
+        found = run.sample(seed=options.seed, repeat=options.repeat, progress=progress, **given)
     if not hosts.is_first():
         return 0 if found.table["finite"] else 1
     out = found.save(options.out)
@@ -236,6 +245,19 @@ def sample(options: argparse.Namespace) -> int:
     log("sample", **table)
     print(json.dumps(table) if options.json else format_table(table))
     return 0 if table["finite"] else 1
+
+
+def _previewed(options: argparse.Namespace) -> Callable[..., None]:
+    """Writes small pictures beside --out: NAME.step005.png, and of several batches NAME.012.step005.png."""
+    from difax.media.images import picture, save_png
+
+    out = pathlib.Path(options.out)
+
+    def show(first: int, evaluation: int, pictures: Any) -> None:
+        which = f".{first:03d}" if first else ""
+        save_png(out.with_name(f"{out.stem}{which}.step{evaluation:03d}.png"), picture(pictures, len(pictures)))
+
+    return show
 
 
 def _keep_compilations() -> None:
@@ -262,6 +284,36 @@ def _cache_folder(name: str) -> pathlib.Path | None:
         return makeable(os.path.join(caches, "difax", name), "XDG_CACHE_HOME")
     except ValueError:
         return None
+
+
+def encode(options: argparse.Namespace) -> int:
+    log = _start(options)
+    from difax.core.files import named
+    from difax.pipelines.pipeline import Pipeline
+    from difax.registry import make
+    from difax.weights.checkpoint import save_safetensors
+    from difax.weights.conditions import labelled
+
+    out = writable(options.out, (".safetensors",))
+    if not options.pipeline:
+        raise ValueError("difax encode needs --pipeline FOLDER")
+    config, prompts = _config(options, None), _prompts(options)
+    model = make("model", config["model"])
+    if labelled(model):
+        raise ValueError(f"--pipeline {options.pipeline}: {model.name} takes labels, which are not encoded")
+    if prompts is None:
+        raise ValueError("difax encode needs --prompt TEXT or --prompts FILE")
+    pipeline = Pipeline(config["pipeline"])
+    cond = pipeline.conditions(model, prompts, config["guide"]["name"] != "none")
+    save_safetensors(out, cond, {"prompts": prompts, "pipeline": pipeline.folder.name})
+    shapes = {name: f"{list(array.shape)} {array.dtype}" for name, array in cond.items()}
+    table = {"out": str(out), "prompts": len(prompts), **pipeline.spent(), "tensors": shapes}
+    log("encode", **table)
+    if options.json:
+        print(json.dumps(table))
+    else:
+        print(f"{named(out)}: {len(prompts)} prompts; {', '.join(f'{k} {v}' for k, v in shapes.items())}")
+    return 0
 
 
 def pareto(options: argparse.Namespace) -> int:

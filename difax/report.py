@@ -19,6 +19,7 @@ NATIVE = {
     "flux": "flux_dev",
     "pixart": "pixart_sigma",
     "wan": "wan2_1",
+    "sd3": "sd3",
 }
 
 _ROWS = {

@@ -23,7 +23,7 @@ from difax.config import mesh_settings
 from difax.core.files import read_rows
 from experiments.provenance import RESULTS, append_row, provenance
 
-MODELS = ("fmnist_smoke", "flux_tiny", "pixart_tiny", "wan_tiny", "skip_dit_tiny")
+MODELS = ("fmnist_smoke", "flux_tiny", "pixart_tiny", "wan_tiny", "skip_dit_tiny", "sd3_tiny")
 MESHES = (
     "data=2",
     "cfg=2,seq=2",

@@ -313,6 +313,7 @@ def wan(
         dtype=c.dtype,
         cond=cond_spec,
         once=once,
+        told=lambda context: {"time": context["time"], "modulation": context["six"]},
         shards=(
             ("/qkv/", Shard("columns", (1, 1, 1))),
             ("/cross_kv/", Shard("columns", (1, 1))),

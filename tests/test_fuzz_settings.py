@@ -39,6 +39,7 @@ DDPM["model"] |= {"depth": 2, "width": 16, "size": 8, "patch": 2}
 CNN = load_config("fmnist_cnn")
 CNN["model"] |= {"width": 4, "size": 8}
 SKIP, WAN, PIXART, FLUX = (load_config(n) for n in ("skip_dit_tiny", "wan_tiny", "pixart_tiny", "flux_tiny"))
+SD3 = load_config("sd3_tiny")
 
 TABLE = np.zeros((STEPS, 2, 2)).tolist()
 # what a factory must be given besides the key that is tried
@@ -73,6 +74,7 @@ WHERE = {
     ("model", "wan"): WAN,
     ("model", "pixart"): PIXART,
     ("model", "flux"): FLUX,
+    ("model", "sd3"): SD3,
     ("model", "cnn"): CNN,
     ("loss", "ddpm"): DDPM,
     ("loss", "cross_entropy"): CNN,

@@ -299,6 +299,7 @@ PUBLISHED = {
     "flux_original": {"size": 8, "axes_dim": (2, 4, 4)},
     "pixart_sigma": {"heads": 2, "size": 8, "text_tokens": 5, "base_size": 2},
     "wan_original": {"heads": 2, "size": (2, 4, 4)},
+    "sd3_3_original": {"heads": 2, "size": 8},
 }
 
 

@@ -196,10 +196,11 @@ def token_cache(
 
 
 def attends_itself(spec: TrunkSpec, stage: str, branch: str) -> bool:
-    """Do the tokens of a branch attend to each other: has its attention as many keys as there are tokens."""
+    """Do the tokens of a branch attend to each other: has its attention as many keys as there are tokens, in all or in
+    one of the streams."""
     # a caption of exactly that length passes for it: its cross-attention is then held whole, which is never wrong
-    call = spec.attention[stage][branch]
-    return call is not None and call.k.shape[1] == sum(a.shape[1] for a in jax.tree.leaves(spec.update[stage][branch]))
+    call, lengths = spec.attention[stage][branch], [a.shape[1] for a in jax.tree.leaves(spec.update[stage][branch])]
+    return call is not None and call.k.shape[1] in (sum(lengths), *lengths)
 
 
 # ---------------------------------------------------------------- one evaluation of one branch

@@ -163,6 +163,8 @@ class Stage(NamedTuple):
         and of no time (keys and values of cross-attention). Where the context has it already, they take it from there.
     takes: for long skips, the name of an earlier stage of the same depth: block j is first given the tokens behind
         that stage's block depth - 1 - j, by the block's method `skip(tokens, taken)` -> tokens.
+    beside: branches that are given the tokens which the branch before them was given, and not what it made of them:
+        two branches in parallel, whose updates are added one after the other.
     """
 
     name: str
@@ -172,6 +174,7 @@ class Stage(NamedTuple):
     enter: Callable[[Tokens, Context], Tokens] = lambda tokens, context: tokens
     takes: str | None = None
     once: bool = False
+    beside: tuple[str, ...] = ()
 
 
 class Known(NamedTuple):
@@ -218,6 +221,8 @@ class Model(NamedTuple):
     once: Callable[[Params, Any], Any] = lambda params, cond: cond
     # (pattern of a path such as "blocks/qkv/", how these weights are cut); weights that no rule names are not
     shards: tuple[tuple[str, Shard], ...] = ()
+    # of a context, what is made of the time alone: "time", its embedding, "modulation", what all blocks modulate by
+    told: Callable[[Context], Mapping[str, jax.Array]] = lambda context: {}
 
 
 class Classifier(NamedTuple):
@@ -378,7 +383,7 @@ class Attention(NamedTuple):
 class TrunkSpec(NamedTuple):
     """What an accelerator may allocate for: per stage its depth, and per branch the update's ShapeDtypeStruct,
     its `AttentionSpec` (None: the branch does not attend) and its dense layers {name: (x, y)}; the tokens between
-    blocks, and the network's output; halves: how many copies of the batch these shapes hold."""
+    blocks, the network's output, what `Model.told` gives; halves: how many copies of the batch these shapes hold."""
 
     depth: dict[str, int]
     update: dict[str, dict[str, Any]]
@@ -390,6 +395,7 @@ class TrunkSpec(NamedTuple):
     output: Any
     halves: int = 1
     together: bool = True
+    told: Mapping[str, Any] = {}
 
 
 class Done(NamedTuple):

@@ -81,9 +81,9 @@ def _trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int, to
                 with hooked(dense):
                     update = stage.block.apply({"params": p}, tokens, mods, given, record, method=branch)
                 updates[stage.name][branch] = update
-        return first, updates, model.head(params, tokens, context)
+        return first, updates, model.head(params, tokens, context), dict(model.told(context))
 
-    tokens, updates, output = jax.eval_shape(shapes, params, x, cond)
+    tokens, updates, output, told = jax.eval_shape(shapes, params, x, cond)
     first = next(iter(model.stages), None)
     inputs = [] if first is None else [x for x, _ in layers[first.name][first.branches[0]].values()]
     return TrunkSpec(
@@ -97,6 +97,7 @@ def _trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int, to
         output=output,
         halves=halves,
         together=together,
+        told=told,
     )
 
 

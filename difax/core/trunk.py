@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ class Blocks(NamedTuple):
     skip(tokens, memory) -> the same, with nothing run: zeros in the report.
     first_input(tokens) -> what the first dense layer of the first block is given: the modulated input.
     hidden(tokens) -> the stream [B, N, D] that the head reads.
+    told: what the model makes of the time alone (`Model.told`).
     depth: number of blocks, over all stages.
     """
 
@@ -43,6 +44,7 @@ class Blocks(NamedTuple):
     skip: Callable[..., tuple[Tokens, State, Report]]
     first_input: Callable[[Tokens], Any]
     hidden: Callable[[Tokens], jax.Array]
+    told: Mapping[str, jax.Array]
     depth: int
 
 
@@ -133,7 +135,7 @@ def run_trunk(
 
     if accelerator.trunk is None:
         return run(tokens, memory)
-    blocks = Blocks(run, skip, first_input, model.hidden, depth)
+    blocks = Blocks(run, skip, first_input, model.hidden, model.told(context), depth)
     tokens, state, memory, report = accelerator.trunk(blocks, tokens, context, memory["trunk"], memory, row)
     for name in looked:  # the conditioning of the first block, computed for its input
         report = report._replace(entered={**report.entered, name: report.entered[name].at[0].add(1.0)})

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.core.annotations import brief, check_value, choose
 from difax.core.files import named
 from difax.pipelines.folder import Folder, open_folder
 
@@ -14,11 +12,10 @@ from difax.pipelines.folder import Folder, open_folder
 class Recipe(NamedTuple):
     """One pipeline of diffusers 0.42.1 with the values that it takes where none are given.
 
-    model: of `difax.models.MODELS`. side: pixels of a default picture, (height, width), given the folder and the pixels of
-        a latent's side. patch: latents on the side of a token. steps, scale: of solver and guidance. guide: how the halves
-        are mixed. guidance: what a network is told that takes its scale as an input; None for those that do not.
-    prompts: 0 for labels, else tokens of the longest prompt (`max_sequence_length`). negative: the negative prompt; None
-        means that there is no guidance without one.
+    model: of `difax.models.MODELS`. side: pixels of a default picture, (height, width), given the folder and the pixels
+        of a latent's side. patch: latents on the side of a token. steps, scale: of solver and guidance. guide: how the
+        halves are mixed. guidance: what a network is told that takes its scale as an input; None for those that do not.
+    prompts: 0 for labels, else tokens of the longest prompt (`max_sequence_length`).
     frames, fps: of a film, 0 for pictures.
     packed: are latents of diffusers [B, tokens, C patch^2], features in the order (channel, row, column).
     mu: (tokens, steps) -> logarithm of the flow's shift, where the scheduler's file does not say it.
@@ -35,7 +32,6 @@ class Recipe(NamedTuple):
     guide: Mapping[str, Any] = {"name": "cfg"}
     guidance: float | None = None
     prompts: int = 0
-    negative: str | None = ""
     frames: int = 0
     fps: int = 0
     packed: bool = False
@@ -74,18 +70,20 @@ def flux2_mu(tokens: int, steps: int) -> float:
 RECIPES: dict[str, Recipe] = {
     "DiTPipeline": Recipe("dit", _of_network, patch=2, steps=50, scale=4.0),
     "FluxPipeline": Recipe(
-        "flux", _square(128), patch=2, steps=28, scale=1.0, guidance=3.5, prompts=512, negative=None, packed=True,
+        "flux", _square(128), patch=2, steps=28, scale=1.0, guidance=3.5, prompts=512, packed=True,
         sigmas="pipeline",
     ),
     "PixArtAlphaPipeline": Recipe("pixart", _of_network, patch=2, steps=20, scale=4.5, prompts=120),
     "PixArtSigmaPipeline": Recipe("pixart", _of_network, patch=2, steps=20, scale=4.5, prompts=300),
-    "StableDiffusion3Pipeline": Recipe("sd3", _of_network, patch=2, steps=28, scale=7.0, prompts=256, text=lambda n: 77 + n),
+    "StableDiffusion3Pipeline": Recipe(
+        "sd3", _of_network, patch=2, steps=28, scale=7.0, prompts=256, text=lambda tokens: 77 + tokens
+    ),
     "WanPipeline": Recipe(
         "wan", lambda folder, side: (480, 832), patch=2, steps=50, scale=5.0, prompts=512, frames=81, fps=16,
         networks=("transformer", "transformer_2"),
     ),
     "QwenImagePipeline": Recipe(
-        "qwen_image", _square(128), patch=2, steps=50, scale=4.0, prompts=512, negative=None, packed=True,
+        "qwen_image", _square(128), patch=2, steps=50, scale=4.0, prompts=512, packed=True,
         sigmas="pipeline",
     ),
     "ZImagePipeline": Recipe("z_image", _square(128), patch=2, steps=50, scale=5.0, prompts=512, sigmas="pipeline"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ KEYS: dict[str, Any] = {
     "sigmas": Sequence[float] | None,
     "tile": int | None,
     "preview": str | None,
+    "embeddings": str | None,
     **dict.fromkeys(COMPONENTS, str | None),
 }
 WORDS = {
@@ -39,6 +39,7 @@ WORDS = {
     "sigmas": "of the flow before the shift, one for each step",
     "tile": "side of what is decoded at once, in pixels; none decodes all of a picture",
     "preview": "a small autoencoder (AutoencoderTiny) that previews are decoded by; none takes the pipeline's",
+    "embeddings": "folder in which embeddings are kept by their prompts",
     "vae": "elsewhere than in the folder",
     "text_encoder": "elsewhere than in the folder",
 }
@@ -76,9 +77,6 @@ def filled(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, section: Ma
             )
     if recipe.prompts:
         found["tokens"] = given.get("tokens", recipe.prompts)
-        negative = given.get("negative", recipe.negative)
-        if negative is not None:
-            found["negative"] = negative
     if recipe.guidance is not None:
         found["guidance"] = float(given.get("guidance", recipe.guidance))
     return found

@@ -25,7 +25,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ COUNTER = "num_batches_tracked"  # of torch's BatchNorm, beside its statistics: 
 MOST_HEADER = 2**25  # bytes; FLUX.1's is 0.1 MB
 MOST_LETTERS = 512  # of a tensor's name
 MOST_DEPTH = 8  # parts of a prefix
+Layers = Mapping[str, int | Sequence[int]]
 _METADATA = "difax"  # one entry: the library writes several in random order, and files should be reproducible
 
 
@@ -124,7 +125,9 @@ class _Tensor(NamedTuple):
         row = self._replace(shape=(1, *self.shape[1:]), scale=None, finite=False)
         begins = self.begin + np.asarray(indices, np.int64) * size * np.dtype(CODES[self.dtype]).itemsize
         found = [row._replace(begin=int(begin)).stored() for begin in begins]
-        return self._scaled(np.concatenate(found) if found else np.empty((0, *self.shape[1:]), CODES[self.dtype]), indices)
+        return self._scaled(
+            np.concatenate(found) if found else np.empty((0, *self.shape[1:]), CODES[self.dtype]), indices
+        )
 
     def _scaled(self, found: np.ndarray, rows: Any) -> np.ndarray:
         """Values of the file times the scales of their rows, where they have some."""
@@ -162,7 +165,7 @@ def load_safetensors(
     path: str | os.PathLike,
     spec: Params,
     table: Mapping[str, Source],
-    layers: Mapping[str, int] | None = None,
+    layers: Layers | None = None,
     constants: Mapping[str, np.ndarray] | None = None,
     dtype: Any = None,
     shardings: Params | None = None,
@@ -174,7 +177,7 @@ def load_safetensors(
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
       spec: nested dict of what is wanted: leaves with shape and dtype (`jax.eval_shape(model.init, key)`).
       table: for every path of `spec` ('blocks/qkv/kernel') its `Source`.
-      layers: how many values each placeholder takes, e.g. {"layer": 28}.
+      layers: how many values each placeholder takes, e.g. {"layer": 28}, or which ones, where it does not begin at 0.
       constants: tensors that the file may hold and the model computes itself (fixed positions); each must
         agree within 1e-5, or within the rounding of the file's half precision.
       dtype: floating dtype of the result; None keeps the file's: where it has several the one that holds them all
@@ -200,7 +203,7 @@ def opened_safetensors(
     path: str | os.PathLike,
     spec: Params,
     table: Mapping[str, Source],
-    layers: Mapping[str, int],
+    layers: Layers,
     constants: Mapping[str, np.ndarray],
     dtype: Any,
     each: bool = False,
@@ -325,7 +328,7 @@ def save_safetensors(path: str | os.PathLike, params: Params, metadata: Mapping[
         aside.chmod(mode)
 
 
-def equal_copies(path: str | os.PathLike, table: Mapping[str, Source], layers: Mapping[str, int]) -> bool:
+def equal_copies(path: str | os.PathLike, table: Mapping[str, Source], layers: Layers) -> bool:
     """Whether the layers of a file repeat the shared parameters of a table; reads them, up to the first that differs.
 
     Tensors that are missing or of another shape are for `load_safetensors` to refuse, and count as equal.
@@ -616,13 +619,15 @@ def _holds_all(tensors: Iterable[_Tensor]) -> Any:
 # ---- checks and assembly -----------------------------------------------------------------------------------
 
 
-def _expand(source: Source, layers: Mapping[str, int]) -> list[list[str]]:
+def _expand(source: Source, layers: Layers) -> list[list[str]]:
     """Tensor names [layers][parts] of one parameter; a single row without a placeholder."""
     used = [p for p in layers if any(f"{{{p}}}" in key for key in source.keys)]
     if not used:
         return [list(source.keys)]
     (placeholder,) = used
-    return [[key.format(**{placeholder: i}) for key in source.keys] for i in range(layers[placeholder])]
+    numbers = layers[placeholder]
+    numbers = range(numbers) if isinstance(numbers, int) else numbers
+    return [[key.format(**{placeholder: i}) for key in source.keys] for i in numbers]
 
 
 def _stacked(source: Source) -> bool:
