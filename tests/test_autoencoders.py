@@ -226,6 +226,12 @@ def test_a_file_without_a_config(name, tmp_path):
     assert (found.geometry["scaling_factor"], found.geometry["shift_factor"]) == expected
 
 
+def test_flux2_is_known_without_a_config(golden, tmp_path):
+    config, weights, _ = golden["flux2"]
+    found = find_autoencoder(written(tmp_path, _original(weights, config)), groups=2, eps=0.01)
+    assert (found.kind, found.model.channels) == ("AutoencoderKLFlux2", 12)
+
+
 def _tensors_of(spec):
     """Zeros under diffusers' names for the parameters of an AutoencoderKL."""
     table = layout_table(NAMES["diffusers"], (32, 32), (32, 32), 1, quant=False, post_quant=False)
@@ -353,6 +359,31 @@ def test_tiles_as_diffusers_has_them(golden, case, tmp_path):
     tiles, whole = (error(jax.jit(getattr(m, half))(params, x), arrays[f"tiled_{half}d"]) for m in (model, found.model))
     print(f"{case}: {tiles:.1e}; the whole differs by {whole:.1e}")
     assert tiles <= TOLERANCE < 1e-2 < whole
+
+
+@pytest.mark.slow
+def test_tiles_of_wan_as_diffusers_has_them():
+    """A causal autoencoder of videos: one frame, with nothing that the reference would clip."""
+    arrays = load_file(GOLDEN / "autoencoders_tiled.safetensors")
+    z, out = (arrays[f"wan/tiled_{part}"].transpose(0, 2, 3, 1)[:, None] for part in ("latents", "decoded"))
+    model, params = opened(GOLDEN / "pipeline_wan" / "vae")
+    found = jax.jit(tiled(model, 4, 1, like="diffusers").decode)(params, z)
+    print(f"{error(found, out):.1e}")
+    assert error(found, out) <= TOLERANCE < error(jax.jit(model.decode)(params, z), out)
+
+
+@pytest.mark.slow
+def test_parts_in_time_of_wan_are_the_whole():
+    """Where what is thrown away reaches as far back as it looks, which is far: it has a way of its own, `chunk`."""
+    model, params = opened(GOLDEN / "pipeline_wan" / "vae")
+    z = jax.random.normal(jax.random.key(0), (1, 40, 2, 2, 4))
+    whole = np.asarray(jax.jit(model.decode)(params, z))
+    errors = []
+    for before in (32, 2):
+        cut = tiled(model, 2, 0, frames=36, frames_before=before)
+        errors.append(error(jax.jit(cut.decode)(params, z), whole))
+    print(errors)
+    assert errors[0] < 1e-5 < 1e-3 < errors[1]
 
 
 REACH = 7  # latents that the small coders' convolutions see: 4 of the latents' size and 5 of half of it

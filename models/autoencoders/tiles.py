@@ -253,7 +253,7 @@ def _by_tiles(
             y, end, count, weight = one
             start = (0, *(end[i] for i in range(len(axes))), 0)
             mixed = jax.lax.dynamic_slice(out, start, y.shape) + y * (count * _product(weight))[None, ..., None]
-            return jax.lax.dynamic_update_slice(out, mixed, start), None
+            return jax.lax.dynamic_update_slice(out, mixed.astype(out.dtype), start), None
 
         def step(out: jax.Array, some: Any, size: list[int] = size, together: int = together) -> Any:
             begin, *rest = some

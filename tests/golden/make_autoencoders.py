@@ -3,8 +3,9 @@
 Every model is filled with random weights (norms and running statistics too). Of each the file holds
 `<name>/weights/<tensor>`, `<name>/latents` [B, C, h, w] as a denoiser of its pipelines has them, `<name>/decoded`,
 `<name>/pixels` and `<name>/encoded`; its metadata holds each config. autoencoders_tiled.safetensors has the like for
-larger latents and pixels, `<name>/tiled_latents` and so on, computed tile by tile. diffusers' own converter has to turn
-the weights under their original names (`original_name`) back into its own, or nothing is written.
+larger latents and pixels, `<name>/tiled_latents` and so on, computed tile by tile, and of Wan's of pipeline_wan.
+diffusers' own converter has to turn the weights under their original names (`original_name`) back into its own, or
+nothing is written.
 
 Needs torch 2.13, diffusers 0.42.1 and safetensors:
 
@@ -183,6 +184,16 @@ def main() -> None:
         print(
             f"{name}: {sum(v.numel() for v in state.values())} weights, decoded {tuple(out.shape)} std {out.std():.3f}"
         )
+    # Wan's, of the tiny pipeline beside this file: one frame, in tiles of 4 latents every 3
+    rng = np.random.default_rng(100)
+    vae = diffusers.AutoencoderKLWan.from_pretrained(HERE / "pipeline_wan" / "vae").eval()
+    vae.enable_tiling(32, 32, 24, 24)
+    z = torch.from_numpy(rng.normal(size=(1, 4, 1, 7, 6)).astype(np.float32))
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    decoded = vae.decode(z * std + mean).sample
+    assert decoded.abs().max() < 1  # nothing is clipped, which the reference does behind the mixing
+    files |= {"wan/tiled_latents": z[:, :, 0], "wan/tiled_decoded": decoded[:, :, 0]}
+    print(f"wan: decoded {tuple(decoded.shape)} std {decoded.std():.3f}")
     for tiled, path in ((False, HERE / "autoencoders.safetensors"), (True, HERE / "autoencoders_tiled.safetensors")):
         some = {k: v.contiguous() for k, v in files.items() if ("/tiled_" in k) == tiled}
         save_file(some, path, None if tiled else configs)
