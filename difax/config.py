@@ -232,8 +232,8 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
     size, told = latent_size(recipe, autoencoder, section), dict(settings)
     network = os.fspath(folder.component(recipe.networks[0]))
     given = {key.removeprefix("model."): value for key, value in told.items() if key.startswith("model.")}
-    found = recognise(network, recipe.model, **{"size": size, **recipe.geometry(section), **given})
-    scale = float(told.get("scale", recipe.scale))
+    found = recognise(network, recipe.model, **{"size": size, **recipe.geometry(folder, section), **given})
+    scale = recipe.offset + float(told.get("scale", recipe.scale))
     guided = scale > 1 and not (recipe.prompts and _negative(folder, section, "scale" in told) is None)
     steps = told.get("steps", len(section["sigmas"]) if "sigmas" in section else recipe.steps)
     model = cast(Model, make("model", {"name": recipe.model, **found.geometry}))
