@@ -2,6 +2,7 @@
 the switch, and what acts on both."""
 
 import functools
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from difax.build import build_setup
 from difax.checkpoints import second_network, settings_of
 from difax.config import load_config, override
 from difax.core.contracts import Network
-from difax.core.grids import make_times, uniform
+from difax.core.grids import lay_times, make_times, uniform
 from difax.core.guidance import cfg
 from difax.core.noise import sample_keys
 from difax.core.process import flow
@@ -28,8 +29,12 @@ from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.stack import stack, with_learned
 from difax.core.trunk import forward
 from difax.models.wan_checkpoint import load_wan
+from difax.registry import make
 from difax.weights.checkpoint import save_safetensors
+from difax.weights.scheduler import scheduler_sections
 from tests.families import some
+from tests.golden.make_wan_more import BOUNDARY, NAMES, SCALES, SIZE, draw_run, draw_tensors
+from tests.golden.make_wan_more import STEPS as STEPS_OF_RUN
 from tests.toys import randomise, tiny_dit
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -135,6 +140,40 @@ def test_a_cache_counts_on_behind_the_switch():
     modes = [rows.plan.modes[k] for k in rows.plan.index]
     assert [network for network, _ in modes] == [0, 0, 0, 0, 0, 1, 1, 1]
     assert [int(all(what != "fill" for _, what in cache)) for _, cache in modes] == computed
+
+
+# ---- Wan 2.2 as the pipeline of diffusers runs it --------------------------------------------------------------------
+
+SECOND = pytest.mark.skipif("scale_below" not in inspect.signature(cfg).parameters, reason="guidance has one scale")
+
+
+@pytest.mark.parametrize("which", [0, pytest.param(1, marks=(SECOND, pytest.mark.slow))])
+def test_a_run_of_wans_pipeline(tmp_path, which):
+    """tests/golden/wan_experts.npz: two networks, UniPC, guidance of one scale, and of one for each network."""
+    with np.load(GOLDEN / "wan_experts.npz") as file:
+        facts, path, told = json.loads(str(file["facts"])), file[f"path/{which}"], file["told"]
+    settings: dict[str, Any] = {"heads": 2, "max_positions": 32, "size": SIZE, "text_tokens": 5}
+    loaded = []
+    for name in NAMES:
+        save_file(draw_tensors(name, facts["shapes"]), tmp_path / f"{name}.safetensors")
+        loaded.append(load_wan(tmp_path / f"{name}.safetensors", **settings))
+    (model, params), (_, weak) = loaded
+    found = scheduler_sections(facts["config"], steps=STEPS_OF_RUN)
+    process, times = lay_times(make("grid", found["grid"]), make("process", found["process"]), STEPS_OF_RUN)
+    accelerator = NETWORKS["experts"](BOUNDARY, network=Network(model, weak))
+    scale, second = SCALES[which]
+    guide = cfg() if second is None else cfg(**{"boundary": BOUNDARY, "scale_below": second})
+    solver = make("solver", found["solver"])
+    rows = make_rows(solver, guide, process, times, accelerator, model.stages)
+    assert rows.model_time.tolist() == told.tolist() and rows.plan.index.tolist() == [0, 0, 0, 1, 1, 1]
+    sampler = make_sampler(model, process, found["prediction"], solver, guide, accelerator)
+    run = draw_run()
+    x, cond = run.pop("latents"), run
+    with jax.default_matmul_precision("highest"):
+        samples, _ = sampler(with_learned(params, accelerator), x, sample_keys(0, 1), cond, rows, scale)
+    error = np.abs(np.asarray(samples) - path[-1]).max() / np.abs(path[-1]).max()
+    print(f"scales {scale}, {second}: error {error:.1e}")
+    assert error <= 1e-5
 
 
 # ---- by a configuration ----------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Writes wan_more.npz for tests/test_wan_image.py: Wan's image-to-video networks, and one with a time per token.
+"""Writes wan_more.npz for tests/test_wan_image.py: Wan's image-to-video networks, and one with a time per token; and
+wan_experts.npz for tests/test_experts.py: runs of WanPipeline with two networks.
 
 Every case is keys of diffusers' WanTransformer3DModel; weights and inputs are drawn by case and by name from numpy's
 frozen generator (`make_settings.rng`), so that the file holds nothing but the config.json that diffusers writes, the
@@ -82,6 +83,57 @@ def draw_inputs(case: str) -> dict[str, np.ndarray]:
     return found
 
 
+# ---- two networks ----------------------------------------------------------------------------------------------------
+
+BOUNDARY, STEPS, SCALES = 0.875, 6, ((4.0, None), (4.0, 3.0))  # the second scale is that of transformer_2
+EXPERTS: dict[str, Any] = BASE | dict(in_channels=3, out_channels=3)
+SCHEDULER: dict[str, Any] = dict(
+    prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=5.0
+)
+NAMES = ("transformer", "transformer_2")
+
+
+def draw_run() -> dict[str, np.ndarray]:
+    """Latents [1, F, H, W, C] to begin from, the caption and the negative one."""
+    text = {name: rng("experts", name).normal(size=(1, 5, 6)).astype(np.float32) for name in ("text", "null_text")}
+    return text | {"latents": rng("experts", "latents").normal(size=(1, *SIZE, 3)).astype(np.float32)}
+
+
+def write_experts(out: Path) -> None:
+    import torch
+    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    networks, shapes = {}, {}
+    for name in NAMES:
+        networks[name] = WanTransformer3DModel(**EXPERTS).eval().requires_grad_(False)
+        shapes = {key: list(a.shape) for key, a in networks[name].state_dict().items()}
+        tensors = draw_tensors(name, shapes)
+        networks[name].load_state_dict({key: torch.from_numpy(a) for key, a in tensors.items()})
+    scheduler = UniPCMultistepScheduler(**SCHEDULER)
+    pipeline = WanPipeline(None, None, None, scheduler, boundary_ratio=BOUNDARY, **networks)
+    pipeline.set_progress_bar_config(disable=True)
+    run = {name: torch.from_numpy(a) for name, a in draw_run().items()}
+    arrays = {}
+    for i, (scale, second) in enumerate(SCALES):
+        path: list[Any] = []
+
+        def kept(pipeline: Any, step: int, t: Any, seen: dict[str, Any], path: list[Any] = path) -> dict[str, Any]:
+            path.append(seen["latents"].clone())
+            return {}
+
+        pipeline(
+            prompt_embeds=run["text"], negative_prompt_embeds=run["null_text"],
+            latents=run["latents"].permute(0, 4, 1, 2, 3).clone(), num_inference_steps=STEPS, guidance_scale=scale,
+            guidance_scale_2=second, height=8 * SIZE[1], width=8 * SIZE[2], num_frames=4 * SIZE[0] - 3,
+            output_type="latent", callback_on_step_end=kept,
+        )  # fmt: skip
+        arrays[f"path/{i}"] = torch.stack(path).permute(0, 1, 3, 4, 5, 2).numpy()
+        told = scheduler.timesteps.tolist()
+        print(f"two networks at {scale}, {second}: told {told}, largest {arrays[f'path/{i}'].max():.3f}")
+    facts = {"config": {**scheduler.config, "_class_name": "UniPCMultistepScheduler"}, "shapes": shapes}
+    np.savez_compressed(out / "wan_experts.npz", facts=json.dumps(facts), told=scheduler.timesteps.numpy(), **arrays)
+
+
 def main() -> None:
     import re
 
@@ -137,6 +189,7 @@ def main() -> None:
         }
         print(f"{case}: largest output {output.abs().max():.3f}")
     np.savez_compressed(args.out / "wan_more.npz", facts=json.dumps(facts), **arrays)
+    write_experts(args.out)
 
 
 if __name__ == "__main__":
