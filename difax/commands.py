@@ -32,8 +32,8 @@ LISTS = (
 )
 
 # flags that are keys of the section pipeline
-PIPED = ("height", "width", "frames", "fps", "negative", "guidance", "shift", "tokens", "sigmas", "tile", "preview_vae",
-         "embeddings", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
+PIPED = ("height", "width", "frames", "fps", "negative", "guidance", "scale_2", "shift", "tokens", "sigmas", "tile",
+         "preview_vae", "embeddings", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
 NAMED = ("solver", "grid", "guide", "cache", "attend", "quant")  # sections whose name has a flag of its own
 
 

@@ -38,6 +38,7 @@ from difax.core.contracts import Model
 from difax.core.placement import Axes
 from difax.core.shell import DifaxWarning
 from difax.models.autoencoders import find_autoencoder
+from difax.pipelines.caches import cache_section
 from difax.pipelines.folder import Folder
 from difax.pipelines.prompts import prompting
 from difax.pipelines.recipes import open_pipeline
@@ -238,7 +239,10 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
     steps = told.get("steps", len(section["sigmas"]) if "sigmas" in section else recipe.steps)
     model = cast(Model, make("model", {"name": recipe.model, **found.geometry}))
     tokens = math.prod(size) // recipe.patch**2
-    return override(
+    guide: dict[str, Any] = dict(recipe.guide) if guided else {"name": "none"}
+    if guided and folder.settings.get("boundary_ratio") is not None and "scale_2" in section:
+        guide |= {"boundary": folder.settings["boundary_ratio"], "scale_below": section["scale_2"]}
+    config = override(
         {
             "model": {"name": recipe.model, **found.geometry, "dtype": given.get("dtype", _half_or_single(network))},
             **scheduler_sections(
@@ -249,13 +253,23 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
                 sigmas=section.get("sigmas", recipe.sigmas),
             ),
             "steps": steps,
-            "guide": dict(recipe.guide) if guided else {"name": "none"},
+            "guide": guide,
             "scale": scale if guided else 1.0,
             "cache": {"name": "none"},
             "pipeline": section,
         },
         [(key, value) for key, value in settings if key.partition(".")[0] not in ("pipeline", "scale")],
     )
+    return piped(config)
+
+
+def piped(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose cache has what its pipeline adds (`difax.pipelines.caches`); as it is without one."""
+    if "pipeline" not in config:
+        return config
+    folder, recipe = open_pipeline(config["pipeline"]["folder"])
+    cache = cache_section(config.get("cache", {"name": "none"}), folder, recipe, config["model"], config["steps"])
+    return {**config, "cache": cache}
 
 
 def _negative(folder: Folder, section: Mapping[str, Any], scaled: bool) -> str | None:
