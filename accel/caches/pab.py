@@ -32,8 +32,8 @@ def pab(
 
     Args:
       ranges: {branch: evaluations from one computation to the next}, 1 or more (1 is no cache); None is attn and
-        attn2 2, temporal 4, cross 6, as far as the model has them. A branch that is not named is always computed, such as
-        FLUX's attn_mlp, whose attention cannot be held without its MLP.
+        attn2 2, temporal 4, cross 6, as far as the model has them. A branch that is not named is always computed, such
+        as FLUX's attn_mlp, whose attention cannot be held without its MLP.
       window: (low, high) of t. (100, 850) for CogVideoX and Open-Sora-Plan, (450, 930) for Open-Sora, (100, 800)
         for Latte; give others for a network that is told a time outside of 0 ... 1000 (SiT, EDM).
       mlp: timesteps at which the MLP is computed and then held for `mlp_skip` evaluations; each is the evaluation
