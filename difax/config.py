@@ -50,7 +50,16 @@ from difax.weights.convert import is_converted
 from difax.weights.scheduler import read_scheduler, scheduler_sections
 
 # the configuration that a published checkpoint is sampled with where none is named
-PUBLISHED = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1", "sd3": "sd3"}
+PUBLISHED = {
+    "dit": "dit_imagenet",
+    "flux": "flux_dev",
+    "pixart": "pixart_sigma",
+    "wan": "wan2_1",
+    "sd3": "sd3",
+    "qwen_image": "qwen_image",
+    "flux2": "flux2_klein",
+    "z_image": "z_image",
+}
 FOLDER = pathlib.Path(__file__).resolve().parent / "configs"
 if not FOLDER.is_dir():  # a checkout without its links, see difax/__init__.py
     FOLDER = FOLDER.parent.parent / "configs"
@@ -223,8 +232,8 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
     size, told = latent_size(recipe, autoencoder, section), dict(settings)
     network = os.fspath(folder.component(recipe.networks[0]))
     given = {key.removeprefix("model."): value for key, value in told.items() if key.startswith("model.")}
-    found = recognise(network, recipe.model, **{"size": size, **recipe.geometry(section), **given})
-    scale = float(told.get("scale", recipe.scale))
+    found = recognise(network, recipe.model, **{"size": size, **recipe.geometry(folder, section), **given})
+    scale = recipe.offset + float(told.get("scale", recipe.scale))
     guided = scale > 1 and not (recipe.prompts and _negative(folder, section, "scale" in told) is None)
     steps = told.get("steps", len(section["sigmas"]) if "sigmas" in section else recipe.steps)
     model = cast(Model, make("model", {"name": recipe.model, **found.geometry}))
@@ -348,6 +357,8 @@ def _sampled_with(path: str, kind: str, geometry: Mapping[str, Any]) -> dict[str
     name = PUBLISHED[kind]
     if kind == "flux" and "guidance" not in model.cond:
         name = "flux_schnell"
+    if kind == "flux2" and "guidance" in model.cond:
+        name = "flux2_klein:dev"
     if kind == "pixart" and model.cond["text"].shape[0] == 120:
         name = "pixart_alpha"
     if kind == "sd3" and geometry.get("variant") is not None:

@@ -20,6 +20,9 @@ NATIVE = {
     "pixart": "pixart_sigma",
     "wan": "wan2_1",
     "sd3": "sd3",
+    "qwen_image": "qwen_image",
+    "flux2": "flux2_klein",
+    "z_image": "z_image",
 }
 
 _ROWS = {

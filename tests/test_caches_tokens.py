@@ -118,6 +118,9 @@ ITSELF = {
     "pixart": {"blocks/attn"},
     "wan": {"blocks/attn"},
     "sd3": {"dual/attn", "dual/attn2", "joint/attn", "last/attn"},
+    "qwen_image": {"double/attn"},
+    "flux2": {"double/attn", "single/attn_mlp"},
+    "z_image": {"refiner/attn", "blocks/attn"},
 }
 
 

@@ -507,7 +507,7 @@ PARTNERS = {
         (kind, name)
         for kind in ("solver", "grid", "guide", "cache", "attend", "quant")
         for name in REGISTRIES[kind]
-        if name != "duodiff"  # which needs weights: tests/test_augmented.py
+        if name not in ("duodiff", "experts")  # which need weights: tests/test_augmented.py, tests/test_experts.py
     ],
 )
 def test_every_name_of_the_lists_runs(here, capsys, kind, name):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import difax
+from difax.media.images import to_uint8
 from difax.program import draw
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
@@ -58,3 +59,38 @@ def test_a_prompt_becomes_the_picture_that_diffusers_makes(folder):
     result = run.sample(prompt=told["prompts"], latents=golden["latents0"])
     np.testing.assert_allclose(result.images, images, atol=1e-5)
     assert {"encode_seconds", "decode_seconds"} <= result.table.keys()
+
+
+# folder -> what the recorded call asked for, as the section pipeline has it
+CALLS = {"height": "height", "width": "width", "num_frames": "frames", "guidance_scale": "guidance"}
+RECORDED = ("dit", "flux_dev", "pixart_sigma", "wan21", "sd3", "qwen_image", "z_image")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the recorded pipelines beside the checkout")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_runs(name):
+    """Token ids equal; embeddings, latents of every step and pictures within 1e-4 of the recorded magnitude."""
+    folder = SHARED / name
+    said, golden = json.loads((folder / "run.json").read_text()), np.load(folder / "run.npz")
+    call, same = said["call"], said.get("same", {})
+    array = lambda key: golden[same.get(key, key)]  # noqa: E731
+    asked = {f"pipeline.{k}": call[k] for k in ("height", "width") if k in call}
+    if "num_frames" in call:
+        asked["pipeline.frames"] = call["num_frames"]
+    if "negative_prompt" in call:
+        asked["pipeline.negative"] = call["negative_prompt"]
+    scale = call.get("true_cfg_scale", call.get("guidance_scale"))
+    asked["pipeline.guidance" if name == "flux_dev" else "scale"] = scale
+    run = difax.load(folder, steps=call["num_inference_steps"], **asked)
+    assert run.pipeline is not None
+    cond = call["class_labels"] if name == "dit" else run.encoded([call["prompt"]])
+    cond = run.conditions(cond)
+    n = len(jax.tree.leaves(cond)[0])
+    latents = run.channels_last(array("latents0" if "latents0" in same or "latents0" in golden else "step/0/sample")[:n])
+    path, samples = path_of(run, cond, latents)
+    for step in range(said["scheduler_steps"]):
+        wanted = run.channels_last(array(f"step/{step}/prev")[:n])
+        assert difference(path[:, step + 1], wanted) < 1e-4, step
+    images = run.pipeline.decode(samples)
+    assert np.abs(to_uint8(images).astype(int) - array("output").astype(int)).max() <= 1

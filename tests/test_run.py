@@ -300,6 +300,9 @@ PUBLISHED = {
     "pixart_sigma": {"heads": 2, "size": 8, "text_tokens": 5, "base_size": 2},
     "wan_original": {"heads": 2, "size": (2, 4, 4)},
     "sd3_3_original": {"heads": 2, "size": 8},
+    "qwen_image_diffusers": {"size": 8, "axes_dim": (2, 4, 4)},
+    "flux2_dev_original": {"size": 4, "axes_dim": (2, 4, 4, 6)},
+    "z_image_original": {"size": 8, "axes_dim": (2, 4, 4)},
 }
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from difax.models.autoencoders import find_wan_autoencoder, wan_autoencoder
+from difax.models.autoencoders.wan import wan_autoencoder
+from difax.models.autoencoders.wan_checkpoint import find_wan_autoencoder
 from difax.models.autoencoders.wan import STATISTICS, as_patches, averaged, from_patches, repeated
 from difax.weights.published import load_foreign
 from tests.families import some

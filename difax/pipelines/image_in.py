@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from difax.core.annotations import brief
-from difax.media.images import read_image, read_mask
+from difax.media.inputs import read_mask, read_picture
 
 
 def read_pictures(image: Any, n: int) -> np.ndarray:
@@ -18,7 +18,8 @@ def read_pictures(image: Any, n: int) -> np.ndarray:
       ValueError: what is no image, or another number of them than n.
     """
     if isinstance(image, (str, os.PathLike)):
-        return read_image(image)[None]
+        found = read_picture(image)[None]
+        return np.broadcast_to(found, (*found.shape[:-1], 3))
     found = np.asarray(image)
     found = found[None] if found.ndim == 3 else found
     if found.dtype != np.uint8 or found.ndim != 4 or found.shape[-1] != 3 or len(found) not in (1, n):

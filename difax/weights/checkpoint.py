@@ -166,7 +166,7 @@ def load_safetensors(
     spec: Params,
     table: Mapping[str, Source],
     layers: Layers | None = None,
-    constants: Mapping[str, np.ndarray] | None = None,
+    constants: Mapping[str, np.ndarray | None] | None = None,
     dtype: Any = None,
     shardings: Params | None = None,
     ignored: str | None = None,
@@ -179,7 +179,7 @@ def load_safetensors(
       table: for every path of `spec` ('blocks/qkv/kernel') its `Source`.
       layers: how many values each placeholder takes, e.g. {"layer": 28}, or which ones, where it does not begin at 0.
       constants: tensors that the file may hold and the model computes itself (fixed positions); each must
-        agree within 1e-5, or within the rounding of the file's half precision.
+        agree within 1e-5, or within the rounding of the file's half precision. None: that no forward pass reads.
       dtype: floating dtype of the result; None keeps the file's: where it has several the one that holds them all
         (float32 for bfloat16 beside float16 or float32, for fp8 with scales and for float64; bfloat16 for fp8 alone).
       shardings: a tree like `spec` of where each parameter lies; None is the first device. A host then holds one
@@ -204,7 +204,7 @@ def opened_safetensors(
     spec: Params,
     table: Mapping[str, Source],
     layers: Layers,
-    constants: Mapping[str, np.ndarray],
+    constants: Mapping[str, np.ndarray | None],
     dtype: Any,
     each: bool = False,
     finite: bool = True,
@@ -231,7 +231,8 @@ def opened_safetensors(
     for p, row in rows.items():
         _check_tensors(p, table[p], wanted[p], row, tensors)
     for name in tensors.keys() & constants.keys():
-        _check_constant(name, tensors[name], constants[name])
+        if (expected := constants[name]) is not None:
+            _check_constant(name, tensors[name], expected)
     floats = {p for p in rows if jnp.issubdtype(wanted[p].dtype, jnp.floating)}
     alike = [{p} for p in floats] if each else [floats]
     dtypes = {p: wanted[p].dtype for p in rows} | {
@@ -367,7 +368,8 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
     path = Path(path)
     try:
         if path.is_dir():
-            found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+            indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.safetensors.index.*.json")]
+            found = _plain(indices) or _plain(path.glob("*.safetensors"))
             if len(found) != 1:
                 names = ", ".join(f.name for f in found[:10]) or "none"
                 inside = [folder for folder in ("transformer", "unet") if (path / folder).is_dir()]
@@ -398,6 +400,15 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
     if not shards:
         raise ValueError(f"{path}: its 'weight_map' is empty")
     return [(path.parent / file, names) for file, names in sorted(shards.items())]
+
+
+def _plain(files: Iterable[Path]) -> list[Path]:
+    """Files by name, without those that are variants of another of them (`x.fp16.safetensors` beside
+    `x.safetensors`), which diffusers takes where they are asked for alone."""
+    names = {f.name: f for f in files}
+    parts = {name: name.split(".") for name in names}
+    without = {name: {".".join([*p[:i], *p[i + 1 :]]) for i in range(1, len(p) - 1)} for name, p in parts.items()}
+    return [f for name, f in sorted(names.items()) if not without[name] & names.keys()]
 
 
 def _beside(path: Path, file: str) -> bool:

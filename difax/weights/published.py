@@ -45,7 +45,7 @@ class Foreign(NamedTuple):
     model: Any
     table: Table
     layers: Layers
-    constants: Mapping[str, np.ndarray] = {}
+    constants: Mapping[str, np.ndarray | None] = {}
     geometry: Mapping[str, Any] = {}
     kind: str = ""
     assumed: frozenset[str] = frozenset()

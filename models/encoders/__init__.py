@@ -1,6 +1,14 @@
-"""Text encoders (and the picture's encoder of image-to-video), one file each. Import as `difax.models.encoders`."""
+"""Text encoders (and the picture's encoder of image-to-video), one file each. Import as `difax.models.encoders`.
+
+found = find_encoder("FOLDER/text_encoder")
+states(found, ids, mask, wanted=(-2,))[-2]        layer by layer from the file
+encode(found.encoder, load(found), ids, mask)     whole in memory, to be compiled, quantised, cut among devices
+"""
 
 from __future__ import annotations
+
+if __name__ != "difax.models.encoders":
+    raise ImportError(f"import difax.models.encoders, not {__name__}: one identity per module")
 
 import os
 from pathlib import Path
@@ -59,6 +67,7 @@ ENCODERS: dict[str, Find] = {
 UNNAMED = (
     (t5_checkpoint.LAYOUTS, find_t5),
     (clip_checkpoint.LAYOUTS, find_clip_text),
+    (clip_checkpoint.VISION_LAYOUTS, find_clip_vision),
     (decoder_checkpoint.LAYOUTS, find_decoder),
     (bert_checkpoint.LAYOUTS, find_bert),
 )
@@ -78,8 +87,8 @@ def find_encoder(
     Args:
       path: the folder, a .safetensors file, or the .index.json of a sharded one.
       dtype: "float32" or "bfloat16", of activations and products.
-      kind: its class, one of `ENCODERS`, as model_index.json names it; None: as its config.json does, or by the names
-        of its tensors where there is none.
+      kind: its class, one of `ENCODERS`, as model_index.json names it; None: as its config.json does, or where that
+        does not, by the names of its tensors.
       variant: of the files to take, such as "fp16" (`difax.weights.published.published_file`).
       width: of the states that are needed; None: any.
       **overrides: other arguments of the encoder's factory (attend).
@@ -88,25 +97,21 @@ def find_encoder(
       ValueError: no such folder, a class that is not known (the nearest is named), another width, quantised weights of
         other programs, and what the class's own `find_*` refuses.
     """
-    file, config = read_description(path)
     weights = published_file(path, variant)
+    file, config = read_description(path)
+    if not {"architectures", "model_type"} & config.keys():  # of another program, beside a single file
+        config = {}
     if config.get("quantization_config"):
         method = dict(config["quantization_config"]).get("quant_method", "unknown")
         raise ValueError(f"{file}: quantization_config of {method}; allowed: none (difax quantises what it has read)")
     named = config.get("architectures")
-    kind = kind or (str(named[0]) if isinstance(named, list) and named else None)
-    if kind is None and config:
-        raise ValueError(f"{file}: architectures is missing, which names the class; allowed: {', '.join(ENCODERS)}")
-    find = (
-        _by_tensors(weights)
-        if kind is None
-        else ENCODERS[choose(f"class of a text encoder in {path}:", kind, ENCODERS)]
-    )
+    if kind is None and isinstance(named, list) and named:
+        kind = str(named[0])
+    known_kind = kind and choose(f"class of a text encoder in {path}:", kind, ENCODERS)
+    find = ENCODERS[known_kind] if known_kind else _by_tensors(weights)
     found = find(Folder(weights, kind or "", file, config), dtype=dtype, **overrides)
     if width is not None and found.model.width != width:
-        raise ValueError(
-            f"{path}: a text encoder of width {found.model.width}; allowed: {width}, which the model takes"
-        )
+        raise ValueError(f"{path}: an encoder of width {found.model.width}; allowed: {width}, which the model takes")
     return FoundEncoder(Path(weights), kind or "", found)
 
 
