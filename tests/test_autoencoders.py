@@ -198,6 +198,18 @@ def test_files_of_other_types_and_in_parts(golden, tmp_path):
     assert find_autoencoder(folder).geometry == find_autoencoder(tmp_path / "whole").geometry
 
 
+def test_the_same_weights_under_other_names_beside_them(golden, tmp_path):
+    """As the folders of TAESD and of SDXL's autoencoder have them."""
+    config, weights, _ = golden["tiny"]
+    model, params = opened(written(tmp_path / "vae", weights, config))
+    for half in ("encoder", "decoder"):
+        some = {k.removeprefix(f"{half}.layers."): 2 * a for k, a in weights.items() if k.startswith(half)}
+        written(tmp_path / "vae", some, name=f"taesd_{half}.safetensors")
+    other, others = opened(tmp_path / "vae")
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+    assert other.name == model.name
+
+
 BARE = {
     # channels, prefix -> what a file without a config.json stands for
     "ae.safetensors": (16, "", (0.3611, 0.1159)),
