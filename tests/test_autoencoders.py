@@ -211,27 +211,29 @@ def test_the_same_weights_under_other_names_beside_them(golden, tmp_path):
 
 
 BARE = {
-    # channels, prefix -> what a file without a config.json stands for
-    "ae.safetensors": (16, "", (0.3611, 0.1159)),
-    "stable diffusion 3": (16, "first_stage_model.", (1.5305, 0.0609)),
-    "of four channels": (4, "", None),
+    # channels, prefix, layout -> what a file without a config.json stands for
+    "ae.safetensors": (16, "", "original", (0.3611, 0.1159)),
+    "stable diffusion 3": (16, "first_stage_model.", "original", (1.5305, 0.0609)),
+    "of four channels": (4, "", "original", None),
+    "of 16, by diffusers": (16, "", "diffusers", None),
 }
 
 
 @pytest.mark.parametrize("name", BARE)
 def test_a_file_without_a_config(name, tmp_path):
-    latents, prefix, expected = BARE[name]
+    latents, prefix, layout, expected = BARE[name]
     model = autoencoder_kl((32, 32), latents=latents, layers=1, quant=False, post_quant=False)
     spec = jax.eval_shape(model.init, jax.random.key(0))
-    config = {"_class_name": "AutoencoderKL", "latent_channels": latents}
-    weights = _tensors_of(spec)
-    file = written(
-        tmp_path, {prefix + k: a for k, a in _original(weights, {**config, "block_out_channels": [1, 1]}).items()}
-    )
+    named = _tensors_of(spec)
+    if layout == "original":
+        named = _original(named, {"_class_name": "AutoencoderKL", "block_out_channels": [32, 32]})
+    file = written(tmp_path, {prefix + k: a for k, a in named.items()})
     if expected is None:
         with pytest.raises(ValueError, match=r"scaling_factor=.*0\.13025 of SDXL"):
             find_autoencoder(file)
         assert find_autoencoder(file, scaling_factor=0.5).geometry["scaling_factor"] == 0.5
+        (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')  # all of it the class's defaults
+        assert find_autoencoder(file).geometry["scaling_factor"] == 0.18215
         return
     found = find_autoencoder(file)
     assert found.kind == "AutoencoderKL" and found.model.channels == latents
@@ -261,7 +263,11 @@ def _tensors_of(spec):
 REFUSED = {
     "an unknown class": ("kl", {"_class_name": "AutoencoderKl"}, r"unknown autoencoder 'AutoencoderKl' \(did you mean"),
     "a class of later": ("kl", {"_class_name": "AutoencoderDC"}, r"allowed: AutoencoderKL, "),
-    "other blocks": ("kl", {"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "up_block_types=.*allowed: a list of Up"),
+    "other blocks": (
+        "kl",
+        {"up_block_types": ["AttnUpDecoderBlock2D"] * 3},
+        "up_block_types=.*a list, each UpDec",
+    ),
     "another activation": ("kl", {"act_fn": "mish"}, "act_fn='mish'; allowed: silu or swish"),
     "other widths": ("kl", {"block_out_channels": [4, 4, 8]}, r"block_out_channels=.*allowed: \[4, 4, 6\], as the"),
     "no convolution": ("kl", {"use_quant_conv": False}, "use_quant_conv=False; allowed: True, as the"),
