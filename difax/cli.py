@@ -63,7 +63,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace | None:
     except SystemExit:
         return None
     for name, value in vars(options).items():
-        if name != "set" and "" in (value if isinstance(value, list) else [value]):
+        if name not in ("set", "prompt", "negative") and "" in (value if isinstance(value, list) else [value]):
             flag = name if name in ("source", "target", "kind") else f"--{name}"
             raise ValueError(f"{flag} is empty; allowed: a path or a name")
     return options
@@ -234,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         ("fps", {"type": float}, "of --pipeline: frames of a second of the film"),
         ("negative", {"metavar": "TEXT"}, "of --pipeline: the negative prompt"),
         ("guidance", {"type": float}, "of --pipeline: scale that the network takes as an input (FLUX.1 dev)"),
+        ("scale-2", {"type": float}, "of --pipeline: guidance scale of its second network (Wan 2.2)"),
         ("shift", {"type": float}, "of --pipeline: of the flow's times"),
         ("tokens", whole, "of --pipeline: of the longest prompt"),
         ("sigmas", {"metavar": "S,S,..."}, "of --pipeline: of the flow, before the shift, one for each step"),

@@ -51,6 +51,7 @@ _ROWS = {
     "multiplied_by": "products of quantised weights",
     "weights_mib": "weights (MiB)",
     "program": "program was",
+    "published": "published numbers",
     "encode_seconds": "seconds of encoding the prompts",
     "decode_seconds": "seconds of decoding the pictures",
     "compile_seconds": "compile seconds",

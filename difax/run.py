@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from difax.accel.caches import published
 from difax.build import Setup, build_data, build_options, build_setup, build_task, described, with_recipe
 from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
 from difax.config import (
@@ -21,6 +22,7 @@ from difax.config import (
     keyword_settings,
     load_config,
     override,
+    piped,
     pipeline_config,
     plain,
     scheduled,
@@ -98,11 +100,22 @@ class Result:
             "dtype": str(np.dtype(self.run.setup.model.dtype)),
             **self.cost,
             **({} if self.run.pipeline is None else self.run.pipeline.spent()),
+            **self._numbers(),
             **({} if part is None else {"pictures": f"{part}, -1 (black) to 1"}),
             **self.run.full_size,
         }
 
-    def save(self, path: str | os.PathLike, *, fps: float = RATE, each: str = ".png") -> pathlib.Path:
+    def _numbers(self) -> dict[str, str]:
+        """Which published numbers a cache went by, for the table."""
+        found = {}
+        for key, value in self.run.config.get("cache", {}).items():
+            technique = {"coefficients": "teacache", "ratios": "magcache"}.get(key.rpartition(".")[2])
+            if technique and isinstance(value, str):
+                name, fit = published.entry(technique, key, value)
+                found["published"] = f"{technique} of {name}, {fit['source']}"
+        return found
+
+    def save(self, path: str | os.PathLike, *, fps: float | None = None, each: str = ".png") -> pathlib.Path:
         """Writes the samples by the ending of a path; what is written appears whole or not at all.
 
         .png, .jpg, .webp: one grid of pictures; .webp, .gif, .mp4: of videos one film of them all (.mp4 needs the extra
@@ -111,7 +124,7 @@ class Result:
         video being a folder of its frames where those are pictures.
 
         Args:
-          fps: frames a second of films, 1 to 120, of a .gif 1 to 50 (16).
+          fps: frames a second of films, 1 to 120, of a .gif 1 to 50; None is the pipeline's (16).
           each: suffix of the files in a folder (".png").
 
         Returns:
@@ -120,8 +133,9 @@ class Result:
         Raises:
           ValueError: another suffix or frame rate, a place that cannot be written, or .mp4 without the extra.
         """
-        fps, each = check_value("fps", fps, float), check_value("each", each, str)
-        target = check_output(os.fspath(check_value("path", path, str | os.PathLike)), fps=fps, each=each)
+        own = RATE if self.run.pipeline is None else self.run.pipeline.section.get("fps", RATE)
+        rate, each = check_value("fps", own if fps is None else fps, float), check_value("each", each, str)
+        target = check_output(os.fspath(check_value("path", path, str | os.PathLike)), fps=rate, each=each)
         leaves = jax.tree_util.tree_flatten_with_path(self.cond)[0]
         name = lambda p: f"cond/{jax.tree_util.keystr(p, simple=True, separator='/')}" if p else "labels"  # noqa: E731
         arrays = {
@@ -133,7 +147,7 @@ class Result:
             **({} if self.images is self.samples else {"pixels": self.images}),
         }
         numbers = self.samples if target.suffix == ".npz" else self.images
-        save_samples(target, numbers, self.columns, arrays, fps, each)
+        save_samples(target, numbers, self.columns, arrays, rate, each)
         return target
 
     def save_trace(self, path: str | os.PathLike) -> None:
@@ -258,7 +272,10 @@ class Run:
             f"{jax.tree_util.keystr(p, simple=True, separator='/')} [{', '.join(map(str, ('n', *a.shape)))}]"
             for p, a in leaves
         )
-        raise ValueError(f"{model.name} takes embeddings; give --cond FILE.safetensors with the tensors {names}")
+        prompt = "" if self.pipeline is None else "--prompt TEXT, or "
+        raise ValueError(
+            f"{model.name} takes embeddings; give {prompt}--cond FILE.safetensors with the tensors {names}"
+        )
 
     def sample(
         self,
@@ -387,7 +404,7 @@ class Run:
         Args:
           weights, settings: as `load` takes them.
         """
-        config = configuration(self.config, _file(weights), keyword_settings(settings))
+        config = piped(configuration(self.config, _file(weights), keyword_settings(settings)))
         new, old = config["model"], self.config["model"]
         whole = lambda section: {k: v for k, v in section.items() if k != "dtype"}  # noqa: E731
         moved = self._path is not None and config.get("mesh") != self.config.get("mesh")  # read onto other devices

@@ -87,7 +87,9 @@ def test_recorded_runs(name):
     cond = call["class_labels"] if name == "dit" else run.encoded([call["prompt"]])
     cond = run.conditions(cond)
     n = len(jax.tree.leaves(cond)[0])
-    latents = run.channels_last(array("latents0" if "latents0" in same or "latents0" in golden else "step/0/sample")[:n])
+    latents = run.channels_last(
+        array("latents0" if "latents0" in same or "latents0" in golden else "step/0/sample")[:n]
+    )
     path, samples = path_of(run, cond, latents)
     for step in range(said["scheduler_steps"]):
         wanted = run.channels_last(array(f"step/{step}/prev")[:n])

@@ -89,8 +89,8 @@ def encoded(
         arrays, cut = _encoded(folder, prompting, asked, tokens, negative, dtype)
         for j, i in enumerate(some):
             rows[i] = {name: a[j] for name, a in arrays.items()}, cut[j]
-            if places[i] is not None:
-                _Kept.write(places[i], *rows[i])
+            if (place := places[i]) is not None:
+                _Kept.write(place, *rows[i])
     every = [rows[i][0] for i in range(len(prompts))]
     return {name: _stacked([row[name] for row in every]) for name in every[0]}, [
         rows[i][1] for i in range(len(prompts))
@@ -164,6 +164,7 @@ def conditions(
         fixed = model.cond["text"].shape[0]
         length = fixed if length == fixed else -(-length // MULTIPLE) * MULTIPLE
     found: dict[str, np.ndarray] = {}
+    spec: Any
     for name, spec in model.cond.items():
         own = name.removeprefix("null_")
         source = next((k for k, leaf in NAMES.items() if leaf == own), None)

@@ -14,7 +14,8 @@ class Recipe(NamedTuple):
 
     model: of `difax.models.MODELS`. side: pixels of a default picture, (height, width), given the folder and the pixels
         of a latent's side. patch: latents on the side of a token. steps, scale: of solver and guidance. guide: how the
-        halves are mixed. offset: of difax's scale over the pipeline's, 1 where that writes c + s (c - u). guidance: what a network is told that takes its scale as an input; None for those that do not.
+        halves are mixed. offset: of difax's scale over the pipeline's, 1 where that writes c + s (c - u). guidance:
+        what a network is told that takes its scale as an input; None for those that do not.
     prompts: 0 for labels, else tokens of the longest prompt (`max_sequence_length`).
     frames, fps: of a film, 0 for pictures.
     packed: are latents of diffusers [B, tokens, C patch^2], features in the order (channel, row, column).

@@ -19,6 +19,7 @@ KEYS: dict[str, Any] = {
     "fps": float | None,
     "negative": str | None,
     "guidance": float | None,
+    "scale_2": float | None,
     "tokens": int | None,
     "shift": float | None,
     "sigmas": Sequence[float] | None,
@@ -34,6 +35,7 @@ WORDS = {
     "fps": "frames of a second of the film",
     "negative": "prompt of the unconditional half",
     "guidance": "scale that the network takes as an input",
+    "scale_2": "guidance scale of the network for weak noise, of pipelines with two",
     "tokens": "of the longest prompt",
     "shift": "of the flow's times",
     "sigmas": "of the flow before the shift, one for each step",
@@ -107,6 +109,7 @@ def _check_counts(folder: Folder, recipe: Recipe, given: Mapping[str, Any]) -> N
         "negative": not recipe.prompts,
         "tokens": not recipe.prompts,
         "guidance": recipe.guidance is None,
+        "scale_2": folder.settings.get("boundary_ratio") is None,
     }
     for key in without.keys() & given.keys():
         if without[key]:
