@@ -51,6 +51,7 @@ SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
 UNUSED = ("scale_input", "input_scale", "comfy_quant")  # the scale of activations, a description of the format
 MARKER = "scaled_fp8"  # an empty tensor that says of a file that it has scales
 COUNTER = "num_batches_tracked"  # of torch's BatchNorm, beside its statistics: of training alone
+OWN = ("diffusion_pytorch_model", "model")  # how diffusers and transformers call the weights of a folder
 MOST_HEADER = 2**25  # bytes; FLUX.1's is 0.1 MB
 MOST_LETTERS = 512  # of a tensor's name
 MOST_DEPTH = 8  # parts of a prefix
@@ -370,6 +371,8 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
         if path.is_dir():
             indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.safetensors.index.*.json")]
             found = _plain(indices) or _plain(path.glob("*.safetensors"))
+            # what stands under the library's own name, beside the same weights as another program has them
+            found = [f for f in found if len(found) > 1 and f.name.split(".")[0] in OWN] or found
             if len(found) != 1:
                 names = ", ".join(f.name for f in found[:10]) or "none"
                 inside = [folder for folder in ("transformer", "unet") if (path / folder).is_dir()]
