@@ -44,6 +44,13 @@ class Pipeline:
             self._autoencoders[name] = found.model, load_foreign(path, found, jnp.float32)
         return self._autoencoders[name]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a picture [H, W, 3] or a film [F, H, W, 3]."""
+        section = self.section
+        frames = (section["frames"],) if self.recipe.frames else ()
+        return *frames, section["height"], section["width"], 3
+
     def conditions(self, model: Model, prompts: Sequence[str], guided: bool) -> dict[str, np.ndarray]:
         """The condition [n] of prompts, warned of where a prompt is cut.
 
