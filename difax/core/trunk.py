@@ -91,8 +91,8 @@ def run_trunk(
             fold = Fold(stage, context, accelerator, attention, row, halves, n in emitted, model.hidden)
             state = {level: memory[level][n] for level in ("block", "branch", "attention")}
             skips = _taken(emitted[stage.takes], stage.depth, low, high) if stage.takes and low < high else None
-            (tokens, memory["along"]), state, out, reports[n] = fold(
-                (tokens, memory["along"]),
+            (own, memory["along"]), state, out, reports[n] = fold(
+                (stage.within(tokens), memory["along"]),
                 (params[n], learned.get(n, ()), known and known[n]),
                 state,
                 skips,
@@ -100,6 +100,7 @@ def run_trunk(
                 high,
                 unroll,
             )
+            tokens = stage.behind(tokens, own)
             if n in emitted and low < high:
                 emitted[n].append((low, high, out))
             for level, new in state.items():
@@ -119,7 +120,7 @@ def run_trunk(
 
     def first_input(tokens: Tokens) -> Any:
         stage = model.stages[0]
-        p, tokens = {"params": first_layer(params[stage.name])}, stage.enter(tokens, context)
+        p, tokens = {"params": first_layer(params[stage.name])}, stage.within(stage.enter(tokens, context))
         mods = known and known[stage.name].mods
         if mods is None:
             looked.append(stage.name)

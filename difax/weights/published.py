@@ -19,6 +19,7 @@ import numpy as np
 
 from difax.core.contracts import Params
 from difax.weights.checkpoint import (
+    Layers,
     Source,
     Streamed,
     load_safetensors,
@@ -43,8 +44,8 @@ class Foreign(NamedTuple):
 
     model: Any
     table: Table
-    layers: Mapping[str, int]
-    constants: Mapping[str, np.ndarray] = {}
+    layers: Layers
+    constants: Mapping[str, np.ndarray | None] = {}
     geometry: Mapping[str, Any] = {}
     kind: str = ""
     assumed: frozenset[str] = frozenset()
@@ -266,6 +267,6 @@ def published_file(folder: str | os.PathLike, variant: str | None = None) -> Pat
 
 
 def _variant(name: str) -> str | None:
-    """"fp16" of model.fp16.safetensors, model.safetensors.index.fp16.json or model.fp16.safetensors.index.json."""
+    """ "fp16" of model.fp16.safetensors, model.safetensors.index.fp16.json or model.fp16.safetensors.index.json."""
     words = [w for w in name.split(".")[1:] if w not in ("safetensors", "index", "json")]
     return ".".join(words) or None

@@ -377,7 +377,8 @@ def _foreign(
     ups = found.get("decoder_widths", found["widths"])
     parts = {name: found[name] for name in ("attention", "quant", "post_quant")}
     table = layout_table(names[layout], found["widths"], ups, found["layers"], **parts, rank=rank) | more
-    return Foreign(factory(**found), table, {}, geometry=found, kind=kind)
+    defaults = {p.name: p.default for p in inspect.signature(factory).parameters.values() if p.name != "attend"}
+    return Foreign(factory(**found), table, {}, geometry={**defaults, **found}, kind=kind)
 
 
 def _keys(table: Mapping[str, Source]) -> set[str]:

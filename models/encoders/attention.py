@@ -40,7 +40,7 @@ def attend(
       [B, T, H, K] in the dtype of q.
     """
     b, t, h, k = q_BTHK.shape
-    s, g = k_BSGK.shape[1:3]
+    g = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(b, t, g, h // g, k)
     logits_BGRTS = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32) * scale
     if cap is not None:
@@ -50,9 +50,10 @@ def attend(
     seen_B11TS = seen[:, :, None]
     logits_BGRTS = jnp.where(seen_B11TS, logits_BGRTS, MASKED)
     p_BGRTS = jnp.where(seen_B11TS, jnp.exp(logits_BGRTS - logits_BGRTS.max(-1, keepdims=True)), 0.0)
-    p_BGRTS = p_BGRTS / jnp.maximum(p_BGRTS.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    o_BTGRK = jnp.einsum("bgrts,bsgk->btgrk", p_BGRTS.astype(v_BSGK.dtype), v_BSGK, preferred_element_type=jnp.float32)
-    return o_BTGRK.reshape(b, t, h, k).astype(q_BTHK.dtype)
+    o_BGRTK = jnp.einsum("bgrts,bsgk->bgrtk", p_BGRTS.astype(v_BSGK.dtype), v_BSGK, preferred_element_type=jnp.float32)
+    # normalised behind the second product, as the library's own kernels do; 0 of no key stays 0
+    o_BGRTK = o_BGRTK / jnp.maximum(p_BGRTS.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    return jnp.moveaxis(o_BGRTK, 3, 1).reshape(b, t, h, k).astype(q_BTHK.dtype)
 
 
 def seen_keys(mask_BS: jax.Array, causal: bool = False, window: int | None = None) -> jax.Array:

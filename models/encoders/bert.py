@@ -1,4 +1,4 @@
-"""BERT: learned places, norms behind the branches, attention in both directions (Devlin et al., 2018, arXiv:1810.04805).
+"""BERT: learned places, norms behind the branches, attention both ways (Devlin et al., 2018, arXiv:1810.04805).
 
 A block is x <- norm(x + attn(x)), x <- norm(x + fc2 act(fc1 x)). The function is that of transformers' BertModel for
 one text of the first kind (token type 0), which HunyuanDiT takes beside mT5.
@@ -130,10 +130,10 @@ def bert(
         depth, width, heads, ffn, vocabulary, length, kinds, activation, pooled, eps, model_dtype("bert", dtype)
     )
     example = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
-    made = functions(Ends(c), BertBlock(c), depth, attend, example)
+    made = functions(Ends(c), BertBlock(c), depth, attend, example, pools=pooled)
     return TextEncoder(
         name=f"bert-{depth}x{width}",
-        **made | ({} if pooled else {"pool": None}),
+        **made,
         depth=depth,
         width=width,
         length=length,

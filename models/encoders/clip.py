@@ -50,6 +50,7 @@ class ImageEncoder(NamedTuple):
     pool: Callable[..., dict[str, jax.Array]]
     dtype: Any = "float32"
     shards: tuple[tuple[str, Shard], ...] = ()
+    normed: bool = True
 
 
 SHARDS = (
@@ -248,9 +249,10 @@ def clip_vision(
     ends, side = ImageEnds(c), size - size % patch
     made = functions(ends, ClipBlock(c), depth, attend, (jnp.zeros((1, side, side, channels)),))
     embed = made["embed"]
+    made["embed"] = lambda ends, pixels: embed(ends, pixels[:, :side, :side])
     return ImageEncoder(
         name=f"clip-vision-{depth}x{width}",
-        **made | {"embed": lambda ends, pixels: embed(ends, pixels[:, :side, :side])},
+        **made,
         depth=depth,
         width=width,
         size=size,
@@ -261,7 +263,15 @@ def clip_vision(
 
 
 def _config(
-    what: str, depth: int, width: int, heads: int, ffn: int, activation: str, projection: int | None, eps: float, dtype: Any
+    what: str,
+    depth: int,
+    width: int,
+    heads: int,
+    ffn: int,
+    activation: str,
+    projection: int | None,
+    eps: float,
+    dtype: Any,
 ) -> ClipConfig:
     """What both encoders check."""
     check_least(what, {"depth": depth, "width": width, "heads": heads, "ffn": ffn, "projection": projection or 1})

@@ -1,13 +1,13 @@
 """Decoder-only language models as text encoders: Llama, Qwen 2 and 2.5-VL (text), Qwen3, Gemma-2, Mistral.
 
-One function with settings. With norm(x) = (o + w) x / sqrt(mean x^2 + eps), a block computes
+One function with settings. With norm(x) = (o + w) x / sqrt(mean x^2 + eps), a block is
 
   x <- x + attn(norm1(x)),   x <- x + down (act(gate norm2(x)) up norm2(x)),
 
-causal, queries and keys turned by their places (halves of a head's features are the pairs), keys and values shared among
-heads. Gemma-2 norms what attention and the feed-forward give as well; Qwen3 norms the queries and keys of each head.
-The functions are those of transformers; of models that also take pictures, that of text alone, for which their positions
-of three axes are the plain ones. Nothing generates here: no cache, no logits.
+causal, queries and keys turned by their places (a feature and the one half a head on are a pair), keys and values
+shared among heads. Gemma-2 norms what attention and the feed-forward give as well; Qwen3 the queries and keys of each
+head. The functions are those of transformers; of models that also take pictures, that of text alone, where positions of
+three axes are the plain ones. Nothing generates here: no cache, no logits.
 
 Touvron et al. (Llama), 2023, arXiv:2302.13971; Gemma Team, 2024, arXiv:2408.00118; Qwen Team, 2025, arXiv:2505.09388.
 """
@@ -190,6 +190,8 @@ def decoder(
     """A decoder-only language model as a `TextEncoder`: the states between its blocks.
 
     Right-padded rows see the real tokens before them and not themselves; places are counted from 0, padding or not.
+    Left-padded rows see nothing, and attention adds 0 to them, as in all classes of the library but Gemma-2's, which
+    adds the mean of all values; no pipeline pads Gemma's texts there.
 
     Args:
       depth, width, ffn, vocabulary: blocks, width, hidden width of the feed-forward, tokens.
@@ -211,8 +213,8 @@ def decoder(
       dtype: "float32" or "bfloat16", of activations and products; norms, rotation and softmax are float32.
 
     Raises:
-      ValueError: a number that is too small, heads that groups do not divide, an odd head width, an unknown activation or
-        rope.
+      ValueError: a number that is too small, heads that groups do not divide, an odd head width, an unknown activation
+        or rope.
     """
     groups, head_width = groups or heads, head_width or width // heads
     c = DecoderConfig(
@@ -233,7 +235,7 @@ def decoder(
     example = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
     return TextEncoder(
         name=f"decoder-{depth}x{width}",
-        **functions(Ends(c), DecoderBlock(c), depth, attend, example) | {"pool": None},
+        **functions(Ends(c), DecoderBlock(c), depth, attend, example, pools=False),
         depth=depth,
         width=width,
         length=length,

@@ -64,13 +64,15 @@ class Tokens(nn.Module):
         return table[ids]
 
 
-def functions(ends: nn.Module, block: nn.Module, depth: int, attend: Callable[..., Any], example: tuple) -> dict:
+def functions(
+    ends: nn.Module, block: nn.Module, depth: int, attend: Callable[..., Any], example: tuple, pools: bool = True
+) -> dict[str, Any]:
     """The functions of a `TextEncoder` made of two stateless modules.
 
     Args:
       ends: with the methods embed(*inputs) -> (x, context), norm(x), pool(x, *more), and a __call__ that touches every
         parameter and returns what `embed` does. block: __call__(x, context, attend) -> x.
-      attend: as `difax.models.encoders.attention.attend`. example: inputs of `embed`.
+      attend: as `difax.models.encoders.attention.attend`. example: inputs of `embed`. pools: is there something pooled.
     """
 
     def init(key: jax.Array) -> Params:
@@ -91,7 +93,7 @@ def functions(ends: nn.Module, block: nn.Module, depth: int, attend: Callable[..
     def pool(params: Params, x: jax.Array, *more: jax.Array) -> dict[str, jax.Array]:
         return ends.apply({"params": params}, x, *more, method="pool")  # type: ignore[return-value]
 
-    return {"init": init, "embed": embed, "block": apply_block, "norm": norm, "pool": pool}
+    return {"init": init, "embed": embed, "block": apply_block, "norm": norm, "pool": pool if pools else None}
 
 
 def as_heads(x: jax.Array, width: int) -> jax.Array:

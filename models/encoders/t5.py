@@ -1,13 +1,13 @@
 """T5 encoders: T5 v1.1, mT5 and umT5, whose attention knows places by a learned bias alone.
 
 Raffel et al., 2019, arXiv:1910.10683; Shazeer (gated units), 2020, arXiv:2002.05202; Xue et al. (mT5), 2020,
-arXiv:2010.11934; Chung et al. (umT5), 2023, arXiv:2304.09151. With norm(x) = w x / sqrt(mean x^2 + eps), a block computes
+arXiv:2010.11934; Chung et al. (umT5), 2023, arXiv:2304.09151. With norm(x) = w x / sqrt(mean x^2 + eps), a block is
 
   x <- x + attn(norm(x)),   attn = softmax(q k^T + b) v with no scale, b[h, i, j] = table[bucket(j - i), h]
   x <- x + wo (act(w0 norm(x)) w1 norm(x)).
 
-T5 and mT5 have one table, used by every block; umT5 has one in each. The function is that of transformers' T5EncoderModel
-and UMT5EncoderModel; the clamping that these have for float16 is not here.
+T5 and mT5 have one table, used by every block; umT5 has one in each. The function is that of transformers'
+T5EncoderModel and UMT5EncoderModel; the clamping that these have for float16 is not here.
 """
 
 from __future__ import annotations
@@ -173,14 +173,16 @@ def t5(
     whole = ("depth", "width", "heads", "head_width", "ffn", "vocabulary")
     check_least("t5", {name: getattr(c, name) for name in whole})
     if buckets < 4 or buckets % 4 or distance <= buckets // 4:
-        raise ValueError(f"t5: buckets={buckets}, distance={distance}; allowed: a multiple of 4, and more than a fourth")
+        raise ValueError(
+            f"t5: buckets={buckets}, distance={distance}; allowed: a multiple of 4, and more than a fourth"
+        )
     if not 0 < eps <= 1:
         raise ValueError(f"t5: eps={eps}; allowed: > 0, up to 1")
     example = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
-    made = functions(Ends(c), T5Block(c), depth, attend, example)
+    made = functions(Ends(c), T5Block(c), depth, attend, example, pools=False)
     return TextEncoder(
         name=f"{'umt5' if bias_each_layer else 't5'}-{depth}x{width}",
-        **made | {"pool": None},
+        **made,
         depth=depth,
         width=width,
         length=LARGEST,
