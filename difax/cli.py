@@ -332,7 +332,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", required=True, metavar="FILE", help="for the file=... of the cache, grid or solver")
     calibrate.set_defaults(run=commands.calibrate)
 
-    pareto = added.add_parser("pareto", parents=[*from_weights, prompted], help="measure methods on the same work, side by side")
+    pareto = added.add_parser(
+        "pareto", parents=[*from_weights, prompted], help="measure methods on the same work, side by side"
+    )
     pareto.add_argument(
         "--methods",
         nargs="+",
@@ -400,6 +402,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch", type=int, help="samples at once (default: one for each part of the data axis)")
     plan.add_argument(
         "--xla", action="append", default=[], metavar="KEY=VALUE", help="an option of XLA's compiler; may be repeated"
+    )
+    plan.add_argument(
+        "--whole",
+        action="store_true",
+        help="also the published text encoders and autoencoder around the denoiser; of --pipeline its own, always",
     )
     plan.add_argument("--picture", metavar="FILE.png", help="the memory by what holds it (needs difax[plot])")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")

@@ -380,7 +380,9 @@ def pareto(options: argparse.Namespace) -> int:
     # of a pipeline what is drawn, of a model of labels a text for each: what the networks score is the same
     given = None if options.pipeline is None or labelled(make("model", config["model"])) else _prompts(options)
     if given is None and options.prompt:
-        raise ValueError(f"--prompt {options.prompt[0][:100]}: it is of a pipeline that takes prompts; allowed: without it")
+        raise ValueError(
+            f"--prompt {options.prompt[0][:100]}: it is of a pipeline that takes prompts; allowed: without it"
+        )
     texts = given or read_prompts(options.prompts)
     tell = _tell(options, log)
     run = _run(options, config)
@@ -566,7 +568,7 @@ def plan(options: argparse.Namespace) -> int:
     auto = options.mesh == "auto"
     config = _config(argparse.Namespace(**{**vars(options), "mesh": None}) if auto else options, "fmnist_dit")
     quiet = options.quiet or options.json
-    found = plan(config, options.target, auto, options.batch, xla, quiet=quiet)
+    found = plan(config, options.target, auto, options.batch, xla, quiet=quiet, whole=options.whole)
     log("plan", **found.figures)
     print(json.dumps(found.figures) if options.json else found)
     if options.picture:

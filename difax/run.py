@@ -475,9 +475,10 @@ class Run:
         batch: int | None = None,
         xla: Mapping[str, Any] | None = None,
         search: bool = True,
+        whole: bool = False,
     ) -> plan_.Planned:
         """What this run would take on devices that are not there (`difax.plan`)."""
-        return plan(self.config, target, mesh, batch=batch, xla=xla, search=search)
+        return plan(self.config, target, mesh, batch=batch, xla=xla, search=search, whole=whole)
 
 
 def plan(
@@ -488,18 +489,21 @@ def plan(
     batch: int | None = None,
     xla: Mapping[str, Any] | None = None,
     search: bool = True,
+    whole: bool = False,
     **settings: Any,
 ) -> plan_.Planned:
     """Compiles a run's whole sampler for devices that are not there, from shapes alone, and says what it would take.
 
     Args:
-      what: a name of `difax list configs` ("flux_dev", "wan2_1:14B"), a .py file with get_config, or a configuration.
+      what: a name of `difax list configs` ("flux_dev", "wan2_1:14B"), a .py file with get_config, a configuration, or a
+        pipeline's folder, of which text encoders and autoencoder are planned too.
       target: "v5e:4x4", "v6e:2x4", "v5p:2x2x2", "v4:2x2x1" (all need difax[tpu]), "h100:8", "h200:8" (difax[cuda]),
         "cpu:8".
       mesh: sizes of its axes, such as "data=2,seq=8"; "auto" ranks all meshes; None is the configuration's own, or all
         devices along "data".
       batch: samples at once, 1 or more; None is one for each group of devices with samples of its own.
       xla: options of XLA's compiler. search: look for a placement that fits where this one does not.
+      whole: also the published text encoders and autoencoder around the denoiser.
       settings: of sections, as `load` takes them.
 
     Returns:
@@ -513,8 +517,10 @@ def plan(
     check_value("target", target, str)
     if mesh is not None and check_value("mesh", mesh, str) != "auto":
         settings["mesh"] = mesh
-    config = configuration(what, None, keyword_settings(settings))
-    return plan_.plan(config, target, mesh == "auto", batch, xla, search)
+    given = keyword_settings(settings)
+    folder = isinstance(what, (str, os.PathLike)) and is_pipeline(what)
+    config = pipeline_config(os.fspath(what), given) if folder else configuration(what, None, given)
+    return plan_.plan(config, target, mesh == "auto", batch, xla, search, whole=check_value("whole", whole, bool))
 
 
 def check_seed(seed: Any) -> None:
