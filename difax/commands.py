@@ -29,6 +29,9 @@ LISTS = (
     "data",
     "weights",
     "configs",
+    "pipelines",
+    "encoders",
+    "autoencoders",
 )
 
 # flags that are keys of the section pipeline

@@ -518,8 +518,10 @@ def plan(
     if mesh is not None and check_value("mesh", mesh, str) != "auto":
         settings["mesh"] = mesh
     given = keyword_settings(settings)
-    folder = isinstance(what, (str, os.PathLike)) and is_pipeline(what)
-    config = pipeline_config(os.fspath(what), given) if folder else configuration(what, None, given)
+    if not isinstance(what, Mapping) and is_pipeline(what):
+        config = pipeline_config(what, given)
+    else:
+        config = configuration(what, None, given)
     return plan_.plan(config, target, mesh == "auto", batch, xla, search, whole=check_value("whole", whole, bool))
 
 

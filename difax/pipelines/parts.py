@@ -21,7 +21,7 @@ from difax.models.autoencoders import find_autoencoder
 from difax.models.autoencoders.kl import autoencoder_kl, autoencoder_kl_flux2
 from difax.models.autoencoders.wan import wan_autoencoder
 from difax.models.encoders import clip_text, decoder, find_encoder, t5
-from difax.pipelines.prompts import Prompting, Rule, prompting
+from difax.pipelines.prompts import Rule, prompting
 from difax.pipelines.recipes import RECIPES, open_pipeline
 from difax.pipelines.section import COMPONENTS
 from difax.weights.published import opened_parameters
@@ -93,12 +93,10 @@ def published_parts(model: Model, kind: str) -> Parts:
         raise ValueError(f"{kind}: no published pipeline is known of it; allowed: {', '.join(DECODERS)}")
     text: Any = model.cond["text"] if RECIPES[names[0]].prompts else None
     name = next((name for name in names if text is not None and RECIPES[name].prompts == text.shape[0]), names[0])
-    rules: Prompting | None = None if text is None else prompting(name)
-    tokens = None if text is None else min(RECIPES[name].prompts, text.shape[0])
     encoders = []
-    for rule in rules.rules if rules else ():
+    for rule in () if text is None else prompting(name).rules:
         encoder = _published(kind, rule, text.shape[1], len(rule.states))
-        encoders.append(_texts(rule, encoder, _shapes(encoder, STORED), tokens))
+        encoders.append(_texts(rule, encoder, _shapes(encoder, STORED), min(RECIPES[name].prompts, text.shape[0])))
     channels = model.input_shape[-1]
     variant = "2.2" if channels == 48 else "2.1"
     autoencoder = wan_autoencoder(variant) if kind == "wan" else DECODERS[kind]()

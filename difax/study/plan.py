@@ -299,7 +299,7 @@ def draw_plan(found: Mapping[str, Any], path: pathlib.Path | io.BytesIO) -> None
         sizes = *(row["bytes"] for row in others), *(row["peak"] for row in stages)
         widest = max([sum(found["holds"].values()), usable or 0, *sizes])
         unit, scale = ("GiB", GIB) if widest > GIB else ("MiB", 2**20)
-        bars = [(found["mesh"], found["holds"], None)]
+        bars = [(f"sampler, {found['mesh']}" if stages else found["mesh"], found["holds"], None)]
         for row in others:
             quantised = f", {row['quant']}" if row.get("quant", "none") != found["quant"] else ""
             bars.append((f"{row['mesh']}{quantised}", row.get("holds"), row["bytes"]))
