@@ -11,7 +11,7 @@ import jax
 
 from difax.core.annotations import LARGEST
 from difax.models.encoders.decoder import decoder
-from difax.models.encoders.folder import Folder
+from difax.models.encoders.folder import EncoderFolder
 from difax.models.encoders.layers import ACTIVATIONS
 from difax.weights.checkpoint import Source
 from difax.weights.published import Foreign, dense, stored_depth, stored_shape
@@ -100,7 +100,7 @@ def _settings(family: Family) -> dict[str, tuple[Setting, Any]]:
     }
 
 
-def find_decoder(folder: Folder, **overrides: Any) -> Foreign:
+def find_decoder(folder: EncoderFolder, **overrides: Any) -> Foreign:
     """The language model of a folder; sizes and biases from the tensors, the rest from its config.
 
     Of a model with pictures it is the part for text; the rest of its tensors is left alone.
@@ -171,7 +171,7 @@ def find_decoder(folder: Folder, **overrides: Any) -> Foreign:
     return Foreign(encoder, rows_of(table, spec), {"layer": depth}, geometry=fields, ignored=IGNORED)
 
 
-def _family(folder: Folder) -> str:
+def _family(folder: EncoderFolder) -> str:
     """The name in `FAMILIES`, by model_type where config.json says it, else by the class."""
     said = str(folder.config.get("model_type", "")).removesuffix("_text")
     by_class = {"Mistral3": "mistral", "Llava": "llama", "Qwen2_5_VL": "qwen2_5_vl", "Qwen2VL": "qwen2_vl"}
@@ -209,7 +209,7 @@ def _rope(
 
 
 def _window(
-    folder: Folder, config: Mapping[str, Any], family: Family, depth: int, length: int
+    folder: EncoderFolder, config: Mapping[str, Any], family: Family, depth: int, length: int
 ) -> tuple[int | None, int]:
     """The window of all layers, and the longest text: where some layers have a window, none that is longer than it."""
     window = config["sliding_window"]
