@@ -97,6 +97,7 @@ def test_every_state_and_pooled_state_is_transformers(folder, name):
     assert ("projected" in out) == (f"{name}.projected" in GOLDEN)
 
 
+@pytest.mark.slow
 def test_real_tokens_of_a_left_padded_text_are_gemmas(folder):
     seen = text("gemma2")[1][2] != 0
     out = run(find_encoder(folder("gemma2")), "gemma2")[-1]
@@ -214,7 +215,7 @@ HARMLESS: dict[str, tuple[str, Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("change", some(HARMLESS, "T5 untied", "CLIP not prefixed", "rope as old files write it"))
+@pytest.mark.parametrize("change", some(HARMLESS, "T5 untied", "CLIP not prefixed"))
 def test_harmless_changes_of_a_folder_change_no_number(tmp_path, change):
     name, settings, values = HARMLESS[change]
     settings, values = settings or (lambda c: c), values or (lambda v: v)
@@ -571,7 +572,7 @@ def test_right_padded_rows_see_the_text_before_them_and_not_themselves(folder):
     assert changed.tolist() == [i >= 5 for i in range(L)]
 
 
-@pytest.mark.parametrize("length", [5, 6])
+@pytest.mark.parametrize("length", some([5, 6], 6))
 def test_a_window_of_some_layers_limits_the_length(folder, tmp_path, length):
     settings = config("gemma2") | {"sliding_window": 5}
     found = find_encoder(write(tmp_path / "x", settings, tensors("gemma2")))
