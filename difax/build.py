@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from difax.accel.attention import attention, first_of
-from difax.accel.caches import measured
+from difax.accel.caches import NETWORKS, measured
 from difax.accel.parallel import parallel
 from difax.accel.quant import check_kernels, fitted
 from difax.checkpoints import find_weights, second_network
@@ -172,12 +172,17 @@ class Setup(NamedTuple):
     def prepare(self, params: Params) -> Params:
         """Parameters as they are sampled with: quantised, cast to the model's dtype, as the target multiplies them,
         with those that the cache has learned, in the layout that was chosen."""
-        devices = 1
-        if self.placement is not None:
-            params, devices = self.placement.arranged(params), self.placement.mesh.size
-        params = fitted(cast_params(quantize_params(params, self.rules), self.model.dtype), self.target, devices)
-        params = with_learned(params, self.accelerator)
-        return params if self.stacked else unstack(self.model, params)
+        devices = 1 if self.placement is None else self.placement.mesh.size
+
+        def ready(params: Params) -> Params:
+            if self.placement is not None:
+                params = self.placement.arranged(params)
+            return fitted(cast_params(quantize_params(params, self.rules), self.model.dtype), self.target, devices)
+
+        def laid(params: Params) -> Params:
+            return params if self.stacked else unstack(self.model, params)
+
+        return laid(with_learned(ready(params), self.accelerator, lambda params: laid(ready(params))))
 
     def placed_shapes(self, shapes: Params) -> Params:
         """The shapes of prepared parameters, with where each will lie on the mesh."""
@@ -271,7 +276,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
     accelerator = _accelerator(config.get("cache", {"name": "none"}), config, model)
     attending = _attention(config.get("attend", {"name": "xla"}))
     placement = build_placement(config, model, accelerator, devices)
-    if placement is not None and accelerator.networks:
+    if placement is not None and not all(network.shared for network in accelerator.networks):
         raise ValueError(f"cache {accelerator.name} runs another network too, on one device; allowed: no section mesh")
     if conditioning_of(config) == "ahead" and accelerator.networks:
         raise ValueError(f"conditioning=ahead: cache {accelerator.name} runs another network too; allowed: each")
@@ -562,11 +567,12 @@ def conditioning_of(config: Mapping[str, Any]) -> str:
 
 def _cache(section: Mapping[str, Any], config: Mapping[str, Any], model: Model) -> Accelerator:
     """One cache; one that runs a second network gets it read from its key `weights`."""
-    if section.get("name") != "duodiff":
+    name = section.get("name")
+    if not isinstance(name, str) or name not in NETWORKS:
         return make("cache", section)
-    path = check_value("duodiff: weights", section.get("weights"), str | None)
+    path = check_value(f"{name}: weights", section.get("weights"), str | None)
     with _naming("cache", config):
-        second = None if path is None else second_network(path, config, model)
+        second = None if path is None else second_network(path, config, model, shared=name == "experts")
     return make("cache", section, network=second)
 
 

@@ -112,21 +112,30 @@ def find_weights(
     return Weights(model, source, section, lambda: load_native(path, spec, shardings=where))
 
 
-def second_network(path: str, config: Mapping[str, Any], model: Model) -> Network:
+def second_network(path: str, config: Mapping[str, Any], model: Model, shared: bool = False) -> Network:
     """A network that runs beside a model for the same samples, from weights of difax, which say of what model.
 
     Args:
       path: a run's folder, a .safetensors file that difax wrote, or a name of embedded weights.
       config: of the run, whose process and prediction must be those that a run's folder was trained for.
+      shared: are they other weights of the model itself; then a published checkpoint is taken too.
 
     Raises:
-      ValueError: no such weights, of a model that is not known, or of another size, condition, process or prediction.
+      ValueError: no such weights, of a model that is not known, or of another size, condition, process or prediction;
+        shared ones whose model differs in a setting.
     """
     said = f"weights={path}"
     file = str(ASSETS / f"{path}.safetensors") if path in embedded_weights() else path
     if not os.path.exists(file):
         raise ValueError(f"{said}: no such file or folder; allowed: one, or {', '.join(embedded_weights())}")
-    stored = stored_model(file) if published_kind(file) is None else None
+    kind = published_kind(file)
+    if shared and kind is not None:
+        settings = settings_of(model)
+        free = {k: settings[k] for k in FREE if k in settings} | {"dtype": str(jnp.dtype(model.dtype))}
+        found = recognise(file, fallback=settings, **free)
+        _check_same(said, found.model, model)
+        return Network(model, load_foreign(file, found), shared)
+    stored = stored_model(file) if kind is None else None
     if stored is None:
         raise ValueError(f"{said} say nothing of their model; allowed: a run's folder, or a file of difax")
     section = {**stored, "dtype": str(jnp.dtype(model.dtype))}
@@ -139,7 +148,18 @@ def second_network(path: str, config: Mapping[str, Any], model: Model) -> Networ
     for key in ("process", "prediction"):
         if key in trained and trained[key] != config[key]:
             raise ValueError(f"{said} were trained with {key}={trained[key]}; allowed: {config[key]}")
-    return Network(second, find_weights({"model": section}, second, file).params)
+    if shared:
+        _check_same(said, second, model)
+    return Network(second, find_weights({"model": section}, second, file).params, shared)
+
+
+def _check_same(said: str, second: Model, model: Model) -> None:
+    """Raises ValueError, naming the setting, where weights are not of the model itself."""
+    has, needs = settings_of(second), settings_of(model)
+    for key in needs:
+        if has.get(key) != needs[key]:
+            raise ValueError(f"{said} are of {shown(second)} with {key}={has.get(key)}; allowed: {needs[key]}, as the "
+                             f"model itself has")  # fmt: skip
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -186,7 +206,7 @@ def stored_model(path: str | os.PathLike) -> dict[str, Any] | None:
 
 
 # what may differ from the checkpoint without a word: the size of what is drawn, and how it is computed
-FREE = ("size", "dtype", "text_tokens")
+FREE = ("size", "dtype", "text_tokens", "image_tokens", "first_frame")
 
 
 def settings_of(model: Any) -> dict[str, Any]:
@@ -255,7 +275,7 @@ def _completed(model: Any, section: Mapping[str, Any], stored: Mapping[str, Any]
 # what a published checkpoint may not tell about its model
 UNSTORED = (
     "size", "heads", "dtype", "variant", "text_tokens", "axes_dim", "base_size", "interpolation_scale", "eps",
-    "norm_eps", "mlp_norm_eps", "activation", "max_positions",
+    "norm_eps", "mlp_norm_eps", "activation", "max_positions", "theta", "time_scale", "image_tokens", "first_frame",
 )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace | None:
     except SystemExit:
         return None
     for name, value in vars(options).items():
-        if name != "set" and "" in (value if isinstance(value, list) else [value]):
+        if name not in ("set", "prompt", "negative") and "" in (value if isinstance(value, list) else [value]):
             flag = name if name in ("source", "target", "kind") else f"--{name}"
             raise ValueError(f"{flag} is empty; allowed: a path or a name")
     return options
@@ -225,24 +225,28 @@ def _parser() -> argparse.ArgumentParser:
     opened.add_argument("--random-init", action="store_true", help="random weights, to look at costs only")
     piped = _Parser(add_help=False)
     piped.add_argument("--pipeline", metavar="FOLDER", help="a pipeline as diffusers saves it (model_index.json)")
-    whole = {"type": int, "metavar": "N"}
-    for flag, kind, text in (
+    whole: dict[str, Any] = {"type": int, "metavar": "N"}
+    more: dict[str, Any]
+    for flag, more, text in (
         ("height", whole, "of --pipeline: of the picture in pixels (default: the pipeline's own, as for all of these)"),
         ("width", whole, "of --pipeline: of the picture in pixels"),
         ("frames", whole, "of --pipeline: of the film"),
         ("fps", {"type": float}, "of --pipeline: frames of a second of the film"),
         ("negative", {"metavar": "TEXT"}, "of --pipeline: the negative prompt"),
         ("guidance", {"type": float}, "of --pipeline: scale that the network takes as an input (FLUX.1 dev)"),
+        ("scale-2", {"type": float}, "of --pipeline: guidance scale of its second network (Wan 2.2)"),
         ("shift", {"type": float}, "of --pipeline: of the flow's times"),
         ("tokens", whole, "of --pipeline: of the longest prompt"),
         ("sigmas", {"metavar": "S,S,..."}, "of --pipeline: of the flow, before the shift, one for each step"),
         ("tile", whole, "of --pipeline: side in pixels of what is decoded at once (default: all of it)"),
+        ("preview-vae", {"metavar": "PATH"}, "of --pipeline: a small autoencoder that --preview decodes by"),
+        ("embeddings", {"metavar": "FOLDER"}, "of --pipeline: keep embeddings there, and take those that are there"),
         ("vae", {"metavar": "PATH"}, "of --pipeline: another autoencoder"),
         ("text-encoder", {"metavar": "FOLDER"}, "of --pipeline: another text encoder; --text-encoder-2, -3 too"),
         ("text-encoder-2", {"metavar": "FOLDER"}, argparse.SUPPRESS),
         ("text-encoder-3", {"metavar": "FOLDER"}, argparse.SUPPRESS),
     ):
-        piped.add_argument(f"--{flag}", help=text, **kind)
+        piped.add_argument(f"--{flag}", help=text, **more)
     prompted = _Parser(add_help=False)
     prompted.add_argument("--prompt", action="append", metavar="TEXT", help="of --pipeline; may be repeated")
     prompted.add_argument("--prompts", metavar="FILE", help="of --pipeline: a prompt a line")
@@ -255,13 +259,17 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--noise", metavar="FILE.npz", help="of the steps, in place of the seed's: noise [n, steps, ...]"
     )
+    sample.add_argument("--image", metavar="FILE", help="of --pipeline: a picture to begin from")
+    sample.add_argument("--strength", type=float, help="of --image: share of the steps that are made (default: 0.6)")
+    sample.add_argument("--mask", metavar="FILE", help="of --image: white where it may become another, black elsewhere")
     sample.add_argument("--batch", type=int, help="samples at a time (default: 64 evaluations, of --pipeline 1)")
     sample.add_argument("--preview", type=int, metavar="N", help="write a small picture of each sample every N steps")
     sample.add_argument(
         "--out",
         default="samples.png",
         metavar="PATH",
-        help="a picture (.png), the numbers (.npz), or a folder of single pictures (default: %(default)s)",
+        help="a picture (.png, .jpg, .webp), of videos a film (.mp4, .gif, .webp), the numbers (.npz), or a folder of "
+        "single pictures (default: %(default)s)",
     )
     sample.add_argument(
         "--trace", metavar="FILE.npz", help="what was computed: step, layer, branch, half; the gate's metric"

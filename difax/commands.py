@@ -32,8 +32,8 @@ LISTS = (
 )
 
 # flags that are keys of the section pipeline
-PIPED = ("height", "width", "frames", "fps", "negative", "guidance", "shift", "tokens", "sigmas", "tile", "vae",
-         "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
+PIPED = ("height", "width", "frames", "fps", "negative", "guidance", "scale_2", "shift", "tokens", "sigmas", "tile",
+         "preview_vae", "embeddings", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
 NAMED = ("solver", "grid", "guide", "cache", "attend", "quant")  # sections whose name has a flag of its own
 
 
@@ -71,7 +71,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
             raise ValueError(f"--pipeline {pipeline} and a configuration exclude each other; allowed: one of them")
         if "sigmas" in given:
             given["sigmas"] = _numbers(given["sigmas"], "--sigmas")
-        settings += [(f"pipeline.{key}", value) for key, value in given.items()]
+        settings += [(f"pipeline.{key.replace('preview_vae', 'preview')}", value) for key, value in given.items()]
         config = pipeline_config(pipeline, settings)
         scheduler = getattr(options, "scheduler", None)
         return config if scheduler is None else scheduled(config, scheduler, settings)
@@ -105,12 +105,15 @@ def _numbers(text: str, flag: str) -> list[float]:
 
 def _prompts(options: argparse.Namespace) -> list[str] | None:
     """The prompts of a command, by --prompt and --prompts; None without any."""
-    from difax.pipelines.prompts import read_prompts
+    from difax.pipelines.encode import read_prompts
 
     told, file = list(options.prompt or []), options.prompts
     found = told + (read_prompts(file) if file is not None else [])
     if found and not options.pipeline:
         raise ValueError(f"--prompt {found[0][:100]}: prompts are a pipeline's; allowed: with --pipeline FOLDER")
+    for flag in ("cond", "labels"):
+        if found and getattr(options, flag, None):
+            raise ValueError(f"--prompt and --{flag} exclude each other; allowed: one of them")
     return found or None
 
 
@@ -120,9 +123,6 @@ def _cond(options: argparse.Namespace, run: Any) -> Any:
 
     model, prompts = run.setup.model, _prompts(options)
     if prompts is not None:
-        for flag in ("cond", "labels"):
-            if getattr(options, flag):
-                raise ValueError(f"--prompt and --{flag} exclude each other; allowed: one of them")
         return run.encoded(prompts)
     if labelled(model) and options.cond:
         raise ValueError(f"--cond {options.cond}: {model.name} takes labels")
@@ -203,6 +203,7 @@ def _tell(options: argparse.Namespace, log: Callable[..., None]) -> Callable[[st
 def sample(options: argparse.Namespace) -> int:
     log = _start(options, together=True)
     from difax.core import hosts
+    from difax.media.films import RATE
     from difax.media.samples import check_output, read_latents
 
     if hosts.is_first():
@@ -212,21 +213,35 @@ def sample(options: argparse.Namespace) -> int:
     _counts(options, "repeat")
     _seeds(options)
     config = _config(options, "fmnist_dit")
+    prompts = _prompts(options)
+    if hosts.is_first() and "pipeline" in config:
+        check_output(options.out, fps=config["pipeline"].get("fps", RATE))
+        if "frames" not in config["pipeline"] and pathlib.Path(options.out).suffix in (".mp4", ".gif"):
+            raise ValueError(f"--out {options.out}: that pipeline draws pictures; allowed: .png, .webp, .jpg, .npz")
     import jax
 
     from difax.core.executables import kept_in
+    from difax.pipelines.preview import Preview
     from difax.report import format_table
 
     if not options.no_compile_cache:
         _keep_compilations()
     with kept_in(None if options.no_compile_cache else _cache_folder("executables")):
         run = _run(options, config)
-        cond, latents = _cond(options, run), None
+        shape = run.setup.model.input_shape
+        given: dict[str, Any] = {"prompt": prompts} if prompts is not None else {"cond": _cond(options, run)}
+        n = (len(jax.tree.leaves(given["cond"])[0]) if prompts is None else len(prompts)) * options.repeat
         if options.latents:
-            n = len(jax.tree.leaves(cond)[0]) * options.repeat
-            latents = read_latents(options.latents, n, run.setup.model.input_shape)
+            given["latents"] = read_latents(options.latents, n, shape, run.channels_last)
+        if options.noise:
+            given["noise"] = read_latents(options.noise, n, None, name="noise", flag="--noise")
+        for key in ("image", "strength", "mask", "batch"):
+            if getattr(options, key) is not None:
+                given[key] = getattr(options, key)
+        if options.preview is not None:
+            given["preview"] = Preview(options.preview, _previewed(options))
         progress = not (options.quiet or options.json) and sys.stderr.isatty() and hosts.processes() == 1
-        found = run.sample(cond, options.seed, repeat=options.repeat, latents=latents, progress=progress)
+        found = run.sample(seed=options.seed, repeat=options.repeat, progress=progress, **given)
     if not hosts.is_first():
         return 0 if found.table["finite"] else 1
     out = found.save(options.out)
@@ -236,6 +251,19 @@ def sample(options: argparse.Namespace) -> int:
     log("sample", **table)
     print(json.dumps(table) if options.json else format_table(table))
     return 0 if table["finite"] else 1
+
+
+def _previewed(options: argparse.Namespace) -> Callable[..., None]:
+    """Writes small pictures beside --out: NAME.step005.png, and of several batches NAME.012.step005.png."""
+    from difax.media.images import picture, save_png
+
+    out = pathlib.Path(options.out)
+
+    def show(first: int, evaluation: int, pictures: Any) -> None:
+        which = f".{first:03d}" if first else ""
+        save_png(out.with_name(f"{out.stem}{which}.step{evaluation:03d}.png"), picture(pictures, len(pictures)))
+
+    return show
 
 
 def _keep_compilations() -> None:
@@ -262,6 +290,36 @@ def _cache_folder(name: str) -> pathlib.Path | None:
         return makeable(os.path.join(caches, "difax", name), "XDG_CACHE_HOME")
     except ValueError:
         return None
+
+
+def encode(options: argparse.Namespace) -> int:
+    log = _start(options)
+    from difax.core.files import named
+    from difax.pipelines.pipeline import Pipeline
+    from difax.registry import make
+    from difax.weights.checkpoint import save_safetensors
+    from difax.weights.conditions import labelled
+
+    out = writable(options.out, (".safetensors",))
+    if not options.pipeline:
+        raise ValueError("difax encode needs --pipeline FOLDER")
+    config, prompts = _config(options, None), _prompts(options)
+    model = make("model", config["model"])
+    if labelled(model):
+        raise ValueError(f"--pipeline {options.pipeline}: {model.name} takes labels, which are not encoded")
+    if prompts is None:
+        raise ValueError("difax encode needs --prompt TEXT or --prompts FILE")
+    pipeline = Pipeline(config["pipeline"])
+    cond = pipeline.conditions(model, prompts, config["guide"]["name"] != "none")
+    save_safetensors(out, cond, {"prompts": prompts, "pipeline": pipeline.folder.name})
+    shapes = {name: f"{list(array.shape)} {array.dtype}" for name, array in cond.items()}
+    table = {"out": str(out), "prompts": len(prompts), **pipeline.spent(), "tensors": shapes}
+    log("encode", **table)
+    if options.json:
+        print(json.dumps(table))
+    else:
+        print(f"{named(out)}: {len(prompts)} prompts; {', '.join(f'{k} {v}' for k, v in shapes.items())}")
+    return 0
 
 
 def pareto(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -33,10 +34,14 @@ from difax.checkpoints import (
     without_preset,
 )
 from difax.core.annotations import brief, check_value
-from difax.core.contracts import Model
+from difax.core.contracts import Autoencoder, Model
 from difax.core.placement import Axes
+from difax.core.shell import DifaxWarning
 from difax.models.autoencoders import find_autoencoder
-from difax.pipelines.recipes import open_pipeline
+from difax.pipelines.caches import cache_section
+from difax.pipelines.folder import Folder
+from difax.pipelines.prompts import prompting
+from difax.pipelines.recipes import Recipe, open_pipeline
 from difax.pipelines.section import COMPONENTS, filled, latent_size, shifted
 from difax.pipelines.section import checked as checked_section
 from difax.registry import REGISTRIES, check_name, choose, make, shown
@@ -46,7 +51,16 @@ from difax.weights.convert import is_converted
 from difax.weights.scheduler import read_scheduler, scheduler_sections
 
 # the configuration that a published checkpoint is sampled with where none is named
-PUBLISHED = {"dit": "dit_imagenet", "flux": "flux_dev", "pixart": "pixart_sigma", "wan": "wan2_1"}
+PUBLISHED = {
+    "dit": "dit_imagenet",
+    "flux": "flux_dev",
+    "pixart": "pixart_sigma",
+    "wan": "wan2_1",
+    "sd3": "sd3",
+    "qwen_image": "qwen_image",
+    "flux2": "flux2_klein",
+    "z_image": "z_image",
+}
 FOLDER = pathlib.Path(__file__).resolve().parent / "configs"
 if not FOLDER.is_dir():  # a checkout without its links, see difax/__init__.py
     FOLDER = FOLDER.parent.parent / "configs"
@@ -210,7 +224,7 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
         say what is asked of it (`difax.pipelines.section.KEYS`).
 
     Raises:
-      ValueError: no such folder, a pipeline or a component of an unknown class, a size or a setting that it cannot have.
+      ValueError: no such folder, a pipeline or component of an unknown class, a size or setting that it cannot have.
     """
     own = checked_section({k.partition(".")[2]: v for k, v in settings if k.partition(".")[0] == "pipeline"})
     folder, recipe = open_pipeline(path, {name: own[name] for name in COMPONENTS if own.get(name)})
@@ -219,11 +233,17 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
     size, told = latent_size(recipe, autoencoder, section), dict(settings)
     network = os.fspath(folder.component(recipe.networks[0]))
     given = {key.removeprefix("model."): value for key, value in told.items() if key.startswith("model.")}
-    found = recognise(network, recipe.model, **{"size": size, **recipe.geometry(section), **given})
+    found = recognise(network, recipe.model, **{"size": size, **recipe.geometry(folder, section), **given})
+    scale = recipe.offset + float(told.get("scale", recipe.scale))
+    guided = scale > 1 and not (recipe.prompts and _negative(folder, section, "scale" in told) is None)
     steps = told.get("steps", len(section["sigmas"]) if "sigmas" in section else recipe.steps)
     model = cast(Model, make("model", {"name": recipe.model, **found.geometry}))
+    _check_decoder(folder, recipe, autoencoder, model)
     tokens = math.prod(size) // recipe.patch**2
-    return override(
+    guide: dict[str, Any] = dict(recipe.guide) if guided else {"name": "none"}
+    if guided and folder.settings.get("boundary_ratio") is not None and "scale_2" in section:
+        guide |= {"boundary": folder.settings["boundary_ratio"], "scale_below": section["scale_2"]}
+    config = override(
         {
             "model": {"name": recipe.model, **found.geometry, "dtype": given.get("dtype", _half_or_single(network))},
             **scheduler_sections(
@@ -234,13 +254,51 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
                 sigmas=section.get("sigmas", recipe.sigmas),
             ),
             "steps": steps,
-            "guide": dict(recipe.guide if recipe.scale != 1 or told.get("scale", 1) != 1 else {"name": "none"}),
-            "scale": recipe.scale,
+            "guide": guide,
+            "scale": scale if guided else 1.0,
             "cache": {"name": "none"},
             "pipeline": section,
         },
-        [setting for setting in settings if setting[0].partition(".")[0] != "pipeline"],
+        [(key, value) for key, value in settings if key.partition(".")[0] not in ("pipeline", "scale")],
     )
+    return piped(config)
+
+
+def _check_decoder(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, model: Model) -> None:
+    """Refuses an autoencoder whose latents are not those of the denoiser."""
+    place = folder.component("vae")
+    if autoencoder.channels != model.input_shape[-1]:
+        raise ValueError(
+            f"{place}: an autoencoder of {autoencoder.channels} channels; allowed: {model.input_shape[-1]}, as "
+            f"{model.name} has"
+        )
+    if bool(autoencoder.time) != bool(recipe.frames):
+        what = "films" if recipe.frames else "pictures"
+        raise ValueError(f"{place}: {autoencoder.name} is not of {what}; allowed: an autoencoder of {what}")
+
+
+def piped(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose cache has what its pipeline adds (`difax.pipelines.caches`); as it is without one."""
+    if "pipeline" not in config:
+        return config
+    folder, recipe = open_pipeline(config["pipeline"]["folder"])
+    cache = cache_section(config.get("cache", {"name": "none"}), folder, recipe, config["model"], config["steps"])
+    return {**config, "cache": cache}
+
+
+def _negative(folder: Folder, section: Mapping[str, Any], scaled: bool) -> str | None:
+    """The negative prompt of a pipeline; None where it has none, and so no guidance by two evaluations."""
+    own = prompting(folder.name, folder.settings).negative
+    if folder.settings.get("is_distilled") is True:
+        return None
+    found = section.get("negative", own)
+    if found is None and scaled:
+        warnings.warn(
+            f"{folder.name} is guided by a negative prompt alone; without --negative the scale does nothing",
+            DifaxWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def _half_or_single(network: str) -> str:
@@ -327,8 +385,12 @@ def _sampled_with(path: str, kind: str, geometry: Mapping[str, Any]) -> dict[str
     name = PUBLISHED[kind]
     if kind == "flux" and "guidance" not in model.cond:
         name = "flux_schnell"
+    if kind == "flux2" and "guidance" in model.cond:
+        name = "flux2_klein:dev"
     if kind == "pixart" and model.cond["text"].shape[0] == 120:
         name = "pixart_alpha"
+    if kind == "sd3" and geometry.get("variant") is not None:
+        name = f"sd3:{geometry['variant']}"
     config = load_config(name)
     return {**config, "model": {"name": kind, **geometry, "dtype": config["model"]["dtype"]}}
 

@@ -373,10 +373,12 @@ def draw(
         x, keys, some = jax.block_until_ready(inputs(chunk))
         begun.append(np.array(hosts.fetch(x)))  # x is donated
         start = time.perf_counter()
-        image, trace = jax.block_until_ready(compiled(x, keys, some))
+        drawn, trace = jax.block_until_ready(compiled(x, keys, some))
         seconds += time.perf_counter() - start
+        if watch is not None:
+            jax.effects_barrier()  # what is called back says of which chunk it is
         bar.update(0 if stepwise else len(setup.rows.i))
-        images.append(hosts.fetch(image))
+        images.append(hosts.fetch(drawn))
         traces.append(trace if hosts.processes() == 1 else hosts.fetch(trace))
     bar.close()
     trace = known(averaged(traces))

@@ -19,6 +19,10 @@ NATIVE = {
     "flux": "flux_dev",
     "pixart": "pixart_sigma",
     "wan": "wan2_1",
+    "sd3": "sd3",
+    "qwen_image": "qwen_image",
+    "flux2": "flux2_klein",
+    "z_image": "z_image",
 }
 
 _ROWS = {
@@ -47,6 +51,7 @@ _ROWS = {
     "multiplied_by": "products of quantised weights",
     "weights_mib": "weights (MiB)",
     "program": "program was",
+    "published": "published numbers",
     "encode_seconds": "seconds of encoding the prompts",
     "decode_seconds": "seconds of decoding the pictures",
     "compile_seconds": "compile seconds",

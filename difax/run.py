@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from difax.accel.caches import published
 from difax.build import Setup, build_data, build_options, build_setup, build_task, described, with_recipe
 from difax.checkpoints import RANDOM, Weights, embedded_weights, find_weights
 from difax.config import (
@@ -21,6 +22,7 @@ from difax.config import (
     keyword_settings,
     load_config,
     override,
+    piped,
     pipeline_config,
     plain,
     scheduled,
@@ -33,6 +35,7 @@ from difax.core.device import check_memory, memory_available
 from difax.core.executables import signature
 from difax.core.files import writable
 from difax.core.qtensor import size_in_bytes
+from difax.media.films import RATE
 from difax.media.images import picture, pictured
 from difax.media.samples import check_latents, check_output, save_samples
 from difax.pipelines.folder import is_pipeline
@@ -97,24 +100,42 @@ class Result:
             "dtype": str(np.dtype(self.run.setup.model.dtype)),
             **self.cost,
             **({} if self.run.pipeline is None else self.run.pipeline.spent()),
+            **self._numbers(),
             **({} if part is None else {"pictures": f"{part}, -1 (black) to 1"}),
             **self.run.full_size,
         }
 
-    def save(self, path: str | os.PathLike) -> pathlib.Path:
+    def _numbers(self) -> dict[str, str]:
+        """Which published numbers a cache went by, for the table."""
+        found = {}
+        for key, value in self.run.config.get("cache", {}).items():
+            technique = {"coefficients": "teacache", "ratios": "magcache"}.get(key.rpartition(".")[2])
+            if technique and isinstance(value, str):
+                name, fit = published.entry(technique, key, value)
+                found["published"] = f"{technique} of {name}, {fit['source']}"
+        return found
+
+    def save(self, path: str | os.PathLike, *, fps: float | None = None, each: str = ".png") -> pathlib.Path:
         """Writes the samples by the ending of a path; what is written appears whole or not at all.
 
-        .png: one grid of pictures. .npz: `samples` float32, `latents`, `seeds` int64 [N, 2] (of the run, index of the
-        sample), the conditions (`labels`, or `cond/NAME`) and `config` (JSON). No suffix: a folder of single pictures,
-        a video being a folder of its frames.
+        .png, .jpg, .webp: one grid of pictures; .webp, .gif, .mp4: of videos one film of them all (.mp4 needs the extra
+        `video`). .npz: `samples` float32, `latents`, `seeds` int64 [N, 2] (of the run, index of the sample), the
+        conditions (`labels`, or `cond/NAME`) and `config` (JSON). No suffix: a folder of single pictures or films, a
+        video being a folder of its frames where those are pictures.
+
+        Args:
+          fps: frames a second of films, 1 to 120, of a .gif 1 to 50; None is the pipeline's (16).
+          each: suffix of the files in a folder (".png").
 
         Returns:
           The path.
 
         Raises:
-          ValueError: another suffix, or a place that cannot be written.
+          ValueError: another suffix or frame rate, a place that cannot be written, or .mp4 without the extra.
         """
-        target = check_output(os.fspath(check_value("path", path, str | os.PathLike)))
+        own = RATE if self.run.pipeline is None else self.run.pipeline.section.get("fps", RATE)
+        rate, each = check_value("fps", own if fps is None else fps, float), check_value("each", each, str)
+        target = check_output(os.fspath(check_value("path", path, str | os.PathLike)), fps=rate, each=each)
         leaves = jax.tree_util.tree_flatten_with_path(self.cond)[0]
         name = lambda p: f"cond/{jax.tree_util.keystr(p, simple=True, separator='/')}" if p else "labels"  # noqa: E731
         arrays = {
@@ -126,7 +147,7 @@ class Result:
             **({} if self.images is self.samples else {"pixels": self.images}),
         }
         numbers = self.samples if target.suffix == ".npz" else self.images
-        save_samples(target, numbers, self.columns, arrays)
+        save_samples(target, numbers, self.columns, arrays, rate, each)
         return target
 
     def save_trace(self, path: str | os.PathLike) -> None:
@@ -251,7 +272,10 @@ class Run:
             f"{jax.tree_util.keystr(p, simple=True, separator='/')} [{', '.join(map(str, ('n', *a.shape)))}]"
             for p, a in leaves
         )
-        raise ValueError(f"{model.name} takes embeddings; give --cond FILE.safetensors with the tensors {names}")
+        prompt = "" if self.pipeline is None else "--prompt TEXT, or "
+        raise ValueError(
+            f"{model.name} takes embeddings; give {prompt}--cond FILE.safetensors with the tensors {names}"
+        )
 
     def sample(
         self,
@@ -301,7 +325,7 @@ class Run:
         all_of, n = self._repeated(row, repeat), columns * repeat
         setup, shape = self.setup, self.setup.model.input_shape
         if latents is not None:
-            latents = check_latents(self._channels_last(latents), n, shape)
+            latents = check_latents(self.channels_last(latents), n, shape)
         more: dict[str, Any] = {}
         if image is not None or mask is not None or strength is not None:
             if self.pipeline is None or image is None:
@@ -309,7 +333,7 @@ class Run:
             more["image"], more["mask"] = self.pipeline.known(image, mask, n, shape)
             setup = setup.started(0.6 if strength is None and mask is None else 1.0 if strength is None else strength)
         if noise is not None:
-            more["noise"] = check_latents(self._channels_last(noise, 2), n, (len(setup.rows.i), *shape), "noise")
+            more["noise"] = check_latents(self.channels_last(noise, 2), n, (len(setup.rows.i), *shape), "noise")
         if batch is not None:
             _counted(batch=batch)
         batch = 1 if batch is None and self.pipeline is not None else batch
@@ -335,7 +359,7 @@ class Run:
             raise ValueError(f"prompts: {self.setup.model.name} has no pipeline; allowed: difax.load(FOLDER)")
         return self.pipeline.conditions(self.setup.model, prompts, self.setup.guide.halves > 1)
 
-    def _channels_last(self, latents: Any, lead: int = 1) -> Any:
+    def channels_last(self, latents: Any, lead: int = 1) -> Any:
         """Latents in the layout of the model, where a pipeline's are in diffusers'; [n, ...], or with more axes in
         front."""
         if self.pipeline is None:
@@ -380,7 +404,7 @@ class Run:
         Args:
           weights, settings: as `load` takes them.
         """
-        config = configuration(self.config, _file(weights), keyword_settings(settings))
+        config = piped(configuration(self.config, _file(weights), keyword_settings(settings)))
         new, old = config["model"], self.config["model"]
         whole = lambda section: {k: v for k, v in section.items() if k != "dtype"}  # noqa: E731
         moved = self._path is not None and config.get("mesh") != self.config.get("mesh")  # read onto other devices

@@ -37,13 +37,13 @@ from difax.weights.published import (
 )
 from difax.weights.settings import (
     check_agrees,
-    check_head_width,
     flag,
     number,
     one_of,
     optional,
     read_settings,
     rows_of,
+    stored_heads,
     whole,
 )
 
@@ -228,6 +228,8 @@ def _geometry(path: Any, rules: Layout, shapes: dict[str, tuple[int, ...]]) -> d
 
 # published conversions carry the name of the class that held DiT before it had its own
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+# what a file of the class leaves out, of the keys that no tensor tells; the old class is loaded as the new one
+DEFAULTS = {"sample_size": 32}
 SETTINGS = {
     "norm_type": one_of("ada_norm_zero"),
     "num_attention_heads": whole(),
@@ -255,7 +257,7 @@ SETTINGS = {
 
 def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
     """Heads, size, epsilon and activation from the config.json that diffusers writes beside the weights, if there."""
-    file, config = read_settings(path, CLASSES, SETTINGS)
+    file, config = read_settings(path, CLASSES, SETTINGS, DEFAULTS)
     channels = found["channels"]
     said = {
         "in_channels": channels,
@@ -267,14 +269,13 @@ def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[st
         "norm_elementwise_affine": found["mlp_norm_affine"],
     }
     check_agrees(file, config, said)
-    check_head_width(file, config, "num_attention_heads", "attention_head_dim", found["width"])
+    heads = stored_heads(file, config, "num_attention_heads", "attention_head_dim", found["width"], 72)
     names = {
-        "heads": "num_attention_heads",
         "size": "sample_size",
         "mlp_norm_eps": "norm_eps",
         "activation": "activation_fn",
     }
-    return {field: config[name] for field, name in names.items() if name in config}
+    return heads | {field: config[name] for field, name in names.items() if name in config}
 
 
 PUBLISHED = Published(find_dit, {name: layout.table for name, layout in LAYOUTS.items()}, CLASSES)

@@ -25,14 +25,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.core.contracts import Context, Model, Params, Shard, Stage, Tokens
+from difax.core.contracts import Context, Model, Params, Segments, Shard, Stage, Tokens
 from difax.core.placement import cut, fuse, join, split
 from difax.models.layers import Dense, check_size, gelu, model_dtype, modulate, timestep_embedding
 from difax.models.rope import apply_rotary, rotary_table
@@ -68,6 +68,19 @@ class FluxConfig:
         return self.size[0] // PATCH, self.size[1] // PATCH
 
 
+class Streams(Protocol):
+    """What a block in two streams asks of a model's geometry."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def mlp_ratio(self) -> int: ...
+
+
 def rms_norm(x: jax.Array, scale_K: jax.Array, eps: float = EPS) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed and returned in float32."""
     x = x.astype(jnp.float32)
@@ -97,23 +110,34 @@ def token_positions(text_tokens: int, rows: int, columns: int) -> np.ndarray:
     return np.concatenate([np.zeros((text_tokens, 3)), image])
 
 
-def _heads(qkv: Sequence[jax.Array], heads: int, q_scale: jax.Array, k_scale: jax.Array) -> tuple[jax.Array, ...]:
+def normed_heads(
+    qkv: Sequence[jax.Array], heads: int, q_scale: jax.Array, k_scale: jax.Array, eps: float = EPS
+) -> tuple[jax.Array, ...]:
     """Queries, keys (both normed, float32) and values [B, T, H, K] of three arrays [B, T, D]."""
     q, k, v = (a.reshape(*a.shape[:2], heads, -1) for a in qkv)
-    return rms_norm(q, q_scale), rms_norm(k, k_scale), v
+    return rms_norm(q, q_scale, eps), rms_norm(k, k_scale, eps), v
 
 
-def _attend(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, context: Context, attend: Any) -> jax.Array:
-    """Attention of the rotated queries and keys, heads joined: [B, T, D]."""
+def rotated_attention(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, context: Context, attend: Any
+) -> jax.Array:
+    """Attention of the rotated queries and keys, heads joined: [B, T, D]; keys that the context's mask has are left
+    out."""
     q, k = (apply_rotary(a, context["cos"], context["sin"]).astype(v_BTHK.dtype) for a in (q_BTHK, k_BTHK))
-    o = attend(q, k, v_BTHK)
+    there = context.get("mask")
+    o = attend(q, k, v_BTHK, None if there is None else Segments(q=jnp.ones(q.shape[:2], jnp.int32), k=there))
     return o.reshape(*o.shape[:2], -1)
+
+
+def values(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None = None) -> jax.Array:
+    """Stands in for attention, which has no parameters, where they are made."""
+    return v
 
 
 class Stream(nn.Module):
     """The weights of one stream, text or image, of a double block."""
 
-    config: FluxConfig
+    config: Streams
 
     def setup(self) -> None:
         c = self.config
@@ -131,7 +155,7 @@ class Stream(nn.Module):
 
     def heads(self, h_BND: jax.Array, six: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         qkv = split(self.qkv(modulate(h_BND, six[0], six[1])), 3 * (self.config.width,))
-        return _heads(qkv, self.config.heads, self.q_norm, self.k_norm)
+        return normed_heads(qkv, self.config.heads, self.q_norm, self.k_norm)
 
     def project(self, o_BND: jax.Array) -> jax.Array:
         return self.out(o_BND)
@@ -143,7 +167,7 @@ class Stream(nn.Module):
 class DoubleBlock(nn.Module):
     """Text and image with weights of their own and one attention over both."""
 
-    config: FluxConfig
+    config: Streams
 
     def setup(self) -> None:
         self.txt = Stream(self.config)
@@ -156,7 +180,7 @@ class DoubleBlock(nn.Module):
         img = self.img.heads(tokens["img"], mods["img"])
         txt = self.txt.heads(tokens["txt"], mods["txt"])
         q, k, v = (join(*pair) for pair in zip(txt, img, strict=True))
-        o_txt, o_img = cut(_attend(q, k, v, context, attend), [tokens[s].shape[1] for s in ("txt", "img")])
+        o_txt, o_img = cut(rotated_attention(q, k, v, context, attend), [tokens[s].shape[1] for s in ("txt", "img")])
         return {"txt": self.txt.project(o_txt), "img": self.img.project(o_img)}
 
     def mlp(self, tokens: Tokens, mods: Any, context: Context, attend: Any) -> Tokens:
@@ -195,8 +219,8 @@ class SingleBlock(nn.Module):
         h_BTD = join(tokens["txt"], tokens["img"])
         wide = self.linear1(modulate(h_BTD, mods[0], mods[1]))
         *qkv, hidden = split(wide, (c.width, c.width, c.width, c.mlp_ratio * c.width))
-        q, k, v = _heads(qkv, c.heads, self.q_norm, self.k_norm)
-        o = _attend(q, k, v, context, attend)
+        q, k, v = normed_heads(qkv, c.heads, self.q_norm, self.k_norm)
+        o = rotated_attention(q, k, v, context, attend)
         txt, img = cut(self.linear2(fuse(o, gelu(hidden))), [tokens[s].shape[1] for s in ("txt", "img")])
         return {"txt": txt, "img": img}
 
@@ -333,8 +357,7 @@ def flux(
         (tokens, context), ends_params = ends.init_with_output(ends_key, x, jnp.zeros((1,)), cond)
 
         def stack(block: Any, key: jax.Array, depth: int) -> Params:
-            # attention has no parameters: its values stand in for it
-            one = partial(block.init, tokens=tokens, context=context, attend=lambda q, k, v: v)
+            one = partial(block.init, tokens=tokens, context=context, attend=values)
             return jax.vmap(lambda k: one(k)["params"])(jax.random.split(key, depth))
 
         return {
@@ -390,19 +413,28 @@ def _condition(c: FluxConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _check(c: FluxConfig) -> None:
     names = ("double_depth", "single_depth", "width", "heads", "channels", "text_tokens", "text_width", "pooled_width")
-    for name in (*names, "mlp_ratio"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"flux: {name}={getattr(c, name)}; allowed: 1 or more")
-    if c.width % c.heads:
-        raise ValueError(f"flux: width={c.width} must be divisible by heads={c.heads}")
-    if len(c.axes_dim) != 3 or any(d < 2 or d % 2 for d in c.axes_dim) or sum(c.axes_dim) * c.heads != c.width:
-        k = c.width // c.heads
-        raise ValueError(
-            f"flux: axes_dim={c.axes_dim}; allowed: three even widths that add up to the head width {k} of "
-            f"width={c.width}, heads={c.heads}"
-        )
+    check_streams("flux", c, (*names, "mlp_ratio"), 3)
     if not 0 < c.theta <= 1e12:
         raise ValueError(f"flux: theta={c.theta}; allowed: > 0, up to 1e12")
     if min(c.size) < PATCH or c.size[0] % PATCH or c.size[1] % PATCH:
         raise ValueError(f"flux: size={c.size[0]}x{c.size[1]}; allowed: even, {PATCH} or more")
     check_size("flux", c.size, c.channels, math.prod(c.grid) + c.text_tokens, c.width // c.heads)
+
+
+def check_streams(name: str, c: Any, counts: Sequence[str], axes: int) -> None:
+    """Raises ValueError for a count below 1, heads that do not divide the width, or rotary sections that are not so
+    many even widths that add up to that of a head.
+
+    Args:
+      name: of the model, for the message. c: its geometry, with width, heads and axes_dim. counts: of its fields.
+    """
+    for field in counts:
+        if getattr(c, field) < 1:
+            raise ValueError(f"{name}: {field}={getattr(c, field)}; allowed: 1 or more")
+    if c.width % c.heads:
+        raise ValueError(f"{name}: width={c.width} must be divisible by heads={c.heads}")
+    if len(c.axes_dim) != axes or any(d < 2 or d % 2 for d in c.axes_dim) or sum(c.axes_dim) * c.heads != c.width:
+        raise ValueError(
+            f"{name}: axes_dim={c.axes_dim}; allowed: {('three', 'four')[axes - 3]} even widths that add up to the "
+            f"head width {c.width // c.heads} of width={c.width}, heads={c.heads}"
+        )

@@ -31,13 +31,13 @@ from difax.weights.published import (
 )
 from difax.weights.settings import (
     check_agrees,
-    check_head_width,
     flag,
     number,
     one_of,
     optional,
     read_settings,
     rows_of,
+    stored_heads,
     whole,
 )
 
@@ -170,6 +170,8 @@ def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any
 
 # the first published files carry the name of the class that held PixArt before it had its own
 CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")
+# what a file of the class leaves out, of the keys that no tensor tells; the old class is loaded as the new one
+DEFAULTS = {"sample_size": 128}
 SETTINGS = {
     "norm_type": one_of("ada_norm_single"),
     "num_attention_heads": whole(),
@@ -200,7 +202,7 @@ SETTINGS = {
 
 def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
     """Heads, size, positions, epsilon and activation from the config.json that diffusers writes beside the weights."""
-    file, config = read_settings(path, CLASSES, SETTINGS)
+    file, config = read_settings(path, CLASSES, SETTINGS, DEFAULTS)
     channels, projected = found["channels"], found["caption_projection"]
     check_agrees(
         file,
@@ -216,19 +218,18 @@ def _diffusers_config(path: str | os.PathLike, found: dict[str, Any]) -> dict[st
             "norm_elementwise_affine": found["norm_affine"],
         },
     )
-    check_head_width(file, config, "num_attention_heads", "attention_head_dim", found["width"])
+    heads = stored_heads(file, config, "num_attention_heads", "attention_head_dim", found["width"], 72)
     said, size = config.get("use_additional_conditions"), config.get("sample_size")
     if said is not None and said != found["micro_conditioning"]:
         state = "holds" if found["micro_conditioning"] else "lacks"
         raise ValueError(f"{file}: use_additional_conditions={said}, but the checkpoint {state} their embedders")
     names = {
-        "heads": "num_attention_heads",
         "interpolation_scale": "interpolation_scale",
         "size": "sample_size",
         "norm_eps": "norm_eps",
         "activation": "activation_fn",
     }
-    fields = {field: config[name] for field, name in names.items() if name in config}
+    fields = heads | {field: config[name] for field, name in names.items() if name in config}
     return fields if size is None else {**fields, "base_size": size // found["patch"]}
 
 

@@ -60,13 +60,14 @@ def apply_rotary(x_BTHK: jax.Array, cos_TK2: jax.Array, sin_TK2: jax.Array) -> j
 
     Args:
       x_BTHK: [B, T, H, K] queries or keys.
-      cos_TK2, sin_TK2: [T, K/2], from `rotary_table`.
+      cos_TK2, sin_TK2: [T, K/2], from `rotary_table`, or [B, T, K/2], of every sample.
 
     Returns:
       [B, T, H, K] in the dtype of x.
     """
     pairs = x_BTHK.astype(jnp.float32).reshape(*x_BTHK.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
-    cos, sin = jnp.asarray(cos_TK2)[None, :, None], jnp.asarray(sin_TK2)[None, :, None]
+    # [B or 1, T, 1, K/2]
+    cos, sin = (t.reshape(-1, x_BTHK.shape[1], 1, t.shape[-1]) for t in map(jnp.asarray, (cos_TK2, sin_TK2)))
     rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return rotated.reshape(x_BTHK.shape).astype(x_BTHK.dtype)

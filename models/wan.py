@@ -1,4 +1,4 @@
-"""Wan 2.1: text-to-video Transformers over patches of frames, with 3-D rotary positions and cross-attention.
+"""Wan 2.1 and 2.2: video Transformers over patches of frames, with 3-D rotary positions and cross-attention.
 
 Wan Team, Wan: Open and Advanced Large-Scale Video Generative Models, 2025, arXiv:2503.20314. One network of the time
 gives six vectors s of width D for all blocks; a block adds its own table E and computes, with
@@ -9,7 +9,12 @@ gives six vectors s of width D for all blocks; a block adds its own table E and 
   h <- h + gate' ffn(norm(h) (1 + scale') + shift').
 
 Queries and keys of both attentions pass an RMS norm over all heads together. The function is that of diffusers'
-WanTransformer3DModel for text alone, which is the T2V of Wan-Video/Wan2.1; its image branch (I2V) is not here.
+WanTransformer3DModel. What a picture adds, by settings:
+
+  condition channels   a mask and latents beside the noise (image-to-video of 2.1 and of 2.2 A14B)
+  image tokens         of CLIP, through two layers and into the cross-attention, with keys and values of their own whose
+                       attention is added to the caption's (image-to-video of 2.1)
+  the first frame      given latents in the place of the noise, whose tokens are told the time 0 (2.2 TI2V-5B)
 
 Shape letters: B batch, F frames, N tokens, L caption tokens, D width, H heads, K head width.
 """
@@ -25,14 +30,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.core.contracts import Context, Model, Params, Shard, Stage
+from difax.core.contracts import Context, Model, Params, Segments, Shard, Stage
 from difax.core.ops import attend
-from difax.core.placement import split
-from difax.models.layers import Dense, affine_norm, check_size, gelu, model_dtype, modulate, timestep_embedding
+from difax.core.placement import cut, join, split
+from difax.models.layers import (
+    Dense,
+    activate,
+    affine_norm,
+    check_size,
+    gelu,
+    model_dtype,
+    modulate,
+    timestep_embedding,
+)
 from difax.models.rope import apply_rotary, rotary_table
 
-# name -> depth, width, heads, ffn (table 3 of the paper)
-VARIANTS = {"1.3B": (30, 1536, 12, 8960), "14B": (40, 5120, 40, 13824)}
+# name -> depth, width, heads, ffn (table 3 of the paper; 5B is 2.2's)
+VARIANTS = {"1.3B": (30, 1536, 12, 8960), "14B": (40, 5120, 40, 13824), "5B": (30, 3072, 24, 14336)}
+IMAGE_EPS = 1e-5  # of the norms around the image's layers, whatever `eps` is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +69,12 @@ class WanConfig:
     qk_norm: bool
     max_positions: int
     dtype: Any
+    condition_channels: int = 0
+    image_width: int | None = None
+    image_tokens: int = 257
+    image_positions: bool = False
+    added_kv: bool = True
+    first_frame: bool = False
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -97,6 +118,16 @@ def unpatchify_video(x_BNP: jax.Array, patch: tuple[int, int, int], grid: tuple[
     return x.reshape(b, *(n * p for n, p in zip(grid, patch, strict=True)), -1)
 
 
+def spread(v: jax.Array, c: WanConfig) -> jax.Array:
+    """What all tokens of a sample share, [B, D] -> [B, 1, D]; of two times, [B, 2, D] -> [B, N, D]: the first frame's
+    and that of the others."""
+    if v.ndim == 2:
+        return v[:, None]
+    first, whole = math.prod(c.grid[1:]), math.prod(c.grid)
+    parts = (jnp.broadcast_to(v[:, i, None], (len(v), n, v.shape[-1])) for i, n in enumerate((first, whole - first)))
+    return jnp.concatenate(list(parts), axis=1)
+
+
 def _normal(std: float) -> nn.initializers.Initializer:
     return nn.initializers.normal(std)
 
@@ -116,6 +147,9 @@ class WanBlock(nn.Module):
         self.cross_q = Dense(c.width)
         self.cross_kv = Dense(2 * c.width)
         self.cross_norm_q, self.cross_norm_k = self._rms_norm(), self._rms_norm()
+        if c.image_width and c.added_kv:
+            self.image_kv = Dense(2 * c.width)
+            self.image_norm_k = self._rms_norm()
         self.cross_out = Dense(c.width)
         self.fc1 = Dense(c.ffn)
         self.fc2 = Dense(c.width)
@@ -125,14 +159,25 @@ class WanBlock(nn.Module):
         return nn.RMSNorm(self.config.eps, dtype=jnp.float32) if self.config.qk_norm else lambda x: x
 
     def mods(self, context: Context) -> dict[str, tuple[jax.Array, ...]]:
-        a, b, c, d, e, f = jnp.moveaxis(self.table.astype(jnp.float32)[None] + context["six"], 1, 0)
+        table, six = self.table.astype(jnp.float32)[None], context["six"]
+        a, b, c, d, e, f = jnp.moveaxis((table if six.ndim == 3 else table[None]) + six, -2, 0)
         return {"attn": (a, b, c), "mlp": (d, e, f)}
+
+    def _modulated(self, h_BND: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+        if shift.ndim == 3:
+            shift, scale = (spread(a, self.config) for a in (shift, scale))
+            if h_BND.shape[1] != shift.shape[1]:
+                raise ValueError(
+                    f"wan: first_frame=True with {h_BND.shape[1]} of {shift.shape[1]} tokens; each has a time of its "
+                    "own; allowed: a cache of whole frames"
+                )
+        return modulate(h_BND, shift, scale, eps=self.config.eps)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], self.config.heads, -1)
 
     def attn(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
-        x = modulate(h_BND, *mods["attn"][:2], eps=self.config.eps)
+        x = self._modulated(h_BND, *mods["attn"][:2])
         q, k, v = split(self.qkv(x), 3 * (self.config.width,))
         rotary = context["cos"], context["sin"]
         q = apply_rotary(self._heads(self.norm_q(q)), *rotary).astype(v.dtype)
@@ -140,22 +185,33 @@ class WanBlock(nn.Module):
         return self.out(attend(q, k, self._heads(v)).reshape(h_BND.shape))
 
     def once(self, context: Context) -> dict[str, Any]:
-        """Normed keys, and values, of the caption, [B, L, H, K] each."""
+        """Normed keys, and values, of the caption and behind it of the image, [B, L, H, K] each."""
         k, v = split(self.cross_kv(context["text"]), 2 * (self.config.width,))
-        return {"keys_values": (self._heads(self.cross_norm_k(k).astype(v.dtype)), self._heads(v))}
+        k = self.cross_norm_k(k).astype(v.dtype)
+        if "image" in context:
+            image_k, image_v = split(self.image_kv(context["image"]), 2 * (self.config.width,))
+            k, v = join(k, self.image_norm_k(image_k).astype(v.dtype)), join(v, image_v)
+        return {"keys_values": (self._heads(k), self._heads(v))}
 
     def cross(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
         x = h_BND if self.cross_norm is None else self.cross_norm(h_BND).astype(h_BND.dtype)
         q = self.cross_q(x)
         k, v = context["keys_values"] if "keys_values" in context else self.once(context)["keys_values"]
         q = self._heads(self.cross_norm_q(q).astype(v.dtype))
+        if "image" in context:
+            # caption and image are attended to apart, and added: in one call, by queries that stand there twice
+            n, known = q.shape[1], [context[name].shape[1] for name in ("text", "image")]
+            ids = [[jnp.full((len(q), m), i, jnp.int32) for i, m in enumerate(ms, 1)] for ms in ((n, n), known)]
+            segments = Segments(q=join(*ids[0]), k=join(*ids[1]))
+            of_text, of_image = cut(attend(join(q, q), k, v, segments), (n, n))
+            return self.cross_out((of_text + of_image).reshape(h_BND.shape))
         return self.cross_out(attend(q, k, v).reshape(h_BND.shape))
 
     def mlp(self, h_BND: jax.Array, mods: Any, context: Context, attend: Any) -> jax.Array:
-        return self.fc2(gelu(self.fc1(modulate(h_BND, *mods["mlp"][:2], eps=self.config.eps))))
+        return self.fc2(gelu(self.fc1(self._modulated(h_BND, *mods["mlp"][:2]))))
 
     def gate(self, mods: Any, branch: str) -> jax.Array:
-        return mods[branch][2][:, None] if branch in mods else jnp.ones((1, 1, 1))
+        return spread(mods[branch][2], self.config) if branch in mods else jnp.ones((1, 1, 1))
 
     def __call__(self, h_BND: jax.Array, context: Context, attend: Any) -> None:
         """Touches every parameter once; used by `init` only."""
@@ -166,7 +222,7 @@ class WanBlock(nn.Module):
 
 
 class Ends(nn.Module):
-    """What stands before and after the blocks: patch, time and caption embeddings, and the final layer."""
+    """What stands before and after the blocks: patch, time, caption and image embeddings, and the final layer."""
 
     config: WanConfig
 
@@ -178,25 +234,54 @@ class Ends(nn.Module):
         self.six = Dense(6 * c.width)
         self.text1 = Dense(c.width, kernel_init=small)
         self.text2 = Dense(c.width, kernel_init=small)
+        if c.image_width:
+            self.image_norm1, self.image_norm2 = affine_norm(IMAGE_EPS), affine_norm(IMAGE_EPS)
+            self.image1, self.image2 = Dense(c.image_width), Dense(c.width)
+            if c.image_positions:
+                self.image_positions = self.param("image_positions", small, (c.image_tokens, c.image_width))
         self.table = self.param("table", _normal(c.width**-0.5), (2, c.width))
         self.out = Dense(math.prod(c.patch) * c.channels, kernel_init=nn.initializers.zeros)
 
     def once(self, cond: Any) -> Any:
-        """The condition as the projected caption [B, L, D]."""
-        return {"projected": self.text2(gelu(self.text1(cond["text"].astype(self.config.dtype))))}
+        """The condition with the caption projected to [B, L, D], and the image to [B, I, D]."""
+        c = self.config
+        known = {"projected": self.text2(gelu(self.text1(cond["text"].astype(c.dtype))))}
+        if c.image_width:
+            image = cond["image"].astype(jnp.float32)
+            if c.image_positions:
+                image = image + self.image_positions.astype(jnp.float32)[None]
+            image = self.image2(activate(self.image1(self.image_norm1(image).astype(c.dtype)), "gelu"))
+            image = self.image_norm2(image).astype(c.dtype)
+            if c.added_kv:
+                known["image"] = image
+            else:
+                known["projected"] = jnp.concatenate([image, known["projected"]], axis=1)
+        return {name: cond[name] for name in ("condition", "first_frame") if name in cond} | known
 
     def embed(self, x: jax.Array, model_time: jax.Array, cond: Any) -> tuple[jax.Array, Context]:
         c = self.config
         cond = cond if "projected" in cond else self.once(cond)
+        if c.first_frame:
+            x = jnp.concatenate([cond["first_frame"].astype(x.dtype)[:, None], x[:, 1:]], axis=1)
+            model_time = jnp.stack([jnp.zeros_like(model_time), model_time], axis=1).reshape(-1)
+        if c.condition_channels:
+            x = jnp.concatenate([x, cond["condition"].astype(x.dtype)], axis=-1)
         tokens = self.patch(patchify_video(x, c.patch).astype(c.dtype))
         # float32, as the original keeps the time and every modulation whatever the rest computes in
         time_BD = self.time2(nn.silu(self.time1(timestep_embedding(model_time, c.freq_dim))))
         six = self.six(nn.silu(time_BD)).reshape(-1, 6, c.width)
+        if c.first_frame:
+            time_BD, six = (a.reshape(-1, 2, *a.shape[1:]) for a in (time_BD, six))
         cos, sin = rotary_grid(c.grid, c.rotary_axes)
-        return tokens, {"time": time_BD, "six": six, "text": cond["projected"], "cos": cos, "sin": sin}
+        known = {"image": cond["image"]} if "image" in cond else {}
+        return tokens, {"time": time_BD, "six": six, "text": cond["projected"], "cos": cos, "sin": sin, **known}
 
     def head(self, tokens: jax.Array, context: Context) -> jax.Array:
-        shift, scale = jnp.moveaxis(self.table.astype(jnp.float32)[None] + context["time"][:, None], 1, 0)
+        table, time = self.table.astype(jnp.float32)[None], context["time"]
+        if time.ndim == 2:
+            shift, scale = jnp.moveaxis(table + time[:, None], 1, 0)
+        else:
+            shift, scale = (spread(a, self.config) for a in jnp.moveaxis(table[None] + time[:, :, None], 2, 0))
         x = modulate(tokens, shift, scale, self.config.eps)
         return unpatchify_video(self.out(x), self.config.patch, self.config.grid)
 
@@ -223,21 +308,29 @@ def wan(
     cross_attn_norm: bool = True,
     qk_norm: bool = True,
     max_positions: int = 1024,
+    condition_channels: int = 0,
+    image_width: int | None = None,
+    image_tokens: int = 257,
+    image_positions: bool = False,
+    added_kv: bool = True,
+    first_frame: bool = False,
     dtype: str | type | np.dtype = "float32",
 ) -> Model:
-    """A Wan 2.1 text-to-video network as a `Model`.
+    """A Wan 2.1 or 2.2 network as a `Model`.
 
     It takes latents [B, F, H, W, C] and predicts the velocity eps - x0 of a flow; model times run from 0 to 1000. The
     condition is a dict: text [B, L, text_width], the encoded prompt with zeros behind its end (the reference masks
-    nothing), and null_text of the same shape (the empty or the negative prompt).
+    nothing), and null_text of the same shape (the empty or the negative prompt). Where the settings below say so, also
+    condition [B, F, H, W, condition_channels], image [B, image_tokens, image_width] and first_frame [B, H, W, C].
 
     Args:
-      variant: "1.3B" or "14B": depth, width, heads and ffn of the paper; or None and give the four yourself.
-      depth, width, heads, ffn: blocks, model width, heads, hidden width of the feed-forward ((30, 1536, 12, 8960) and
-        (40, 5120, 40, 13824)). Heads have an even width of 6 or more.
+      variant: "1.3B", "14B" or "5B": depth, width, heads and ffn of the publications; or None and give the four
+        yourself.
+      depth, width, heads, ffn: blocks, model width, heads, hidden width of the feed-forward ((30, 1536, 12, 8960),
+        (40, 5120, 40, 13824) and (30, 3072, 24, 14336)). Heads have an even width of 6 or more.
       size: frames, height and width of the latents, divisible by patch; (21, 60, 104) is 81 frames of 480 x 832
         pixels, (21, 90, 160) is 81 of 720 x 1280.
-      channels: of the latents (16).
+      channels: of the latents (16; 48 in TI2V-5B).
       patch: frames, rows and columns of a patch ((1, 2, 2)).
       text_tokens, text_width: caption tokens (512) and features of the text encoder (4096, umT5-XXL).
       eps: of every norm (1e-6).
@@ -245,6 +338,14 @@ def wan(
       cross_attn_norm: does a norm stand before the cross-attention (True).
       qk_norm: are queries and keys normed, over all heads together (True).
       max_positions: patches along an axis that the reference has rotary angles for; more are refused (1024).
+      condition_channels: that the condition adds to the latents' (0; 20 in image-to-video: 4 of the mask, 16 of the
+        encoded frames).
+      image_width: features of the image's tokens (None: no image; 1280 of CLIP ViT-H in image-to-video of 2.1).
+      image_tokens: of the condition (257; 514 for a first and a last frame).
+      image_positions: are learned positions added to them (False; True for a first and a last frame).
+      added_kv: have they keys and values of their own (True), or those of the caption.
+      first_frame: is the first frame given, whose tokens are told the time 0 (False). The sampler's own first frame
+        means nothing then and is to be replaced behind it, as in diffusers' pipeline.
       dtype: "float32" or "bfloat16", of activations and dots; time, norms, modulation, rotation and softmax are
         float32.
 
@@ -277,11 +378,16 @@ def wan(
         qk_norm=qk_norm,
         max_positions=max_positions,
         dtype=model_dtype("wan", dtype),
+        condition_channels=condition_channels,
+        image_width=image_width,
+        image_tokens=image_tokens,
+        image_positions=image_positions,
+        added_kv=added_kv,
+        first_frame=first_frame,
     )
     _check(c)
     block, ends = WanBlock(c), Ends(c)
-    text = jax.ShapeDtypeStruct((c.text_tokens, c.text_width), "float32")
-    cond_spec = {"text": text, "null_text": text}
+    cond_spec = _condition(c)
 
     def init(key: jax.Array) -> Params:
         ends_key, blocks_key = jax.random.split(key)
@@ -313,9 +419,10 @@ def wan(
         dtype=c.dtype,
         cond=cond_spec,
         once=once,
+        told=lambda context: {"time": context["time"], "modulation": context["six"]},
         shards=(
             ("/qkv/", Shard("columns", (1, 1, 1))),
-            ("/cross_kv/", Shard("columns", (1, 1))),
+            ("/(cross|image)_kv/", Shard("columns", (1, 1))),
             ("/cross_q/", Shard("columns")),
             ("/fc1/", Shard("columns")),
             ("blocks/(out|cross_out|fc2)/", Shard("rows")),
@@ -323,10 +430,29 @@ def wan(
     )
 
 
+def _condition(c: WanConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of one sample's condition."""
+    text = (c.text_tokens, c.text_width)
+    shapes: dict[str, tuple[int, ...]] = {"text": text, "null_text": text}
+    if c.condition_channels:
+        shapes["condition"] = (*c.size, c.condition_channels)
+    if c.image_width:
+        shapes["image"] = (c.image_tokens, c.image_width)
+    if c.first_frame:
+        shapes["first_frame"] = (*c.size[1:], c.channels)
+    return {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+
+
 def _check(c: WanConfig) -> None:
     for name in ("depth", "width", "heads", "ffn", "channels", "text_tokens", "text_width"):
         if getattr(c, name) < 1:
             raise ValueError(f"wan: {name}={getattr(c, name)}; allowed: 1 or more")
+    if c.condition_channels < 0:
+        raise ValueError(f"wan: condition_channels={c.condition_channels}; allowed: 0 or more")
+    if c.image_width is not None and (c.image_width < 1 or c.image_tokens < 1):
+        raise ValueError(f"wan: image_width={c.image_width}, image_tokens={c.image_tokens}; allowed: 1 or more")
+    if c.first_frame and c.patch[0] != 1:
+        raise ValueError(f"wan: first_frame=True with patch={c.patch}; allowed: patches of one frame")
     head = c.width // c.heads
     if c.width % c.heads or head % 2 or head < 6:
         raise ValueError(

@@ -27,7 +27,7 @@ from tests.test_caches import CASES, problem
 from tests.test_solvers import ELSEWHERE
 from tests.toys import randomise, tiny_dit
 
-MODELS = ("flux", "pixart", "skip_dit", "wan")
+MODELS = ("flux", "pixart", "skip_dit", "wan", "sd3", "qwen_image", "flux2", "z_image")
 DIT = {
     "model": {"name": "dit", "depth": 2, "width": 16, "heads": 2, "patch": 2, "size": 4, "channels": 3, "classes": 5},
     "process": {"name": "vp_linear"},

@@ -117,10 +117,14 @@ ITSELF = {
     "flux": {"double/attn", "single/attn_mlp"},
     "pixart": {"blocks/attn"},
     "wan": {"blocks/attn"},
+    "sd3": {"dual/attn", "dual/attn2", "joint/attn", "last/attn"},
+    "qwen_image": {"double/attn"},
+    "flux2": {"double/attn", "single/attn_mlp"},
+    "z_image": {"refiner/attn", "blocks/attn"},
 }
 
 
-@pytest.mark.parametrize("model", ITSELF)
+@pytest.mark.parametrize("model", some(ITSELF, "flux", "pixart", "wan"))
 def test_branches_whose_tokens_attend_to_each_other(model):
     """All others give, for some of the tokens alone, what they give for these among all."""
     run = composed(model)
@@ -412,16 +416,23 @@ def of_cross(n: int, width: int = 48, text: int = 8, share: float = 0.4) -> floa
 
 SHARES = {
     "flux": {"mlp": (32 + 4) / (64 + 8)},  # half of the image's tokens, and of the text's
+    "sd3": {"mlp": (32 + 4) / (64 + 8)},
     "wan": {"mlp": 0.5, "cross": of_cross(120)},
 }
 
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [pytest.param("flux", "toca", marks=pytest.mark.slow), ("wan", "toca"), ("flux", "duca")],
+    [
+        pytest.param("flux", "toca", marks=pytest.mark.slow),
+        ("wan", "toca"),
+        ("flux", "duca"),
+        pytest.param("sd3", "toca", marks=pytest.mark.slow),
+        pytest.param("sd3", "duca", marks=pytest.mark.slow),
+    ],
 )
 def test_runs_on_every_model_and_counts_its_products(model, name):
-    modules = {"mlp": 2.5} if model == "flux" else {"mlp": 2.5, "cross": 2.0}
+    modules = {"mlp": 2.5} if model in ("flux", "sd3") else {"mlp": 2.5, "cross": 2.0}
     run = composed(model)
     accelerator = CACHES[name](**{**CONSTANT, "interval": 2}, modules=modules)
     rows = make_rows(run.solver, run.guide, run.process, run.times, accelerator, run.model.stages)
@@ -497,7 +508,7 @@ def test_icc_by_plain_loops(weighted):
         np.testing.assert_allclose(trace.computed["blocks"][e, :, :, 0], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("model", some(["flux", "pixart"], "pixart"))
+@pytest.mark.parametrize("model", some(["flux", "pixart", "sd3"], "pixart"))
 def test_icc_of_full_rank_is_the_plain_run(model):
     """On every model, from a file, in both layouts of the parameters."""
     run = composed(model)

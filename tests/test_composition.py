@@ -26,7 +26,7 @@ TINY_DIT = {
     "prediction": "velocity",
     "grid": {"name": "uniform"},
 }
-MODELS = ("dit", "flux", "pixart", "wan")
+MODELS = ("dit", "flux", "pixart", "wan", "sd3", "qwen_image", "flux2", "z_image")
 SOLVERS = ("ddim", "dpmpp_2m")
 CACHES = ("none", "fora")
 QUANTS = ("none", "int8_w8a8")
@@ -167,6 +167,10 @@ WIDTHS = {  # models whose dense layers have an odd number of inputs, or one tha
     "pixart": {},
     "skip_dit": {},
     "wan": {},
+    "sd3": {},
+    "qwen_image": {},
+    "flux2": {},
+    "z_image": {},
 }
 ATTENTIONS_ON = {"xla": {}, "chunked": {"block_q": 4, "block_k": 4}, "window": {"radius": 1}}
 

@@ -46,11 +46,15 @@ CELLS = [
     ),
     pytest.param("fmnist_dit", SMALL, "none", marks=slow),
     pytest.param("flux_tiny", [("cache.name", "fora")], None, marks=slow),
+    pytest.param("sd3_tiny", [("cache.name", "fora")], None, marks=slow),
+    pytest.param("qwen_image_tiny", [("cache.name", "fora")], None, marks=slow),
+    pytest.param("flux2_tiny:dev", [("cache.name", "fora")], None, marks=slow),
     ("pixart_tiny", [("cache.name", "pab")], None),
     pytest.param("pixart_tiny", [("cache.name", "tgate")], None, marks=slow),
     pytest.param("pixart_tiny", [("cache.name", "fora"), ("layout", "unstacked")], None, marks=slow),
     pytest.param("wan_tiny", [("quant.name", "int8_w8a8")], None, marks=slow),
     pytest.param("wan_tiny", [("cache.name", "teacache"), ("cache.threshold", 0.5)], "apart", marks=slow),
+    pytest.param("z_image_tiny", [("cache.name", "fora")], None, marks=slow),
 ]
 
 
@@ -120,7 +124,9 @@ def executed(run, params):
     return body, _count(used) - body
 
 
-@pytest.mark.parametrize("name", some(["pixart_tiny", "wan_tiny", "flux_tiny"], "pixart_tiny", "wan_tiny"))
+@pytest.mark.parametrize(
+    "name", some(["pixart_tiny", "wan_tiny", "flux_tiny", "sd3_tiny", "z_image_tiny"], "pixart_tiny", "wan_tiny")
+)
 def test_what_depends_on_the_condition_alone_is_computed_once(name):
     """Text projections, keys and values of cross-attention: one copy of the batch each, whatever the evaluations, in
     the program as in the trace."""
@@ -130,7 +136,8 @@ def test_what_depends_on_the_condition_alone_is_computed_once(name):
         run, params, _, trace = drawn(config, conditioning == "ahead")
         body, before = executed(run, params)
         cost = model_cost(run.model, params, run.attention)
-        if conditioning == "ahead" and name == "flux_tiny":  # the time's network runs once more, for the modulation
+        # the time's network runs once more, for the modulation
+        if conditioning == "ahead" and name in ("flux_tiny", "sd3_tiny", "z_image_tiny"):
             before -= 2 * run.guide.halves * len(run.rows.i) * 2 * (256 * 64 + 64 * 64)
         assert 2 * run_cost(cost, trace) == pytest.approx(body + before, rel=1e-6)
         found[conditioning] = body, before

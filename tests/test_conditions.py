@@ -22,7 +22,10 @@ from difax.weights.random import random_weights
 from tests.families import some
 
 TINY = ["--steps", "2", "--no-compile-cache", "--json"]
-MODELS = {name: build_setup(load_config(f"{name}_tiny")).model for name in ("flux", "pixart", "wan")}
+MODELS = {
+    name: build_setup(load_config(f"{name}_tiny")).model
+    for name in ("flux", "pixart", "wan", "sd3", "qwen_image", "flux2", "z_image")
+}
 DIT = build_setup(load_config("fmnist_smoke")).model
 
 
@@ -246,7 +249,20 @@ def test_masks_come_in_any_type(tmp_path, dtype):
 
 # ---- random weights ----------------------------------------------------------------------------------------------
 
-DRAWN = ("flux_tiny", "wan_tiny", "pixart_tiny", "pixart_tiny:sigma", "skip_dit_tiny", "fmnist_smoke", "fmnist_dit")
+DRAWN = (
+    "flux_tiny",
+    "wan_tiny",
+    "pixart_tiny",
+    "pixart_tiny:sigma",
+    "skip_dit_tiny",
+    "fmnist_smoke",
+    "fmnist_dit",
+    "sd3_tiny",
+    "qwen_image_tiny",
+    "flux2_tiny",
+    "flux2_tiny:dev",
+    "z_image_tiny",
+)
 
 
 @pytest.mark.parametrize("name", some(DRAWN, "skip_dit_tiny"))

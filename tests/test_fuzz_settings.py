@@ -39,11 +39,14 @@ DDPM["model"] |= {"depth": 2, "width": 16, "size": 8, "patch": 2}
 CNN = load_config("fmnist_cnn")
 CNN["model"] |= {"width": 4, "size": 8}
 SKIP, WAN, PIXART, FLUX = (load_config(n) for n in ("skip_dit_tiny", "wan_tiny", "pixart_tiny", "flux_tiny"))
+SD3 = load_config("sd3_tiny")
+QWEN_IMAGE, FLUX2 = load_config("qwen_image_tiny"), load_config("flux2_tiny:dev")
 
 TABLE = np.zeros((STEPS, 2, 2)).tolist()
 # what a factory must be given besides the key that is tried
 NEEDS = {
     ("cache", "duodiff"): {"weights": "fmnist_dit"},
+    ("cache", "experts"): {"weights": "fmnist_dit"},
     ("cache", "magcache"): {"ratios": [1.0, 1.1, 0.9, 1.0]},
     ("cache", "learning_to_cache"): {"logits": TABLE},
     ("cache", "harmonica"): {"logits": TABLE},
@@ -65,6 +68,7 @@ LANGEVIN |= {"model": {**SMOKE["model"], "channels": 2}, "solver": {"name": "gdd
 WHERE = {
     ("process", "cld"): LANGEVIN,
     ("cache", "duodiff"): {**load_config("fmnist_dit"), "steps": STEPS},
+    ("cache", "experts"): {**load_config("fmnist_dit"), "steps": STEPS},
     ("loss", "hsm"): LANGEVIN,
     ("solver", "gotta_go_fast"): {**SMOKE, "grid": {"name": "log_snr"}},  # a flow has no slope out of pure noise
     ("cache", "skipcache"): SKIP,
@@ -73,6 +77,10 @@ WHERE = {
     ("model", "wan"): WAN,
     ("model", "pixart"): PIXART,
     ("model", "flux"): FLUX,
+    ("model", "sd3"): SD3,
+    ("model", "qwen_image"): QWEN_IMAGE,
+    ("model", "flux2"): FLUX2,
+    ("model", "z_image"): load_config("z_image_tiny"),
     ("model", "cnn"): CNN,
     ("loss", "ddpm"): DDPM,
     ("loss", "cross_entropy"): CNN,

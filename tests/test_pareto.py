@@ -331,6 +331,7 @@ MODELS = {  # configuration: the smallest of its kind
     "wan_tiny": {"depth": 1, "size": (3, 4, 6)},
     "flux_tiny": {"double_depth": 1, "single_depth": 1, "size": 4},
     "pixart_tiny": {"depth": 1, "size": 4},
+    "sd3_tiny": {"depth": 2, "size": 4},
 }
 
 

@@ -45,6 +45,12 @@ def profiled(capsys, *arguments):
             "flux_tiny", ["double: attn", "double: mlp", "single: attn_mlp"], marks=pytest.mark.slow, id="flux_tiny"
         ),
         pytest.param(
+            "sd3_tiny",
+            ["dual: attn", "dual: attn2", "dual: mlp", "joint: attn", "joint: mlp", "last: attn", "last: mlp"],
+            marks=pytest.mark.slow,
+            id="sd3_tiny",
+        ),
+        pytest.param(
             "wan_tiny", ["blocks: attn", "blocks: cross", "blocks: mlp"], marks=pytest.mark.slow, id="wan_tiny"
         ),
         pytest.param(

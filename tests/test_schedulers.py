@@ -368,3 +368,65 @@ def test_recorded_runs_of_pipelines_tell_the_same_times(name):
         middle = (low + high) / 2
         low, high = (middle, high) if times(middle, None)[1] < told[1] else (low, middle)
     np.testing.assert_allclose(times(low, None), told, rtol=1e-5)
+
+
+def linear_mu(tokens: int, low: float, high: float, base: int, most: int) -> float:
+    """The logarithm of a flow's shift, as pipelines give it to their scheduler."""
+    return low + (high - low) * (tokens - base) / (most - base)
+
+
+# what a pipeline of these gives its scheduler: mu of its packed tokens, and sigmas 1 ... 1/n
+GIVEN: dict[str, dict[str, Any]] = {
+    "FluxPipeline": {"mu": linear_mu(24, 0.5, 1.15, 256, 4096)},
+    "QwenImagePipeline": {"mu": linear_mu(24, 0.5, 0.9, 256, 8192)},
+    "LTXPipeline": {"mu": linear_mu(12, 0.95, 2.05, 1024, 4096)},
+    "HunyuanVideoPipeline": {"sigmas": "pipeline"},
+    "ZImagePipeline": {"sigmas": "pipeline"},
+}
+
+
+class Recorded:
+    """A recorded run: arrays by name, whatever name they are stored under, and what its run.json says."""
+
+    def __init__(self, arrays: Any, said: dict[str, Any]):
+        self.arrays, self.said = arrays, said
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[self.said["same"].get(name, name)]
+
+    def __contains__(self, name: str) -> bool:
+        return self.said["same"].get(name, name) in self.arrays.files
+
+
+@pytest.mark.skipif(not PIPELINES.is_dir(), reason="the pipelines are not here")
+@pytest.mark.parametrize("name", sorted(p.name for p in PIPELINES.glob("*/")) if PIPELINES.is_dir() else [])
+def test_recorded_steps_of_pipelines_are_repeated(name, given_noise):
+    """The scheduler files of whole pipelines: sigmas, what the network is told, and every step of a recorded run."""
+    with np.load(PIPELINES / name / "run.npz") as arrays:
+        run = Recorded(arrays, json.loads((PIPELINES / name / "run.json").read_text()))
+        config, told = read_scheduler(PIPELINES / name), run["timesteps"]
+        n = len(told) - (config["_class_name"] == PNDM)  # whose second time is evaluated twice
+        found = scheduler_sections(config, steps=n, **GIVEN.get(run.said["pipeline"], {}))
+        process, times = lay_times(make("grid", found["grid"]), make("process", found["process"]), n)
+        solver = make("solver", found["solver"])
+        rows = solver.grid(process, times)
+        np.testing.assert_allclose(rows.model_time, told, atol=2e-7 * np.abs(told).max())
+        if "sigmas" in run:
+            level, flow = rows.level, found["process"]["name"] == "flow"
+            sigmas = level.sigma if flow else level.sigma / level.alpha
+            np.testing.assert_allclose(sigmas, run["sigmas"][:-1], atol=1e-7 * run["sigmas"].max())
+        # schedulers of k-diffusion hold x/alpha
+        scale = np.hypot(1, run["sigmas"]) if config["_class_name"] == EULER else np.ones(len(told) + 1)
+        state, errors = solver.init(jnp.asarray(run["step/0/sample"])), []
+        for e in range(len(told)):
+            row = jax.tree.map(lambda a, e=e: np.asarray(a[e]), rows)
+            x = jnp.asarray(run[f"step/{e}/sample"] / scale[e], jnp.float32)
+            level = Level(*(np.float32(a) for a in row.level))
+            output = jnp.asarray(run[f"step/{e}/model_output"])
+            prediction = P.predict(output, found["prediction"], False, x, level)
+            noise = jnp.asarray(run[f"step/{e}/noise"]) if f"step/{e}/noise" in run else None
+            x, state = solver.step(prediction, x, state, row, noise)
+            wanted = run[f"step/{e}/prev"]
+            errors.append(np.abs(np.asarray(x) * scale[e + 1] - wanted).max() / np.abs(wanted).max())
+    print(f"{name:14} {config['_class_name']:34} {found['solver']['name']:10} " + " ".join(f"{e:.0e}" for e in errors))
+    assert max(errors) < 5e-6

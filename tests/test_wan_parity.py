@@ -282,11 +282,11 @@ REFUSALS = {
         {},
         ["surplus tensor 'blocks.0.cross_attn.k_img.weight' of shape (20, 20)"],
     ),
-    "more channels in than out": (
+    "fewer channels in than out": (
         "original",
-        _put("patch_embedding.weight", (20, 7, 1, 2, 2)),
+        _put("patch_embedding.weight", (20, 2, 1, 2, 2)),
         {},
-        ["emits 12", "expected 28", "image-to-video"],
+        ["emits 12", "expected 8, or fewer", "image-to-video"],
     ),
     "wrong shape": (
         "diffusers",

@@ -11,6 +11,7 @@ from difax.accel.caches.dbprune import dbprune
 from difax.accel.caches.delta_dit import delta_dit
 from difax.accel.caches.duca import duca
 from difax.accel.caches.duodiff import duodiff
+from difax.accel.caches.experts import experts
 from difax.accel.caches.fastcache import fastcache
 from difax.accel.caches.fastercache import fastercache
 from difax.accel.caches.fora import fora, fora_dit
@@ -64,4 +65,4 @@ CACHES = {
 }
 
 # accelerators that are no caches: they run another network and remember nothing
-NETWORKS = {"duodiff": duodiff}
+NETWORKS = {"duodiff": duodiff, "experts": experts}

@@ -109,7 +109,7 @@ def adacache(
         return Plan(np.zeros(e, np.int32), values, (place("adacache", stages, block, branch),), "adacache")
 
     def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
-        memory, probe = no_memory(spec, modes), unread("adacache", spec, watched, per_sample)
+        memory, probe = no_memory(spec, modes), unread("adacache", spec, modes[0][0], watched, per_sample)
         groups = probe.change.shape
         kept = jax.tree.map(lambda a: jnp.zeros(a.shape, dtype or a.dtype), spec.tokens)
         memory["trunk"] = Clock(kept, jnp.zeros(groups, jnp.int32), jnp.ones(groups, jnp.int32), jnp.ones(groups))

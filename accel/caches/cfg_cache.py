@@ -19,11 +19,13 @@ RADIUS = 5  # the low band is a disc of this fraction of the smaller side
 
 
 class Table(NamedTuple):
-    """Leaves [E]: is the unconditional half estimated, and by how much the bands of the difference have grown."""
+    """Leaves [E]: is the unconditional half estimated, and by how much the bands of the difference have grown; the
+    table of the guide that is wrapped."""
 
     skip: Any
     low: Any
     high: Any
+    inner: Any = ()
 
 
 def estimating(name: str, wanted: Callable[[Row], Table]) -> Callable[[Guide], Guide]:
@@ -49,13 +51,13 @@ def estimating(name: str, wanted: Callable[[Row], Table]) -> Callable[[Guide], G
             )
 
         def plan(rows: Row) -> Row:
-            rows, (skip, *growths) = inner.plan(rows), wanted(rows)
+            rows, (skip, *growths, _) = inner.plan(rows), wanted(rows)
             skip = skip & np.asarray(rows.guided, bool) & ~np.asarray(rows.fresh, bool)
             grown = [np.ones(len(skip)) for _ in growths]
             for e in np.flatnonzero(skip):
                 for band, growth in zip(grown, growths, strict=True):
                     band[e] = band[e - 1] * growth[e]
-            return rows._replace(guided=rows.guided & ~skip, guide=Table(skip, *grown))
+            return rows._replace(guided=rows.guided & ~skip, guide=Table(skip, *grown, inner=rows.guide))
 
         return inner._replace(
             plan=plan,
@@ -72,6 +74,7 @@ def _apply(
     """The inner guide with the network, or with an estimate of its unconditional half."""
     own, bands = state
     table: Table = row.guide
+    row = row._replace(guide=table.inner)
     channels = x.shape[-1]  # behind them the variance, which is never guided
 
     def evaluated(memory: State) -> Any:

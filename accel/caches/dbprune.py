@@ -133,7 +133,7 @@ def dbprune(
         for stage, depth in spec.depth.items():
             memory["block"][stage] = Own(
                 jnp.zeros((depth, *spec.hidden.shape), spec.hidden.dtype),
-                jax.tree.map(lambda a, n=depth: jnp.zeros((n, *a.shape), dtype or a.dtype), spec.tokens),
+                jax.tree.map(lambda a, n=depth: jnp.zeros((n, *a.shape), dtype or a.dtype), spec.within[stage]),
                 jnp.full((depth, groups), -1, jnp.int32),
             )
         return memory

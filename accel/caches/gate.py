@@ -111,7 +111,8 @@ def gated(
       name: of the technique.
       rules: (rows, stages) -> what the gate asks at each evaluation.
       first, last: depth of the model -> how many blocks before and behind the span always run.
-      probe: "input", what the first dense layer of the model is given; "residual", what the `first` blocks added.
+      probe: "input", what the first dense layer of the model is given; "residual", what the `first` blocks added;
+        "time" or "modulation", what the model makes of the time alone (`Model.told`).
       transform: of the relative change d.
       accumulate: add up since the last computed evaluation.
       refresh: the probe's reference is that of the last "compute", or "always" of the evaluation before.
@@ -149,7 +150,10 @@ def gated(
     def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
         memory = no_memory(spec, modes)
         groups = groups_of(spec, per_sample)
-        shape = spec.hidden if probe == "residual" else spec.first_input
+        if probe not in ("input", "residual", *spec.told):
+            allowed = ", ".join(("input", *spec.told))
+            raise ValueError(f"{name}: probe={probe!r}, of which the model tells nothing; allowed: {allowed}")
+        shape = {"input": spec.first_input, "residual": spec.hidden, **spec.told}[probe]
         empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype if dtype is None else dtype), spec.tokens)
         number = partial(jnp.zeros, (groups,))
         memory["trunk"] = Memory(
@@ -176,7 +180,10 @@ def gated(
         if low:
             tokens, memory, report = blocks.run(tokens, memory, 0, low)
         hidden = blocks.hidden(tokens)
-        seen = hidden - blocks.hidden(entered) if probe == "residual" else blocks.first_input(entered)
+        if probe == "residual":
+            seen = hidden - blocks.hidden(entered)
+        else:
+            seen = blocks.first_input(entered) if probe == "input" else blocks.told[probe]
         groups = state.hits.shape[0]
         d = relative_change(state.reference, seen, groups)
         if one_change:

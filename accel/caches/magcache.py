@@ -15,19 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from difax.accel.caches import measured
+from difax.accel.caches import measured, published
 from difax.accel.caches.span import Span, planned_span
 from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Row
 
-# published by the authors
-RATIOS = {
-    "flux": (
-        1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562,
-        1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359,
-        0.89062,
-    ),
-}  # fmt: skip
+# published by the authors; those of two halves have two numbers an evaluation
+RATIOS = {name: tuple(fit["ratios"]) for name, fit in published.table("magcache").items()}
+RATIOS |= {alias: RATIOS[name] for alias, name in published.ALIASES.items() if name in RATIOS}
 
 
 @checked
@@ -73,7 +68,8 @@ def magcache(
     if (ratios is None) == (file is None):
         raise ValueError(
             f"magcache: {'nothing' if file is None else 'ratios and file'} was given; allowed: the model's ratios "
-            f"(numbers, or {', '.join(RATIOS)}), or a file of them as difax calibrate --cache magcache writes"
+            f"(numbers, or {', '.join(published.table('magcache'))}), or a file of them as difax calibrate --cache "
+            "magcache writes"
         )
     if not threshold >= 0 or streak < 0 or not 0 <= retention <= 1:
         raise ValueError(
@@ -104,7 +100,9 @@ def magcache(
             spans.append((0, depth) if reuse else None)
         return spans
 
-    return planned_span("magcache", schedule, dtype=dtype)._replace(measured=measured.record("magcache", file))
+    named = isinstance(ratios, str)
+    says = published.says("magcache", "ratios", ratios) if named else measured.record("magcache", file)
+    return planned_span("magcache", schedule, dtype=dtype)._replace(measured=says)
 
 
 def nearest(ratios: np.ndarray, evaluations: int, halves: int | None = None, guided: bool = True) -> np.ndarray:
@@ -131,13 +129,13 @@ def nearest(ratios: np.ndarray, evaluations: int, halves: int | None = None, gui
 def _ratios(ratios: Any, halves: int | None) -> tuple[np.ndarray, int | None]:
     """Numbers one after the other, and how many an evaluation has, where that is known."""
     if isinstance(ratios, str):
-        if ratios not in RATIOS:
-            raise ValueError(f"magcache: ratios={ratios!r}; allowed: numbers, or {', '.join(RATIOS)}")
-        if halves == 2:
+        _, fit = published.entry("magcache", "ratios", ratios)
+        if halves not in (None, fit["halves"]):
+            each = "one number each" if fit["halves"] == 1 else "two numbers each"
             raise ValueError(
-                f"magcache: halves=2 with ratios={ratios!r}; allowed: 1, or None: they have one number each"
+                f"magcache: halves={halves} with ratios={ratios!r}; allowed: {fit['halves']}, or None: they have {each}"
             )
-        return np.asarray(RATIOS[ratios], np.float64), 1
+        return np.asarray(fit["ratios"], np.float64), fit["halves"]
     try:
         array = np.asarray(ratios)
         array = array.astype(np.float64) if array.dtype.kind in "iuf" else np.zeros(0)

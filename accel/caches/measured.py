@@ -166,6 +166,9 @@ def compare(
     """
     guidance = {"guide": guide, "scale": scale}
     for said in records:
+        if "published" in said:
+            _compare_published(said, model, stages, steps)
+            continue
         begins = f"{source(said['technique'], said['file'])} was measured on {said.get('model', 'another model')}"
         theirs, ours = _branches(said.get("stages")), {s.name: list(s.branches) for s in stages}
         if theirs is not None and theirs != ours:
@@ -182,6 +185,20 @@ def compare(
                 MeasuredElsewhere,
                 stacklevel=3,
             )
+
+
+def _compare_published(said: Mapping[str, Any], model: str, stages: tuple[Stage, ...], steps: int) -> None:
+    """Warns where published numbers (`difax.accel.caches.published`) are those of a model of other blocks, or of a run
+    of another length."""
+    begins, ours = f"{said['technique']}: {said['published']}", [s.depth for s in stages]
+    theirs = said["blocks"]
+    if theirs is None or list(theirs) != ours:
+        had = "" if theirs is None else f", which has {' + '.join(map(str, theirs))} blocks"
+        text = f"{begins} was fitted to {said['of']}{had}; here: {model}, with {' + '.join(map(str, ours))}"
+        warnings.warn(text, MeasuredElsewhere, stacklevel=4)
+    elif said.get("evaluations", steps) != steps:
+        text = f"{begins} was measured over {said['evaluations']} evaluations, and is taken at the nearest of {steps}"
+        warnings.warn(text, MeasuredElsewhere, stacklevel=4)
 
 
 WORDS = {"model": "model", "solver": "solver", "steps": "evaluations", "guide": "guidance", "scale": "scale"}

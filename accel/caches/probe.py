@@ -23,8 +23,8 @@ class Probe(NamedTuple):
     motion: Any
 
 
-def unread(name: str, spec: TrunkSpec, frames: int | None, per_sample: bool = False) -> Probe:
-    """The probe before the first evaluation; per_sample: of every sample for itself.
+def unread(name: str, spec: TrunkSpec, stage: str, frames: int | None, per_sample: bool = False) -> Probe:
+    """The probe of a block of this stage before the first evaluation; per_sample: of every sample for itself.
 
     Raises:
       ValueError: motion is measured between frames that the model does not have.
@@ -35,7 +35,7 @@ def unread(name: str, spec: TrunkSpec, frames: int | None, per_sample: bool = Fa
             f"{spec.output.shape[1:]} and {spec.hidden.shape[1]} tokens"
         )
     groups = groups_of(spec, per_sample)
-    reference = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), spec.tokens)
+    reference = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), spec.within[stage])
     return Probe(reference, jnp.zeros(groups), jnp.zeros(groups))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,13 @@ import numpy as np
 from difax.accel.caches.planned import Schedule, everywhere, planned
 from difax.core.annotations import checked
 from difax.core.contracts import Accelerator, Guide, Row, Stage, State
+
+
+class Table(NamedTuple):
+    """Leaves [E]: are the halves averaged now; the table of the guide that is wrapped."""
+
+    now: Any
+    inner: Any
 
 
 @checked
@@ -70,12 +77,16 @@ def tgate(
             laid, before = inner.plan(rows), np.asarray(rows.i) < gate
             guided = laid.guided & before
             fresh = np.where(before, laid.fresh, rows.fresh)  # guidance that would begin later does not
-            return laid._replace(guided=guided, fresh=fresh, guide=guided & (np.asarray(rows.i) == gate - 1))
+            now = guided & (np.asarray(rows.i) == gate - 1)
+            return laid._replace(guided=guided, fresh=fresh, guide=Table(now, laid.guide))
 
         def apply(denoise, x, cond, null, scale, row, state, memory):
+            table: Table = row.guide
+            row = row._replace(guide=table.inner)
+
             def guided(memory: State) -> Any:
                 output, new, memory, trace = inner.apply(denoise, x, cond, null, scale, row, state, memory)
-                return output, new, _averaged(memory, (cross, attn), row.guide), trace
+                return output, new, _averaged(memory, (cross, attn), table.now), trace
 
             def alone(memory: State) -> Any:
                 output, memory, trace = denoise(x, cond, row, memory, "cond")

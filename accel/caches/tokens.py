@@ -136,7 +136,8 @@ def token_cache(
                     return jax.tree.map(lambda a: jnp.zeros((depth, *shape(a)), kind or a.dtype), update)
 
                 if branch == source:  # what the attention of a block says reaches its other branches along the way
-                    memory["along"] = {name: jax.tree.map(lambda a: jnp.zeros(a.shape[:-1], jnp.float32), update)}
+                    along = jax.tree.map(lambda a: jnp.zeros(a.shape[:-1], jnp.float32), spec.tokens)
+                    memory["along"] = {name: along}
                 memory["branch"][stage][branch] = Held(
                     zeros(lambda a: a.shape, dtype),
                     zeros(lambda a: a.shape[:-1], jnp.int32) if branch in choosing else (),
@@ -196,10 +197,11 @@ def token_cache(
 
 
 def attends_itself(spec: TrunkSpec, stage: str, branch: str) -> bool:
-    """Do the tokens of a branch attend to each other: has its attention as many keys as there are tokens."""
+    """Do the tokens of a branch attend to each other: has its attention as many keys as there are tokens, in all or in
+    one of the streams."""
     # a caption of exactly that length passes for it: its cross-attention is then held whole, which is never wrong
-    call = spec.attention[stage][branch]
-    return call is not None and call.k.shape[1] == sum(a.shape[1] for a in jax.tree.leaves(spec.update[stage][branch]))
+    call, lengths = spec.attention[stage][branch], [a.shape[1] for a in jax.tree.leaves(spec.update[stage][branch])]
+    return call is not None and call.k.shape[1] in (sum(lengths), *lengths)
 
 
 # ---------------------------------------------------------------- one evaluation of one branch
@@ -210,8 +212,12 @@ def _some(tree: Any) -> bool:
 
 
 def _handed_on(name: str, held: Held, inner: State) -> State:
-    """What the attention of a block says, put where its other branches find it."""
-    return {**inner, "along": {**inner["along"], name: held.score}} if _some(held.score) else inner
+    """What the attention of a block says, put where its other branches find it; streams that its stage does not have
+    (`Stage.streams`) keep what they had."""
+    if not _some(held.score):
+        return inner
+    said = {**inner["along"][name], **held.score} if isinstance(held.score, dict) else held.score
+    return {**inner, "along": {**inner["along"], name: said}}
 
 
 def _each(function: Any, *trees: Any) -> Any:

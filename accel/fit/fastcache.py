@@ -42,9 +42,9 @@ def fit(model: Model, params: Params, batches: Iterable[Any], ridge: float = 1e-
 
     def init(spec: TrunkSpec, modes: tuple[Any, ...]) -> State:
         memory, d = no_memory(spec, modes), spec.hidden.shape[-1]
-        names = [f"{n}." for n in spec.tokens] if isinstance(spec.tokens, dict) else [""]
         zeros = {s: [jnp.zeros((n, d + 1, m)) for m in (d + 1, d)] for s, n in spec.depth.items()}
-        return {**memory, "block": {s: {name: tuple(z) for name in names} for s, z in zeros.items()}}
+        named = {s: [f"{n}." for n in of] if isinstance(of, dict) else [""] for s, of in spec.within.items()}
+        return {**memory, "block": {s: {name: tuple(zeros[s]) for name in of} for s, of in named.items()}}
 
     collector, attention = Accelerator(name="fit", block=block, init=init), reference_attention()
 

@@ -163,6 +163,10 @@ class Stage(NamedTuple):
         and of no time (keys and values of cross-attention). Where the context has it already, they take it from there.
     takes: for long skips, the name of an earlier stage of the same depth: block j is first given the tokens behind
         that stage's block depth - 1 - j, by the block's method `skip(tokens, taken)` -> tokens.
+    beside: branches that are given the tokens which the branch before them was given, and not what it made of them:
+        two branches in parallel, whose updates are added one after the other.
+    streams: where the model's tokens are a dict of streams, the names of those that the blocks are given, update and
+        hand around, among them the one that `Model.hidden` reads; the others pass by as they are. None: all.
     """
 
     name: str
@@ -172,6 +176,16 @@ class Stage(NamedTuple):
     enter: Callable[[Tokens, Context], Tokens] = lambda tokens, context: tokens
     takes: str | None = None
     once: bool = False
+    beside: tuple[str, ...] = ()
+    streams: tuple[str, ...] | None = None
+
+    def within(self, tokens: Tokens) -> Tokens:
+        """The part of the model's tokens that the blocks of this stage have."""
+        return tokens if self.streams is None else {name: tokens[name] for name in self.streams}
+
+    def behind(self, tokens: Tokens, own: Tokens) -> Tokens:
+        """The model's tokens with that part as the blocks left it."""
+        return own if self.streams is None else {**tokens, **own}
 
 
 class Known(NamedTuple):
@@ -218,6 +232,8 @@ class Model(NamedTuple):
     once: Callable[[Params, Any], Any] = lambda params, cond: cond
     # (pattern of a path such as "blocks/qkv/", how these weights are cut); weights that no rule names are not
     shards: tuple[tuple[str, Shard], ...] = ()
+    # of a context, what is made of the time alone: "time", its embedding, "modulation", what all blocks modulate by
+    told: Callable[[Context], Mapping[str, jax.Array]] = lambda context: {}
 
 
 class Classifier(NamedTuple):
@@ -378,18 +394,21 @@ class Attention(NamedTuple):
 class TrunkSpec(NamedTuple):
     """What an accelerator may allocate for: per stage its depth, and per branch the update's ShapeDtypeStruct,
     its `AttentionSpec` (None: the branch does not attend) and its dense layers {name: (x, y)}; the tokens between
-    blocks, and the network's output; halves: how many copies of the batch these shapes hold."""
+    stages, those that each stage's blocks have (`Stage.within`), the network's output, what `Model.told` gives; halves:
+    how many copies of the batch these shapes hold."""
 
     depth: dict[str, int]
     update: dict[str, dict[str, Any]]
     attention: dict[str, dict[str, AttentionSpec | None]]
     dense: dict[str, dict[str, dict[str, tuple[Any, Any]]]]
     tokens: Any
+    within: dict[str, Any]
     hidden: Any
     first_input: Any
     output: Any
     halves: int = 1
     together: bool = True
+    told: Mapping[str, Any] = {}
 
 
 class Done(NamedTuple):
@@ -430,10 +449,15 @@ def no_memory(spec: TrunkSpec, modes: tuple[Any, ...]) -> dict[str, Any]:
 
 
 class Network(NamedTuple):
-    """A second network of a run, for the same samples, conditions and prediction as its own."""
+    """A second network of a run, for the same samples, conditions and prediction as its own.
+
+    shared: is it the run's model with other weights. Then accelerators, attention, quantisation and mesh act on it as
+    on the model, and in a report its stages are the model's.
+    """
 
     model: Model
     params: Params
+    shared: bool = False
 
 
 class Accelerator(NamedTuple):
@@ -457,6 +481,9 @@ class Accelerator(NamedTuple):
         that depends on what is remembered; plan is the whole run's, None takes the row's own.
     networks: others that it may run instead of the model, whose parameters are `params["networks"]`
         (`difax.core.stack.with_learned`); `output` says which, and in a report their stages are "1/blocks", "2/blocks".
+    network(row) -> which of `networks` that share the model's blocks gives the weights of an evaluation, by its mode:
+        0 the model's own, 1 those of the first.
+    fresh(rows) -> rows, on the host and before any plan: marks evaluations at which nothing that was remembered holds.
     output(run, state, memory, row) -> (output, state, memory, report, ran): wraps the whole network,
         `run(memory, network=0)` -> (output, memory, report), 0 the model, 1 the first of `networks`; ran: 1.0, or 0.0
         where no network was run.
@@ -490,6 +517,8 @@ class Accelerator(NamedTuple):
     batchwide: bool = False
     networks: tuple[Network, ...] = ()
     planned: bool = False
+    network: Callable[[Row], int] | None = None
+    fresh: Callable[[Row], Row] | None = None
 
 
 class Trace(NamedTuple):

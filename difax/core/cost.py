@@ -159,7 +159,7 @@ def _each_part(
 
             return stage.block.apply({"params": p}, h, m, c, attend, method=branch)
 
-        each = partial(_each_branch, figure, one, stage.branches, p, tokens, m)
+        each = partial(_each_branch, figure, one, stage.branches, p, jax.eval_shape(stage.within, tokens), m)
         branches[stage.name] = each(context)
         once[stage.name] = (0.0,) * len(stage.branches)
         if stage.once:

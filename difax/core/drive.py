@@ -62,6 +62,7 @@ def check_drive(solver: Solver, rows: Row, accelerator: Accelerator) -> None:
     acts = acts or accelerator.branch is not None or accelerator.guide is not None
     planned = len(rows.plan.modes) > 1 or accelerator.planned
     planned = planned or accelerator.guide is not None or accelerator.lookup is not None
+    planned = planned or accelerator.network is not None
     if solver.derivatives and acts:
         raise ValueError(f"cache {name} with a solver that differentiates the network; allowed: cache none")
     if solver.head is not None and accelerator.output is not None:
@@ -73,12 +74,13 @@ def check_drive(solver: Solver, rows: Row, accelerator: Accelerator) -> None:
             f"cache {name} plans what each evaluation computes, and this solver decides in the run which there are; "
             "allowed: none, or a cache that decides in the run too, such as teacache"
         )
-    if solver.drive == "window" and acts:
+    if solver.drive == "window" and (acts or accelerator.network is not None):
         raise ValueError(
             f"cache {name} goes from one evaluation to the next, and this solver makes {width(solver, rows)} at once; "
             "allowed: cache none"
         )
-    if len(jax.tree.leaves(rows.guide)) or rows.guided.any() != rows.guided.all():
+    tables = map(np.asarray, jax.tree.leaves(rows.guide))
+    if any(np.any(a != a[:1]) for a in tables) or rows.guided.any() != rows.guided.all():
         raise ValueError(
             "guide: guidance that differs from evaluation to evaluation, and a solver that does not take them one by "
             "one; allowed: guide cfg over the whole interval, or none"
@@ -161,6 +163,7 @@ def window(run: Run, x: jax.Array, guide_state: Any, memory: Any) -> tuple[jax.A
             guided=rows.guided[0],
             fresh=rows.fresh[0],
             plan=jax.tree.map(lambda a: a[0], rows.plan),
+            guide=jax.tree.map(lambda a: a[0], rows.guide),
         )
         prediction, guide_state, memory, trace = run.evaluate(flat, row, guide_state, memory)
         several = lambda a: a.reshape(batch, wide, *a.shape[1:])  # noqa: E731

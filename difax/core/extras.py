@@ -10,6 +10,7 @@ EXTRAS: dict[str, str | None] = {
     "matplotlib": "plot",
     "tokenizers": "text",
     "optuna": "search",
+    "av": "video",
     "triton": "triton",
     "jax_triton": "triton",
     "torch": "features",

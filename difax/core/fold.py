@@ -171,10 +171,11 @@ class Fold:
         if known is not None and known.once:
             context = {**context, **known.once}
         branch_state, attention_state, along = state["branch"], state["attention"], state["along"]
-        computed, metrics = [], {}
+        computed, metrics, given = [], {}, tokens
         for branch in self.stage.branches:
             at = where._replace(branch=branch)
-            compute = Compute(partial(self._compute, apply, mods, context, branch, at), tokens)
+            given = given if branch in self.stage.beside else tokens
+            compute = Compute(partial(self._compute, apply, mods, context, branch, at), given)
 
             def gate(update: Any, branch: str = branch, tokens: Tokens = tokens) -> Any:
                 factor = apply(mods, branch, method="gate")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -443,8 +444,43 @@ def wan_shift(shape: tuple[int, ...]) -> float:
     return 3.0 * (5.0 / 3.0) ** ((shape[-3] * shape[-2] - 60 * 104) / (90 * 160 - 60 * 104))
 
 
+def qwen_image_shift(shape: tuple[int, ...]) -> float:
+    """Qwen-Image's time shift: exp(mu), mu linear in the image tokens n = H W / 4, 0.5 for 256 and 0.9 for 8192.
+
+    Args:
+      shape: (height, width, channels) of the latents; 4096 tokens are 1024 x 1024 pixels.
+
+    References: Qwen Team 2025, arXiv:2508.02324, whose scheduler also stretches the times so that the last is 0.02.
+    """
+    tokens = shape[-3] * shape[-2] // 4
+    return math.exp(0.5 + (0.9 - 0.5) * (tokens - 256) / (8192 - 256))
+
+
+def flux2_shift(shape: tuple[int, ...], steps: int = 50) -> float:
+    """FLUX.2's time shift: exp(mu), mu fitted by its authors to the image tokens n = h w and the number of steps.
+
+    On 10 steps mu is 8.73809524e-5 n + 1.89833333, on 200 it is 0.00016927 n + 0.45666666, linear in the steps between
+    and beyond; more than 4300 tokens have that of 200 whatever the steps.
+
+    Args:
+      shape: (height, width, channels) of the latents behind 2 x 2 patches; 4096 tokens are 1024 x 1024 pixels.
+      steps: of the run (50).
+
+    References: Black Forest Labs 2025, https://github.com/black-forest-labs/flux2 (`compute_empirical_mu`).
+    """
+    tokens = shape[-3] * shape[-2]
+    of_10, of_200 = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    return math.exp(of_200 if tokens > 4300 else of_200 + (of_200 - of_10) * (steps - 200) / 190)
+
+
 # name -> (shape of one sample) -> time shift
-SHIFTS: dict[str, Callable[[tuple[int, ...]], float]] = {"flux": flux_shift, "wan": wan_shift}
+SHIFTS: dict[str, Callable[[tuple[int, ...]], float]] = {
+    "flux": flux_shift,
+    "wan": wan_shift,
+    "qwen_image": qwen_image_shift,
+    "flux2": flux2_shift,
+    "flux2_distilled": partial(flux2_shift, steps=4),
+}
 
 
 def flow(
@@ -459,8 +495,8 @@ def flow(
       shift: time shift s, 0.001 ... 1000, t' = s t/(1 + (s - 1) t), applied by the `shifted` grid and to training times
         (1 = none; 3 in SD3). None is what `shift_by` says of the size, or 1 without it.
       time_scale: the network is told time_scale * t (1000, as SD3 and FLUX); slopes and velocity stay along t.
-      shift_by: by whose rule the shift follows from the size of the samples, where `shift` is None: "flux" or "wan"
-        (`SHIFTS`).
+      shift_by: by whose rule the shift follows from the size of the samples, where `shift` is None: "flux", "wan",
+        "qwen_image", "flux2" (of 50 steps) or "flux2_distilled" (of 4), the keys of `SHIFTS`.
       shape: of one sample, for that rule; a run gives its model's.
 
     Raises:

@@ -70,7 +70,9 @@ def make_rows(
     """
     accelerator = accelerator or neutral()
     process_.check_parts(process, solver.augmented)
-    rows = _guided(guide, accelerator).plan(solver.grid(process, np.asarray(times, np.float64)))
+    rows = solver.grid(process, np.asarray(times, np.float64))
+    rows = rows if accelerator.fresh is None else accelerator.fresh(rows)
+    rows = _guided(guide, accelerator).plan(rows)
     rows = rows._replace(plan=accelerator.plan(rows, stages))
     check_drive(solver, rows, accelerator)
     return rounded(rows)
@@ -231,18 +233,20 @@ def make_sampler(
 
             def evaluate(mode, memory):
                 chosen = row._replace(plan=Chosen(mode, values, halves))
+                which = 0 if accelerator.network is None else accelerator.network(chosen)
+                own = {**params, **params["networks"][which - 1]} if which else params
 
                 def run(part, network=0):
                     time = jnp.broadcast_to(row.model_time, x_in.shape[:1])
                     if network:
-                        own = zeros_of(lambda: run(part)[2])
+                        nothing = zeros_of(lambda: run(part)[2])
                         output, report = _other(accelerator, attention, network, params, x_in, time, cond_in, chosen)
-                        return output, part, _with_others(own, accelerator, report)
-                    tokens, context = model.embed(params, x_in, time, cond_in)
+                        return output, part, _with_others(nothing, accelerator, report)
+                    tokens, context = model.embed(own, x_in, time, cond_in)
                     tokens, part, report = run_trunk(
-                        model, params, tokens, context, accelerator, attention, part, chosen, known=here
+                        model, own, tokens, context, accelerator, attention, part, chosen, known=here
                     )
-                    output = model.head(params, tokens, context)
+                    output = model.head(own, tokens, context)
                     report = _with_others(report, accelerator)
                     if solver.head is not None:  # behind the channels that guidance mixes
                         extra = solver.head(x_in, time, model.hidden(tokens), output)
@@ -394,7 +398,7 @@ def _with_others(report: Report, accelerator: Accelerator, ran: Report | None = 
     """A report of the model with the stages of an accelerator's other networks, zeros but of the one that ran."""
     computed, entered = dict(report.computed), dict(report.entered)
     for k, network in enumerate(accelerator.networks, 1):
-        for stage in network.model.stages:
+        for stage in () if network.shared else network.model.stages:
             name, halves = f"{k}/{stage.name}", next(iter(report.entered.values())).shape[-1]
             shape = (stage.depth, len(stage.branches), halves)
             computed.setdefault(name, jnp.zeros(shape, jnp.float32))

@@ -34,7 +34,7 @@ def trunk_spec(
     """
     leaves, tree = jax.tree.flatten((params, x, cond))
     shapes = tuple((a.shape, str(a.dtype)) for a in leaves)
-    blocks = tuple((s.name, s.depth, id(s.block), s.branches, s.enter, s.once) for s in model.stages)
+    blocks = tuple((s.name, s.depth, id(s.block), s.branches, s.enter, s.once, s.streams) for s in model.stages)
     key = (model.embed, model.head, model.hidden, blocks, tree, shapes, halves, together, ahead)
     key = (*key, str(jnp.result_type(float)))
     if key not in _KEPT:
@@ -56,12 +56,12 @@ def _trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int, to
 
     def shapes(params: Params, x: jax.Array, cond: Any) -> Any:
         tokens, context = model.embed(params, x, jnp.zeros(x.shape[:1]), cond)
-        first, updates = tokens, {}
+        first, updates, within = tokens, {}, {}
         for stage in model.stages:
             tokens = stage.enter(tokens, context)
             p = first_layer(params[stage.name])
             mods = stage.block.apply({"params": p}, context, method="mods")
-            updates[stage.name] = {}
+            updates[stage.name], within[stage.name] = {}, stage.within(tokens)
             given = context
             if ahead and stage.once:
                 given = {**context, **stage.block.apply({"params": p}, context, method="once")}
@@ -79,11 +79,11 @@ def _trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int, to
                     return y
 
                 with hooked(dense):
-                    update = stage.block.apply({"params": p}, tokens, mods, given, record, method=branch)
+                    update = stage.block.apply({"params": p}, within[stage.name], mods, given, record, method=branch)
                 updates[stage.name][branch] = update
-        return first, updates, model.head(params, tokens, context)
+        return first, updates, within, model.head(params, tokens, context), dict(model.told(context))
 
-    tokens, updates, output = jax.eval_shape(shapes, params, x, cond)
+    tokens, updates, within, output, told = jax.eval_shape(shapes, params, x, cond)
     first = next(iter(model.stages), None)
     inputs = [] if first is None else [x for x, _ in layers[first.name][first.branches[0]].values()]
     return TrunkSpec(
@@ -92,11 +92,13 @@ def _trunk_spec(model: Model, params: Params, x: Any, cond: Any, halves: int, to
         attention=calls,
         dense=layers,
         tokens=tokens,
+        within=within,
         hidden=jax.eval_shape(model.hidden, tokens),
         first_input=inputs[0] if inputs else None,
         output=output,
         halves=halves,
         together=together,
+        told=told,
     )
 
 

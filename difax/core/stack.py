@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difax.core.contracts import Accelerator, Params, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
+from difax.core.contracts import Accelerator, Network, Params, Plan, Row, Stage, State, TrunkSpec, Where, no_memory
 from difax.core.qtensor import cast
 
 LEVELS = ("guide", "output", "trunk", "block", "branch")  # from the outermost to the innermost
@@ -55,6 +56,11 @@ def stack(*accelerators: Accelerator, one_clock: bool = False) -> Accelerator:
             if name in taken:
                 raise ValueError(f"{members[taken[name]].name} and {members[i].name} both act on the branch {name}")
             taken[name] = i
+    running = [i for i, a in enumerate(members) if a.networks]
+    if len(running) > 1:
+        first, second = (members[i].name for i in running[:2])
+        raise ValueError(f"{first} and {second} both run another network; allowed: one of them")
+    choosing = next((i for i in running if members[i].network is not None), None)
     only = branching[0] if branching and members[branching[0]].branches is None else None
     outermost = [next((lv for lv in LEVELS[1:] if getattr(a, lv) is not None), "branch") for a in members]
 
@@ -103,6 +109,11 @@ def stack(*accelerators: Accelerator, one_clock: bool = False) -> Accelerator:
             values[i] = jax.tree.map(lambda a, at=at: a[at], whole.values["members"][i])
         return index, tuple(values)
 
+    def fresh(rows: Row) -> Row:
+        for member in members:
+            rows = rows if member.fresh is None else member.fresh(rows)
+        return rows
+
     def seen_by(i: int, row: Row) -> Row:
         return row._replace(plan=row.plan._replace(mode=row.plan.mode[i], values=row.plan.values[i]))
 
@@ -124,10 +135,10 @@ def stack(*accelerators: Accelerator, one_clock: bool = False) -> Accelerator:
                     memory["branch"][stage][name] = memories[i]["branch"][stage][name]
         return memory
 
-    def wrapped(level: str) -> Any:
-        if level not in owner:
+    def wrapped(level: str, i: int | None = None) -> Any:
+        i = owner.get(level) if i is None else i
+        if i is None:
             return None
-        i = owner[level]
         function = getattr(members[i], level)
         return lambda *arguments: function(*arguments[:-1], seen_by(i, arguments[-1]))
 
@@ -166,6 +177,8 @@ def stack(*accelerators: Accelerator, one_clock: bool = False) -> Accelerator:
         batchwide=any(a.batchwide for a in members),
         networks=tuple(network for a in members for network in a.networks),
         planned=any(a.planned for a in members),
+        network=None if choosing is None else wrapped("network", choosing),
+        fresh=fresh if any(a.fresh is not None for a in members) else None,
     )
 
 
@@ -182,12 +195,24 @@ def _merged(learned: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any
     return merged or None
 
 
-def with_learned(params: Params, accelerator: Accelerator) -> Params:
-    """The parameters of a model with those of an accelerator that has some, and of the other networks that it runs."""
+def with_learned(
+    params: Params, accelerator: Accelerator, prepared: Callable[[Params], Params] | None = None
+) -> Params:
+    """The parameters of a model with those of an accelerator that has some, and of the other networks that it runs.
+
+    Args:
+      prepared: what was made of the model's parameters, for networks that share its blocks; None is the model's dtype.
+    """
     if accelerator.learned is not None:
         params = {**params, "accelerator": jax.tree.map(jnp.asarray, accelerator.learned)}
     if accelerator.networks:
-        params = {**params, "networks": tuple(cast(one.params, one.model.dtype) for one in accelerator.networks)}
+
+        def ready(one: Network) -> Params:
+            if one.shared and prepared is not None:
+                return prepared(one.params)
+            return cast(one.params, one.model.dtype)
+
+        params = {**params, "networks": tuple(map(ready, accelerator.networks))}
     return params
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ class Blocks(NamedTuple):
     skip(tokens, memory) -> the same, with nothing run: zeros in the report.
     first_input(tokens) -> what the first dense layer of the first block is given: the modulated input.
     hidden(tokens) -> the stream [B, N, D] that the head reads.
+    told: what the model makes of the time alone (`Model.told`).
     depth: number of blocks, over all stages.
     """
 
@@ -43,6 +44,7 @@ class Blocks(NamedTuple):
     skip: Callable[..., tuple[Tokens, State, Report]]
     first_input: Callable[[Tokens], Any]
     hidden: Callable[[Tokens], jax.Array]
+    told: Mapping[str, jax.Array]
     depth: int
 
 
@@ -89,8 +91,8 @@ def run_trunk(
             fold = Fold(stage, context, accelerator, attention, row, halves, n in emitted, model.hidden)
             state = {level: memory[level][n] for level in ("block", "branch", "attention")}
             skips = _taken(emitted[stage.takes], stage.depth, low, high) if stage.takes and low < high else None
-            (tokens, memory["along"]), state, out, reports[n] = fold(
-                (tokens, memory["along"]),
+            (own, memory["along"]), state, out, reports[n] = fold(
+                (stage.within(tokens), memory["along"]),
                 (params[n], learned.get(n, ()), known and known[n]),
                 state,
                 skips,
@@ -98,6 +100,7 @@ def run_trunk(
                 high,
                 unroll,
             )
+            tokens = stage.behind(tokens, own)
             if n in emitted and low < high:
                 emitted[n].append((low, high, out))
             for level, new in state.items():
@@ -117,7 +120,7 @@ def run_trunk(
 
     def first_input(tokens: Tokens) -> Any:
         stage = model.stages[0]
-        p, tokens = {"params": first_layer(params[stage.name])}, stage.enter(tokens, context)
+        p, tokens = {"params": first_layer(params[stage.name])}, stage.within(stage.enter(tokens, context))
         mods = known and known[stage.name].mods
         if mods is None:
             looked.append(stage.name)
@@ -133,7 +136,7 @@ def run_trunk(
 
     if accelerator.trunk is None:
         return run(tokens, memory)
-    blocks = Blocks(run, skip, first_input, model.hidden, depth)
+    blocks = Blocks(run, skip, first_input, model.hidden, model.told(context), depth)
     tokens, state, memory, report = accelerator.trunk(blocks, tokens, context, memory["trunk"], memory, row)
     for name in looked:  # the conditioning of the first block, computed for its input
         report = report._replace(entered={**report.entered, name: report.entered[name].at[0].add(1.0)})

@@ -1,9 +1,11 @@
-"""Pictures: sample grids and PNG files, written aside and renamed."""
+"""Pictures: sample grids, and the files of pictures, written aside and renamed."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,14 +59,40 @@ def image_grid(images: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Writes a uint8 picture [H, W] or [H, W, 3]; the file appears whole or not at all."""
     with replacing(path) as aside:
-        write_png(aside, image)
+        write_still(aside, image, ".png")
 
 
-def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes a uint8 picture [H, W] or [H, W, 3] as it goes, into a folder that itself appears whole."""
+# suffix -> Pillow's name of the format, how it is written, the longest side that it has room for
+STILLS: dict[str, tuple[str, dict[str, Any], int]] = {
+    ".png": ("PNG", {}, 2**31 - 1),
+    ".webp": ("WEBP", {"quality": 95}, 16383),
+    ".jpg": ("JPEG", {"quality": 95}, 65500),
+    ".jpeg": ("JPEG", {"quality": 95}, 65500),
+}
+
+
+def write_still(path: str | os.PathLike, image: np.ndarray, suffix: str) -> None:
+    """Writes a uint8 picture [H, W] or [H, W, 3] as it goes, to a file or into a folder that itself appears whole.
+
+    Args:
+      suffix: of `STILLS`, the format, whatever the path ends in.
+
+    Raises:
+      ValueError: a side that the format has no room for.
+    """
     from PIL import Image
 
-    Image.fromarray(image).save(path, format="PNG")
+    name, options, most = STILLS[suffix]
+    check_sides(image.shape, suffix, most)
+    packed = io.BytesIO()  # Pillow's own writing of .jpg and .gif says nothing where a disk is full
+    Image.fromarray(image).save(packed, format=name, **options)
+    pathlib.Path(path).write_bytes(packed.getbuffer())
+
+
+def check_sides(shape: tuple[int, ...], suffix: str, most: int) -> None:
+    """Raises ValueError for a picture [H, W, ...] that a format has no room for."""
+    if max(shape[:2]) > most:
+        raise ValueError(f"a picture of {shape[1]} x {shape[0]} pixels; allowed in {suffix}: sides of up to {most}")
 
 
 @contextlib.contextmanager

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from difax.core.contracts import Autoencoder, Model
-from difax.media.images import read_masks, read_pictures, resized
 from difax.models.autoencoders import find_autoencoder
-from difax.pipelines.folder import Folder
-from difax.pipelines.recipes import Recipe, open_pipeline
+from difax.pipelines.encode import check_prompts, conditions, encoded, warn_of_cuts
+from difax.pipelines.image_in import read_masks, read_pictures, resized
+from difax.pipelines.prompts import prompting
+from difax.pipelines.recipes import open_pipeline
 from difax.pipelines.section import COMPONENTS
 from difax.weights.published import load_foreign
 
-
 SMALL = 32  # latents a side of a preview
-
-
-class Encoded(NamedTuple):
-    """cond: of the model, leaves lead with [n]. cut: what of each prompt the encoders do not take, or ""."""
-
-    cond: Any
-    cut: list[str]
 
 
 class Pipeline:
@@ -51,9 +44,28 @@ class Pipeline:
             self._autoencoders[name] = found.model, load_foreign(path, found, jnp.float32)
         return self._autoencoders[name]
 
-    def known(
-        self, image: Any, mask: Any, n: int, shape: tuple[int, ...]
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    def conditions(self, model: Model, prompts: Sequence[str], guided: bool) -> dict[str, np.ndarray]:
+        """The condition [n] of prompts, warned of where a prompt is cut.
+
+        Args:
+          guided: is there an unconditional half, for the negative prompt.
+        """
+        begun, prompts = time.perf_counter(), check_prompts(prompts)
+        rules, section = prompting(self.folder.name, self.folder.settings), self.section
+        more = {"tokens": section["tokens"], "kept": section.get("embeddings")}
+        found, cut = encoded(self.folder, rules, prompts, **more)
+        warn_of_cuts(prompts, cut, section["tokens"])
+        negative = None
+        if guided:
+            told = section.get("negative", rules.negative) or ""
+            negative, _ = encoded(self.folder, rules, [told], negative=True, **more)
+        sides = float(section["height"]), float(section["width"])
+        told = {"guidance": section.get("guidance"), "resolution": sides, "aspect_ratio": sides[0] / sides[1]}
+        cond = conditions(model, found, negative, told)
+        self.seconds["encode"] = time.perf_counter() - begun
+        return cond
+
+    def known(self, image: Any, mask: Any, n: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
         """The latents [n, ...] of an image, and where a mask lets them become others, [n, ..., 1].
 
         Args:

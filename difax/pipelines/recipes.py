@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.core.annotations import brief, check_value, choose
 from difax.core.files import named
 from difax.pipelines.folder import Folder, open_folder
 
@@ -14,17 +12,17 @@ from difax.pipelines.folder import Folder, open_folder
 class Recipe(NamedTuple):
     """One pipeline of diffusers 0.42.1 with the values that it takes where none are given.
 
-    model: of `difax.models.MODELS`. side: pixels of a default picture, (height, width), given the folder and the pixels of
-        a latent's side. patch: latents on the side of a token. steps, scale: of solver and guidance. guide: how the halves
-        are mixed. guidance: what a network is told that takes its scale as an input; None for those that do not.
-    prompts: 0 for labels, else tokens of the longest prompt (`max_sequence_length`). negative: the negative prompt; None
-        means that there is no guidance without one.
+    model: of `difax.models.MODELS`. side: pixels of a default picture, (height, width), given the folder and the pixels
+        of a latent's side. patch: latents on the side of a token. steps, scale: of solver and guidance. guide: how the
+        halves are mixed. offset: of difax's scale over the pipeline's, 1 where that writes c + s (c - u). guidance:
+        what a network is told that takes its scale as an input; None for those that do not.
+    prompts: 0 for labels, else tokens of the longest prompt (`max_sequence_length`).
     frames, fps: of a film, 0 for pictures.
     packed: are latents of diffusers [B, tokens, C patch^2], features in the order (channel, row, column).
     mu: (tokens, steps) -> logarithm of the flow's shift, where the scheduler's file does not say it.
     sigmas: of the flow before its shift, "pipeline" (1 ... 1/n) or "scheduler"; None is what the scheduler's file says.
     networks: folders of denoisers, the second for the lower noise levels.
-    text: tokens of a prompt's embeddings, given those of the longest prompt.
+    text: (tokens of the longest prompt, config.json of the network) -> tokens of its embeddings.
     """
 
     model: str
@@ -33,20 +31,22 @@ class Recipe(NamedTuple):
     steps: int
     scale: float
     guide: Mapping[str, Any] = {"name": "cfg"}
+    offset: float = 0.0
     guidance: float | None = None
     prompts: int = 0
-    negative: str | None = ""
     frames: int = 0
     fps: int = 0
     packed: bool = False
     mu: Callable[[int, int], float] | None = None
     sigmas: str | None = None
     networks: tuple[str, ...] = ("transformer",)
-    text: Callable[[int], int] = lambda tokens: tokens
+    text: Callable[[int, Mapping[str, Any]], int] = lambda tokens, config: tokens
 
-    def geometry(self, section: Mapping[str, Any]) -> dict[str, Any]:
+    def geometry(self, folder: Folder, section: Mapping[str, Any]) -> dict[str, Any]:
         """What a section tells of the network beside its size."""
-        return {"text_tokens": self.text(section["tokens"])} if self.prompts else {}
+        if not self.prompts:
+            return {}
+        return {"text_tokens": self.text(section["tokens"], folder.config(self.networks[0]))}
 
 
 def _of_network(folder: Folder, side: int) -> tuple[int, int]:
@@ -59,6 +59,13 @@ def _of_network(folder: Folder, side: int) -> tuple[int, int]:
 
 def _square(latents: int) -> Callable[[Folder, int], tuple[int, int]]:
     return lambda folder, side: (latents * side, latents * side)
+
+
+def _z_image_text(tokens: int, config: Mapping[str, Any]) -> int:
+    """At most as many as there are places for, before that of the picture."""
+    places = config.get("axes_lens", [512])
+    most = places[0] - 2 if isinstance(places, list) and places and isinstance(places[0], int) else tokens
+    return tokens if tokens <= most else max(most // 32 * 32, 1)
 
 
 def flux2_mu(tokens: int, steps: int) -> float:
@@ -74,21 +81,26 @@ def flux2_mu(tokens: int, steps: int) -> float:
 RECIPES: dict[str, Recipe] = {
     "DiTPipeline": Recipe("dit", _of_network, patch=2, steps=50, scale=4.0),
     "FluxPipeline": Recipe(
-        "flux", _square(128), patch=2, steps=28, scale=1.0, guidance=3.5, prompts=512, negative=None, packed=True,
+        "flux", _square(128), patch=2, steps=28, scale=1.0, guidance=3.5, prompts=512, packed=True,
         sigmas="pipeline",
     ),
     "PixArtAlphaPipeline": Recipe("pixart", _of_network, patch=2, steps=20, scale=4.5, prompts=120),
     "PixArtSigmaPipeline": Recipe("pixart", _of_network, patch=2, steps=20, scale=4.5, prompts=300),
-    "StableDiffusion3Pipeline": Recipe("sd3", _of_network, patch=2, steps=28, scale=7.0, prompts=256, text=lambda n: 77 + n),
+    "StableDiffusion3Pipeline": Recipe(
+        "sd3", _of_network, patch=2, steps=28, scale=7.0, prompts=256, text=lambda tokens, _: 77 + tokens
+    ),
     "WanPipeline": Recipe(
         "wan", lambda folder, side: (480, 832), patch=2, steps=50, scale=5.0, prompts=512, frames=81, fps=16,
         networks=("transformer", "transformer_2"),
     ),
     "QwenImagePipeline": Recipe(
-        "qwen_image", _square(128), patch=2, steps=50, scale=4.0, prompts=512, negative=None, packed=True,
-        sigmas="pipeline",
+        "qwen_image", _square(128), patch=2, steps=50, scale=4.0, guide={"name": "cfg", "norm": "patch"}, prompts=512,
+        packed=True, sigmas="pipeline",
     ),
-    "ZImagePipeline": Recipe("z_image", _square(128), patch=2, steps=50, scale=5.0, prompts=512, sigmas="pipeline"),
+    "ZImagePipeline": Recipe(
+        "z_image", _square(128), patch=2, steps=50, scale=5.0, offset=1.0, prompts=512, sigmas="pipeline",
+        text=_z_image_text,
+    ),
     "Flux2KleinPipeline": Recipe(
         "flux2", _square(64), patch=1, steps=50, scale=4.0, prompts=512, packed=True, sigmas="pipeline", mu=flux2_mu
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,11 +19,13 @@ KEYS: dict[str, Any] = {
     "fps": float | None,
     "negative": str | None,
     "guidance": float | None,
+    "scale_2": float | None,
     "tokens": int | None,
     "shift": float | None,
     "sigmas": Sequence[float] | None,
     "tile": int | None,
     "preview": str | None,
+    "embeddings": str | None,
     **dict.fromkeys(COMPONENTS, str | None),
 }
 WORDS = {
@@ -34,11 +35,13 @@ WORDS = {
     "fps": "frames of a second of the film",
     "negative": "prompt of the unconditional half",
     "guidance": "scale that the network takes as an input",
+    "scale_2": "guidance scale of the network for weak noise, of pipelines with two",
     "tokens": "of the longest prompt",
     "shift": "of the flow's times",
     "sigmas": "of the flow before the shift, one for each step",
     "tile": "side of what is decoded at once, in pixels; none decodes all of a picture",
     "preview": "a small autoencoder (AutoencoderTiny) that previews are decoded by; none takes the pipeline's",
+    "embeddings": "folder in which embeddings are kept by their prompts",
     "vae": "elsewhere than in the folder",
     "text_encoder": "elsewhere than in the folder",
 }
@@ -76,9 +79,6 @@ def filled(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, section: Ma
             )
     if recipe.prompts:
         found["tokens"] = given.get("tokens", recipe.prompts)
-        negative = given.get("negative", recipe.negative)
-        if negative is not None:
-            found["negative"] = negative
     if recipe.guidance is not None:
         found["guidance"] = float(given.get("guidance", recipe.guidance))
     return found
@@ -109,6 +109,7 @@ def _check_counts(folder: Folder, recipe: Recipe, given: Mapping[str, Any]) -> N
         "negative": not recipe.prompts,
         "tokens": not recipe.prompts,
         "guidance": recipe.guidance is None,
+        "scale_2": folder.settings.get("boundary_ratio") is None,
     }
     for key in without.keys() & given.keys():
         if without[key]:

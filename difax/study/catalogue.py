@@ -57,6 +57,7 @@ HERE = ("exact", "variant", "adapted")
 NOT_SYSTEMS = {
     "attends:xla": "the definition of softmax attention",
     "caches:none": "no cache",
+    "caches:experts": "two networks of one published model, and no technique",
     "caches:scheduled": "any static plan; the search for one is difax's own",
     "grids:given": "a list of a user's own",
     "grids:exponential": "log_snr between noise levels of a user's own",

@@ -202,7 +202,7 @@ def _parts(
                 return jax.lax.scan(one, tokens, (jnp.arange(stage.depth), p, mods))[0]
 
             name = f"{stage.name}: {branch}"
-            programs[name] = partial(jax.jit(every), params[stage.name], mods, tokens, context)
+            programs[name] = partial(jax.jit(every), params[stage.name], mods, stage.within(tokens), context)
             gflops[name] = len(wide) * stage.depth * operations / 1e9
     programs["head"] = partial(head, params, tokens, context)
     both = jax.block_until_ready(programs["head"]())

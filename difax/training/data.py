@@ -16,6 +16,7 @@ import numpy as np
 
 from difax.core.arrays import PIECE, opened_arrays, unpacked_limit
 from difax.core.files import listed, named, opened, place_of, why
+from difax.media.inputs import read_picture
 
 DEBIAN = pathlib.Path("/usr/share/datasets/fashion-mnist")
 LABELS = (
@@ -59,8 +60,6 @@ def fashion_mnist(split: str = "train", data_dir: str | os.PathLike | None = Non
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-PIXELS = 2**26  # of a picture, at most
-FORMATS = ("PNG", "JPEG", "WEBP")  # of pictures, whatever their suffix says
 TEST_SHARE = 10  # every tenth image is a test image where a data set says nothing itself
 
 
@@ -108,7 +107,7 @@ def folder(
         files = [f for f in files if (f in held) == (split == "test")]
     if not files:
         raise ValueError(f"data folder {root}: no {split} images in it; allowed: {', '.join(SUFFIXES)}")
-    read = [_read_picture(f, size) for f, _ in files]
+    read = [read_picture(f, size) for f, _ in files]
     wanted = channels or max(image.shape[-1] for image in read)
     same = [_with_channels(image, wanted) for image in read]
     for (file, _), image in zip(files, same, strict=True):
@@ -228,37 +227,6 @@ def _check_split(name: str, split: str) -> None:
 
 def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
     return [p for p in listed(folder) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-
-
-def _read_picture(file: pathlib.Path, size: int | None) -> np.ndarray:
-    """uint8 [H, W, 1 or 3]; of what is seen through, over white."""
-    allowed = f"a picture ({', '.join(FORMATS)}) of at most {PIXELS:,} pixels"
-    with opened(file, allowed) as raw:
-        try:
-            array = _decoded(raw, size)
-        except Exception as error:  # a library of many formats says in many ways that a file is damaged
-            fault = "no picture" if type(error).__name__ == "UnidentifiedImageError" else why(error)
-            raise ValueError(f"{named(file)}: {fault}; allowed: {allowed}") from None
-    return array if array.ndim == 3 else array[..., None]
-
-
-def _decoded(raw: Any, size: int | None) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    with Image.open(raw, formats=FORMATS) as picture:
-        if math.prod(picture.size) > PIXELS:
-            raise ValueError(f"{picture.width} x {picture.height} pixels")
-        if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:  # MPO: a camera's JPEG with a preview
-            raise ValueError("a moving picture")
-        image = ImageOps.exif_transpose(picture)
-        if image.mode.startswith("I"):  # 16 bits, of which the upper ones are seen
-            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-        if size is not None:
-            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        return np.asarray(image, np.uint8)
 
 
 def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:

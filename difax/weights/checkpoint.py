@@ -25,7 +25,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,9 +51,11 @@ SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
 UNUSED = ("scale_input", "input_scale", "comfy_quant")  # the scale of activations, a description of the format
 MARKER = "scaled_fp8"  # an empty tensor that says of a file that it has scales
 COUNTER = "num_batches_tracked"  # of torch's BatchNorm, beside its statistics: of training alone
+OWN = ("diffusion_pytorch_model", "model")  # how diffusers and transformers call the weights of a folder
 MOST_HEADER = 2**25  # bytes; FLUX.1's is 0.1 MB
 MOST_LETTERS = 512  # of a tensor's name
 MOST_DEPTH = 8  # parts of a prefix
+Layers = Mapping[str, int | Sequence[int]]
 _METADATA = "difax"  # one entry: the library writes several in random order, and files should be reproducible
 
 
@@ -164,8 +166,8 @@ def load_safetensors(
     path: str | os.PathLike,
     spec: Params,
     table: Mapping[str, Source],
-    layers: Mapping[str, int] | None = None,
-    constants: Mapping[str, np.ndarray] | None = None,
+    layers: Layers | None = None,
+    constants: Mapping[str, np.ndarray | None] | None = None,
     dtype: Any = None,
     shardings: Params | None = None,
     ignored: str | None = None,
@@ -176,9 +178,9 @@ def load_safetensors(
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
       spec: nested dict of what is wanted: leaves with shape and dtype (`jax.eval_shape(model.init, key)`).
       table: for every path of `spec` ('blocks/qkv/kernel') its `Source`.
-      layers: how many values each placeholder takes, e.g. {"layer": 28}.
+      layers: how many values each placeholder takes, e.g. {"layer": 28}, or which ones, where it does not begin at 0.
       constants: tensors that the file may hold and the model computes itself (fixed positions); each must
-        agree within 1e-5, or within the rounding of the file's half precision.
+        agree within 1e-5, or within the rounding of the file's half precision. None: that no forward pass reads.
       dtype: floating dtype of the result; None keeps the file's: where it has several the one that holds them all
         (float32 for bfloat16 beside float16 or float32, for fp8 with scales and for float64; bfloat16 for fp8 alone).
       shardings: a tree like `spec` of where each parameter lies; None is the first device. A host then holds one
@@ -202,8 +204,8 @@ def opened_safetensors(
     path: str | os.PathLike,
     spec: Params,
     table: Mapping[str, Source],
-    layers: Mapping[str, int],
-    constants: Mapping[str, np.ndarray],
+    layers: Layers,
+    constants: Mapping[str, np.ndarray | None],
     dtype: Any,
     each: bool = False,
     finite: bool = True,
@@ -230,7 +232,8 @@ def opened_safetensors(
     for p, row in rows.items():
         _check_tensors(p, table[p], wanted[p], row, tensors)
     for name in tensors.keys() & constants.keys():
-        _check_constant(name, tensors[name], constants[name])
+        if (expected := constants[name]) is not None:
+            _check_constant(name, tensors[name], expected)
     floats = {p for p in rows if jnp.issubdtype(wanted[p].dtype, jnp.floating)}
     alike = [{p} for p in floats] if each else [floats]
     dtypes = {p: wanted[p].dtype for p in rows} | {
@@ -327,7 +330,7 @@ def save_safetensors(path: str | os.PathLike, params: Params, metadata: Mapping[
         aside.chmod(mode)
 
 
-def equal_copies(path: str | os.PathLike, table: Mapping[str, Source], layers: Mapping[str, int]) -> bool:
+def equal_copies(path: str | os.PathLike, table: Mapping[str, Source], layers: Layers) -> bool:
     """Whether the layers of a file repeat the shared parameters of a table; reads them, up to the first that differs.
 
     Tensors that are missing or of another shape are for `load_safetensors` to refuse, and count as equal.
@@ -366,7 +369,10 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
     path = Path(path)
     try:
         if path.is_dir():
-            found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+            indices = [*path.glob("*.safetensors.index.json"), *path.glob("*.safetensors.index.*.json")]
+            found = _plain(indices) or _plain(path.glob("*.safetensors"))
+            # what stands under the library's own name, beside the same weights as another program has them
+            found = [f for f in found if len(found) > 1 and f.name.split(".")[0] in OWN] or found
             if len(found) != 1:
                 names = ", ".join(f.name for f in found[:10]) or "none"
                 inside = [folder for folder in ("transformer", "unet") if (path / folder).is_dir()]
@@ -397,6 +403,15 @@ def _files(path: str | os.PathLike) -> list[tuple[Path, set[str] | None]]:
     if not shards:
         raise ValueError(f"{path}: its 'weight_map' is empty")
     return [(path.parent / file, names) for file, names in sorted(shards.items())]
+
+
+def _plain(files: Iterable[Path]) -> list[Path]:
+    """Files by name, without those that are variants of another of them (`x.fp16.safetensors` beside
+    `x.safetensors`), which diffusers takes where they are asked for alone."""
+    names = {f.name: f for f in files}
+    parts = {name: name.split(".") for name in names}
+    without = {name: {".".join([*p[:i], *p[i + 1 :]]) for i in range(1, len(p) - 1)} for name, p in parts.items()}
+    return [f for name, f in sorted(names.items()) if not without[name] & names.keys()]
 
 
 def _beside(path: Path, file: str) -> bool:
@@ -622,13 +637,15 @@ def _holds_all(tensors: Iterable[_Tensor]) -> Any:
 # ---- checks and assembly -----------------------------------------------------------------------------------
 
 
-def _expand(source: Source, layers: Mapping[str, int]) -> list[list[str]]:
+def _expand(source: Source, layers: Layers) -> list[list[str]]:
     """Tensor names [layers][parts] of one parameter; a single row without a placeholder."""
     used = [p for p in layers if any(f"{{{p}}}" in key for key in source.keys)]
     if not used:
         return [list(source.keys)]
     (placeholder,) = used
-    return [[key.format(**{placeholder: i}) for key in source.keys] for i in range(layers[placeholder])]
+    numbers = layers[placeholder]
+    numbers = range(numbers) if isinstance(numbers, int) else numbers
+    return [[key.format(**{placeholder: i}) for key in source.keys] for i in numbers]
 
 
 def _stacked(source: Source) -> bool:

@@ -46,7 +46,7 @@ TEXTS = ("text", "mask", "null_text", "null_mask")  # leaves that lead with the 
 
 def of_lengths(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> Model:
     """A model whose condition has texts as long as those that are given, [n, L, ...] by name."""
-    spec = flatten_dict(model.cond, sep="/")
+    spec: dict[str, Any] = flatten_dict(model.cond, sep="/")
     for name in spec.keys() & set(TEXTS) & shapes.keys():
         shape = shapes[name]
         if len(shape) == len(spec[name].shape) + 1 and shape[1] > 0:
@@ -111,12 +111,12 @@ def check_conditions(model: Model, cond: Any, where: str = "cond", lengths: bool
     if given.keys() != spec.keys():
         raise ValueError(f"{where} has {', '.join(sorted(given))}; allowed: {', '.join(sorted(spec))}")
     arrays = {name: _numbers(f"{where} {name}", given[name], spec[name].dtype) for name in spec}
-    lengths = {len(a) if a.ndim else 0 for a in arrays.values()}
+    numbers = {len(a) if a.ndim else 0 for a in arrays.values()}
     for name, array in arrays.items():
-        if array.shape[1:] != spec[name].shape or len(lengths) > 1:
+        if array.shape[1:] != spec[name].shape or len(numbers) > 1:
             wanted = ", ".join(map(str, ("n", *spec[name].shape)))
             raise ValueError(f"{where} {name} is {list(array.shape)}; allowed: [{wanted}], one n for all")
-    if 0 in lengths:
+    if 0 in numbers:
         raise ValueError(f"{where} holds 0 conditions; allowed: one or more")
     for name, array in arrays.items():
         mask = arrays.get(name.replace("text", "mask")) if "text" in name else None

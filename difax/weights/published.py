@@ -19,6 +19,7 @@ import numpy as np
 
 from difax.core.contracts import Params
 from difax.weights.checkpoint import (
+    Layers,
     Source,
     Streamed,
     load_safetensors,
@@ -43,8 +44,8 @@ class Foreign(NamedTuple):
 
     model: Any
     table: Table
-    layers: Mapping[str, int]
-    constants: Mapping[str, np.ndarray] = {}
+    layers: Layers
+    constants: Mapping[str, np.ndarray | None] = {}
     geometry: Mapping[str, Any] = {}
     kind: str = ""
     assumed: frozenset[str] = frozenset()

@@ -56,13 +56,29 @@ def one_of(*values: Any, but: str = "") -> Setting:
 
 
 def flag() -> Setting:
-    """true or false."""
-    return one_of(True, False)
+    """true or false, or null, which the classes take for false and which the tensors then decide."""
+    return optional(one_of(True, False))
 
 
 def optional(setting: Setting) -> Setting:
     """As a setting says, or null, which is the same as no key."""
     return Setting(f"{setting.allowed}, or null", lambda value: value is None or setting.fits(value))
+
+
+def any_number() -> Setting:
+    """A finite number."""
+    return Setting("a number", number(-math.inf).fits)
+
+
+def listed(setting: Setting) -> Setting:
+    """A list of any length of values of a setting."""
+    fits = lambda value: isinstance(value, list) and all(map(setting.fits, value))  # noqa: E731
+    return Setting(f"a list, each {setting.allowed}", fits)
+
+
+def either(*settings: Setting) -> Setting:
+    """What one of these allows."""
+    return Setting(" or ".join(s.allowed for s in settings), lambda value: any(s.fits(value) for s in settings))
 
 
 def several(count: int, setting: Setting) -> Setting:
@@ -72,12 +88,16 @@ def several(count: int, setting: Setting) -> Setting:
 
 
 def read_settings(
-    path: str | os.PathLike, classes: Sequence[str], settings: Mapping[str, Setting]
+    path: str | os.PathLike,
+    classes: Sequence[str],
+    settings: Mapping[str, Setting],
+    defaults: Mapping[str, Any] = {},
 ) -> tuple[Path, dict[str, Any]]:
     """The entries of a checkpoint's config.json whose keys have a setting, those that are null left out.
 
     Args:
       classes: the values of _class_name that the file may have.
+      defaults: {key: what it stands for where the file leaves it out}, of the keys that no tensor tells.
 
     Returns:
       (the file, {key: value}): none where there is no file, or one of some other program.
@@ -89,7 +109,8 @@ def read_settings(
     for name, setting in settings.items():
         if name in config and not setting.fits(config[name]):
             raise ValueError(f"{file}: {name}={config[name]!r}; allowed: {setting.allowed}")
-    return file, {name: config[name] for name in settings if config.get(name) is not None}
+    said = {name: config[name] for name in settings if config.get(name) is not None}
+    return file, {**defaults, **said} if config else said
 
 
 def check_agrees(file: Path, config: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -111,6 +132,27 @@ def check_head_width(file: Path, config: Mapping[str, Any], heads: str, head_wid
             f"{file}: {heads}={config[heads]} times {head_width}={config[head_width]}; allowed: {width}, the width of "
             "the checkpoint's tensors"
         )
+
+
+def stored_heads(
+    file: Path, config: Mapping[str, Any], heads: str, head_width: str, width: int, default: int
+) -> dict[str, int]:
+    """{"heads": their number} by a config.json: as it says, or by the width of one, given or of the class.
+
+    Args:
+      heads, head_width: the keys of both. width: of the checkpoint's tensors. default: of one head, of the class.
+
+    Returns:
+      Nothing where there is no config.json, or the class's heads do not make up the width.
+
+    Raises:
+      ValueError: heads times head width is not the width.
+    """
+    check_head_width(file, config, heads, head_width, width)
+    if heads in config or not config:
+        return {"heads": config[heads]} if config else {}
+    one = config.get(head_width, default)
+    return {} if width % one else {"heads": width // one}
 
 
 def rows_of(table: Table, spec: Params) -> dict[str, Source]:

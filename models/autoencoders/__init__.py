@@ -51,4 +51,4 @@ def find_autoencoder(path: str | os.PathLike, dtype: str = "float32", **override
     else:
         names = tensor_shapes(path)
         kind = max(AUTOENCODERS, key=lambda name: AUTOENCODERS[name].known(names))
-    return AUTOENCODERS[kind].find(path, dtype=dtype, **overrides)
+    return AUTOENCODERS[kind].find(path, dtype=dtype, **overrides)._replace(kind=kind)

@@ -32,7 +32,7 @@ import numpy as np
 
 from difax.core.annotations import checked
 from difax.core.contracts import Autoencoder, Params
-from difax.core.ops import attend
+from difax.core.ops import attend_by_rows
 from difax.models.layers import Dense, model_dtype
 
 # name -> base, decoder_base, channels, patch, residual; multipliers, depth and time are the same in both
@@ -60,7 +60,7 @@ STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
         + (0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
     ),
 }
-LOGITS = 2**26  # of attention, at a time
+LOGITS = 2**26  # of attention at a time: a picture of 1328 x 1328 pixels has 7.6e8 of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _convolved(
     x = x_BFHWC.reshape(b * f, *x_BFHWC.shape[2:]) if flat else x_BFHWC
     layout = ("NHWC", "HWIO", "NHWC") if flat else ("NDHWC", "DHWIO", "NDHWC")
     y = jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), strides, padding, dimension_numbers=layout)
-    y = y + bias.astype(x.dtype)
+    y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
     return y.reshape(b, f, *y.shape[1:]) if flat else y
 
 
@@ -165,7 +165,8 @@ class Norm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
         x = x.astype(jnp.float32)
         square = (x * x).sum(-1, keepdims=True)
-        return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24)) * (x.shape[-1] ** 0.5 * scale)
+        unit = x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+        return unit * jnp.broadcast_to(x.shape[-1] ** 0.5 * scale, x.shape)
 
 
 class Residual(nn.Module):
@@ -192,21 +193,8 @@ class FrameAttention(nn.Module):
         b, f, h, w, c = x_BFHWC.shape
         x = Norm(name="norm")(x_BFHWC).astype(x_BFHWC.dtype).reshape(b * f, h * w, c)
         q, k, v = (part[:, :, None] for part in jnp.split(Dense(3 * c, name="qkv")(x), 3, axis=-1))
-        return x_BFHWC + Dense(c, name="proj")(_attend(q, k, v).reshape(x_BFHWC.shape))
-
-
-def _attend(q_BTHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array) -> jax.Array:
-    """`attend`, of so many queries at a time that there are at most `LOGITS` logits: a picture of 1328 x 1328 pixels
-    has 7.6e8 of them."""
-    b, t, h, k = q_BTHK.shape
-    if b * t * h * k_BSHK.shape[1] <= LOGITS:
-        return attend(q_BTHK, k_BSHK, v_BSHK)
-    rows = min(t, max(1, LOGITS // (h * k_BSHK.shape[1])))
-    parts = -(-t // rows)
-    q = jnp.pad(q_BTHK, ((0, 0), (0, parts * rows - t), (0, 0), (0, 0))).reshape(b * parts, 1, rows, h, k)
-    whose = jnp.repeat(jnp.arange(b), parts)
-    o = jax.lax.map(lambda of: attend(of[0], k_BSHK[of[1]][None], v_BSHK[of[1]][None]), (q, whose))
-    return o.reshape(b, parts * rows, h, k)[:, :t]
+        o = attend_by_rows(q, k, v, rows=max(1, LOGITS // (b * f * h * w)))
+        return x_BFHWC + Dense(c, name="proj")(o.reshape(x_BFHWC.shape))
 
 
 class Middle(nn.Module):
@@ -423,7 +411,7 @@ def wan_autoencoder(
     """Wan's causal autoencoder as an `Autoencoder`.
 
     Latents [B, f, h, w, C] stand for 1 + frames (f - 1) frames of side h x side w pixels; without the axis of frames,
-    for one picture. `decode` gives pixels within [-1, 1], as the reference clips them; `encode` the mean of the latents.
+    for one picture. `decode` gives pixels within [-1, 1], as the reference clips them, and `encode` the latents' mean.
 
     Args:
       variant: "2.1" or "2.2": base, decoder_base, channels, patch and residual of the published ones; or None and
@@ -438,7 +426,8 @@ def wan_autoencoder(
       colours: channels of the pixels. patch: pixels of a patch's side (1, 2).
       mean, deviation: of the latents, by channel: the denoiser has (z - mean) / deviation. None are the published ones
         for 16 and 48 channels.
-      side, frames: what the autoencoder says of itself, where a pipeline counts with others than follow from the levels.
+      side, frames: what the autoencoder says of itself (`Autoencoder.side`, `time`), where a pipeline counts with
+        others than follow from the levels.
       images: does it stand for single pictures (`Autoencoder.time` is 0).
       chunk: latents that are decoded or encoded at a time, one part after another, which need the memory of one; None
         is all. The numbers are the same but for rounding.
@@ -450,7 +439,9 @@ def wan_autoencoder(
     References: Wan Team 2025, arXiv:2503.20314.
     """
     names = ("base", "decoder_base", "channels", "patch", "residual")
-    preset = dict(zip(names, VARIANTS[variant], strict=True)) if variant is not None else {"patch": 1, "residual": False}
+    preset = (
+        dict(zip(names, VARIANTS[variant], strict=True)) if variant is not None else {"patch": 1, "residual": False}
+    )
     given = dict(zip(names, (base, decoder_base, channels, patch, residual), strict=True))
     found: dict[str, Any] = {n: preset.get(n) if value is None else value for n, value in given.items()}
     missing = [name for name, value in found.items() if value is None]
@@ -477,7 +468,7 @@ def wan_autoencoder(
     )
     _check(c)
     encoder, decoder = Encoder(c), Decoder(c)
-    shift, scale = np.asarray(c.mean, np.float32), np.asarray(c.deviation, np.float32)
+    shift, scale = (np.asarray(a, np.float32).reshape(1, 1, 1, 1, -1) for a in (c.mean, c.deviation))
 
     def init(key: jax.Array) -> Params:
         f = 1 + c.frames  # a first frame alone leaves the convolutions in time out
@@ -489,7 +480,7 @@ def wan_autoencoder(
         return {n: make(nets[n], shapes[n])(k) for n, k in zip(nets, keys, strict=True)}
 
     def decode(params: Params, latents: jax.Array) -> jax.Array:
-        def run(z: jax.Array) -> jax.Array:
+        def run(z: jax.Array) -> Any:
             z = (z.astype(jnp.float32) * scale + shift).astype(c.dtype)
             if c.chunk is None or z.shape[1] <= c.chunk:
                 return decoder.apply({"params": params["decoder"]}, z)
@@ -498,7 +489,7 @@ def wan_autoencoder(
         return jnp.clip(_as_video(run, latents, "latents", c.channels).astype(jnp.float32), -1, 1)
 
     def encode(params: Params, pixels: jax.Array) -> jax.Array:
-        def run(x: jax.Array) -> jax.Array:
+        def run(x: jax.Array) -> Any:
             more, over = divmod(x.shape[1] - 1, c.frames)
             if over or x.shape[2] % c.side or x.shape[3] % c.side:
                 raise ValueError(
@@ -511,8 +502,9 @@ def wan_autoencoder(
             begin = 1 + c.frames * (more % c.chunk)
             return in_parts(encoder, params["encoder"], x, begin, c.frames * c.chunk)
 
-        moments = _as_video(run, pixels, "pixels", c.colours)
-        return (moments[..., : c.channels].astype(jnp.float32) - shift) / scale
+        return _as_video(
+            lambda x: (run(x)[..., : c.channels].astype(jnp.float32) - shift) / scale, pixels, "pixels", c.colours
+        )
 
     return Autoencoder(
         name=f"wan-autoencoder-{variant or f'{c.base}x{len(c.multipliers)}'}",

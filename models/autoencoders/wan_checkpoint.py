@@ -1,7 +1,7 @@
 """Weights of Wan's autoencoders by other projects: four published layouts as tables, and `find_wan_autoencoder`.
 
-"diffusers" is that of AutoencoderKLWan and AutoencoderKLQwenImage, "original" that of Wan-Video's Wan2.1_VAE; their
-other two are those of Wan 2.2, whose levels have names of their own. Levels and blocks are counted by the tensors' names.
+"diffusers" is that of AutoencoderKLWan and AutoencoderKLQwenImage, "original" that of Wan-Video's Wan2.1_VAE; the
+other two are those of Wan 2.2, whose levels have names of their own. Levels and blocks are counted by tensors' names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ import jax
 from difax.models.autoencoders.wan import wan_autoencoder
 from difax.weights.checkpoint import Source, tensor_shapes
 from difax.weights.published import Foreign, Published, check_arguments, choose_layout, dense
-from difax.weights.settings import Setting, check_agrees, flag, number, one_of, optional, read_settings, rows_of, whole
+from difax.weights.settings import (
+    any_number,
+    check_agrees,
+    flag,
+    listed,
+    number,
+    one_of,
+    optional,
+    read_settings,
+    rows_of,
+    whole,
+)
 
 CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
 
@@ -166,8 +177,8 @@ def find_wan_autoencoder(path: str | os.PathLike, *, layout: str | None = None, 
     """The autoencoder that is in a checkpoint of Wan 2.1, Wan 2.2 or Qwen-Image.
 
     Widths, levels, blocks, attention and what is halved in time come from the tensors; patch, means, deviations and the
-    factors that pipelines count with from a config.json of diffusers beside the file, whose missing keys are the class's
-    defaults. Without one they follow from the tensors and are the published ones.
+    factors that pipelines count with from a config.json of diffusers beside the file, whose missing keys have the
+    class's defaults. Without one they follow from the tensors, and the statistics are the published ones.
 
     Args:
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
@@ -200,7 +211,9 @@ def _geometry(path: Any, layout: str, shapes: Mapping[str, tuple[int, ...]]) -> 
     def width(name: str, axis: int = 0) -> int:
         shape = shapes.get(f"{name}.weight", ())
         if len(shape) != 5 or 0 in shape:
-            raise ValueError(f"{path}: tensor {name + '.weight'!r} is {shape or 'missing'}; expected a kernel of 5 axes")
+            raise ValueError(
+                f"{path}: tensor {name + '.weight'!r} is {shape or 'missing'}; expected a kernel of 5 axes"
+            )
         return shape[axis]
 
     conv_in, _, conv_out = names.ends
@@ -269,23 +282,17 @@ def _counted(
     )
 
 
-def _list(setting: Setting) -> Setting:
-    """A list of any length."""
-    fits = lambda value: isinstance(value, list) and all(map(setting.fits, value))  # noqa: E731
-    return Setting(f"a list, each {setting.allowed}", fits)
-
-
 SETTINGS = {
     "_class_name": one_of(*CLASSES),
     "base_dim": whole(),
     "decoder_base_dim": optional(whole()),
     "z_dim": whole(),
-    "dim_mult": _list(whole()),
+    "dim_mult": listed(whole()),
     "num_res_blocks": whole(),
-    "attn_scales": _list(number()),
-    "temperal_downsample": _list(flag()),
-    "latents_mean": optional(_list(number(-math.inf))),
-    "latents_std": optional(_list(number())),
+    "attn_scales": listed(number()),
+    "temperal_downsample": listed(flag()),
+    "latents_mean": optional(listed(any_number())),
+    "latents_std": optional(listed(number())),
     # of AutoencoderKLWan alone
     "is_residual": flag(),
     "in_channels": whole(),
@@ -318,7 +325,9 @@ def _config(path: str | os.PathLike, found: dict[str, Any]) -> dict[str, Any]:
     check_agrees(file, config, said)
     scales = config.get("attn_scales", [])
     if not found["residual"] and found["attention"] != tuple(2.0**-i in scales for i in range(len(found["attention"]))):
-        raise ValueError(f"{file}: attn_scales={scales}; allowed: those of the levels that have attention in the tensors")
+        raise ValueError(
+            f"{file}: attn_scales={scales}; allowed: those of the levels that have attention in the tensors"
+        )
     patch = 1 if image else config.get("patch_size", 1)
     if entered % patch**2:
         raise ValueError(f"{file}: patch_size={patch}; allowed: one whose square divides {entered} channels")

@@ -132,7 +132,9 @@ def write(name: str) -> None:
     run |= {"steps": np.stack(latents, 1), "output": images.astype(np.float32)}
     ids = pipeline.tokenizer(PROMPTS, padding="max_length", max_length=24, return_tensors="np")["input_ids"]
     np.savez_compressed(folder / "run.npz", ids=ids.astype(np.int32), **run)
-    (folder / "run.json").write_text(json.dumps({"prompts": PROMPTS, "negative": NEGATIVE, "steps": 3, **call}, indent=1))
+    (folder / "run.json").write_text(
+        json.dumps({"prompts": PROMPTS, "negative": NEGATIVE, "steps": 3, **call}, indent=1)
+    )
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     print(f"{folder.name}: {size:,} bytes, {images.shape}, std {images.std():.3f}, latents {latents[-1].std():.3f}")
 

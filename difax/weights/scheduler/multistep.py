@@ -91,7 +91,11 @@ def discrete_or_flow(case: Case, solver: Sections, **grid: Any) -> Sections:
     if case["use_karras_sigmas"]:
         section["use_karras_sigmas"] = True
     whose = case.sigmas or ("pipeline" if case.get("use_dynamic_shifting") else "scheduler")
-    if choose("sigmas", whose, ("scheduler", "pipeline")) == "pipeline" and case.name == "UniPCMultistepScheduler":
+    if (
+        isinstance(whose, str)
+        and choose("sigmas", whose, ("scheduler", "pipeline")) == "pipeline"
+        and case.name == "UniPCMultistepScheduler"
+    ):
         section["sigmas"] = whose
     section["table"] = [float(table[0]), float(table[-1])]
     process = {"name": "flow", "shift": shift, "time_scale": float(total)}
