@@ -472,6 +472,14 @@ def test_one_block_is_compiled_for_all_layers_and_texts_of_a_shape(folder):
     assert error(second, np.asarray(first)[::-1]) < 1e-6
 
 
+@pytest.mark.parametrize("name", some(CASES, "qwen3"))
+def test_an_encoder_that_is_found_again_is_compiled_already(folder, tmp_path, name):
+    path, again = folder(name), write(tmp_path / "again", config(name), tensors(name))
+    one, other = find_encoder(path).encoder, find_encoder(again).encoder
+    assert one == other and hash(one) == hash(other) and one.block is other.block
+    assert one != find_encoder(path, "bfloat16").encoder
+
+
 def test_no_layer_behind_the_last_that_is_wanted_is_read(folder):
     path = folder("qwen3")
     found = find_encoder(path)
