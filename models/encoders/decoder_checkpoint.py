@@ -21,9 +21,9 @@ from difax.weights.settings import Setting, check_agrees, flag, number, one_of, 
 class Family(NamedTuple):
     """What a language model's class says by itself, and what its settings are where config.json lacks them.
 
-    heads, groups, head_width (None: width / heads), eps, theta: defaults of its configuration. window: keys that a
-    query sees, or None. alternate: does every second layer have the window, from the first on (else the last ones of
-    those that ask for it, or all). qk_norm, gemma: are queries and keys normed; are norms, scale and gate Gemma's.
+    heads, groups (None: as many), head_width (None: width / heads), eps, theta, window (None: a query sees all before
+    it): defaults of its configuration. asked: does `use_sliding_window` have to ask for the window. qk_norm, gemma: are
+    queries and keys normed; are norms, scale, gate and the layers that have a window Gemma's.
     """
 
     heads: int = 32
@@ -32,7 +32,7 @@ class Family(NamedTuple):
     eps: float = 1e-6
     theta: float = 10_000.0
     window: int | None = 4096
-    asked: bool = True  # does `use_sliding_window` have to ask for the window
+    asked: bool = True
     qk_norm: bool = False
     gemma: bool = False
 
