@@ -70,7 +70,7 @@ def relative_errors(model, params, run) -> np.ndarray:
     return np.abs(output - run["output"]).max(axis=(1, 2, 3)) / np.abs(run["output"]).max()
 
 
-# a tensor's name in diffusers -> in PixArt-alpha and PixArt-sigma, as diffusers' convert_pixart_sigma_to_diffusers.py has it
+# a tensor's name in diffusers -> of the original projects, by diffusers' scripts/convert_pixart_sigma_to_diffusers.py
 ORIGINAL_NAMES = (
     (r"^pos_embed\.proj", "x_embedder.proj"),
     (r"^pos_embed\.pos_embed", "pos_embed"),
