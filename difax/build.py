@@ -258,7 +258,7 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
     placement = build_placement(config, model, accelerator, devices)
     if placement is not None and not all(network.shared for network in accelerator.networks):
         raise ValueError(f"cache {accelerator.name} runs another network too, on one device; allowed: no section mesh")
-    if conditioning_of(config) == "ahead" and accelerator.networks:
+    if conditioning_of(config) == "ahead" and not all(network.shared for network in accelerator.networks):
         raise ValueError(f"conditioning=ahead: cache {accelerator.name} runs another network too; allowed: each")
     if placement is not None:
         attending = parallel(attending, placement, joint=_is_joint(model))

@@ -147,8 +147,15 @@ def test_a_cache_counts_on_behind_the_switch():
 SECOND = pytest.mark.skipif("scale_below" not in inspect.signature(cfg).parameters, reason="guidance has one scale")
 
 
-@pytest.mark.parametrize("which", [0, pytest.param(1, marks=(SECOND, pytest.mark.slow))])
-def test_a_run_of_wans_pipeline(tmp_path, which):
+RUNS = [
+    (0, True),
+    pytest.param(0, False, marks=pytest.mark.slow),
+    pytest.param(1, False, marks=(SECOND, pytest.mark.slow)),
+]
+
+
+@pytest.mark.parametrize(("which", "ahead"), RUNS)
+def test_a_run_of_wans_pipeline(tmp_path, which, ahead):
     """tests/golden/wan_experts.npz: two networks, UniPC, guidance of one scale, and of one for each network."""
     with np.load(GOLDEN / "wan_experts.npz") as file:
         facts, path, told = json.loads(str(file["facts"])), file[f"path/{which}"], file["told"]
@@ -166,13 +173,13 @@ def test_a_run_of_wans_pipeline(tmp_path, which):
     solver = make("solver", found["solver"])
     rows = make_rows(solver, guide, process, times, accelerator, model.stages)
     assert rows.model_time.tolist() == told.tolist() and rows.plan.index.tolist() == [0, 0, 0, 1, 1, 1]
-    sampler = make_sampler(model, process, found["prediction"], solver, guide, accelerator)
+    sampler = make_sampler(model, process, found["prediction"], solver, guide, accelerator, ahead=ahead)
     run = draw_run()
     x, cond = run.pop("latents"), run
     with jax.default_matmul_precision("highest"):
         samples, _ = sampler(with_learned(params, accelerator), x, sample_keys(0, 1), cond, rows, scale)
     error = np.abs(np.asarray(samples) - path[-1]).max() / np.abs(path[-1]).max()
-    print(f"scales {scale}, {second}: error {error:.1e}")
+    print(f"scales {scale}, {second}, ahead {ahead}: error {error:.1e}")
     assert error <= 1e-5
 
 
