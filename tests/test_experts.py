@@ -87,7 +87,8 @@ def test_the_models_time_says_which_network_runs(boundary):
     assert list(trace.computed) == ["blocks"] and (np.asarray(trace.computed["blocks"]) == 1).all()
 
 
-def test_the_network_that_does_not_run_is_not_read_and_a_switch_compiles_nothing():
+@pytest.mark.slow
+def test_the_network_that_does_not_run_is_not_read():
     strong, weak = networks()[1:]
     spoiled = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), strong)
     for boundary, first, second in ((0.0, strong, spoiled), (1.0, spoiled, weak)):
@@ -95,6 +96,9 @@ def test_the_network_that_does_not_run_is_not_read_and_a_switch_compiles_nothing
         if boundary == 1.0:  # pure noise is the first network's, always
             rows = jax.tree.map(lambda a: a[1:], rows)
         assert np.isfinite(drawn(sampler, rows, params)[0]).all()
+
+
+def test_another_switch_compiles_nothing():
     sampler, rows, params = made(0.5)
     drawn(sampler, rows, params)
     for boundary in (0.3, 0.875):
@@ -209,6 +213,7 @@ def with_both(weak: str) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_both_networks_are_quantised_and_laid_out_alike(weak):
     run = with_both(weak)
     params = run.setup.prepare(run.params)

@@ -84,7 +84,7 @@ def test_matches_diffusers(tmp_path, golden, case):
     assert error <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, "flf2v"))
 def test_both_layouts_are_the_same_parameters(tmp_path, golden, case):
     loaded = []
     for layout in ("diffusers", "original"):
@@ -123,6 +123,7 @@ def test_norms_that_no_version_reads_are_passed_over(tmp_path, golden):
     jax.tree.map(np.testing.assert_array_equal, known, load_wan(tmp_path, **given)[1])
 
 
+@pytest.mark.slow
 def test_published_geometries():
     """Image-to-video of 2.1, first and last frame, 2.2's A14B and 5B: parameters of diffusers' models."""
     i2v = {"condition_channels": 20}
@@ -162,7 +163,7 @@ def drawn(model: Any, params: Any, cond: Any, cache: Any = None, **options: Any)
 
 
 def test_samples_with_all_of_it():
-    """A branch attends once; what is known ahead changes nothing; a cache acts."""
+    """A branch attends once; what is known ahead changes nothing."""
     model, params, cond = tiny(**ALL)
     spec = trunk_spec(model, params, jnp.zeros((2, 2, 4, 4, 3)), cond)
     call = spec.attention["blocks"]["cross"]
@@ -170,6 +171,12 @@ def test_samples_with_all_of_it():
     assert (call.q.shape, call.k.shape) == ((2, 16, 2, 8), (2, 8, 2, 8))
     plain, ahead = drawn(model, params, cond), drawn(model, params, cond, ahead=True)
     assert np.isfinite(plain).all() and np.abs(ahead - plain).max() <= 1e-5 * np.abs(plain).max()
+
+
+@pytest.mark.slow
+def test_a_cache_acts():
+    model, params, cond = tiny(**ALL)
+    plain = drawn(model, params, cond)
     cached = drawn(model, params, cond, CACHES["fora"](interval=2))
     assert 1e-4 < np.abs(cached - plain).max() / np.abs(plain).max() < 1
 
