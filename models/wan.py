@@ -124,6 +124,28 @@ def with_first_frame(x_BFHWC: jax.Array, first_BHWC: jax.Array) -> jax.Array:
     return jnp.concatenate([first_BHWC.astype(x_BFHWC.dtype)[:, None], x_BFHWC[:, 1:]], axis=1)
 
 
+def image_condition(latents_BFHWC: jax.Array, last: bool = False, time: int = 4) -> jax.Array:
+    """The condition of image-to-video: a mask of the frames that are given, and behind it the encoded frames.
+
+    A latent stands for `time` frames, the first one for one, which counts as often: mask channel j of latent f is that
+    of frame time (f - 1) + 1 + j.
+
+    Args:
+      latents_BFHWC: of the video whose given frames are pictures and whose others are grey (zeros).
+      last: is the last frame given beside the first one.
+      time: frames of a latent (4).
+
+    Returns:
+      [B, F, H, W, time + C] float32.
+    """
+    mask = np.zeros((latents_BFHWC.shape[1], time), np.float32)
+    mask[0] = 1.0
+    if last:
+        mask[-1, -1] = 1.0
+    given = jnp.broadcast_to(jnp.asarray(mask)[None, :, None, None], (*latents_BFHWC.shape[:-1], time))
+    return jnp.concatenate([given, latents_BFHWC.astype(jnp.float32)], axis=-1)
+
+
 def spread(v: jax.Array, c: WanConfig) -> jax.Array:
     """What all tokens of a sample share, [B, D] -> [B, 1, D]; of two times, [B, 2, D] -> [B, N, D]: the first frame's
     and that of the others."""

@@ -72,7 +72,7 @@ def drawn(sampler: Any, rows: Any, params: Any, x: Any = None) -> tuple[np.ndarr
     return np.asarray(samples), trace
 
 
-@pytest.mark.parametrize("boundary", some([0.0, 0.5, 0.875, 1.0], 0.5))
+@pytest.mark.parametrize("boundary", some([0.0, 0.5, 0.875, 1.0]))
 def test_the_models_time_says_which_network_runs(boundary):
     """Against the loop of Wan's pipeline, an Euler step at a time: t >= boundary 1000 is the first network's."""
     model, strong, weak = networks()

@@ -26,7 +26,7 @@ from difax.core.process import flow
 from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.shapes import trunk_spec
 from difax.core.trunk import forward
-from difax.models.wan import VARIANTS, wan
+from difax.models.wan import VARIANTS, image_condition, wan, with_first_frame
 from difax.models.wan_checkpoint import load_wan
 from difax.weights.published import load_foreign
 from tests.families import some
@@ -141,7 +141,26 @@ def test_published_geometries():
     assert model.cond["first_frame"].shape == (44, 80, 48)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_the_mask_of_the_frames_that_are_given(last):
+    """As WanImageToVideoPipeline makes it: of all frames, the first one four times, folded into channels."""
+    frames = 9
+    mask = np.ones((2, 1, frames, 4, 6), np.float32)
+    mask[:, :, 1 : frames - 1 if last else frames] = 0
+    mask = np.concatenate([np.repeat(mask[:, :, :1], 4, axis=2), mask[:, :, 1:]], axis=2)
+    mask = mask.reshape(2, -1, 4, 4, 6)  # [B, F, 4, H, W]
+    latents = np.random.default_rng(0).normal(size=(2, 3, 4, 6, 5)).astype(np.float32)
+    wanted = np.concatenate([mask.transpose(0, 1, 3, 4, 2), latents], axis=-1)
+    np.testing.assert_array_equal(image_condition(jnp.asarray(latents), last), wanted)
+
+
 # ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_frame_is_put_in():
+    x, first = np.zeros((2, 3, 4, 6, 5)), np.ones((2, 4, 6, 5))
+    placed = np.asarray(with_first_frame(jnp.asarray(x), jnp.asarray(first)))
+    assert (placed[:, 0] == 1).all() and (placed[:, 1:] == 0).all()
 
 
 def tiny(**settings: Any) -> tuple[Any, Any, Any]:
