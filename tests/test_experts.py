@@ -235,7 +235,10 @@ def test_a_configuration_with_a_cache_and_a_quantiser(weak):
 def test_a_mesh_draws_what_one_device_draws(weak):
     cache = {"name": "experts", "weights": weak, "boundary": 0.8}
     one = difax.load(SMALL, cache=cache).sample(repeat=2)
-    many = difax.load(SMALL, cache=cache, mesh="data=2,tensor=2").sample(repeat=2)
+    run = difax.load(SMALL, cache=cache, mesh="data=2,tensor=2")
+    read = run.setup.accelerator.networks[0].params["blocks"]["qkv"]["kernel"]
+    assert len(read.sharding.device_set) == 4  # to where the model's own would lie
+    many = run.sample(repeat=2)
     a, b = (np.asarray(result.images) for result in (one, many))
     assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
 
