@@ -155,7 +155,7 @@ def load_safetensors(
       table: for every path of `spec` ('blocks/qkv/kernel') its `Source`.
       layers: how many values each placeholder takes, e.g. {"layer": 28}.
       constants: tensors that the file may hold and the model computes itself (fixed positions); each must
-        agree within 1e-5, or within the rounding of the file's half precision. None: of no account.
+        agree within 1e-5, or within the rounding of the file's half precision. None: that no forward pass reads.
       dtype: floating dtype of the result; None keeps the file's: where it has several the one that holds them all
         (float32 for bfloat16 beside float16 or float32, for fp8 with scales and for float64; bfloat16 for fp8 alone).
       shardings: a tree like `spec` of where each parameter lies; None is the first device. A host then holds one
@@ -199,8 +199,8 @@ def opened_safetensors(
     for p, row in rows.items():
         _check_tensors(p, table[p], wanted[p], row, tensors)
     for name in tensors.keys() & constants.keys():
-        if (value := constants[name]) is not None:
-            _check_constant(name, tensors[name], value)
+        if (expected := constants[name]) is not None:
+            _check_constant(name, tensors[name], expected)
     floats = {p for p in rows if jnp.issubdtype(wanted[p].dtype, jnp.floating)}
     alike = [{p} for p in floats] if each else [floats]
     dtypes = {p: wanted[p].dtype for p in rows} | {
