@@ -63,7 +63,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace | None:
     except SystemExit:
         return None
     for name, value in vars(options).items():
-        if name != "set" and "" in (value if isinstance(value, list) else [value]):
+        if name not in ("set", "prompt", "negative") and "" in (value if isinstance(value, list) else [value]):
             flag = name if name in ("source", "target", "kind") else f"--{name}"
             raise ValueError(f"{flag} is empty; allowed: a path or a name")
     return options

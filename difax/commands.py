@@ -111,6 +111,9 @@ def _prompts(options: argparse.Namespace) -> list[str] | None:
     found = told + (read_prompts(file) if file is not None else [])
     if found and not options.pipeline:
         raise ValueError(f"--prompt {found[0][:100]}: prompts are a pipeline's; allowed: with --pipeline FOLDER")
+    for flag in ("cond", "labels"):
+        if found and getattr(options, flag, None):
+            raise ValueError(f"--prompt and --{flag} exclude each other; allowed: one of them")
     return found or None
 
 
@@ -120,9 +123,6 @@ def _cond(options: argparse.Namespace, run: Any) -> Any:
 
     model, prompts = run.setup.model, _prompts(options)
     if prompts is not None:
-        for flag in ("cond", "labels"):
-            if getattr(options, flag):
-                raise ValueError(f"--prompt and --{flag} exclude each other; allowed: one of them")
         return run.encoded(prompts)
     if labelled(model) and options.cond:
         raise ValueError(f"--cond {options.cond}: {model.name} takes labels")
@@ -203,6 +203,7 @@ def _tell(options: argparse.Namespace, log: Callable[..., None]) -> Callable[[st
 def sample(options: argparse.Namespace) -> int:
     log = _start(options, together=True)
     from difax.core import hosts
+    from difax.media.films import RATE
     from difax.media.samples import check_output, read_latents
 
     if hosts.is_first():
@@ -212,6 +213,11 @@ def sample(options: argparse.Namespace) -> int:
     _counts(options, "repeat")
     _seeds(options)
     config = _config(options, "fmnist_dit")
+    prompts = _prompts(options)
+    if hosts.is_first() and "pipeline" in config:
+        check_output(options.out, fps=config["pipeline"].get("fps", RATE))
+        if "frames" not in config["pipeline"] and pathlib.Path(options.out).suffix in (".mp4", ".gif"):
+            raise ValueError(f"--out {options.out}: that pipeline draws pictures; allowed: .png, .webp, .jpg, .npz")
     import jax
 
     from difax.core.executables import kept_in
@@ -222,7 +228,7 @@ def sample(options: argparse.Namespace) -> int:
         _keep_compilations()
     with kept_in(None if options.no_compile_cache else _cache_folder("executables")):
         run = _run(options, config)
-        prompts, shape = _prompts(options), run.setup.model.input_shape
+        shape = run.setup.model.input_shape
         given: dict[str, Any] = {"prompt": prompts} if prompts is not None else {"cond": _cond(options, run)}
         n = (len(jax.tree.leaves(given["cond"])[0]) if prompts is None else len(prompts)) * options.repeat
         if options.latents:

@@ -34,14 +34,14 @@ from difax.checkpoints import (
     without_preset,
 )
 from difax.core.annotations import brief, check_value
-from difax.core.contracts import Model
+from difax.core.contracts import Autoencoder, Model
 from difax.core.placement import Axes
 from difax.core.shell import DifaxWarning
 from difax.models.autoencoders import find_autoencoder
 from difax.pipelines.caches import cache_section
 from difax.pipelines.folder import Folder
 from difax.pipelines.prompts import prompting
-from difax.pipelines.recipes import open_pipeline
+from difax.pipelines.recipes import Recipe, open_pipeline
 from difax.pipelines.section import COMPONENTS, filled, latent_size, shifted
 from difax.pipelines.section import checked as checked_section
 from difax.registry import REGISTRIES, check_name, choose, make, shown
@@ -238,6 +238,7 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
     guided = scale > 1 and not (recipe.prompts and _negative(folder, section, "scale" in told) is None)
     steps = told.get("steps", len(section["sigmas"]) if "sigmas" in section else recipe.steps)
     model = cast(Model, make("model", {"name": recipe.model, **found.geometry}))
+    _check_decoder(folder, recipe, autoencoder, model)
     tokens = math.prod(size) // recipe.patch**2
     guide: dict[str, Any] = dict(recipe.guide) if guided else {"name": "none"}
     if guided and folder.settings.get("boundary_ratio") is not None and "scale_2" in section:
@@ -261,6 +262,19 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
         [(key, value) for key, value in settings if key.partition(".")[0] not in ("pipeline", "scale")],
     )
     return piped(config)
+
+
+def _check_decoder(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, model: Model) -> None:
+    """Refuses an autoencoder whose latents are not those of the denoiser."""
+    place = folder.component("vae")
+    if autoencoder.channels != model.input_shape[-1]:
+        raise ValueError(
+            f"{place}: an autoencoder of {autoencoder.channels} channels; allowed: {model.input_shape[-1]}, as "
+            f"{model.name} has"
+        )
+    if bool(autoencoder.time) != bool(recipe.frames):
+        what = "films" if recipe.frames else "pictures"
+        raise ValueError(f"{place}: {autoencoder.name} is not of {what}; allowed: an autoencoder of {what}")
 
 
 def piped(config: dict[str, Any]) -> dict[str, Any]:

@@ -272,7 +272,10 @@ class Run:
             f"{jax.tree_util.keystr(p, simple=True, separator='/')} [{', '.join(map(str, ('n', *a.shape)))}]"
             for p, a in leaves
         )
-        raise ValueError(f"{model.name} takes embeddings; give --cond FILE.safetensors with the tensors {names}")
+        prompt = "" if self.pipeline is None else "--prompt TEXT, or "
+        raise ValueError(
+            f"{model.name} takes embeddings; give {prompt}--cond FILE.safetensors with the tensors {names}"
+        )
 
     def sample(
         self,

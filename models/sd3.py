@@ -85,7 +85,7 @@ class SD3Config:
         return self.size[0] // self.patch, self.size[1] // self.patch
 
 
-class Run(NamedTuple):
+class LayerRun(NamedTuple):
     """Consecutive layers of one kind: a stage.
 
     name: the kind, with a number from the second run of it on. dual: two attentions. last: the text ends here.
@@ -97,7 +97,7 @@ class Run(NamedTuple):
     layers: range
 
 
-def layer_runs(depth: int, dual_layers: tuple[int, ...]) -> list[Run]:
+def layer_runs(depth: int, dual_layers: tuple[int, ...]) -> list[LayerRun]:
     """The layers as stages: of 24 with dual ones 0 ... 12, "dual" 0-12, "joint" 13-22, "last" 23.
 
     A last layer with two attentions is "dual_last".
@@ -110,7 +110,7 @@ def layer_runs(depth: int, dual_layers: tuple[int, ...]) -> list[Run]:
         seen[name] += 1
         pieces = list(group)
         number = str(seen[name]) if seen[name] > 1 else ""
-        found.append(Run(name + number, dual, last, range(pieces[0][0], pieces[-1][1])))
+        found.append(LayerRun(name + number, dual, last, range(pieces[0][0], pieces[-1][1])))
     return found
 
 
@@ -387,7 +387,7 @@ def sd3(
         cond = jax.tree.map(lambda s: jnp.zeros((1, *s.shape)), spec)
         (tokens, context), ends_params = ends.init_with_output(ends_key, x, jnp.zeros((1,)), cond)
 
-        def stack(run: Run, key: jax.Array) -> Params:
+        def stack(run: LayerRun, key: jax.Array) -> Params:
             # attention has no parameters: its values stand in for it
             one = partial(blocks[run.name].init, tokens=tokens, context=context, attend=lambda q, k, v: v)
             return jax.vmap(lambda k: one(k)["params"])(jax.random.split(key, len(run.layers)))
@@ -404,7 +404,7 @@ def sd3(
     def head(params: Params, tokens: Tokens, context: Context) -> Any:
         return ends.apply({"params": params["ends"]}, tokens, context, method="head")
 
-    def stage(run: Run) -> Stage:
+    def stage(run: LayerRun) -> Stage:
         if not run.dual:
             return Stage(run.name, len(run.layers), blocks[run.name], ("attn", "mlp"))
         return Stage(run.name, len(run.layers), blocks[run.name], ("attn", "attn2", "mlp"), beside=("attn2",))

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from difax.core.contracts import Model, Params
-from difax.models.sd3 import VARIANTS, Run, SD3Config, layer_runs, sd3
+from difax.models.sd3 import VARIANTS, LayerRun, SD3Config, layer_runs, sd3
 from difax.weights.checkpoint import Source, tensor_shapes
 from difax.weights.published import (
     Foreign,
@@ -51,7 +51,7 @@ def _norms(path: str, q: str, k: str, number: str = "") -> Table:
     return {f"{path}/q_norm{number}": Source((f"{q}.weight",)), f"{path}/k_norm{number}": Source((f"{k}.weight",))}
 
 
-def _original_stream(run: Run, stream: str) -> Table:
+def _original_stream(run: LayerRun, stream: str) -> Table:
     block, path = f"joint_blocks.{{{run.name}}}.{'x' if stream == 'img' else 'context'}_block", f"{run.name}/{stream}"
     table = {
         **dense(f"{path}/ada", f"{block}.adaLN_modulation.1"),
@@ -65,7 +65,7 @@ def _original_stream(run: Run, stream: str) -> Table:
     return table
 
 
-def _diffusers_stream(run: Run, stream: str) -> Table:
+def _diffusers_stream(run: LayerRun, stream: str) -> Table:
     block, path = f"transformer_blocks.{{{run.name}}}", f"{run.name}/{stream}"
     context = "" if stream == "img" else "_context"
     order = (1, 0) if run.last and stream == "txt" else None
@@ -130,7 +130,7 @@ ENDS = {
 STREAMS = {"original": _original_stream, "diffusers": _diffusers_stream}
 
 
-def layout_table(layout: str, runs: list[Run]) -> Table:
+def layout_table(layout: str, runs: list[LayerRun]) -> Table:
     """Every row that a layout may have for a model of these stages, whose names are the placeholders."""
     streams = [STREAMS[layout](run, stream) for run in runs for stream in ("img", "txt")]
     return {path: source for part in (ENDS[layout], *streams) for path, source in part.items()}

@@ -152,7 +152,7 @@ def test_a_video_is_a_folder_of_its_frames(tmp_path):
     assert [f.name for f in frames] == [f"{i:05d}.png" for i in range(drawn.images.shape[1])]
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "", "there/a.png", "full", "a.png/", "folder.png"])
+@pytest.mark.parametrize("name", ["a.bmp", "", "there/a.png", "full", "a.png/", "folder.png"])
 def test_places_that_cannot_be_written_are_refused_first(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()

@@ -135,9 +135,9 @@ def test_memory_is_that_of_a_part():
         return memory.temp_size_in_bytes
 
     pixels = 4 * 6 * 32 * 32 * 3 * 4  # of six latents, in bytes
-    parts, whole = ([needed(chunk, f) for f in (7, 13)] for chunk in (1, None))
-    print(f"bytes of 7 and 13 latents in parts {parts}, in one pass {whole}; pixels of 6 latents {pixels}")
-    assert parts[1] - parts[0] <= 2 * pixels < whole[1] - whole[0]
+    short, long, whole = needed(1, 7), needed(1, 13), needed(None, 13)
+    print(f"bytes in parts of 7 latents {short}, of 13 {long}; in one pass of 13 {whole}; pixels of 6 latents {pixels}")
+    assert long - short <= 2 * pixels and 2 * long < whole
 
 
 @pytest.mark.parametrize("case", ["2.1", "2.2"])

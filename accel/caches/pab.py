@@ -11,7 +11,8 @@ from difax.accel.caches.planned import Schedule, planned
 from difax.core.annotations import OrInfinite, checked
 from difax.core.contracts import Accelerator, Row, Stage
 
-RANGES = {"attn": 2, "temporal": 4, "cross": 6}  # the authors' spatial, temporal and cross attention
+# the authors' spatial, temporal and cross attention; attn2 is Stable Diffusion 3.5's second spatial one
+RANGES = {"attn": 2, "attn2": 2, "temporal": 4, "cross": 6}
 
 
 @checked
@@ -30,9 +31,9 @@ def pab(
     told. The counter i runs over all evaluations, so that its phase is not that of the entry into the window.
 
     Args:
-      ranges: {branch: evaluations from one computation to the next}, 1 or more (1 is no cache); None is attn 2,
-        temporal 4, cross 6, as far as the model has them. A branch that is not named is always computed, such as
-        FLUX's attn_mlp, whose attention cannot be held without its MLP.
+      ranges: {branch: evaluations from one computation to the next}, 1 or more (1 is no cache); None is attn and
+        attn2 2, temporal 4, cross 6, as far as the model has them. A branch that is not named is always computed, such
+        as FLUX's attn_mlp, whose attention cannot be held without its MLP.
       window: (low, high) of t. (100, 850) for CogVideoX and Open-Sora-Plan, (450, 930) for Open-Sora, (100, 800)
         for Latte; give others for a network that is told a time outside of 0 ... 1000 (SiT, EDM).
       mlp: timesteps at which the MLP is computed and then held for `mlp_skip` evaluations; each is the evaluation
