@@ -284,6 +284,7 @@ def _completed(model: Any, section: Mapping[str, Any], stored: Mapping[str, Any]
 UNSTORED = (
     "size", "heads", "dtype", "variant", "text_tokens", "axes_dim", "base_size", "interpolation_scale", "eps",
     "norm_eps", "mlp_norm_eps", "activation", "max_positions", "theta", "time_scale", "image_tokens", "first_frame",
+    "ignores_guidance",
 )  # fmt: skip
 
 
