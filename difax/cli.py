@@ -415,7 +415,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", metavar="SRC", help=".safetensors file, its .index.json, or their folder")
     convert.add_argument("target", metavar="DST", help="folder that does not exist yet")
-    convert.add_argument("--model", metavar="NAME", help="dit, flux, pixart or wan (default: by the tensors' names)")
+    convert.add_argument("--model", metavar="NAME", help="of `difax list models` (default: by the tensors' names)")
     convert.add_argument("--layout", metavar="NAME", help="original or diffusers (default: by the tensors' names)")
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the result (default: the file's)")
     convert.add_argument(

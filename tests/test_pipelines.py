@@ -55,6 +55,7 @@ def test_a_prompt_becomes_the_picture_that_diffusers_makes(folder):
     wanted = run.channels_last(golden["steps"], 2)
     for step in range(told["steps"]):
         assert difference(path[:, step + 1], wanted[:, step]) < 1e-4, step
+    assert run.pipeline is not None
     images = run.pipeline.decode(samples)
     np.testing.assert_allclose((images + 1) / 2, golden["output"], atol=2e-4)
     result = run.sample(prompt=told["prompts"], latents=golden["latents0"])

@@ -178,7 +178,7 @@ def conditions(
             array = np.ones(found[name.replace("mask", "text")].shape[:2], np.int32)
         if array is None:
             raise ValueError(f"{model.name}: the encoders give no {own}; allowed: those of the pipeline's class")
-        if array.shape[2:] != spec.shape[1:] or (own == "pooled" and array.shape[1:] != spec.shape):
+        if array.shape[2:] != tuple(spec.shape)[1:] or (own == "pooled" and array.shape[1:] != spec.shape):
             raise ValueError(
                 f"{model.name}: the text encoders give {own} {list(array.shape[1:])}; allowed: {list(spec.shape)}"
             )
