@@ -39,6 +39,7 @@ def cache_section(
         or "experts" in found["name"].split(BETWEEN)
     ):
         return found
+    assert boundary is not None and second is not None
     weights = os.fspath(folder.component(second))
     rest = found["name"]
     if rest == "none":

@@ -165,6 +165,7 @@ def conditions(
         length = fixed if length == fixed else -(-length // MULTIPLE) * MULTIPLE
     found: dict[str, np.ndarray] = {}
     spec: Any
+    array: Any
     for name, spec in model.cond.items():
         own = name.removeprefix("null_")
         source = next((k for k, leaf in NAMES.items() if leaf == own), None)
@@ -178,7 +179,7 @@ def conditions(
             array = np.ones(found[name.replace("mask", "text")].shape[:2], np.int32)
         if array is None:
             raise ValueError(f"{model.name}: the encoders give no {own}; allowed: those of the pipeline's class")
-        if array.shape[2:] != tuple(spec.shape)[1:] or (own == "pooled" and array.shape[1:] != spec.shape):
+        if array.shape[2:] != spec.shape[1:] or (own == "pooled" and array.shape[1:] != spec.shape):
             raise ValueError(
                 f"{model.name}: the text encoders give {own} {list(array.shape[1:])}; allowed: {list(spec.shape)}"
             )
