@@ -237,7 +237,11 @@ def _parser() -> argparse.ArgumentParser:
         ("scale-2", {"type": float}, "of --pipeline: guidance scale of its second network (Wan 2.2)"),
         ("shift", {"type": float}, "of --pipeline: of the flow's times"),
         ("tokens", whole, "of --pipeline: of the longest prompt"),
-        ("sigmas", {"metavar": "S,S,..."}, "of --pipeline: of the flow, before the shift, one for each step"),
+        (
+            "sigmas",
+            {"metavar": "S,S,..."},
+            "of --pipeline: of the flow, before the shift, one for each step; or a file",
+        ),
         ("tile", whole, "of --pipeline: side in pixels of what is decoded at once (default: all of it)"),
         ("preview-vae", {"metavar": "PATH"}, "of --pipeline: a small autoencoder that --preview decodes by"),
         ("embeddings", {"metavar": "FOLDER"}, "of --pipeline: keep embeddings there, and take those that are there"),
