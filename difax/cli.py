@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
         (
             "sigmas",
             {"metavar": "S,S,..."},
-            "of --pipeline: of the flow, before the shift, one for each step; or a file",
+            "of --pipeline: of the flow before the shift, one a step, or a file of them",
         ),
         ("tile", whole, "of --pipeline: side in pixels of what is decoded at once (default: all of it)"),
         ("preview-vae", {"metavar": "PATH"}, "of --pipeline: a small autoencoder that --preview decodes by"),
