@@ -28,12 +28,13 @@ def cache_section(
     found = dict(section)
     if not isinstance(found.get("name"), str):
         return found
-    for name in found["name"].split(BETWEEN):
+    names = [name.strip() for name in found["name"].split(BETWEEN)]
+    for name in names:
         if name in NUMBERS:
-            found |= _published(name.strip(), found, folder, model, steps)
+            found |= _published(name, found, folder, model, steps)
     boundary = folder.settings.get("boundary_ratio")
     second = recipe.networks[1] if len(recipe.networks) > 1 else None
-    if boundary is None or second not in folder.components or EXPERTS in found["name"].split(BETWEEN):
+    if boundary is None or second is None or second not in folder.components or EXPERTS in names:
         return found
     weights = os.fspath(folder.component(second))
     rest = found["name"]

@@ -629,8 +629,12 @@ def _not_finite(values: np.ndarray) -> np.ndarray:
 
 def _fill(target: np.ndarray, values: np.ndarray, tensor: _Tensor) -> None:
     """Writes a tensor's values into an array of another dtype; ValueError where that does not reach so far."""
+    # a transposed matrix goes in slabs whose rows stay in the processor's cache, which is several times quicker
+    turned = values.ndim == 2 and values.strides[0] < values.strides[1]
+    slabs = [np.s_[:, i : i + 256] for i in range(0, values.shape[1], 256)] if turned else [np.s_[...]]
     with np.errstate(over="ignore", invalid="ignore"):
-        target[...] = values
+        for slab in slabs:
+            target[slab] = values[slab]
     narrower = target.dtype != values.dtype and jnp.issubdtype(target.dtype, jnp.floating)
     if tensor.finite and (tensor.scale is not None or narrower) and _not_finite(np.ascontiguousarray(target)).any():
         most = float(np.abs(values.astype(np.float64)).max())
