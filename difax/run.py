@@ -404,7 +404,7 @@ class Run:
         Args:
           weights, settings: as `load` takes them.
         """
-        config = piped(configuration(self.config, _file(weights), keyword_settings(settings)))
+        config = piped(configuration(self.config, _file(weights), keyword_settings(settings)), self.config)
         new, old = config["model"], self.config["model"]
         whole = lambda section: {k: v for k, v in section.items() if k != "dtype"}  # noqa: E731
         moved = self._path is not None and config.get("mesh") != self.config.get("mesh")  # read onto other devices

@@ -44,6 +44,7 @@ FAMILIES = {
     "models": ("dit_parity", "flux_parity", "pixart_parity", "wan_parity", "conditions", "sizes"),
     "encoders": ("encoders",),
     "models: sd3": ("sd3_parity",),
+    "pipelines: study": ("pipelines_study",),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),
     "prompts": ("tokenizers", "prompts", "published"),

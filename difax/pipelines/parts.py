@@ -46,12 +46,14 @@ class Texts(NamedTuple):
 
 class Decoding(NamedTuple):
     """The autoencoder of a pipeline. params: shapes of its weights. chunked: the same, a latent frame at a time, of one
-    that carries its past from part to part; None of others."""
+    that carries its past from part to part; None of others. tile: latents of a tile's side that a run decodes by; None:
+    it takes a whole picture, and of a film a latent frame at a time."""
 
     name: str
     autoencoder: Autoencoder
     params: Params
     chunked: Autoencoder | None
+    tile: int | None = None
 
 
 class Parts(NamedTuple):
@@ -76,7 +78,10 @@ def parts_of(section: Mapping[str, Any]) -> Parts:
     place = folder.component("vae")
     found = find_autoencoder(place)
     chunked = find_autoencoder(place, chunk=1).model if found.model.time else None
-    return Parts(folder.name, tuple(encoders), Decoding("vae", found.model, _shapes(found.model, "float32"), chunked))
+    tile = section.get("tile")
+    tile = None if tile is None else max(tile // found.model.side, 1)
+    decoding = Decoding("vae", found.model, _shapes(found.model, "float32"), chunked, tile)
+    return Parts(folder.name, tuple(encoders), decoding)
 
 
 def published_parts(model: Model, kind: str) -> Parts:

@@ -30,6 +30,7 @@ from difax.study.lowered import Compiled, compiled, lower
 
 INT8 = "int8_w8a8"
 CONFIRMED = 3  # placements that are compiled, at most, to find one that fits or to rank the best
+AROUND = 300.0  # seconds after which no more ways of other stages are compiled
 WORTH = 1.5  # compilations that must fit into the seconds that are left, for one more to be begun
 
 
@@ -37,8 +38,7 @@ class Asked(NamedTuple):
     """A request: the configuration, whose section `mesh` is compiled (without one: all devices along "data"); the
     target; whether to rank all meshes instead; samples, None for one in each group of the mesh's; XLA's options;
     whether to look for another placement where this one does not fit; whether to plan what is around the denoiser too,
-    which a configuration with a section `pipeline` always does; seconds that the answer may take, and that what is
-    around the denoiser may."""
+    which a configuration with a section `pipeline` always does; seconds that the sampler's answer may take."""
 
     config: dict[str, Any]
     target: str
@@ -94,12 +94,16 @@ def answer(asked: Asked, tell: Callable[[str], None] = lambda _: None) -> dict[s
 
 
 def around(parts: Parts, sampler: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
-    """{"pipeline", "stages", "whole"} of a pipeline (`difax.study.stages`), beside its sampler's plan."""
-    deadline, rows = time.perf_counter() + trial.asked.patience, []
-    for way in stages.ways(parts, trial.setup.model.input_shape, trial.of.batch):
+    """{"pipeline", "stages", "whole"} of a pipeline (`difax.study.stages`), beside its sampler's plan; what a run does
+    is compiled first, and the other ways as far as the time goes."""
+    deadline, rows = time.perf_counter() + AROUND, {}
+    ways = stages.ways(parts, trial.setup.model.input_shape, trial.of.batch)
+    for i, way in sorted(enumerate(ways), key=lambda pair: not pair[1].chosen):
         trial.tell(f"compiling {way.stage}, {way.what}, {way.how}")
-        rows.append(stages.planned(way, trial.there, trial.target.published, trial.asked.xla, deadline))
-    return {"pipeline": parts.pipeline, "stages": rows, "whole": stages.whole(sampler, rows)}
+        late = None if way.chosen else deadline
+        rows[i] = stages.planned(way, trial.there, trial.target.published, trial.asked.xla, late)
+    in_turn = [rows[i] for i in range(len(ways))]
+    return {"pipeline": parts.pipeline, "stages": in_turn, "whole": stages.whole(sampler, in_turn)}
 
 
 def checked_axes(section: Mapping[str, Any], target: Absent) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """The stages of a pipeline beside its sampler, compiled from shapes for devices that need not be there.
 
 Each stage is planned in the ways that it can run: a text encoder block by block, as a run does it, or whole in memory;
-the decoder on a whole picture or film, as a run does it, or by tiles or chunks, which need less memory. Parts are not
-divided by a mesh: every device does the same.
+the decoder on a whole picture or film, a latent frame at a time (as a run decodes films), or by tiles, which need less
+memory. Parts are not divided by a mesh: every device does the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from difax.pipelines.parts import Decoding, Parts, Texts
 from difax.study import roofline
 from difax.study.lowered import compiled, lower_function
 
-TILE, OVERLAP = 64, 16  # latents of a tile's side, and those that two of them share
+TILE = 64  # latents of a tile's side, where none is said
+OVERLAP = 4  # a tile shares one part in so many of its side with the next
 
 
 class Way(NamedTuple):
@@ -88,14 +89,15 @@ def _encoding(texts: Texts, batch: int) -> list[Way]:
 
 
 def _decoding(decoding: Decoding, latents: tuple[int, ...], batch: int) -> list[Way]:
-    autoencoder = decoding.autoencoder
+    autoencoder, tile = decoding.autoencoder, decoding.tile or TILE
     made = {"whole": autoencoder}
     if decoding.chunked is not None and len(latents) == 4 and latents[0] > 1:
         made["a latent frame at a time"] = decoding.chunked
-    if max(latents[-3:-1]) > TILE:
-        smaller = made.get("a latent frame at a time", autoencoder)
-        how = f"tiles of {TILE} x {TILE} latents"
-        made[how if smaller is autoencoder else f"{how}, a frame at a time"] = tiled(smaller, TILE, OVERLAP)
+    own = list(made)[-1]
+    if max(latents[-3:-1]) > tile and tile // OVERLAP:
+        name = f"tiles of {tile} x {tile} latents{', a frame at a time' if len(made) > 1 else ''}"
+        made[name] = tiled(made[own], tile, tile // OVERLAP)
+        own = name if decoding.tile else own
 
     def program(decode: Callable[..., Any]) -> Callable[..., Any]:
         return lambda params, x: jnp.clip(decode(params, x), -1.0, 1.0)
@@ -103,7 +105,7 @@ def _decoding(decoding: Decoding, latents: tuple[int, ...], batch: int) -> list[
     z = jax.ShapeDtypeStruct((1, *latents), jnp.float32)
     return [
         Way(
-            decoding.name, autoencoder.name, how, how == "whole", program(one.decode),
+            decoding.name, autoencoder.name, how, how == own, program(one.decode),
             {"params": decoding.params, "x": z}, batch, 0, str(autoencoder.dtype),
         )
         for how, one in made.items()
