@@ -63,26 +63,28 @@ def test_pareto_compares_decoded_pictures_of_prompts(folder, tmp_path):
     (tmp_path / "sees.py").write_text(SEES)
     out, seeds = tmp_path / "sweep", 3
     command = ["pareto", *flags(folder), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2", "--quiet"]
-    command += ["--seeds", str(seeds), "--batch", "1", "--turns", "1", "--methods", "fora", "--out", str(out)]
+    method = "fora" if folder == WAN else "cache.name=none"  # which has the baseline's program
+    command += ["--seeds", str(seeds), "--batch", "1", "--turns", "1", "--methods", method, "--out", str(out)]
     sees = ["--network", f"{tmp_path / 'sees.py'}:make"] if folder == PIXART else []
     assert main([*command, *sees]) == 0
     rows = rows_of(out)
     run = difax.load(folder, steps=2, **SIZES[folder])
     prompts = [PROMPTS[i % 2] for i in range(seeds)]
-    for name, settings in {"baseline": {}, "fora": {"cache": "fora"}}.items():
-        drawn = run.replace(**settings).sample(prompt=prompts).images
+    drawn = {"baseline": run.sample(prompt=prompts).images}
+    if folder == WAN:  # one is enough of a default run's seconds
+        drawn["fora"] = run.replace(cache="fora").sample(prompt=prompts).images
+        squared = ((drawn["fora"] - drawn["baseline"]) ** 2).mean((2, 3, 4))  # of each frame
+        decibels = np.mean(10 * np.log10(4 / squared))
+        assert rows["fora"]["quality"]["psnr"][0] == pytest.approx(decibels, abs=0.05)
+    for name, images in drawn.items():
         kept = np.load(out / "images" / f"{slug(name)}.npz")["images"]
-        assert np.abs(kept.astype(int) - to_uint8(drawn).astype(int)).max() <= 1
-        assert rows[name]["speed"]["decode_seconds_per_image"] > 0
-        assert "range" not in rows[name]
-        assert f"--pipeline {folder}" in rows[name]["command"] and "--prompts" in rows[name]["command"]
+        assert np.abs(kept.astype(int) - to_uint8(images).astype(int)).max() <= 1
+    for row in rows.values():
+        assert row["speed"]["decode_seconds_per_image"] > 0
+        assert "range" not in row
+        assert f"--pipeline {folder}" in row["command"] and "--prompts" in row["command"]
         if sees:
-            assert rows[name]["quality"]["clip_score"][0] == pytest.approx(np.mean([len(p) for p in prompts]))
-    base = np.load(out / "images" / f"{slug('baseline')}.npz")["images"] / 127.5
-    other = np.load(out / "images" / f"{slug('fora')}.npz")["images"] / 127.5
-    axes = tuple(range(base.ndim))[-3:]  # of each frame
-    decibels = 10 * np.log10(4 / np.maximum(((base - other) ** 2).mean(axes), 1e-12))
-    assert rows["fora"]["quality"]["psnr"][0] == pytest.approx(np.mean(decibels), abs=1.5)  # of eight bits
+            assert row["quality"]["clip_score"][0] == pytest.approx(np.mean([len(p) for p in prompts]))
 
 
 def test_what_makes_no_sense_for_a_pipeline_is_refused():
@@ -114,8 +116,8 @@ def two_networks(tmp_path_factory) -> pathlib.Path:
 
 def test_a_second_network_stays_under_every_method(two_networks):
     run = difax.load(two_networks, steps=3, **SIZES[WAN])
-    check_methods(run, {"fora": METHODS["fora 2"]})
-    for method, name in (("fora 2", "experts+fora"), ("steps 8", "experts"), ("bfloat16", "experts")):
+    check_methods(run, {})  # it is no cache
+    for method, name in (("fora 2", "experts+fora"), ("steps 8", "experts")):
         found = accelerated(run, METHODS[method])
         assert found.config["cache"]["name"] == name
         assert len(found.setup.accelerator.networks) == 1
@@ -171,8 +173,9 @@ def test_an_encoder_costs_the_same_streamed_or_whole():
     (texts,) = parts.encoders
     assert texts.tokens == 24
     chip, there = parse_target("cpu:1").published, jax.devices("cpu")[:1]
-    found = [stages.planned(way, there, chip, {}) for way in stages.ways(parts, (8, 12, 4), 2)]
-    encoders = [row for row in found if row["stage"] == "text_encoder"]
+    *ways, decoder = stages.ways(parts, (8, 12, 4), 2)
+    assert decoder.stage == "vae" and decoder.chosen and decoder.times == 2  # one after another
+    encoders = [stages.planned(way, there, chip, {}) for way in ways]
     config = json.loads((PIXART / "text_encoder" / "config.json").read_text())
     d, inner, hidden = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
     gates = 3 if config.get("is_gated_act", "gated" in config.get("feed_forward_proj", "relu")) else 2
@@ -184,8 +187,6 @@ def test_an_encoder_costs_the_same_streamed_or_whole():
     streamed, whole = encoders
     assert streamed["chosen"] and not whole["chosen"]
     assert whole["holds"]["weights"] > streamed["holds"]["weights"]
-    decoders = [row for row in found if row["stage"] == "vae"]
-    assert [row["chosen"] for row in decoders] == [True] and decoders[0]["times"] == 2
 
 
 def test_the_whole_is_its_largest_stage():
