@@ -72,9 +72,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
         if "sigmas" in given:
             given["sigmas"] = _numbers(given["sigmas"], "--sigmas")
         settings += [(f"pipeline.{key.replace('preview_vae', 'preview')}", value) for key, value in given.items()]
-        config = pipeline_config(pipeline, settings)
-        scheduler = getattr(options, "scheduler", None)
-        return config if scheduler is None else scheduled(config, scheduler, settings)
+        return pipeline_config(pipeline, settings, getattr(options, "scheduler", None))
     if given:
         flag = next(iter(given))
         raise ValueError(f"--{flag.replace('_', '-')} {given[flag]} is of a pipeline; allowed: with --pipeline FOLDER")

@@ -35,6 +35,7 @@ from difax.checkpoints import (
 )
 from difax.core.annotations import brief, check_value
 from difax.core.contracts import Autoencoder, Model
+from difax.core.files import named
 from difax.core.placement import Axes
 from difax.core.shell import DifaxWarning
 from difax.models.autoencoders import find_autoencoder
@@ -215,13 +216,18 @@ def scheduled(
     return override({**config, **found}, own)
 
 
-def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
+def pipeline_config(
+    path: str | os.PathLike,
+    settings: Sequence[tuple[str, Any]] = (),
+    scheduler: str | os.PathLike | Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The configuration that a pipeline's folder is sampled with: its network, its scheduler, and the values that the
     pipeline itself takes where none are given.
 
     Args:
       path: a folder with a model_index.json. settings: the user's own, as `override` takes them; those of `pipeline`
         say what is asked of it (`difax.pipelines.section.KEYS`).
+      scheduler: in place of the folder's, as `scheduled` takes it; the pipeline gives it what it gives its own.
 
     Raises:
       ValueError: no such folder, a pipeline or component of an unknown class, a size or setting that it cannot have.
@@ -234,7 +240,7 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
     network = os.fspath(folder.component(recipe.networks[0]))
     given = {key.removeprefix("model."): value for key, value in told.items() if key.startswith("model.")}
     found = recognise(network, recipe.model, **{"size": size, **recipe.geometry(folder, section), **given})
-    scale = recipe.offset + float(told.get("scale", recipe.scale))
+    scale = recipe.offset + check_alone("scale", told.get("scale", recipe.scale))
     guided = scale > 1 and not (recipe.prompts and _negative(folder, section, "scale" in told) is None)
     steps = told.get("steps", len(section["sigmas"]) if "sigmas" in section else recipe.steps)
     model = cast(Model, make("model", {"name": recipe.model, **found.geometry}))
@@ -246,8 +252,9 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
     config = override(
         {
             "model": {"name": recipe.model, **found.geometry, "dtype": given.get("dtype", _half_or_single(network))},
-            **scheduler_sections(
-                shifted(read_scheduler(folder.component("scheduler")), section.get("shift")),
+            **_scheduled_by(
+                folder.component("scheduler") if scheduler is None else scheduler,
+                section.get("shift"),
                 steps=check_alone("steps", steps),
                 shape=model.input_shape,
                 mu=None if recipe.mu is None or "shift" in section else recipe.mu(tokens, steps),
@@ -262,6 +269,19 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
         [(key, value) for key, value in settings if key.partition(".")[0] not in ("pipeline", "scale")],
     )
     return piped(config)
+
+
+def _scheduled_by(
+    scheduler: str | os.PathLike | Mapping[str, Any], shift: float | None, **given: Any
+) -> dict[str, Any]:
+    """The sections that a pipeline's scheduler is; a refusal names the file."""
+    if isinstance(scheduler, Mapping):
+        return scheduler_sections(shifted(scheduler, shift), **given)
+    said = shifted(read_scheduler(scheduler), shift)
+    try:
+        return scheduler_sections(said, **given)
+    except ValueError as error:
+        raise ValueError(f"{named(scheduler)}: {error}") from None
 
 
 def _check_decoder(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, model: Model) -> None:

@@ -570,7 +570,7 @@ def load(
         return _opened(finish(override(config, given)), path, seed)
     what, base = os.fspath(what), os.fspath(what)
     if is_pipeline(what):
-        return _opened(finish(pipeline_config(what, given)), path, seed)
+        return _opened(pipeline_config(what, given, scheduler), path, seed)
     if _is_checkpoint(what):
         base = None if weights is None else configuration(None, what, given)
         path = what if weights is None else weights

@@ -86,5 +86,5 @@ def open_folder(path: str | os.PathLike, known: Mapping[str, Any], given: Mappin
             settings[key] = value
     name = choose(f"pipeline of {named(path)}", str(index["_class_name"]), known)
     for key in given or {}:
-        choose("component", key, dict.fromkeys((*components, *index)))
+        choose("component", key, dict.fromkeys((*components, *(k for k in index if not k.startswith("_")))))
     return Folder(place, name, {**components, **dict.fromkeys(given or {}, "")}, settings, dict(given or {}))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from difax.core.annotations import brief
 from difax.core.files import named
-from difax.pipelines.folder import Folder, open_folder
+from difax.pipelines.folder import INDEX, Folder, open_folder
 
 
 class Recipe(NamedTuple):
@@ -108,6 +109,24 @@ RECIPES: dict[str, Recipe] = {
 
 
 def open_pipeline(path: Any, given: Mapping[str, str] | None = None) -> tuple[Folder, Recipe]:
-    """A pipeline's folder and its recipe; ValueError as `open_folder`."""
+    """A pipeline's folder and its recipe.
+
+    Raises:
+      ValueError: as `open_folder`, and a boundary between two networks that is none, or without the second.
+    """
     folder = open_folder(path, RECIPES, given)
-    return folder, RECIPES[folder.name]
+    recipe = RECIPES[folder.name]
+    _check_boundary(folder, recipe)
+    return folder, recipe
+
+
+def _check_boundary(folder: Folder, recipe: Recipe) -> None:
+    boundary, second = folder.settings.get("boundary_ratio"), recipe.networks[1:]
+    if boundary is None or not second:
+        return
+    if isinstance(boundary, bool) or not isinstance(boundary, (int, float)) or not 0 <= boundary <= 1:
+        raise ValueError(f"{named(folder.path / INDEX)}: boundary_ratio={brief(boundary)}; allowed: 0 ... 1, or null")
+    if second[0] not in folder.components:
+        raise ValueError(
+            f"{named(folder.path / INDEX)}: boundary_ratio={boundary} without {second[0]}; allowed: both, or none"
+        )
