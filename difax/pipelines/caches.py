@@ -32,8 +32,14 @@ def cache_section(
             found |= _published(name.strip(), found, folder, model, steps)
     boundary = folder.settings.get("boundary_ratio")
     second = recipe.networks[1] if len(recipe.networks) > 1 else None
-    if boundary is None or second not in folder.components or "experts" in found["name"].split(BETWEEN):
+    if (
+        boundary is None
+        or second is None
+        or second not in folder.components
+        or "experts" in found["name"].split(BETWEEN)
+    ):
         return found
+    assert boundary is not None and second is not None
     weights = os.fspath(folder.component(second))
     rest = found["name"]
     if rest == "none":

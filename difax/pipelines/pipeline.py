@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,8 @@ SMALL = 32  # latents a side of a preview
 class Pipeline:
     """A folder as a run uses it; weights are read where they are needed, and dropped.
 
-    section: `pipeline` of the run's configuration, filled up. seconds: of each stage of the last run.
+    section: `pipeline` of the run's configuration, filled up. seconds: of each stage of the last run. tell: is called
+    with a line where a stage begins.
     """
 
     def __init__(self, section: Mapping[str, Any]):
@@ -34,6 +35,7 @@ class Pipeline:
         self.section = dict(section)
         self.folder, self.recipe = open_pipeline(section["folder"], given)
         self.seconds: dict[str, float] = {}
+        self.tell: Callable[[str], None] = lambda text: None
         self._autoencoders: dict[str, tuple[Autoencoder, Any]] = {}
         self._programs: dict[Any, Any] = {}
 
@@ -51,6 +53,7 @@ class Pipeline:
           guided: is there an unconditional half, for the negative prompt.
         """
         begun, prompts = time.perf_counter(), check_prompts(prompts)
+        self.tell(f"encoding {len(prompts)} prompt{'s' * (len(prompts) > 1)}")
         rules, section = prompting(self.folder.name, self.folder.settings), self.section
         more = {"tokens": section["tokens"], "kept": section.get("embeddings")}
         found, cut = encoded(self.folder, rules, prompts, **more)
@@ -63,6 +66,7 @@ class Pipeline:
         told = {"guidance": section.get("guidance"), "resolution": sides, "aspect_ratio": sides[0] / sides[1]}
         cond = conditions(model, found, negative, told)
         self.seconds["encode"] = time.perf_counter() - begun
+        self.tell("denoising")
         return cond
 
     def known(self, image: Any, mask: Any, n: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -121,6 +125,7 @@ class Pipeline:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents [n, (F,) h, w, C] of the network as pictures [n, (F',) H, W, 3] in [-1, 1], one after another."""
         begun = time.perf_counter()
+        self.tell(f"decoding {len(latents)} {'film' if self.recipe.frames else 'picture'}{'s' * (len(latents) > 1)}")
         found = self._decoded(latents, *self._opened("vae"))
         self.seconds["decode"] = time.perf_counter() - begun
         return found

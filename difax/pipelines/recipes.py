@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from difax.core.annotations import brief
 from difax.core.files import named
+from difax.core.process import flux2_mu
 from difax.pipelines.folder import INDEX, Folder, open_folder
 
 
@@ -23,6 +24,7 @@ class Recipe(NamedTuple):
     mu: (tokens, steps) -> logarithm of the flow's shift, where the scheduler's file does not say it.
     sigmas: of the flow before its shift, "pipeline" (1 ... 1/n) or "scheduler"; None is what the scheduler's file says.
     networks: folders of denoisers, the second for the lower noise levels.
+    told: of the network, beside its size.
     text: (tokens of the longest prompt, config.json of the network) -> tokens of its embeddings.
     """
 
@@ -41,13 +43,14 @@ class Recipe(NamedTuple):
     mu: Callable[[int, int], float] | None = None
     sigmas: str | None = None
     networks: tuple[str, ...] = ("transformer",)
+    told: Mapping[str, Any] = {}
     text: Callable[[int, Mapping[str, Any]], int] = lambda tokens, config: tokens
 
     def geometry(self, folder: Folder, section: Mapping[str, Any]) -> dict[str, Any]:
         """What a section tells of the network beside its size."""
         if not self.prompts:
-            return {}
-        return {"text_tokens": self.text(section["tokens"], folder.config(self.networks[0]))}
+            return dict(self.told)
+        return {**self.told, "text_tokens": self.text(section["tokens"], folder.config(self.networks[0]))}
 
 
 def _of_network(folder: Folder, side: int) -> tuple[int, int]:
@@ -67,16 +70,6 @@ def _z_image_text(tokens: int, config: Mapping[str, Any]) -> int:
     places = config.get("axes_lens", [512])
     most = places[0] - 2 if isinstance(places, list) and places and isinstance(places[0], int) else tokens
     return tokens if tokens <= most else max(most // 32 * 32, 1)
-
-
-def flux2_mu(tokens: int, steps: int) -> float:
-    """FLUX.2's empirical shift: two lines in the tokens, for 10 and 200 steps, and between them a line in the steps."""
-    many = 0.00016927 * tokens + 0.45666666
-    if tokens > 4300:
-        return many
-    few = 8.73809524e-05 * tokens + 1.89833333
-    slope = (many - few) / 190.0
-    return slope * steps + many - 200.0 * slope
 
 
 RECIPES: dict[str, Recipe] = {
@@ -103,7 +96,8 @@ RECIPES: dict[str, Recipe] = {
         text=_z_image_text,
     ),
     "Flux2KleinPipeline": Recipe(
-        "flux2", _square(64), patch=1, steps=50, scale=4.0, prompts=512, packed=True, sigmas="pipeline", mu=flux2_mu
+        "flux2", _square(64), patch=1, steps=50, scale=4.0, prompts=512, packed=True, sigmas="pipeline", mu=flux2_mu,
+        told={"ignores_guidance": True},  # whatever the weights have
     ),
 }  # fmt: skip
 
