@@ -110,7 +110,10 @@ def _numbers(text: str, flag: str) -> list[float]:
                 return [float(a) for a in found["sigmas"].read()]
         text = " ".join(read_text(text, "a text of numbers", 2**20).split())
     try:
-        return [float(word) for word in text.replace(",", " ").split()]
+        found = [float(word) for word in text.replace(",", " ").split()]
+        if not found:
+            raise ValueError
+        return found
     except ValueError:
         raise ValueError(f"{flag} {text[:100]}; allowed: numbers between commas, or a file of them") from None
 

@@ -75,6 +75,13 @@ FLAGS = {
     "0 frames a second": ([*W, *PROMPT, "--fps", "0"], "pipeline.fps=0.0"),
     "sigmas of no flow": ([*P, *PROMPT, "--sigmas", "1,0.5"], "a list of sigmas"),
     "sigmas in words": ([*W, *PROMPT, "--sigmas", "1,x"], "--sigmas 1,x; allowed: numbers between commas"),
+    "no value": ([*W, *PROMPT, "--sigmas=--"], "--sigmas=--: no value"),
+    "sigmas that rise": ([*P, *PROMPT, "--scheduler", "{}/flow.json", "--sigmas", "0.5,1"], "sigmas=[0.5, 1.0]"),
+    "too many sigmas": (
+        [*P, *PROMPT, "--scheduler", "{}/flow.json", "--sigmas", "1,0.7,0.3"],
+        "3 sigmas; allowed: the 2",
+    ),
+    "a sigma of 2": ([*P, *PROMPT, "--scheduler", "{}/flow.json", "--sigmas", "2,1"], "falling numbers in (0, 1]"),
     "no sigmas": ([*W, *PROMPT, "--sigmas", ","], "--sigmas ,;"),
     "sigmas that are no numbers": ([*W, *PROMPT, "--sigmas", "1,nan"], "pipeline.sigmas=[1.0, nan]"),
     "tile of 0": ([*P, *PROMPT, "--tile", "0"], "pipeline.tile=0"),
@@ -155,7 +162,7 @@ SLOW = {
     "another width of the encoder", "a text for an encoder", "too many frames", "a misspelt encoder",
     "more steps than it was trained for", "layers in words", "an encoder cut short", "scale of a second network",
     "no tokenizer named", "no encoder named", "no such embeddings", "prompts of bytes", "no such weights",
-    "weights of difax", "sigmas that rise", "too few sigmas", "a sigma of 2",
+    "weights of difax", "too many sigmas", "a sigma of 2",
 }  # fmt: skip
 
 
@@ -169,6 +176,8 @@ def prepared(tmp_path_factory) -> pathlib.Path:
     texts = {"empty": b"\n \n", "binary": b"\xff\xfe\x00", "zero": b"a\0b", "many": b"a\n" * 100_001}
     for name, text in {**texts, "long": b"a" * 100_001}.items():
         (folder / f"{name}.txt").write_bytes(text)
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+    (folder / "flow.json").write_text(json.dumps(flow))
     Image.new("RGB", (16, 16)).save(folder / "i.png")
     Image.new("L", (8, 8)).save(folder / "small.png")
     (folder / "half.png").write_bytes((folder / "i.png").read_bytes()[:40])
