@@ -50,6 +50,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
         pipeline_config,
         scheduled,
     )
+    from difax.pipelines.section import COMPONENTS
 
     settings: list[tuple[str, Any]] = []
     base: str | None = options.config
@@ -64,8 +65,10 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
             settings.append((key, getattr(options, flag)))
     if getattr(options, "mesh", None):
         settings += mesh_settings(options.mesh)
-    pipeline = getattr(options, "pipeline", None)
     given = {flag: getattr(options, flag) for flag in PIPED if getattr(options, flag, None) is not None}
+    if getattr(options, "weights", None) and given.keys() & set(COMPONENTS) and not options.pipeline:
+        options.pipeline = options.weights  # a network's file and the components beside it
+    pipeline = getattr(options, "pipeline", None)
     if pipeline is not None:
         if base is not None:
             raise ValueError(f"--pipeline {pipeline} and a configuration exclude each other; allowed: one of them")

@@ -43,7 +43,7 @@ from difax.pipelines.caches import cache_section
 from difax.pipelines.folder import Folder
 from difax.pipelines.prompts import prompting
 from difax.pipelines.recipes import Recipe, open_pipeline
-from difax.pipelines.section import COMPONENTS, filled, latent_size, shifted
+from difax.pipelines.section import filled, given_components, latent_size, shifted
 from difax.pipelines.section import checked as checked_section
 from difax.registry import REGISTRIES, check_name, choose, make, shown
 from difax.training.train import read_run
@@ -225,7 +225,8 @@ def pipeline_config(
     pipeline itself takes where none are given.
 
     Args:
-      path: a folder with a model_index.json. settings: the user's own, as `override` takes them; those of `pipeline`
+      path: a folder with a model_index.json, or a network's file, beside which `pipeline.vae` and
+        `pipeline.text_encoder` (`_2`) are given (`difax.pipelines.single`). settings: the user's own, as `override` takes them; those of `pipeline`
         say what is asked of it (`difax.pipelines.section.KEYS`).
       scheduler: in place of the folder's, as `scheduled` takes it; the pipeline gives it what it gives its own.
 
@@ -233,7 +234,7 @@ def pipeline_config(
       ValueError: no such folder, a pipeline or component of an unknown class, a size or setting that it cannot have.
     """
     own = checked_section({k.partition(".")[2]: v for k, v in settings if k.partition(".")[0] == "pipeline"})
-    folder, recipe = open_pipeline(path, {name: own[name] for name in COMPONENTS if own.get(name)})
+    folder, recipe = open_pipeline(path, given_components(own))
     autoencoder = find_autoencoder(folder.component("vae")).model
     section = filled(folder, recipe, autoencoder, own)
     size, told = latent_size(recipe, autoencoder, section), dict(settings)
@@ -253,7 +254,7 @@ def pipeline_config(
         {
             "model": {"name": recipe.model, **found.geometry, "dtype": given.get("dtype", _half_or_single(network))},
             **_scheduled_by(
-                folder.component("scheduler") if scheduler is None else scheduler,
+                _own_scheduler(folder, section) if scheduler is None else scheduler,
                 section.get("shift"),
                 steps=check_alone("steps", steps),
                 shape=model.input_shape,
@@ -269,6 +270,10 @@ def pipeline_config(
         [(key, value) for key, value in settings if key.partition(".")[0] not in ("pipeline", "scale")],
     )
     return piped(config)
+
+
+def _own_scheduler(folder: Folder, section: Mapping[str, Any]) -> pathlib.Path | Mapping[str, Any]:
+    return folder.component("scheduler") if folder.scheduler is None else folder.scheduler(section)
 
 
 def _scheduled_by(
@@ -301,7 +306,7 @@ def piped(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration whose cache has what its pipeline adds (`difax.pipelines.caches`); as it is without one."""
     if "pipeline" not in config:
         return config
-    folder, recipe = open_pipeline(config["pipeline"]["folder"])
+    folder, recipe = open_pipeline(config["pipeline"]["folder"], given_components(config["pipeline"]))
     cache = cache_section(config.get("cache", {"name": "none"}), folder, recipe, config["model"], config["steps"])
     return {**config, "cache": cache}
 

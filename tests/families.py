@@ -46,7 +46,7 @@ FAMILIES = {
     "models: sd3": ("sd3_parity",),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),
-    "pipelines: refused": ("pipelines_refused",),
+    "pipelines: refused": ("pipelines_refused", "pipelines_single"),
     "prompts": ("tokenizers", "prompts", "published"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from difax.core.annotations import brief
-from difax.core.files import named
+from difax.core.files import named, place_of
 from difax.core.process import flux2_mu
 from difax.pipelines.folder import INDEX, Folder, open_folder
+from difax.pipelines.single import open_single
 
 
 class Recipe(NamedTuple):
@@ -103,12 +105,14 @@ RECIPES: dict[str, Recipe] = {
 
 
 def open_pipeline(path: Any, given: Mapping[str, str] | None = None) -> tuple[Folder, Recipe]:
-    """A pipeline's folder and its recipe.
+    """A pipeline's folder, or a network's file with the components that are given, and its recipe.
 
     Raises:
-      ValueError: as `open_folder`, and a boundary between two networks that is none, or without the second.
+      ValueError: as `open_folder` and `open_single`, and a boundary between two networks that is none, or without the
+        second.
     """
-    folder = open_folder(path, RECIPES, given)
+    single = place_of(path) == "file" and os.fspath(path).endswith((".safetensors", ".index.json"))
+    folder = open_single(path, given or {}) if single else open_folder(path, RECIPES, given)
     recipe = RECIPES[folder.name]
     _check_boundary(folder, recipe)
     return folder, recipe
