@@ -43,8 +43,8 @@ from difax.pipelines.caches import cache_section
 from difax.pipelines.folder import Folder
 from difax.pipelines.prompts import prompting
 from difax.pipelines.recipes import Recipe, open_pipeline
-from difax.pipelines.section import filled, given_components, latent_size, shifted
 from difax.pipelines.section import checked as checked_section
+from difax.pipelines.section import filled, given_components, latent_size, shifted
 from difax.registry import REGISTRIES, check_name, choose, make, shown
 from difax.training.train import read_run
 from difax.weights.checkpoint import Source, read_metadata, tensor_shapes, tensor_types
@@ -226,8 +226,9 @@ def pipeline_config(
 
     Args:
       path: a folder with a model_index.json, or a network's file, beside which `pipeline.vae` and
-        `pipeline.text_encoder` (`_2`) are given (`difax.pipelines.single`). settings: the user's own, as `override` takes them; those of `pipeline`
-        say what is asked of it (`difax.pipelines.section.KEYS`).
+        `pipeline.text_encoder` (`_2`) are given (`difax.pipelines.single`).
+      settings: the user's own, as `override` takes them; those of `pipeline` say what is asked of it
+        (`difax.pipelines.section.KEYS`).
       scheduler: in place of the folder's, as `scheduled` takes it; the pipeline gives it what it gives its own.
 
     Raises:

@@ -69,7 +69,9 @@ def open_single(path: str | os.PathLike, given: Mapping[str, str]) -> Folder:
     count, kind = max((known(t, names), kind) for kind, p in CHECKPOINTS.items() for t in p.tables.values())
     if not count or kind not in SINGLE:
         what = f"a network of {kind}" if count else "no network that difax knows"
-        raise ValueError(f"pipeline {named(path)}: {what}; allowed: a pipeline's folder, or a file of {' or '.join(SINGLE)}")
+        raise ValueError(
+            f"pipeline {named(path)}: {what}; allowed: a pipeline's folder, or a file of {' or '.join(SINGLE)}"
+        )
     found = SINGLE[kind]
     flag = lambda name: f"--{name.replace('_', '-')} PATH"  # noqa: E731
     missing = [flag(name) for name in found.needs if name not in given]
