@@ -58,6 +58,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace | None:
     Raises:
       ValueError: what the parser refuses, and a path or a name that is empty: it would be the current folder.
     """
+    for argument in arguments:
+        if argument.startswith("--") and argument.endswith("=--"):  # argparse gives an empty list for it
+            raise ValueError(f"{argument}: no value; allowed: a path, a name or a number")
     try:
         options = _parser().parse_args(_join_overrides(arguments))
     except SystemExit:

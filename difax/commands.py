@@ -53,6 +53,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
         pipeline_config,
         scheduled,
     )
+    from difax.pipelines.section import COMPONENTS
 
     settings: list[tuple[str, Any]] = []
     base: str | None = options.config
@@ -67,17 +68,17 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
             settings.append((key, getattr(options, flag)))
     if getattr(options, "mesh", None):
         settings += mesh_settings(options.mesh)
-    pipeline = getattr(options, "pipeline", None)
     given = {flag: getattr(options, flag) for flag in PIPED if getattr(options, flag, None) is not None}
+    if getattr(options, "weights", None) and given.keys() & set(COMPONENTS) and not options.pipeline:
+        options.pipeline = options.weights  # a network's file and the components beside it
+    pipeline = getattr(options, "pipeline", None)
     if pipeline is not None:
         if base is not None:
             raise ValueError(f"--pipeline {pipeline} and a configuration exclude each other; allowed: one of them")
         if "sigmas" in given:
             given["sigmas"] = _numbers(given["sigmas"], "--sigmas")
         settings += [(f"pipeline.{key.replace('preview_vae', 'preview')}", value) for key, value in given.items()]
-        config = pipeline_config(pipeline, settings)
-        scheduler = getattr(options, "scheduler", None)
-        return config if scheduler is None else scheduled(config, scheduler, settings)
+        return pipeline_config(pipeline, settings, getattr(options, "scheduler", None))
     if given:
         flag = next(iter(given))
         raise ValueError(f"--{flag.replace('_', '-')} {given[flag]} is of a pipeline; allowed: with --pipeline FOLDER")
@@ -115,7 +116,10 @@ def _numbers(text: str, flag: str) -> list[float]:
                 return [float(a) for a in found["sigmas"].read()]
         text = " ".join(read_text(text, "a text of numbers", 2**20).split())
     try:
-        return [float(word) for word in text.replace(",", " ").split()]
+        found = [float(word) for word in text.replace(",", " ").split()]
+        if not found:
+            raise ValueError
+        return found
     except ValueError:
         raise ValueError(f"{flag} {text[:100]}; allowed: numbers between commas, or a file of them") from None
 

@@ -41,6 +41,7 @@ from difax.media.samples import check_latents, check_output, save_samples
 from difax.pipelines.folder import is_pipeline
 from difax.pipelines.pipeline import Pipeline, network_of
 from difax.pipelines.preview import Preview, previewing
+from difax.pipelines.section import COMPONENTS
 from difax.program import (
     Drawn,
     Program,
@@ -577,8 +578,8 @@ def load(
         config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in what.items()}
         return _opened(finish(override(config, given)), path, seed)
     what, base = os.fspath(what), os.fspath(what)
-    if is_pipeline(what):
-        return _opened(finish(pipeline_config(what, given)), path, seed)
+    if is_pipeline(what) or any(key.partition(".")[2] in COMPONENTS for key, _ in given):
+        return _opened(pipeline_config(what, given, scheduler), path, seed)
     if _is_checkpoint(what):
         base = None if weights is None else configuration(None, what, given)
         path = what if weights is None else weights

@@ -47,6 +47,7 @@ FAMILIES = {
     "pipelines: study": ("pipelines_study",),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),
+    "pipelines: refused": ("pipelines_refused", "pipelines_single"),
     "prompts": ("tokenizers", "prompts", "published"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),

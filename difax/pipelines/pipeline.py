@@ -17,7 +17,7 @@ from difax.pipelines.encode import check_prompts, conditions, encoded, warn_of_c
 from difax.pipelines.image_in import read_masks, read_pictures, resized
 from difax.pipelines.prompts import prompting
 from difax.pipelines.recipes import open_pipeline
-from difax.pipelines.section import COMPONENTS
+from difax.pipelines.section import given_components
 from difax.weights.published import load_foreign
 
 SMALL = 32  # latents a side of a preview
@@ -31,9 +31,8 @@ class Pipeline:
     """
 
     def __init__(self, section: Mapping[str, Any]):
-        given = {name: section[name] for name in COMPONENTS if section.get(name)}
         self.section = dict(section)
-        self.folder, self.recipe = open_pipeline(section["folder"], given)
+        self.folder, self.recipe = open_pipeline(section["folder"], given_components(section))
         self.seconds: dict[str, float] = {}
         self.tell: Callable[[str], None] = lambda text: None
         self._autoencoders: dict[str, tuple[Autoencoder, Any]] = {}
@@ -156,5 +155,5 @@ class Pipeline:
 
 def network_of(section: Mapping[str, Any]) -> str:
     """The path of the denoiser's weights."""
-    folder, recipe = open_pipeline(section["folder"])
+    folder, recipe = open_pipeline(section["folder"], given_components(section))
     return os.fspath(folder.component(recipe.networks[0]))
