@@ -31,8 +31,13 @@ def cache_section(
         if name in NUMBERS:
             found |= _published(name.strip(), found, folder, model, steps)
     boundary = folder.settings.get("boundary_ratio")
-    second = recipe.networks[1] if len(recipe.networks) > 1 else None
-    if boundary is None or second not in folder.components or "experts" in found["name"].split(BETWEEN):
+    second = recipe.networks[1] if len(recipe.networks) > 1 else ""
+    if (
+        boundary is None
+        or second is None
+        or second not in folder.components
+        or "experts" in found["name"].split(BETWEEN)
+    ):
         return found
     weights = os.fspath(folder.component(second))
     rest = found["name"]
