@@ -5,8 +5,8 @@
 
 The argument is the image's size in pixels: a side, or height x width, divisible by 16. Latents are [H/8, W/8, 16];
 decode them with the autoencoder of the checkpoint (Wan 2.1's, of one frame). Times are shifted by the number of image
-tokens, whichever way the size is set, and stretched so that the last one is 0.02. The authors' pipeline also brings
-the guided velocity of each token to the length of the conditional one, which `cfg` does not.
+tokens, whichever way the size is set, and stretched so that the last one is 0.02. The guided velocity of each token is
+brought to the length of the conditional one.
 Qwen Team 2025, arXiv:2508.02324.
 """
 
@@ -38,7 +38,7 @@ def get_config(arg: str = "1024") -> ConfigDict:
                 "sigmas": "pipeline",
             },
             "steps": 50,
-            "guide": {"name": "cfg"},
+            "guide": {"name": "cfg", "norm": "patch"},
             "scale": 4.0,
             "cache": {"name": "none"},
         }

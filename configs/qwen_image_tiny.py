@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
             "solver": {"name": "euler"},
             "grid": {"name": "shifted"},
             "steps": 8,
-            "guide": {"name": "cfg"},
+            "guide": {"name": "cfg", "norm": "patch"},
             "scale": 4.0,
             "cache": {"name": "none"},
         }

@@ -273,12 +273,12 @@ def build_setup(config: Mapping[str, Any], model: Model | None = None, devices: 
     solver = make("solver", config["solver"])
     _check_parts(config, process, prediction, solver, model)
     guide = make("guide", config["guide"])
-    accelerator = _accelerator(config.get("cache", {"name": "none"}), config, model)
+    accelerator = _accelerator(config.get("cache", {"name": "none"}), config, model, devices)
     attending = _attention(config.get("attend", {"name": "xla"}))
     placement = build_placement(config, model, accelerator, devices)
     if placement is not None and not all(network.shared for network in accelerator.networks):
         raise ValueError(f"cache {accelerator.name} runs another network too, on one device; allowed: no section mesh")
-    if conditioning_of(config) == "ahead" and accelerator.networks:
+    if conditioning_of(config) == "ahead" and not all(network.shared for network in accelerator.networks):
         raise ValueError(f"conditioning=ahead: cache {accelerator.name} runs another network too; allowed: each")
     if placement is not None:
         attending = parallel(attending, placement, joint=_is_joint(model))
@@ -565,22 +565,30 @@ def conditioning_of(config: Mapping[str, Any]) -> str:
     return choose("conditioning", config.get("conditioning", "each"), CONDITIONINGS)
 
 
-def _cache(section: Mapping[str, Any], config: Mapping[str, Any], model: Model) -> Accelerator:
-    """One cache; one that runs a second network gets it read from its key `weights`."""
+def _cache(
+    section: Mapping[str, Any], config: Mapping[str, Any], model: Model, devices: Sequence[Any] | None
+) -> Accelerator:
+    """One cache; one that runs a second network gets it read from its key `weights`, to where the model's would lie."""
     name = section.get("name")
     if not isinstance(name, str) or name not in NETWORKS:
         return make("cache", section)
     path = check_value(f"{name}: weights", section.get("weights"), str | None)
     with _naming("cache", config):
-        second = None if path is None else second_network(path, config, model, shared=name == "experts")
+        shared, where = name == "experts", None
+        if shared and devices is None:  # described devices hold nothing
+            placement = build_placement(config, model, Accelerator())
+            where = None if placement is None else placement.params
+        second = None if path is None else second_network(path, config, model, shared, where)
     return make("cache", section, network=second)
 
 
-def _accelerator(section: Mapping[str, Any], config: Mapping[str, Any], model: Model) -> Accelerator:
+def _accelerator(
+    section: Mapping[str, Any], config: Mapping[str, Any], model: Model, devices: Sequence[Any] | None
+) -> Accelerator:
     """One cache with its hyperparameters, or several names between plus signs, with keys "name.hyperparameter"."""
     names = split_names("cache", section.get("name", ""))
     if len(names) == 1:
-        return _cache(section, config, model)
+        return _cache(section, config, model, devices)
     members: dict[str, dict[str, Any]] = {}
     for name in names:
         if name in members:
@@ -592,7 +600,7 @@ def _accelerator(section: Mapping[str, Any], config: Mapping[str, Any], model: M
             if not name:
                 raise ValueError(f"key of cache {section['name']}: {path!r}; allowed: {names[0]}.{path}")
             members[choose("cache of the key " + path, name, names)][key] = value
-    return stack(*(_cache(member, config, model) for member in members.values()))
+    return stack(*(_cache(member, config, model, devices) for member in members.values()))
 
 
 def _attention(section: Mapping[str, Any]) -> Attention:

@@ -112,13 +112,20 @@ def find_weights(
     return Weights(model, source, section, lambda: load_native(path, spec, shardings=where))
 
 
-def second_network(path: str, config: Mapping[str, Any], model: Model, shared: bool = False) -> Network:
+def second_network(
+    path: str,
+    config: Mapping[str, Any],
+    model: Model,
+    shared: bool = False,
+    shardings: Callable[[Params], Any] | None = None,
+) -> Network:
     """A network that runs beside a model for the same samples, from weights of difax, which say of what model.
 
     Args:
       path: a run's folder, a .safetensors file that difax wrote, or a name of embedded weights.
       config: of the run, whose process and prediction must be those that a run's folder was trained for.
       shared: are they other weights of the model itself; then a published checkpoint is taken too.
+      shardings: as of `find_weights`.
 
     Raises:
       ValueError: no such weights, of a model that is not known, or of another size, condition, process or prediction;
@@ -134,7 +141,8 @@ def second_network(path: str, config: Mapping[str, Any], model: Model, shared: b
         free = {k: settings[k] for k in FREE if k in settings} | {"dtype": str(jnp.dtype(model.dtype))}
         found = recognise(file, fallback=settings, **free)
         _check_same(said, found.model, model)
-        return Network(model, load_foreign(file, found), shared)
+        where = None if shardings is None else shardings(found.spec)
+        return Network(model, load_foreign(file, found, shardings=where), shared)
     stored = stored_model(file) if kind is None else None
     if stored is None:
         raise ValueError(f"{said} say nothing of their model; allowed: a run's folder, or a file of difax")
@@ -150,7 +158,7 @@ def second_network(path: str, config: Mapping[str, Any], model: Model, shared: b
             raise ValueError(f"{said} were trained with {key}={trained[key]}; allowed: {config[key]}")
     if shared:
         _check_same(said, second, model)
-    return Network(second, find_weights({"model": section}, second, file).params, shared)
+    return Network(second, find_weights({"model": section}, second, file, shardings=shardings).params, shared)
 
 
 def _check_same(said: str, second: Model, model: Model) -> None:
@@ -276,6 +284,7 @@ def _completed(model: Any, section: Mapping[str, Any], stored: Mapping[str, Any]
 UNSTORED = (
     "size", "heads", "dtype", "variant", "text_tokens", "axes_dim", "base_size", "interpolation_scale", "eps",
     "norm_eps", "mlp_norm_eps", "activation", "max_positions", "theta", "time_scale", "image_tokens", "first_frame",
+    "ignores_guidance",
 )  # fmt: skip
 
 

@@ -237,7 +237,11 @@ def _parser() -> argparse.ArgumentParser:
         ("scale-2", {"type": float}, "of --pipeline: guidance scale of its second network (Wan 2.2)"),
         ("shift", {"type": float}, "of --pipeline: of the flow's times"),
         ("tokens", whole, "of --pipeline: of the longest prompt"),
-        ("sigmas", {"metavar": "S,S,..."}, "of --pipeline: of the flow, before the shift, one for each step"),
+        (
+            "sigmas",
+            {"metavar": "S,S,..."},
+            "of --pipeline: of the flow before the shift, one a step, or a file of them",
+        ),
         ("tile", whole, "of --pipeline: side in pixels of what is decoded and encoded at once (default: all)"),
         ("preview-vae", {"metavar": "PATH"}, "of --pipeline: a small autoencoder that --preview decodes by"),
         ("embeddings", {"metavar": "FOLDER"}, "of --pipeline: keep embeddings there, and take those that are there"),
@@ -420,7 +424,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", metavar="SRC", help=".safetensors file, its .index.json, or their folder")
     convert.add_argument("target", metavar="DST", help="folder that does not exist yet")
-    convert.add_argument("--model", metavar="NAME", help="dit, flux, pixart or wan (default: by the tensors' names)")
+    convert.add_argument("--model", metavar="NAME", help="of `difax list models` (default: by the tensors' names)")
     convert.add_argument("--layout", metavar="NAME", help="original or diffusers (default: by the tensors' names)")
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the result (default: the file's)")
     convert.add_argument(

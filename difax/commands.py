@@ -99,11 +99,25 @@ def _run(options: argparse.Namespace, config: dict[str, Any]) -> Any:
 
 
 def _numbers(text: str, flag: str) -> list[float]:
-    """Numbers between commas; ValueError for what is none."""
+    """Numbers between commas, or of a file: a text, or an .npz with an array `sigmas`.
+
+    Raises:
+      ValueError: what is no number, or a file that is damaged.
+    """
+    from difax.core.arrays import opened_arrays
+    from difax.core.files import place_of, read_text
+
+    if len(text) < 1000 and place_of(text) is not None:
+        if text.endswith(".npz"):
+            with opened_arrays(text, "an .npz file with an array named sigmas") as found:
+                if "sigmas" not in found or len(found["sigmas"].shape) != 1 or found["sigmas"].shape[0] > 10_000:
+                    raise ValueError(f"{flag} {text}: no array named sigmas [n] in it; allowed: one of numbers")
+                return [float(a) for a in found["sigmas"].read()]
+        text = " ".join(read_text(text, "a text of numbers", 2**20).split())
     try:
-        return [float(word) for word in text.split(",")]
+        return [float(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise ValueError(f"{flag} {text[:100]}; allowed: numbers between commas") from None
+        raise ValueError(f"{flag} {text[:100]}; allowed: numbers between commas, or a file of them") from None
 
 
 def _prompts(options: argparse.Namespace) -> list[str] | None:
@@ -244,6 +258,8 @@ def sample(options: argparse.Namespace) -> int:
         if options.preview is not None:
             given["preview"] = Preview(options.preview, _previewed(options))
         progress = not (options.quiet or options.json) and sys.stderr.isatty() and hosts.processes() == 1
+        if run.pipeline is not None:
+            run.pipeline.tell = _staged(progress, log)
         found = run.sample(seed=options.seed, repeat=options.repeat, progress=progress, **given)
     if not hosts.is_first():
         return 0 if found.table["finite"] else 1
@@ -254,6 +270,17 @@ def sample(options: argparse.Namespace) -> int:
     log("sample", **table)
     print(json.dumps(table) if options.json else format_table(table))
     return 0 if table["finite"] else 1
+
+
+def _staged(shown: bool, log: Callable[..., None]) -> Callable[[str], None]:
+    """Says which stage of a pipeline is under way."""
+
+    def tell(text: str) -> None:
+        log("stage", text=text)
+        if shown:
+            print(f"difax: {text}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def _previewed(options: argparse.Namespace) -> Callable[..., None]:

@@ -1,7 +1,9 @@
-"""PixArt weights of diffusers: the layout of PixArtTransformer2DModel as a table, and `load_pixart`.
+"""PixArt weights of other projects: the two published layouts as tables, and `load_pixart`.
 
-The checkpoints published in this layout are alpha's (XL-2-256x256, 512x512, 1024-MS) and Sigma's (XL-2-256 ... 2K-MS).
-Which of the two a file is, its tensors do not tell; they differ in the number of caption tokens.
+"diffusers" is the layout of PixArtTransformer2DModel, "original" that of PixArt-alpha/PixArt-alpha and PixArt-sigma,
+whose own files are pickles, of which there are copies in safetensors. Published are alpha (XL-2-256x256, 512x512,
+1024-MS) and Sigma (XL-2-256 ... 2K-MS). Which of the two a file is, its tensors do not tell; they differ in the number
+of caption tokens.
 """
 
 from __future__ import annotations
@@ -73,8 +75,34 @@ MICRO_CONDITIONS = {
     **dense("ends/aspect1", f"{_TIME}.aspect_ratio_embedder.linear_1"),
     **dense("ends/aspect2", f"{_TIME}.aspect_ratio_embedder.linear_2"),
 }
-POSITIONS = "pos_embed.pos_embed"  # a fixed buffer that some versions stored
-LAYOUTS = {"diffusers": {**DIFFUSERS, **MICRO_CONDITIONS}}
+_ORIGINAL = "blocks.{layer}"
+ORIGINAL = {
+    "ends/patch/kernel": Source(("x_embedder.proj.weight",), (2, 3, 1, 0)),
+    "ends/patch/bias": Source(("x_embedder.proj.bias",)),
+    **dense("ends/time1", "t_embedder.mlp.0"),
+    **dense("ends/time2", "t_embedder.mlp.2"),
+    **dense("ends/six", "t_block.1"),
+    **dense("ends/text1", "y_embedder.y_proj.fc1"),
+    **dense("ends/text2", "y_embedder.y_proj.fc2"),
+    **dense("ends/resolution1", "csize_embedder.mlp.0"),
+    **dense("ends/resolution2", "csize_embedder.mlp.2"),
+    **dense("ends/aspect1", "ar_embedder.mlp.0"),
+    **dense("ends/aspect2", "ar_embedder.mlp.2"),
+    "ends/table": Source(("final_layer.scale_shift_table",)),
+    **dense("ends/out", "final_layer.linear"),
+    "blocks/table": Source((f"{_ORIGINAL}.scale_shift_table",)),
+    **dense("blocks/qkv", f"{_ORIGINAL}.attn.qkv"),
+    **dense("blocks/out", f"{_ORIGINAL}.attn.proj"),
+    **dense("blocks/cross_q", f"{_ORIGINAL}.cross_attn.q_linear"),
+    **dense("blocks/cross_kv", f"{_ORIGINAL}.cross_attn.kv_linear"),
+    **dense("blocks/cross_out", f"{_ORIGINAL}.cross_attn.proj"),
+    **dense("blocks/fc1", f"{_ORIGINAL}.mlp.fc1"),
+    **dense("blocks/fc2", f"{_ORIGINAL}.mlp.fc2"),
+}
+LAYOUTS = {"diffusers": {**DIFFUSERS, **MICRO_CONDITIONS}, "original": ORIGINAL}
+# a fixed buffer that some versions stored, and what only training has
+POSITIONS = {"diffusers": "pos_embed.pos_embed", "original": "pos_embed"}
+UNUSED = ("y_embedder.y_embedding",)
 
 
 def load_pixart(
@@ -96,7 +124,7 @@ def load_pixart(
 def find_pixart(
     path: str | os.PathLike, *, layout: str | None = None, variant: str | None = None, **overrides: Any
 ) -> Foreign:
-    """The PixArt that is in a safetensors checkpoint of diffusers.
+    """The PixArt that is in a safetensors checkpoint of diffusers, or with the names of the original projects.
 
     Depth, width, patch, channels, text_width, learn_sigma, micro_conditioning, biases, norms and the caption's
     projection come from the tensors; 16 heads from the width of XL; heads, base_size, size, interpolation_scale,
@@ -104,7 +132,7 @@ def find_pixart(
 
     Args:
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
-      layout: "diffusers", the only one.
+      layout: "diffusers", "original", or None to recognise it by the tensors' names.
       variant: "alpha" or "sigma", for the number of caption tokens (120, 300); or give text_tokens.
       **overrides: arguments of `difax.models.pixart.pixart` (size, heads, dtype, ...), which win over what was found.
 
@@ -119,9 +147,10 @@ def find_pixart(
     """
     check_arguments("load_pixart", overrides, {field.name for field in dataclasses.fields(PixArtConfig)})
     shapes = tensor_shapes(path, LAYOUTS.values())
-    choose_layout(path, "a PixArt", LAYOUTS, shapes, layout)
-    fields = _geometry(path, shapes)
-    fields = {**fields, **_diffusers_config(path, fields), **overrides}
+    layout = choose_layout(path, "a PixArt", LAYOUTS, shapes, layout)
+    fields = _geometry(path, layout, shapes)
+    said = _diffusers_config(path, fields) if layout == "diffusers" else {}
+    fields = {**fields, **said, **overrides}
     unknown = {"heads": "the number of attention heads", "size": "the latents' height and width"}
     if variant is None:
         unknown["text_tokens"] = "the number of caption tokens"
@@ -129,18 +158,20 @@ def find_pixart(
     fields = {"variant": variant, **fields}
     model = pixart(**fields)
     c = model.stages[0].block.config
-    table = rows_of(LAYOUTS["diffusers"], jax.eval_shape(model.init, jax.random.key(0)))
+    table = rows_of(LAYOUTS[layout], jax.eval_shape(model.init, jax.random.key(0)))
     stored = sincos_positions(c.width, c.base_size, c.base_size, c.base_size, c.interpolation_scale)
-    return Foreign(model, table, {"layer": c.depth}, {POSITIONS: stored[None]}, fields)
+    constants = {POSITIONS[layout]: stored[None], **dict.fromkeys(UNUSED)}
+    return Foreign(model, table, {"layer": c.depth}, constants, fields)
 
 
-def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _geometry(path: Any, layout: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The arguments of `pixart` that the tensors' shapes tell."""
-    shape = stored_shape(path, DIFFUSERS, shapes)
+    table = LAYOUTS[layout]
+    shape = stored_shape(path, table, shapes)
     width, channels, patch, other = shape("ends/patch/kernel", 4)
     if patch != other:
         raise ValueError(f"{path}: patches of {patch} x {other}; allowed: square ones")
-    stored = lambda parameter: DIFFUSERS[parameter].keys[0].format(layer=0) in shapes  # noqa: E731
+    stored = lambda parameter: parameter in table and table[parameter].keys[0].format(layer=0) in shapes  # noqa: E731
     emitted, plain = shape("ends/out/kernel", 2)[0], patch * patch * channels
     projection = stored("ends/text1/kernel") or not stored("blocks/cross_kv/kernel")
     if emitted not in (plain, 2 * plain):
@@ -149,7 +180,7 @@ def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any
             f"channels; expected {plain}, or {2 * plain} with learn_sigma"
         )
     fields = {
-        "depth": stored_depth(DIFFUSERS, shapes, "blocks/qkv/kernel"),
+        "depth": stored_depth(table, shapes, "blocks/qkv/kernel"),
         "width": width,
         "patch": patch,
         "channels": channels,
@@ -157,12 +188,12 @@ def _geometry(path: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any
         "caption_projection": projection,
         "qkv_bias": stored("blocks/qkv/bias"),
         "norm_affine": stored("blocks/attn_norm/scale"),
-        "micro_conditioning": any(s.keys[0] in shapes for s in MICRO_CONDITIONS.values()),
+        "micro_conditioning": any(map(stored, MICRO_CONDITIONS)),
         "learn_sigma": emitted == 2 * plain,
     }
     if width == XL["width"]:
         fields["heads"] = XL["heads"]
-    positions = shapes.get(POSITIONS)
+    positions = shapes.get(POSITIONS[layout])
     if positions is not None and len(positions) == 3 and math.isqrt(positions[1]) ** 2 == positions[1]:
         fields |= {"base_size": math.isqrt(positions[1]), "size": math.isqrt(positions[1]) * patch}
     return fields

@@ -118,6 +118,34 @@ def unpatchify_video(x_BNP: jax.Array, patch: tuple[int, int, int], grid: tuple[
     return x.reshape(b, *(n * p for n, p in zip(grid, patch, strict=True)), -1)
 
 
+def with_first_frame(x_BFHWC: jax.Array, first_BHWC: jax.Array) -> jax.Array:
+    """Latents whose first frame is the one that is given: what the network sees at each evaluation, and what is to be
+    made of the sampler's result."""
+    return jnp.concatenate([first_BHWC.astype(x_BFHWC.dtype)[:, None], x_BFHWC[:, 1:]], axis=1)
+
+
+def image_condition(latents_BFHWC: jax.Array, last: bool = False, time: int = 4) -> jax.Array:
+    """The condition of image-to-video: a mask of the frames that are given, and behind it the encoded frames.
+
+    A latent stands for `time` frames, the first one for one, which counts as often: mask channel j of latent f is that
+    of frame time (f - 1) + 1 + j.
+
+    Args:
+      latents_BFHWC: of the video whose given frames are pictures and whose others are grey (zeros).
+      last: is the last frame given beside the first one.
+      time: frames of a latent (4).
+
+    Returns:
+      [B, F, H, W, time + C] float32.
+    """
+    mask = np.zeros((latents_BFHWC.shape[1], time), np.float32)
+    mask[0] = 1.0
+    if last:
+        mask[-1, -1] = 1.0
+    given = jnp.broadcast_to(jnp.asarray(mask)[None, :, None, None], (*latents_BFHWC.shape[:-1], time))
+    return jnp.concatenate([given, latents_BFHWC.astype(jnp.float32)], axis=-1)
+
+
 def spread(v: jax.Array, c: WanConfig) -> jax.Array:
     """What all tokens of a sample share, [B, D] -> [B, 1, D]; of two times, [B, 2, D] -> [B, N, D]: the first frame's
     and that of the others."""
@@ -262,7 +290,7 @@ class Ends(nn.Module):
         c = self.config
         cond = cond if "projected" in cond else self.once(cond)
         if c.first_frame:
-            x = jnp.concatenate([cond["first_frame"].astype(x.dtype)[:, None], x[:, 1:]], axis=1)
+            x = with_first_frame(x, cond["first_frame"])
             model_time = jnp.stack([jnp.zeros_like(model_time), model_time], axis=1).reshape(-1)
         if c.condition_channels:
             x = jnp.concatenate([x, cond["condition"].astype(x.dtype)], axis=-1)
@@ -345,7 +373,7 @@ def wan(
       image_positions: are learned positions added to them (False; True for a first and a last frame).
       added_kv: have they keys and values of their own (True), or those of the caption.
       first_frame: is the first frame given, whose tokens are told the time 0 (False). The sampler's own first frame
-        means nothing then and is to be replaced behind it, as in diffusers' pipeline.
+        means nothing then and is to be replaced behind it (`with_first_frame`), as in diffusers' pipeline.
       dtype: "float32" or "bfloat16", of activations and dots; time, norms, modulation, rotation and softmax are
         float32.
 

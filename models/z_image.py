@@ -204,7 +204,7 @@ class Ends(nn.Module):
         embedded = self.txt(self.txt_norm(masked(text, mask)).astype(c.dtype))
         more = filled_up(mask.shape[1]) - mask.shape[1]
         embedded, mask = jnp.pad(embedded, ((0, 0), (0, more), (0, 0))), jnp.pad(mask, ((0, 0), (0, more)))
-        tokens = jnp.where((mask != 0)[..., None], embedded, self.txt_pad.astype(c.dtype))
+        tokens = jnp.where((mask != 0)[..., None], embedded, self.txt_pad.astype(c.dtype)[None, None])
         count = (mask != 0).sum(1)
         return tokens, jnp.maximum(-(-count // MULTIPLE), 1) * MULTIPLE
 

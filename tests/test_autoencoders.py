@@ -27,7 +27,7 @@ from difax.models.autoencoders.tiles import tiled, tiled_as_diffusers
 from difax.models.autoencoders.tiny import autoencoder_tiny
 from difax.weights.published import load_foreign
 from tests.families import some
-from tests.golden.make_autoencoders import CASES, original_name
+from tests.golden.make_autoencoders import CASES, PALER, original_name
 from tests.toys import randomise
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -198,28 +198,42 @@ def test_files_of_other_types_and_in_parts(golden, tmp_path):
     assert find_autoencoder(folder).geometry == find_autoencoder(tmp_path / "whole").geometry
 
 
+def test_the_same_weights_under_other_names_beside_them(golden, tmp_path):
+    """As the folders of TAESD and of SDXL's autoencoder have them."""
+    config, weights, _ = golden["tiny"]
+    model, params = opened(written(tmp_path / "vae", weights, config))
+    for half in ("encoder", "decoder"):
+        some = {k.removeprefix(f"{half}.layers."): 2 * a for k, a in weights.items() if k.startswith(half)}
+        written(tmp_path / "vae", some, name=f"taesd_{half}.safetensors")
+    other, others = opened(tmp_path / "vae")
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+    assert other.name == model.name
+
+
 BARE = {
-    # channels, prefix -> what a file without a config.json stands for
-    "ae.safetensors": (16, "", (0.3611, 0.1159)),
-    "stable diffusion 3": (16, "first_stage_model.", (1.5305, 0.0609)),
-    "of four channels": (4, "", None),
+    # channels, prefix, layout -> what a file without a config.json stands for
+    "ae.safetensors": (16, "", "original", (0.3611, 0.1159)),
+    "stable diffusion 3": (16, "first_stage_model.", "original", (1.5305, 0.0609)),
+    "of four channels": (4, "", "original", None),
+    "of 16, by diffusers": (16, "", "diffusers", None),
 }
 
 
 @pytest.mark.parametrize("name", BARE)
 def test_a_file_without_a_config(name, tmp_path):
-    latents, prefix, expected = BARE[name]
+    latents, prefix, layout, expected = BARE[name]
     model = autoencoder_kl((32, 32), latents=latents, layers=1, quant=False, post_quant=False)
     spec = jax.eval_shape(model.init, jax.random.key(0))
-    config = {"_class_name": "AutoencoderKL", "latent_channels": latents}
-    weights = _tensors_of(spec)
-    file = written(
-        tmp_path, {prefix + k: a for k, a in _original(weights, {**config, "block_out_channels": [1, 1]}).items()}
-    )
+    named = _tensors_of(spec)
+    if layout == "original":
+        named = _original(named, {"_class_name": "AutoencoderKL", "block_out_channels": [32, 32]})
+    file = written(tmp_path, {prefix + k: a for k, a in named.items()})
     if expected is None:
         with pytest.raises(ValueError, match=r"scaling_factor=.*0\.13025 of SDXL"):
             find_autoencoder(file)
         assert find_autoencoder(file, scaling_factor=0.5).geometry["scaling_factor"] == 0.5
+        (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')  # all of it the class's defaults
+        assert find_autoencoder(file).geometry["scaling_factor"] == 0.18215
         return
     found = find_autoencoder(file)
     assert found.kind == "AutoencoderKL" and found.model.channels == latents
@@ -249,7 +263,11 @@ def _tensors_of(spec):
 REFUSED = {
     "an unknown class": ("kl", {"_class_name": "AutoencoderKl"}, r"unknown autoencoder 'AutoencoderKl' \(did you mean"),
     "a class of later": ("kl", {"_class_name": "AutoencoderDC"}, r"allowed: AutoencoderKL, "),
-    "other blocks": ("kl", {"up_block_types": ["AttnUpDecoderBlock2D"] * 3}, "up_block_types=.*allowed: a list of Up"),
+    "other blocks": (
+        "kl",
+        {"up_block_types": ["AttnUpDecoderBlock2D"] * 3},
+        "up_block_types=.*a list, each UpDec",
+    ),
     "another activation": ("kl", {"act_fn": "mish"}, "act_fn='mish'; allowed: silu or swish"),
     "other widths": ("kl", {"block_out_channels": [4, 4, 8]}, r"block_out_channels=.*allowed: \[4, 4, 6\], as the"),
     "no convolution": ("kl", {"use_quant_conv": False}, "use_quant_conv=False; allowed: True, as the"),
@@ -367,6 +385,7 @@ def test_tiles_of_wan_as_diffusers_has_them():
     arrays = load_file(GOLDEN / "autoencoders_tiled.safetensors")
     z, out = (arrays[f"wan/tiled_{part}"].transpose(0, 2, 3, 1)[:, None] for part in ("latents", "decoded"))
     model, params = opened(GOLDEN / "pipeline_wan" / "vae")
+    params["decoder"]["conv_out"] = jax.tree.map(lambda a: PALER * a, params["decoder"]["conv_out"])
     found = jax.jit(tiled(model, 4, 1, like="diffusers").decode)(params, z)
     print(f"{error(found, out):.1e}")
     assert error(found, out) <= TOLERANCE < error(jax.jit(model.decode)(params, z), out)
@@ -379,8 +398,8 @@ def test_parts_in_time_of_wan_are_the_whole():
     z = jax.random.normal(jax.random.key(0), (1, 40, 2, 2, 4))
     whole = np.asarray(jax.jit(model.decode)(params, z))
     errors = []
-    for before in (32, 2):
-        cut = tiled(model, 2, 0, frames=36, frames_before=before)
+    for frames, before in ((36, 32), (8, 2)):
+        cut = tiled(model, 2, 0, frames=frames, frames_before=before)
         errors.append(error(jax.jit(cut.decode)(params, z), whole))
     print(errors)
     assert errors[0] < 1e-5 < 1e-3 < errors[1]

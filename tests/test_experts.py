@@ -72,7 +72,7 @@ def drawn(sampler: Any, rows: Any, params: Any, x: Any = None) -> tuple[np.ndarr
     return np.asarray(samples), trace
 
 
-@pytest.mark.parametrize("boundary", some([0.0, 0.5, 0.875, 1.0], 0.5))
+@pytest.mark.parametrize("boundary", some([0.0, 0.5, 0.875, 1.0]))
 def test_the_models_time_says_which_network_runs(boundary):
     """Against the loop of Wan's pipeline, an Euler step at a time: t >= boundary 1000 is the first network's."""
     model, strong, weak = networks()
@@ -87,7 +87,8 @@ def test_the_models_time_says_which_network_runs(boundary):
     assert list(trace.computed) == ["blocks"] and (np.asarray(trace.computed["blocks"]) == 1).all()
 
 
-def test_the_network_that_does_not_run_is_not_read_and_a_switch_compiles_nothing():
+@pytest.mark.slow
+def test_the_network_that_does_not_run_is_not_read():
     strong, weak = networks()[1:]
     spoiled = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), strong)
     for boundary, first, second in ((0.0, strong, spoiled), (1.0, spoiled, weak)):
@@ -95,6 +96,9 @@ def test_the_network_that_does_not_run_is_not_read_and_a_switch_compiles_nothing
         if boundary == 1.0:  # pure noise is the first network's, always
             rows = jax.tree.map(lambda a: a[1:], rows)
         assert np.isfinite(drawn(sampler, rows, params)[0]).all()
+
+
+def test_another_switch_compiles_nothing():
     sampler, rows, params = made(0.5)
     drawn(sampler, rows, params)
     for boundary in (0.3, 0.875):
@@ -147,8 +151,15 @@ def test_a_cache_counts_on_behind_the_switch():
 SECOND = pytest.mark.skipif("scale_below" not in inspect.signature(cfg).parameters, reason="guidance has one scale")
 
 
-@pytest.mark.parametrize("which", [0, pytest.param(1, marks=(SECOND, pytest.mark.slow))])
-def test_a_run_of_wans_pipeline(tmp_path, which):
+RUNS = [
+    (0, True),
+    pytest.param(0, False, marks=pytest.mark.slow),
+    pytest.param(1, False, marks=(SECOND, pytest.mark.slow)),
+]
+
+
+@pytest.mark.parametrize(("which", "ahead"), RUNS)
+def test_a_run_of_wans_pipeline(tmp_path, which, ahead):
     """tests/golden/wan_experts.npz: two networks, UniPC, guidance of one scale, and of one for each network."""
     with np.load(GOLDEN / "wan_experts.npz") as file:
         facts, path, told = json.loads(str(file["facts"])), file[f"path/{which}"], file["told"]
@@ -166,13 +177,13 @@ def test_a_run_of_wans_pipeline(tmp_path, which):
     solver = make("solver", found["solver"])
     rows = make_rows(solver, guide, process, times, accelerator, model.stages)
     assert rows.model_time.tolist() == told.tolist() and rows.plan.index.tolist() == [0, 0, 0, 1, 1, 1]
-    sampler = make_sampler(model, process, found["prediction"], solver, guide, accelerator)
+    sampler = make_sampler(model, process, found["prediction"], solver, guide, accelerator, ahead=ahead)
     run = draw_run()
     x, cond = run.pop("latents"), run
     with jax.default_matmul_precision("highest"):
         samples, _ = sampler(with_learned(params, accelerator), x, sample_keys(0, 1), cond, rows, scale)
     error = np.abs(np.asarray(samples) - path[-1]).max() / np.abs(path[-1]).max()
-    print(f"scales {scale}, {second}: error {error:.1e}")
+    print(f"scales {scale}, {second}, ahead {ahead}: error {error:.1e}")
     assert error <= 1e-5
 
 
@@ -202,6 +213,7 @@ def with_both(weak: str) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_both_networks_are_quantised_and_laid_out_alike(weak):
     run = with_both(weak)
     params = run.setup.prepare(run.params)
@@ -223,7 +235,10 @@ def test_a_configuration_with_a_cache_and_a_quantiser(weak):
 def test_a_mesh_draws_what_one_device_draws(weak):
     cache = {"name": "experts", "weights": weak, "boundary": 0.8}
     one = difax.load(SMALL, cache=cache).sample(repeat=2)
-    many = difax.load(SMALL, cache=cache, mesh="data=2,tensor=2").sample(repeat=2)
+    run = difax.load(SMALL, cache=cache, mesh="data=2,tensor=2")
+    read = run.setup.accelerator.networks[0].params["blocks"]["qkv"]["kernel"]
+    assert len(read.sharding.device_set) == 4  # to where the model's own would lie
+    many = run.sample(repeat=2)
     a, b = (np.asarray(result.images) for result in (one, many))
     assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
 

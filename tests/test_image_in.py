@@ -8,17 +8,13 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import difax
-from difax.pipelines.image_in import preprocessed
-from difax.pipelines.pipeline import Pipeline
-from difax.pipelines.recipes import RECIPES
 from tests.families import some
-from tests.test_pipelines import GOLDEN, PIXART, SHARED, difference, opened, path_of
+from tests.test_pipelines import GOLDEN, SHARED, difference, path_of
 
 FILMS, IMAGES = GOLDEN / "pipeline_wan_i2v", GOLDEN / "image_in.npz"
 

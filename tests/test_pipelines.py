@@ -10,10 +10,11 @@ import pytest
 import difax
 from difax.media.images import to_uint8
 from difax.program import draw
+from tests.families import some
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 SHARED = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "pipelines"
-PIXART, WAN = GOLDEN / "pipeline_pixart", GOLDEN / "pipeline_wan"
+PIXART, WAN, FLUX2 = (GOLDEN / f"pipeline_{name}" for name in ("pixart", "wan", "flux2"))
 
 pytest.importorskip("tokenizers")
 
@@ -45,7 +46,7 @@ def difference(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / wanted.std())
 
 
-@pytest.mark.parametrize("folder", [PIXART, WAN], ids=lambda p: p.name)
+@pytest.mark.parametrize("folder", some([PIXART, WAN, FLUX2], PIXART, WAN), ids=lambda p: p.name)
 def test_a_prompt_becomes_the_picture_that_diffusers_makes(folder):
     run, told = opened(folder)
     golden = np.load(folder / "run.npz")
@@ -55,6 +56,7 @@ def test_a_prompt_becomes_the_picture_that_diffusers_makes(folder):
     wanted = run.channels_last(golden["steps"], 2)
     for step in range(told["steps"]):
         assert difference(path[:, step + 1], wanted[:, step]) < 1e-4, step
+    assert run.pipeline is not None
     images = run.pipeline.decode(samples)
     np.testing.assert_allclose((images + 1) / 2, golden["output"], atol=2e-4)
     result = run.sample(prompt=told["prompts"], latents=golden["latents0"])

@@ -8,6 +8,7 @@ what it computed. Errors are printed (pytest -rP): largest difference over the l
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from difax.accel.solvers import dpmpp_2m
+from difax.checkpoints import recognise, settings_of
 from difax.core.guidance import cfg, unguided
 from difax.core.noise import sample_keys
 from difax.core.process import vp_linear
@@ -28,6 +30,7 @@ from difax.models.layers import sincos_positions
 from difax.models.pixart import pixart
 from difax.models.pixart_checkpoint import load_pixart
 from difax.weights.checkpoint import load_native, save_safetensors
+from difax.weights.published import load_foreign
 from tests.toys import randomise
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,6 +68,55 @@ def relative_errors(model, params, run) -> np.ndarray:
     """Per sample: largest difference from the reference, over the reference's largest output."""
     output = network(model, params, run["x"], run["t"], run["cond"])
     return np.abs(output - run["output"]).max(axis=(1, 2, 3)) / np.abs(run["output"]).max()
+
+
+# a tensor's name in diffusers -> of the original projects, by diffusers' scripts/convert_pixart_sigma_to_diffusers.py
+ORIGINAL_NAMES = (
+    (r"^pos_embed\.proj", "x_embedder.proj"),
+    (r"^pos_embed\.pos_embed", "pos_embed"),
+    (r"^caption_projection\.linear_", "y_embedder.y_proj.fc"),
+    (r"^adaln_single\.emb\.timestep_embedder", "t_embedder"),
+    (r"^adaln_single\.emb\.resolution_embedder", "csize_embedder"),
+    (r"^adaln_single\.emb\.aspect_ratio_embedder", "ar_embedder"),
+    (r"embedder\.linear_1", "embedder.mlp.0"),
+    (r"embedder\.linear_2", "embedder.mlp.2"),
+    (r"^adaln_single\.linear", "t_block.1"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^scale_shift_table", "final_layer.scale_shift_table"),
+    (r"^transformer_blocks", "blocks"),
+    (r"\.attn1\.to_out\.0", ".attn.proj"),
+    (r"\.attn2\.to_out\.0", ".cross_attn.proj"),
+    (r"\.attn2\.to_q", ".cross_attn.q_linear"),
+    (r"\.ff\.net\.0\.proj", ".mlp.fc1"),
+    (r"\.ff\.net\.2", ".mlp.fc2"),
+)
+
+
+def original_tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under the names of the original projects, queries, keys and values in one."""
+    fused = {}
+    for name in [n for n in tensors if ".attn1.to_k." in n or ".attn2.to_k." in n]:
+        whole = "attn.qkv" if ".attn1." in name else "cross_attn.kv_linear"
+        parts = [name.replace("to_k", f"to_{p}") for p in ("qkv" if ".attn1." in name else "kv")]
+        moved = re.sub(r"attn\d\.to_k", whole, name)
+        fused[moved] = np.concatenate([tensors[part] for part in parts])
+    rest = {n: a for n, a in tensors.items() if not re.search(r"attn1\.to_[qkv]\.|attn2\.to_[kv]\.", n)}
+    found = {}
+    for name, array in (rest | fused).items():
+        for pattern, replacement in ORIGINAL_NAMES:
+            name = re.sub(pattern, replacement, name)
+        found[name] = array
+    return found | {"y_embedder.y_embedding": np.zeros((7, 24), np.float32)}
+
+
+@pytest.mark.parametrize("name", ["alpha", "sigma"])
+def test_the_original_names_are_the_same_parameters(tmp_path, name):
+    save_file(original_tensors(load_file(weights(name))), tmp_path / "x.safetensors")
+    found = recognise(str(tmp_path / "x.safetensors"), size=(8, 8), **UNSTORED[name])
+    assert found.kind == "pixart"
+    known, params = load_pixart(weights(name), size=(8, 8), **UNSTORED[name])
+    assert settings_of(found.model) == settings_of(known)
+    jax.tree.map(np.testing.assert_array_equal, params, load_foreign(tmp_path / "x.safetensors", found))
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
@@ -268,7 +320,7 @@ REFUSALS = {
     "size unknown": (None, {"size": None}, ["height and width", "give size="]),
     "tokens unknown": (None, {"text_tokens": None}, ["caption tokens", "variant='alpha' or 'sigma'"]),
     "unknown argument": (None, {"head": 4}, ["'head'", "nearest: 'heads'"]),
-    "unknown layout": (None, {"layout": "original"}, ["'original'; allowed: diffusers"]),
+    "unknown layout": (None, {"layout": "originals"}, ["'originals'; allowed: diffusers, original"]),
     "no PixArt": (lambda t: [t.clear(), _put("lm_head.weight", (4,))(t)], {}, ["no tensor of a PixArt", "lm_head"]),
 }
 

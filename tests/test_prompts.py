@@ -52,6 +52,8 @@ def test_padding_and_cutting() -> None:
     assert found.ids.dtype == found.mask.dtype == np.int32
     left = tokenised(rule, toy("left"), ["ab"])
     assert (letters(left.ids[0]), left.mask.tolist()) == ("__<ab>", [[0, 0, 1, 1, 1, 1]])
+    right = tokenised(rule._replace(side="right"), toy("left"), ["ab"])  # the pipeline's word goes before the folder's
+    assert letters(right.ids[0]) == "<ab>__"
     assert letters(tokenised(rule, toy(), ["abcdefgh"], 4).ids[0]) == "<ab>"
     assert letters(tokenised(rule, toy(), ["abcdefgh"], most=5).ids[0]) == "<abc>"
     assert letters(tokenised(rule._replace(fixed=True), toy(), ["abcdefgh"], 4).ids[0]) == "<abcd>"

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shlex
 from collections import Counter
 
 import pytest
@@ -33,7 +34,7 @@ COMMANDS = [line for line in README.splitlines() if line.startswith("difax ")]
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line):
-    words = re.split(r"\s{3,}", line)[0].split()[1:]
+    words = shlex.split(re.split(r"\s{3,}", line)[0])[1:]
     _parser().parse_args(_join_overrides(words))
 
 
@@ -47,6 +48,7 @@ def test_there_are_commands():
         "train",
         "convert",
         "export",
+        "encode",
         "list",
     }
 

@@ -26,7 +26,7 @@ from difax.core.process import flow
 from difax.core.sample import initial_noise, make_rows, make_sampler
 from difax.core.shapes import trunk_spec
 from difax.core.trunk import forward
-from difax.models.wan import VARIANTS, wan
+from difax.models.wan import VARIANTS, image_condition, wan, with_first_frame
 from difax.models.wan_checkpoint import load_wan
 from difax.weights.published import load_foreign
 from tests.families import some
@@ -84,7 +84,7 @@ def test_matches_diffusers(tmp_path, golden, case):
     assert error <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, "flf2v"))
 def test_both_layouts_are_the_same_parameters(tmp_path, golden, case):
     loaded = []
     for layout in ("diffusers", "original"):
@@ -123,6 +123,7 @@ def test_norms_that_no_version_reads_are_passed_over(tmp_path, golden):
     jax.tree.map(np.testing.assert_array_equal, known, load_wan(tmp_path, **given)[1])
 
 
+@pytest.mark.slow
 def test_published_geometries():
     """Image-to-video of 2.1, first and last frame, 2.2's A14B and 5B: parameters of diffusers' models."""
     i2v = {"condition_channels": 20}
@@ -140,7 +141,26 @@ def test_published_geometries():
     assert model.cond["first_frame"].shape == (44, 80, 48)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_the_mask_of_the_frames_that_are_given(last):
+    """As WanImageToVideoPipeline makes it: of all frames, the first one four times, folded into channels."""
+    frames = 9
+    mask = np.ones((2, 1, frames, 4, 6), np.float32)
+    mask[:, :, 1 : frames - 1 if last else frames] = 0
+    mask = np.concatenate([np.repeat(mask[:, :, :1], 4, axis=2), mask[:, :, 1:]], axis=2)
+    mask = mask.reshape(2, -1, 4, 4, 6)  # [B, F, 4, H, W]
+    latents = np.random.default_rng(0).normal(size=(2, 3, 4, 6, 5)).astype(np.float32)
+    wanted = np.concatenate([mask.transpose(0, 1, 3, 4, 2), latents], axis=-1)
+    np.testing.assert_array_equal(image_condition(jnp.asarray(latents), last), wanted)
+
+
 # ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_frame_is_put_in():
+    x, first = np.zeros((2, 3, 4, 6, 5)), np.ones((2, 4, 6, 5))
+    placed = np.asarray(with_first_frame(jnp.asarray(x), jnp.asarray(first)))
+    assert (placed[:, 0] == 1).all() and (placed[:, 1:] == 0).all()
 
 
 def tiny(**settings: Any) -> tuple[Any, Any, Any]:
@@ -162,7 +182,7 @@ def drawn(model: Any, params: Any, cond: Any, cache: Any = None, **options: Any)
 
 
 def test_samples_with_all_of_it():
-    """A branch attends once; what is known ahead changes nothing; a cache acts."""
+    """A branch attends once; what is known ahead changes nothing."""
     model, params, cond = tiny(**ALL)
     spec = trunk_spec(model, params, jnp.zeros((2, 2, 4, 4, 3)), cond)
     call = spec.attention["blocks"]["cross"]
@@ -170,6 +190,12 @@ def test_samples_with_all_of_it():
     assert (call.q.shape, call.k.shape) == ((2, 16, 2, 8), (2, 8, 2, 8))
     plain, ahead = drawn(model, params, cond), drawn(model, params, cond, ahead=True)
     assert np.isfinite(plain).all() and np.abs(ahead - plain).max() <= 1e-5 * np.abs(plain).max()
+
+
+@pytest.mark.slow
+def test_a_cache_acts():
+    model, params, cond = tiny(**ALL)
+    plain = drawn(model, params, cond)
     cached = drawn(model, params, cond, CACHES["fora"](interval=2))
     assert 1e-4 < np.abs(cached - plain).max() / np.abs(plain).max() < 1
 

@@ -456,21 +456,26 @@ def qwen_image_shift(shape: tuple[int, ...]) -> float:
     return math.exp(0.5 + (0.9 - 0.5) * (tokens - 256) / (8192 - 256))
 
 
-def flux2_shift(shape: tuple[int, ...], steps: int = 50) -> float:
-    """FLUX.2's time shift: exp(mu), mu fitted by its authors to the image tokens n = h w and the number of steps.
+def flux2_mu(tokens: int, steps: int) -> float:
+    """Logarithm of FLUX.2's time shift, which its authors fitted to the image tokens n and the number of steps.
 
-    On 10 steps mu is 8.73809524e-5 n + 1.89833333, on 200 it is 0.00016927 n + 0.45666666, linear in the steps between
+    On 10 steps it is 8.73809524e-5 n + 1.89833333, on 200 it is 0.00016927 n + 0.45666666, linear in the steps between
     and beyond; more than 4300 tokens have that of 200 whatever the steps.
+
+    References: Black Forest Labs 2025, https://github.com/black-forest-labs/flux2 (`compute_empirical_mu`).
+    """
+    of_10, of_200 = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    return of_200 if tokens > 4300 else of_200 + (of_200 - of_10) * (steps - 200) / 190
+
+
+def flux2_shift(shape: tuple[int, ...], steps: int = 50) -> float:
+    """FLUX.2's time shift: exp(mu) of `flux2_mu`.
 
     Args:
       shape: (height, width, channels) of the latents behind 2 x 2 patches; 4096 tokens are 1024 x 1024 pixels.
       steps: of the run (50).
-
-    References: Black Forest Labs 2025, https://github.com/black-forest-labs/flux2 (`compute_empirical_mu`).
     """
-    tokens = shape[-3] * shape[-2]
-    of_10, of_200 = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
-    return math.exp(of_200 if tokens > 4300 else of_200 + (of_200 - of_10) * (steps - 200) / 190)
+    return math.exp(flux2_mu(shape[-3] * shape[-2], steps))
 
 
 # name -> (shape of one sample) -> time shift

@@ -189,7 +189,7 @@ def make_sampler(
     if ahead and solver.drive != "scan":
         raise ValueError("conditioning ahead needs times that are known before the run; allowed: ahead=False")
     accelerator = accelerator or neutral()
-    if ahead and accelerator.networks:
+    if ahead and not all(network.shared for network in accelerator.networks):
         raise ValueError(f"cache {accelerator.name} runs another network too; allowed: conditioning each, ahead=False")
     guide = _guided(guide or unguided(), accelerator)
     attention = attention or reference_attention()
@@ -205,11 +205,17 @@ def make_sampler(
         if wide > 1:
             cond = jax.tree.map(lambda a: jnp.repeat(a, wide, 0), cond)
         null = model.null(cond)
-        known = None
-        if ahead:
+        known: Any = None
+        sets = [params, *({**params, **other} for other in params.get("networks", ()))]  # of weights
+        several = ahead and accelerator.network is not None  # each has a condition of its own ahead
+        if several:
+            each = [_known(model, own, x, cond, null, rows.model_time, guide.halves) for own in sets]
+            cond, null, known = (list(of) for of in zip(*each, strict=True))
+        elif ahead:
             cond, null, known = _known(model, params, x, cond, null, rows.model_time, guide.halves)
         batch = jax.ShapeDtypeStruct((wide * len(x), *x.shape[1:]), x.dtype)
-        axes, memory = _memory(model, params, accelerator, attention, batch, cond, guide, rows.plan.modes, ahead)
+        one = cond[0] if several else cond
+        axes, memory = _memory(model, params, accelerator, attention, batch, one, guide, rows.plan.modes, ahead)
         x = placement_.rows(x)
 
         def denoise(x_in, cond_in, row, memory, half):
@@ -223,18 +229,20 @@ def make_sampler(
             if accelerator.lookup is not None:
                 index, values = accelerator.lookup(rows.plan, row, _slice(memory["along"], axes["along"], at))
 
-            here = known and {
-                name: Known(
-                    jax.tree.map(lambda a: _part(a[row.i], len(x), at), of.mods),
-                    jax.tree.map(lambda a: _part(a, len(x), at), of.once),
-                )
-                for name, of in known.items()
-            }
+            def at_hand(known):
+                return {
+                    name: Known(
+                        jax.tree.map(lambda a: _part(a[row.i], len(x), at), of.mods),
+                        jax.tree.map(lambda a: _part(a, len(x), at), of.once),
+                    )
+                    for name, of in known.items()
+                }
 
             def evaluate(mode, memory):
                 chosen = row._replace(plan=Chosen(mode, values, halves))
                 which = 0 if accelerator.network is None else accelerator.network(chosen)
-                own = {**params, **params["networks"][which - 1]} if which else params
+                own, given = sets[which], cond_in[which] if several else cond_in
+                here = known and at_hand(known[which] if several else known)
 
                 def run(part, network=0):
                     time = jnp.broadcast_to(row.model_time, x_in.shape[:1])
@@ -242,7 +250,7 @@ def make_sampler(
                         nothing = zeros_of(lambda: run(part)[2])
                         output, report = _other(accelerator, attention, network, params, x_in, time, cond_in, chosen)
                         return output, part, _with_others(nothing, accelerator, report)
-                    tokens, context = model.embed(own, x_in, time, cond_in)
+                    tokens, context = model.embed(own, x_in, time, given)
                     tokens, part, report = run_trunk(
                         model, own, tokens, context, accelerator, attention, part, chosen, known=here
                     )
@@ -300,9 +308,10 @@ def make_sampler(
         run = Run(stepping, process, evaluation, rows, keys, remat)
         x, trace = DRIVES[solver.drive](run, x, guide.init(jnp.repeat(x, wide, 0)), memory)
         if known is not None:  # all of it was computed, whatever was made of it
-            entered = {n: a if known[n].mods is None else jnp.ones_like(a) for n, a in trace.entered.items()}
+            first = known[0] if several else known
+            entered = {n: a if first[n].mods is None else jnp.ones_like(a) for n, a in trace.entered.items()}
             trace = trace._replace(entered=entered)
-        trace = trace._replace(ahead=jnp.float32(guide.halves if ahead else 0))
+        trace = trace._replace(ahead=jnp.float32(guide.halves * (len(sets) if several else 1) if ahead else 0))
         if solver.drive == "scan":
             trace = trace._replace(live=jnp.ones(len(rows.i), jnp.float32), unfinished=jnp.float32(0))
         return x if process.augmented is None else process_.observed(process, x), trace

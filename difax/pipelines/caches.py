@@ -31,7 +31,7 @@ def cache_section(
         if name in NUMBERS:
             found |= _published(name.strip(), found, folder, model, steps)
     boundary = folder.settings.get("boundary_ratio")
-    second = recipe.networks[1] if len(recipe.networks) > 1 else ""
+    second = recipe.networks[1] if len(recipe.networks) > 1 else None
     if (
         boundary is None
         or second is None
@@ -39,6 +39,7 @@ def cache_section(
         or "experts" in found["name"].split(BETWEEN)
     ):
         return found
+    assert boundary is not None and second is not None
     weights = os.fspath(folder.component(second))
     rest = found["name"]
     if rest == "none":

@@ -165,6 +165,7 @@ def conditions(
         length = fixed if length == fixed else -(-length // MULTIPLE) * MULTIPLE
     found: dict[str, np.ndarray] = {}
     spec: Any
+    array: Any
     for name, spec in model.cond.items():
         own = name.removeprefix("null_")
         source = next((k for k, leaf in NAMES.items() if leaf == own), None)

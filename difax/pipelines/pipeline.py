@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,8 @@ BEGUN = ("condition", "image", "first_frame")  # leaves of a condition that say 
 class Pipeline:
     """A folder as a run uses it; weights are read where they are needed, and dropped.
 
-    section: `pipeline` of the run's configuration, filled up. seconds: of each stage of the last run.
+    section: `pipeline` of the run's configuration, filled up. seconds: of each stage of the last run. tell: is called
+    with a line where a stage begins.
     """
 
     def __init__(self, section: Mapping[str, Any]):
@@ -39,6 +40,7 @@ class Pipeline:
         self.section = dict(section)
         self.folder, self.recipe = open_pipeline(section["folder"], given)
         self.seconds: dict[str, float] = {}
+        self.tell: Callable[[str], None] = lambda text: None
         self._autoencoders: dict[str, tuple[Autoencoder, Any]] = {}
         self._programs: dict[Any, Any] = {}
 
@@ -67,6 +69,7 @@ class Pipeline:
         prompts = check_prompts(prompts)
         first = self.begins(model, image, len(prompts)) if begun_by_image(model) else {}
         begun = time.perf_counter()
+        self.tell(f"encoding {len(prompts)} prompt{'s' * (len(prompts) > 1)}")
         rules, section = prompting(self.folder.name, self.folder.settings), self.section
         more = {"tokens": section["tokens"], "kept": section.get("embeddings")}
         found, cut = encoded(self.folder, rules, prompts, **more)
@@ -80,6 +83,7 @@ class Pipeline:
         told |= first
         cond = conditions(model, found, negative, told)
         self.seconds["encode"] = time.perf_counter() - begun
+        self.tell("denoising")
         return cond
 
     def known(self, image: Any, mask: Any, n: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -97,9 +101,11 @@ class Pipeline:
             films = "model.first_frame=True, where it is the first frame" if more else "a pipeline of pictures"
             raise ValueError(f"image: {self.folder.name} draws films here; allowed: {films}")
         begun, pixels = time.perf_counter(), read_pictures(image, n)
+        self.tell("encoding the image")
         free = None if mask is None else read_masks(mask, n, pixels.shape[1:3], self.sides)
         latents = self._encoded(self._resized(pixels))
         self.seconds["image"] = time.perf_counter() - begun
+        self.tell("denoising")
         every = lambda a: np.broadcast_to(a, (n, *a.shape[1:]))  # noqa: E731
         if free is None:
             return every(latents), None
@@ -123,6 +129,7 @@ class Pipeline:
         if image is None:
             raise ValueError(f"{self.folder.name} begins a film with a picture; give --image FILE (image=...)")
         begun, pixels = time.perf_counter(), read_pictures(image, n)
+        self.tell("encoding the image")
         film, found = self._resized(pixels)[:, None], {}
         if "condition" in model.cond:
             later = ((0, 0), (0, self.section["frames"] - 1), (0, 0), (0, 0), (0, 0))
@@ -200,6 +207,7 @@ class Pipeline:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents [n, (F,) h, w, C] of the network as pictures [n, (F',) H, W, 3] in [-1, 1], one after another."""
         begun = time.perf_counter()
+        self.tell(f"decoding {len(latents)} {'film' if self.recipe.frames else 'picture'}{'s' * (len(latents) > 1)}")
         found = self._decoded(latents, *self._opened("vae"))
         self.seconds["decode"] = time.perf_counter() - begun
         return found

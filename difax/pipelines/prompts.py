@@ -108,7 +108,7 @@ def tokenised(
     ids = np.full((len(rows), width), fill, np.int32)
     mask = np.zeros((len(rows), width), np.int32)
     for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if tokenizer.side == "left" else slice(0, len(row))
+        place = slice(width - len(row), width) if (rule.side or tokenizer.side) == "left" else slice(0, len(row))
         ids[i, place], mask[i, place] = row, 1
         if rule.empty and not row:
             ids[i] = 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from difax.core.files import named
+from difax.core.process import flux2_mu
 from difax.models.encoders import find_encoder
 from difax.pipelines.folder import Folder, open_folder
 
@@ -25,6 +26,7 @@ class Recipe(NamedTuple):
     networks: folders of denoisers, the second for the lower noise levels.
     strength: share of the steps that is made from a given image, without and with a mask.
     begins: is a film begun by a given picture.
+    told: of the network, beside its size.
     text: (tokens of the longest prompt, config.json of the network) -> tokens of its embeddings.
     """
 
@@ -45,14 +47,15 @@ class Recipe(NamedTuple):
     networks: tuple[str, ...] = ("transformer",)
     strength: tuple[float, float] = (0.6, 0.6)
     begins: bool = False
+    told: Mapping[str, Any] = {}
     text: Callable[[int, Mapping[str, Any]], int] = lambda tokens, config: tokens
 
     def geometry(self, folder: Folder, section: Mapping[str, Any]) -> dict[str, Any]:
         """What a section tells of the network beside its size."""
         if not self.prompts:
-            return {}
+            return dict(self.told)
         config = folder.config(self.networks[0])
-        found: dict[str, Any] = {"text_tokens": self.text(section["tokens"], config)}
+        found = {**self.told, "text_tokens": self.text(section["tokens"], config)}
         if self.begins:
             found["first_frame"] = folder.settings.get("expand_timesteps") is True
             if config.get("image_dim") is not None and "image_encoder" in folder.components:
@@ -79,16 +82,6 @@ def _z_image_text(tokens: int, config: Mapping[str, Any]) -> int:
     return tokens if tokens <= most else max(most // 32 * 32, 1)
 
 
-def flux2_mu(tokens: int, steps: int) -> float:
-    """FLUX.2's empirical shift: two lines in the tokens, for 10 and 200 steps, and between them a line in the steps."""
-    many = 0.00016927 * tokens + 0.45666666
-    if tokens > 4300:
-        return many
-    few = 8.73809524e-05 * tokens + 1.89833333
-    slope = (many - few) / 190.0
-    return slope * steps + many - 200.0 * slope
-
-
 RECIPES: dict[str, Recipe] = {
     "DiTPipeline": Recipe("dit", _of_network, patch=2, steps=50, scale=4.0),
     "FluxPipeline": Recipe(
@@ -113,7 +106,8 @@ RECIPES: dict[str, Recipe] = {
         text=_z_image_text, strength=(0.6, 1.0),
     ),
     "Flux2KleinPipeline": Recipe(
-        "flux2", _square(64), patch=1, steps=50, scale=4.0, prompts=512, packed=True, sigmas="pipeline", mu=flux2_mu
+        "flux2", _square(64), patch=1, steps=50, scale=4.0, prompts=512, packed=True, sigmas="pipeline", mu=flux2_mu,
+        told={"ignores_guidance": True},  # whatever the weights have
     ),
 }  # fmt: skip
 

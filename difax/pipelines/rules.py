@@ -16,7 +16,8 @@ class Rule(NamedTuple):
     length: tokens of a prompt, those of its template in front apart: the pipeline's own max_sequence_length; None: the
       tokenizer's length. limit: the greatest that may be asked for, None for any. fixed: it cannot be asked for.
     reads: tokens that the encoder is given at most, if more than are kept of them.
-    pad: "length": always to the length; "longest": to the longest prompt of the batch.
+    pad: "length": always to the length; "longest": to the longest prompt of the batch. side: where padding goes, None:
+      as the tokenizer's folder says.
     clean: what is done to a prompt, of `CLEAN`. template: with {} for the prompt; negative: that of a negative prompt,
       None for the same. crop: tokens of the template before the prompt, by the pipeline's own count; None: as many as
       the tokenizer makes of it, but for its first and the text's.
@@ -36,6 +37,7 @@ class Rule(NamedTuple):
     fixed: bool = False
     reads: int | None = None
     pad: str = "length"
+    side: str | None = None
     clean: str = "none"
     template: str = "{}"
     negative: str | None = None
@@ -148,7 +150,7 @@ _HUNYUAN_VIDEO = Prompting(
     negative=None,
 )
 _T5 = Rule("text_encoder", "tokenizer", length=226)
-_GEMMA = Rule("text_encoder", "tokenizer", masked=True, mask=True)
+_GEMMA = Rule("text_encoder", "tokenizer", side="right", masked=True, mask=True)
 _SANA = _GEMMA._replace(length=300, clean="lower", template=templates.SANA, negative="{}", crop=None, rows="ends")
 _LUMINA2 = _GEMMA._replace(length=256, limit=512, template=templates.LUMINA2, negative="{}", states=(-2,))
 _HUNYUAN_DIT = Prompting(

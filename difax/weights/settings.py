@@ -65,6 +65,22 @@ def optional(setting: Setting) -> Setting:
     return Setting(f"{setting.allowed}, or null", lambda value: value is None or setting.fits(value))
 
 
+def any_number() -> Setting:
+    """A finite number."""
+    return Setting("a number", number(-math.inf).fits)
+
+
+def listed(setting: Setting) -> Setting:
+    """A list of any length of values of a setting."""
+    fits = lambda value: isinstance(value, list) and all(map(setting.fits, value))  # noqa: E731
+    return Setting(f"a list, each {setting.allowed}", fits)
+
+
+def either(*settings: Setting) -> Setting:
+    """What one of these allows."""
+    return Setting(" or ".join(s.allowed for s in settings), lambda value: any(s.fits(value) for s in settings))
+
+
 def several(count: int, setting: Setting) -> Setting:
     """A list of `count` values of a setting."""
     fits = lambda value: isinstance(value, list) and len(value) == count and all(map(setting.fits, value))  # noqa: E731

@@ -59,6 +59,7 @@ class Resnet(nn.Module):
 
 
 def group_norm(groups: int, name: str) -> nn.GroupNorm:
+    """A norm over the pixels and the channels of each group, in float32."""
     return nn.GroupNorm(groups, epsilon=EPS, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 

@@ -8,11 +8,9 @@ of Stable Diffusion and SDXL have them), "original" that of latent diffusion, of
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from difax.models.autoencoders.kl import autoencoder_kl, autoencoder_kl_flux2
@@ -25,12 +23,16 @@ from difax.weights.published import (
     check_arguments,
     choose_layout,
     dense,
+    read_config,
     stored_shape,
 )
 from difax.weights.settings import (
     Setting,
+    any_number,
     check_agrees,
+    either,
     flag,
+    listed,
     number,
     one_of,
     optional,
@@ -211,43 +213,17 @@ def _rows(path: Any, name: str, shapes: Shapes) -> int:
     return shapes[name][0]
 
 
-def kinds(kind: str) -> Setting:
-    """A list of blocks that are all of one class."""
-    return Setting(f"a list of {kind}", lambda value: isinstance(value, list) and all(v == kind for v in value))
-
-
-def any_number() -> Setting:
-    """A finite number."""
-    return Setting("a number", number(-math.inf).fits)
-
-
-def numbers() -> Setting:
-    """A list of finite numbers."""
-    each = any_number()
-    return Setting("a list of numbers", lambda value: isinstance(value, list) and all(map(each.fits, value)))
-
-
-def wholes() -> Setting:
-    """A list of whole numbers, 1 or more."""
-    each = whole()
-    return Setting("a list of whole numbers", lambda value: isinstance(value, list) and all(map(each.fits, value)))
-
-
-def _either(*settings: Setting) -> Setting:
-    return Setting(" or ".join(s.allowed for s in settings), lambda value: any(s.fits(value) for s in settings))
-
-
 SHARED_SETTINGS = {
     "in_channels": whole(),
     "out_channels": whole(),
-    "down_block_types": kinds("DownEncoderBlock2D"),
-    "up_block_types": kinds("UpDecoderBlock2D"),
-    "block_out_channels": wholes(),
+    "down_block_types": listed(one_of("DownEncoderBlock2D")),
+    "up_block_types": listed(one_of("UpDecoderBlock2D")),
+    "block_out_channels": listed(whole()),
     "layers_per_block": whole(),
     "act_fn": one_of("silu", "swish"),
     "latent_channels": whole(),
     "norm_num_groups": whole(),
-    "sample_size": _either(whole(), several(2, whole())),
+    "sample_size": either(whole(), several(2, whole())),
     "use_quant_conv": flag(),
     "use_post_quant_conv": flag(),
     "mid_block_add_attention": flag(),
@@ -257,11 +233,11 @@ SHARED_SETTINGS = {
 SETTINGS = SHARED_SETTINGS | {
     "scaling_factor": number(),
     "shift_factor": optional(any_number()),
-    "latents_mean": optional(numbers()),
-    "latents_std": optional(numbers()),
+    "latents_mean": optional(listed(any_number())),
+    "latents_std": optional(listed(any_number())),
 }
 FLUX2_SETTINGS = SHARED_SETTINGS | {
-    "decoder_block_out_channels": optional(wholes()),
+    "decoder_block_out_channels": optional(listed(whole())),
     "batch_norm_eps": number(0.0, open_end=False),
     "patch_size": several(2, one_of(2)),
 }
@@ -284,7 +260,8 @@ _TAKEN = {
     "latents_std": "latents_std",
     "batch_norm_eps": "eps",
 }
-# the published files without a config.json: (channels of the latents, prefix of the names) -> scale and shift
+# the published files without a config.json, in the original layout: (channels of the latents, prefix of the names) ->
+# scale and shift
 _BARE = {
     (16, ""): {"scaling_factor": 0.3611, "shift_factor": 0.1159},  # ae.safetensors of FLUX.1
     (16, "first_stage_model."): {"scaling_factor": 1.5305, "shift_factor": 0.0609},  # in the files of SD3 and 3.5
@@ -296,8 +273,8 @@ def find_kl(path: str | os.PathLike, *, layout: str | None = None, **overrides: 
 
     Widths, layers, channels, attention and 1 x 1 convolutions come from the tensors; groups, scale, shift, means and
     deviations from the config.json beside the file, where a key that is missing has the class's default. Without one,
-    latents of 16 channels have FLUX.1's scale and shift, below `first_stage_model.` SD3's; of another number, it has to
-    be given, since files of SD and SDXL differ in nothing else.
+    a file in the original layout with latents of 16 channels has FLUX.1's scale and shift, below `first_stage_model.`
+    SD3's; of any other it has to be given, since files of SD and SDXL differ in nothing else.
 
     Args:
       path: a .safetensors file, the .index.json of a sharded one, or a folder that holds one of the two.
@@ -312,19 +289,20 @@ def find_kl(path: str | os.PathLike, *, layout: str | None = None, **overrides: 
       ValueError: as `difax.weights.checkpoint.load_safetensors` and `autoencoder_kl`; a config.json of another class or
         with a value that is not honoured; a scale that neither the file nor the caller gives.
     """
-    found, names, config = _found(path, layout, overrides, autoencoder_kl, LAYOUTS, NAMES, CLASSES, SETTINGS)
+    found, names, told = _found(path, layout, overrides, autoencoder_kl, LAYOUTS, NAMES, CLASSES, SETTINGS)
     if found["widths"] != found.pop("decoder_widths"):
         raise ValueError(f"{path}: encoder and decoder have other widths; allowed: the same")
-    if config is None and "scaling_factor" not in found:
+    if not told and "scaling_factor" not in found:
         prefix = network_prefix(tensor_shapes(path), _keys(LAYOUTS[names]))[1]
-        if (found["latents"], prefix) not in _BARE:
+        bare = _BARE.get((found["latents"], prefix)) if names == "original" else None
+        if bare is None:
             raise Untold(
                 f"{path}: the latents' scale cannot be known without a config.json; give scaling_factor=... "
                 "(0.18215 of Stable Diffusion 1 and 2, 0.13025 of SDXL; with shift_factor 1.5305 and 0.0609 of SD3, "
                 "0.3611 and 0.1159 of FLUX.1)",
                 "scaling_factor",
             )
-        found = {**_BARE[found["latents"], prefix], **found}
+        found = {**bare, **found}
     return _foreign(found, names, NAMES, autoencoder_kl, "AutoencoderKL", {})
 
 
@@ -349,8 +327,8 @@ def _found(
     names: Mapping[str, Names],
     classes: tuple[str, ...],
     settings: Mapping[str, Setting],
-) -> tuple[dict[str, Any], str, Path | None]:
-    """What tensors, config.json and the caller say of a factory's arguments; the layout; the config.json."""
+) -> tuple[dict[str, Any], str, bool]:
+    """What tensors, config.json and the caller say of a factory's arguments; the layout; is there a config.json."""
     check_arguments(f"find_{factory.__name__}", overrides, inspect.signature(factory).parameters)
     shapes = tensor_shapes(path, layouts.values())
     layout = choose_layout(path, "an autoencoder", layouts, shapes, layout)
@@ -362,7 +340,7 @@ def _found(
     taken = {field: config[key] for key, field in _TAKEN.items() if key in config}
     if isinstance(taken.get("sample_size"), list):
         taken["sample_size"] = taken["sample_size"][0]  # as diffusers takes it for its tiles
-    return {**found, **taken, **overrides}, layout, file if config else None
+    return {**found, **taken, **overrides}, layout, bool(read_config(path, {})[1])
 
 
 def _foreign(

@@ -11,11 +11,21 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from difax.models.autoencoders.kl_checkpoint import any_number, conv, wholes
+from difax.models.autoencoders.kl_checkpoint import conv
 from difax.models.autoencoders.tiny import ACTIVATIONS, autoencoder_tiny
 from difax.weights.checkpoint import Source, tensor_shapes
 from difax.weights.published import Foreign, Published, Shapes, check_arguments, choose_layout, stored_shape
-from difax.weights.settings import check_agrees, flag, number, one_of, optional, read_settings, whole
+from difax.weights.settings import (
+    any_number,
+    check_agrees,
+    flag,
+    listed,
+    number,
+    one_of,
+    optional,
+    read_settings,
+    whole,
+)
 
 
 def _block(path: str, key: str) -> dict[str, Source]:
@@ -53,14 +63,14 @@ CLASSES = ("AutoencoderTiny",)
 SETTINGS = {
     "in_channels": whole(),
     "out_channels": whole(),
-    "encoder_block_out_channels": wholes(),
-    "decoder_block_out_channels": wholes(),
+    "encoder_block_out_channels": listed(whole()),
+    "decoder_block_out_channels": listed(whole()),
     "act_fn": one_of(*ACTIVATIONS),
     "upsample_fn": one_of("nearest"),
     "latent_channels": whole(),
     "upsampling_scaling_factor": one_of(2),
-    "num_encoder_blocks": wholes(),
-    "num_decoder_blocks": wholes(),
+    "num_encoder_blocks": listed(whole()),
+    "num_decoder_blocks": listed(whole()),
     "scaling_factor": number(),
     "shift_factor": optional(any_number()),
     # of float16, which would overflow; here nothing is computed in it

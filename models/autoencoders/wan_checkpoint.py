@@ -17,7 +17,18 @@ import jax
 from difax.models.autoencoders.wan import wan_autoencoder
 from difax.weights.checkpoint import Source, tensor_shapes
 from difax.weights.published import Foreign, Published, check_arguments, choose_layout, dense
-from difax.weights.settings import Setting, check_agrees, flag, number, one_of, optional, read_settings, rows_of, whole
+from difax.weights.settings import (
+    any_number,
+    check_agrees,
+    flag,
+    listed,
+    number,
+    one_of,
+    optional,
+    read_settings,
+    rows_of,
+    whole,
+)
 
 CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
 
@@ -271,23 +282,17 @@ def _counted(
     )
 
 
-def _list(setting: Setting) -> Setting:
-    """A list of any length."""
-    fits = lambda value: isinstance(value, list) and all(map(setting.fits, value))  # noqa: E731
-    return Setting(f"a list, each {setting.allowed}", fits)
-
-
 SETTINGS = {
     "_class_name": one_of(*CLASSES),
     "base_dim": whole(),
     "decoder_base_dim": optional(whole()),
     "z_dim": whole(),
-    "dim_mult": _list(whole()),
+    "dim_mult": listed(whole()),
     "num_res_blocks": whole(),
-    "attn_scales": _list(number()),
-    "temperal_downsample": _list(flag()),
-    "latents_mean": optional(_list(number(-math.inf))),
-    "latents_std": optional(_list(number())),
+    "attn_scales": listed(number()),
+    "temperal_downsample": listed(flag()),
+    "latents_mean": optional(listed(any_number())),
+    "latents_std": optional(listed(number())),
     # of AutoencoderKLWan alone
     "is_residual": flag(),
     "in_channels": whole(),

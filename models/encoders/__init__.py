@@ -22,7 +22,7 @@ from difax.models.encoders.clip import ImageEncoder, clip_text, clip_vision
 from difax.models.encoders.clip_checkpoint import find_clip_text, find_clip_vision
 from difax.models.encoders.decoder import decoder
 from difax.models.encoders.decoder_checkpoint import find_decoder
-from difax.models.encoders.folder import Find, Folder
+from difax.models.encoders.folder import EncoderFolder, Find
 from difax.models.encoders.streamed import FoundEncoder, encode, image_states, load, states
 from difax.models.encoders.t5 import t5
 from difax.models.encoders.t5_checkpoint import find_t5
@@ -109,7 +109,7 @@ def find_encoder(
         kind = str(named[0])
     known_kind = kind and choose(f"class of a text encoder in {path}:", kind, ENCODERS)
     find = ENCODERS[known_kind] if known_kind else _by_tensors(weights)
-    found = find(Folder(weights, kind or "", file, config), dtype=dtype, **overrides)
+    found = find(EncoderFolder(weights, kind or "", file, config), dtype=dtype, **overrides)
     if width is not None and found.model.width != width:
         raise ValueError(f"{path}: an encoder of width {found.model.width}; allowed: {width}, which the model takes")
     return FoundEncoder(Path(weights), kind or "", found)

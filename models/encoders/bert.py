@@ -129,8 +129,7 @@ def bert(
     c = BertConfig(
         depth, width, heads, ffn, vocabulary, length, kinds, activation, pooled, eps, model_dtype("bert", dtype)
     )
-    example = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
-    made = functions(Ends(c), BertBlock(c), depth, attend, example, pools=pooled)
+    made = functions(Ends(c), BertBlock(c), depth, attend, pools=pooled)
     return TextEncoder(
         name=f"bert-{depth}x{width}",
         **made,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from difax.models.encoders.bert import bert
-from difax.models.encoders.folder import Folder
+from difax.models.encoders.folder import EncoderFolder
 from difax.models.encoders.layers import ACTIVATIONS
 from difax.weights.checkpoint import Source
 from difax.weights.published import Foreign, dense, stored_depth, stored_shape
@@ -51,7 +51,7 @@ SETTINGS = {
 }
 
 
-def find_bert(folder: Folder, **overrides: Any) -> Foreign:
+def find_bert(folder: EncoderFolder, **overrides: Any) -> Foreign:
     """The BERT of a folder; geometry from the tensors, the rest from its config.
 
     Args:

@@ -148,7 +148,8 @@ class ImageEnds(nn.Module):
 
     def embed(self, pixels: jax.Array) -> tuple[jax.Array, Context]:
         c, b = self.config, len(pixels)
-        patches = self.patch(patchify(pixels.astype(c.dtype), c.patch))
+        side = c.size - c.size % c.patch
+        patches = self.patch(patchify(pixels[:, :side, :side].astype(c.dtype), c.patch))
         whole = jnp.broadcast_to(self.whole.astype(c.dtype)[None, None], (b, 1, c.width))
         x = jnp.concatenate([whole, patches], axis=1) + self.places.astype(c.dtype)[None]
         return self.before(x).astype(c.dtype), {"seen": jnp.ones((b, 1, 1, x.shape[1]), bool)}
@@ -202,10 +203,9 @@ def clip_text(
     check_least("clip_text", {"vocabulary": vocabulary, "length": length})
     c = _config("clip_text", depth, width, heads, ffn, activation, projection, eps, dtype)
     c = dataclasses.replace(c, vocabulary=vocabulary, length=length, end=end)
-    example = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
     return TextEncoder(
         name=f"clip-{depth}x{width}",
-        **functions(TextEnds(c), ClipBlock(c), depth, attend, example),
+        **functions(TextEnds(c), ClipBlock(c), depth, attend),
         depth=depth,
         width=width,
         length=length,
@@ -247,13 +247,10 @@ def clip_vision(
         raise ValueError(f"clip_vision: size={size}; allowed: patch={patch} or more")
     c = _config("clip_vision", depth, width, heads, ffn, activation, projection, eps, dtype)
     c = dataclasses.replace(c, size=size, patch=patch, channels=channels)
-    ends, side = ImageEnds(c), size - size % patch
-    made = functions(ends, ClipBlock(c), depth, attend, (jnp.zeros((1, side, side, channels)),))
-    embed = made["embed"]
-    made["embed"] = lambda ends, pixels: embed(ends, pixels[:, :side, :side])
+    inputs = (((1, size, size, channels), "float32"),)
     return ImageEncoder(
         name=f"clip-vision-{depth}x{width}",
-        **made,
+        **functions(ImageEnds(c), ClipBlock(c), depth, attend, inputs),
         depth=depth,
         width=width,
         size=size,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from difax.models.encoders.clip import clip_text, clip_vision
-from difax.models.encoders.folder import Folder
+from difax.models.encoders.folder import EncoderFolder
 from difax.models.encoders.layers import ACTIVATIONS
 from difax.weights.checkpoint import Source
 from difax.weights.published import Foreign, Table, dense, stored_depth, stored_shape
@@ -100,7 +100,7 @@ VISION_SETTINGS: dict[str, tuple[Setting, Any]] = {
 KEYS = {"hidden_size": "width", "intermediate_size": "ffn", "num_hidden_layers": "depth"}
 
 
-def find_clip_text(folder: Folder, **overrides: Any) -> Foreign:
+def find_clip_text(folder: EncoderFolder, **overrides: Any) -> Foreign:
     """The CLIP text encoder of a folder, or of a single file; geometry from the tensors, the rest from its config.
 
     Without a config.json, heads have 64 features, the end token is the largest id, and the activation is that of L (of
@@ -140,7 +140,7 @@ def find_clip_text(folder: Folder, **overrides: Any) -> Foreign:
     return _found(clip_text(**fields | overrides), table, fields)
 
 
-def find_clip_vision(folder: Folder, **overrides: Any) -> Foreign:
+def find_clip_vision(folder: EncoderFolder, **overrides: Any) -> Foreign:
     """The CLIP vision encoder of a folder; geometry from the tensors, the rest from its config.
 
     Args:

@@ -232,10 +232,9 @@ def decoder(
         if not value > 0:
             raise ValueError(f"decoder: {name}={value}; allowed: > 0")
     rotary_rates(head_width, theta, rope)
-    example = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
     return TextEncoder(
         name=f"decoder-{depth}x{width}",
-        **functions(Ends(c), DecoderBlock(c), depth, attend, example, pools=False),
+        **functions(Ends(c), DecoderBlock(c), depth, attend, pools=False),
         depth=depth,
         width=width,
         length=length,

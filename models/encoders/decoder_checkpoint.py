@@ -11,7 +11,7 @@ import jax
 
 from difax.core.annotations import LARGEST
 from difax.models.encoders.decoder import decoder
-from difax.models.encoders.folder import Folder
+from difax.models.encoders.folder import EncoderFolder
 from difax.models.encoders.layers import ACTIVATIONS
 from difax.weights.checkpoint import Source
 from difax.weights.published import Foreign, dense, stored_depth, stored_shape
@@ -21,9 +21,9 @@ from difax.weights.settings import Setting, check_agrees, flag, number, one_of, 
 class Family(NamedTuple):
     """What a language model's class says by itself, and what its settings are where config.json lacks them.
 
-    heads, groups, head_width (None: width / heads), eps, theta: defaults of its configuration. window: keys that a
-    query sees, or None. alternate: does every second layer have the window, from the first on (else the last ones of
-    those that ask for it, or all). qk_norm, gemma: are queries and keys normed; are norms, scale and gate Gemma's.
+    heads, groups (None: as many), head_width (None: width / heads), eps, theta, window (None: a query sees all before
+    it): defaults of its configuration. asked: does `use_sliding_window` have to ask for the window. qk_norm, gemma: are
+    queries and keys normed; are norms, scale, gate and the layers that have a window Gemma's.
     """
 
     heads: int = 32
@@ -32,7 +32,7 @@ class Family(NamedTuple):
     eps: float = 1e-6
     theta: float = 10_000.0
     window: int | None = 4096
-    asked: bool = True  # does `use_sliding_window` have to ask for the window
+    asked: bool = True
     qk_norm: bool = False
     gemma: bool = False
 
@@ -100,7 +100,7 @@ def _settings(family: Family) -> dict[str, tuple[Setting, Any]]:
     }
 
 
-def find_decoder(folder: Folder, **overrides: Any) -> Foreign:
+def find_decoder(folder: EncoderFolder, **overrides: Any) -> Foreign:
     """The language model of a folder; sizes and biases from the tensors, the rest from its config.
 
     Of a model with pictures it is the part for text; the rest of its tensors is left alone.
@@ -171,7 +171,7 @@ def find_decoder(folder: Folder, **overrides: Any) -> Foreign:
     return Foreign(encoder, rows_of(table, spec), {"layer": depth}, geometry=fields, ignored=IGNORED)
 
 
-def _family(folder: Folder) -> str:
+def _family(folder: EncoderFolder) -> str:
     """The name in `FAMILIES`, by model_type where config.json says it, else by the class."""
     said = str(folder.config.get("model_type", "")).removesuffix("_text")
     by_class = {"Mistral3": "mistral", "Llava": "llama", "Qwen2_5_VL": "qwen2_5_vl", "Qwen2VL": "qwen2_vl"}
@@ -209,7 +209,7 @@ def _rope(
 
 
 def _window(
-    folder: Folder, config: Mapping[str, Any], family: Family, depth: int, length: int
+    folder: EncoderFolder, config: Mapping[str, Any], family: Family, depth: int, length: int
 ) -> tuple[int | None, int]:
     """The window of all layers, and the longest text: where some layers have a window, none that is longer than it."""
     window = config["sliding_window"]

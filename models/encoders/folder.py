@@ -11,7 +11,7 @@ from difax.weights.published import Shapes, Table, choose_layout
 from difax.weights.settings import Setting
 
 
-class Folder(NamedTuple):
+class EncoderFolder(NamedTuple):
     """path: of the weights. kind: the class of transformers. file, config: the config.json, and its part that describes
     the encoder; {} where there is none, as beside a single file."""
 
@@ -20,7 +20,7 @@ class Folder(NamedTuple):
     file: Path
     config: Mapping[str, Any]
 
-    def part(self, name: str) -> Folder:
+    def part(self, name: str) -> EncoderFolder:
         """The same, with the part of the configuration that is named so, where it has one (models of several parts)."""
         inner = self.config.get(name)
         return self._replace(config=inner) if isinstance(inner, dict) else self
@@ -45,4 +45,4 @@ class Folder(NamedTuple):
         return tables[choose_layout(self.path, what, tables, shapes)], shapes
 
 
-Find = Callable[..., Any]  # (Folder, **arguments of the encoder's factory) -> difax.weights.published.Foreign
+Find = Callable[..., Any]  # (EncoderFolder, **arguments of the encoder's factory) -> difax.weights.published.Foreign

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -64,36 +66,52 @@ class Tokens(nn.Module):
         return table[ids]
 
 
+TEXT = (((1, 2), "int32"), ((1, 2), "int32"))  # shapes and types of the smallest ids and mask
+
+
 def functions(
-    ends: nn.Module, block: nn.Module, depth: int, attend: Callable[..., Any], example: tuple, pools: bool = True
-) -> dict[str, Any]:
+    ends: Any,
+    block: Any,
+    depth: int,
+    attend: Callable[..., Any],
+    inputs: tuple[tuple[tuple[int, ...], str], ...] = TEXT,
+    pools: bool = True,
+) -> Mapping[str, Any]:
     """The functions of a `TextEncoder` made of two stateless modules.
+
+    Equal modules have the same functions, so that what was compiled for an encoder serves whenever it is found again.
 
     Args:
       ends: with the methods embed(*inputs) -> (x, context), norm(x), pool(x, *more), and a __call__ that touches every
         parameter and returns what `embed` does. block: __call__(x, context, attend) -> x.
-      attend: as `difax.models.encoders.attention.attend`. example: inputs of `embed`. pools: is there something pooled.
+      attend: as `difax.models.encoders.attention.attend`. inputs: shapes and types that `embed` can be given. pools: is
+        there something pooled.
     """
+    return _functions(ends, block, depth, attend, inputs, pools)
 
+
+@functools.lru_cache(maxsize=32)
+def _functions(ends: Any, block: Any, depth: int, attend: Any, inputs: Any, pools: bool) -> Mapping[str, Any]:
     def init(key: jax.Array) -> Params:
         ends_key, blocks_key = jax.random.split(key)
-        (x, context), found = ends.init_with_output(ends_key, *example)
+        (x, context), found = ends.init_with_output(ends_key, *(jnp.ones(*one) for one in inputs))
         one = lambda k: block.init(k, x, context, attend)["params"]  # noqa: E731
         return {"ends": found["params"], "blocks": jax.vmap(one)(jax.random.split(blocks_key, depth))}
 
-    def embed(params: Params, *inputs: jax.Array) -> tuple[jax.Array, Context]:
-        return ends.apply({"params": params}, *inputs, method="embed")  # type: ignore[return-value]
+    def embed(params: Params, *given: jax.Array) -> tuple[jax.Array, Context]:
+        return ends.apply({"params": params}, *given, method="embed")
 
     def apply_block(params: Params, x: jax.Array, context: Context) -> jax.Array:
-        return block.apply({"params": params}, x, context, attend)  # type: ignore[return-value]
+        return block.apply({"params": params}, x, context, attend)
 
     def norm(params: Params, x: jax.Array) -> jax.Array:
-        return ends.apply({"params": params}, x, method="norm")  # type: ignore[return-value]
+        return ends.apply({"params": params}, x, method="norm")
 
     def pool(params: Params, x: jax.Array, *more: jax.Array) -> dict[str, jax.Array]:
-        return ends.apply({"params": params}, x, *more, method="pool")  # type: ignore[return-value]
+        return ends.apply({"params": params}, x, *more, method="pool")
 
-    return {"init": init, "embed": embed, "block": apply_block, "norm": norm, "pool": pool if pools else None}
+    found = {"init": init, "embed": embed, "block": apply_block, "norm": norm, "pool": pool if pools else None}
+    return MappingProxyType(found)
 
 
 def as_heads(x: jax.Array, width: int) -> jax.Array:

@@ -178,8 +178,7 @@ def t5(
         )
     if not 0 < eps <= 1:
         raise ValueError(f"t5: eps={eps}; allowed: > 0, up to 1")
-    example = (jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
-    made = functions(Ends(c), T5Block(c), depth, attend, example, pools=False)
+    made = functions(Ends(c), T5Block(c), depth, attend, pools=False)
     return TextEncoder(
         name=f"{'umt5' if bias_each_layer else 't5'}-{depth}x{width}",
         **made,

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from difax.models.encoders.folder import Folder
+from difax.models.encoders.folder import EncoderFolder
 from difax.models.encoders.layers import ACTIVATIONS
 from difax.models.encoders.t5 import t5
 from difax.weights.checkpoint import Source
@@ -79,7 +79,7 @@ SETTINGS = {
 GATED = SETTINGS | {"feed_forward_proj": (FEED_FORWARD, "gated-gelu")}
 
 
-def find_t5(folder: Folder, **overrides: Any) -> Foreign:
+def find_t5(folder: EncoderFolder, **overrides: Any) -> Foreign:
     """The T5, mT5 or umT5 encoder of a folder, or of a single file; geometry from tensors, the rest from its config.
 
     Args:

@@ -1,20 +1,25 @@
-"""Writes two tiny pipelines as diffusers saves them, pipeline_pixart and pipeline_wan, each with run.npz: one run of
-diffusers on the CPU in float32, its prompts, token ids, embeddings, the first latents, those behind each step, and the
-pictures. Random weights; norms and gates are random too.
+"""Writes tiny pipelines as diffusers saves them, pipeline_pixart, pipeline_wan and pipeline_flux2, each with run.npz:
+one run of diffusers on the CPU in float32, its prompts, token ids, embeddings, the first latents, those behind each
+step, and the pictures. Random weights; norms and gates are random too.
 
-  python tests/golden/make_pipelines.py        (torch 2.13.0, diffusers 0.42.1, transformers 5.24.0)
+  python tests/golden/make_pipelines.py [NAME ...]       (torch 2.13.0, diffusers 0.42.1, transformers 5.24.0)
 """
 
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLWan,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     UniPCMultistepScheduler,
@@ -22,8 +27,16 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import Unigram
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from tokenizers.models import BPE, Unigram
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 HERE = pathlib.Path(__file__).resolve().parent
 PROMPTS = ["a red fox jumps over 3 logs", "two cats on a bicycle"]
@@ -43,6 +56,27 @@ def tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )
+
+
+# of Qwen3, without thinking, as far as one prompt goes
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"  # a line's end at the end of a template is dropped
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte a token, and Qwen3's special ones."""
+    made = Tokenizer(BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    made.add_tokens(["<think>", "</think>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<|endoftext|>", eos_token="<|im_end|>", model_max_length=512,
+        chat_template=CHAT,
+    )  # fmt: skip
 
 
 def randomised(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -97,9 +131,36 @@ def wan() -> WanPipeline:
     )
 
 
+def flux2() -> Flux2KleinPipeline:
+    """Undistilled, with a guidance embedding in the weights, which the pipeline leaves unused."""
+    config = Qwen3Config(
+        vocab_size=264, hidden_size=8, intermediate_size=8, num_hidden_layers=28, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=32, axes_dims_rope=(2, 2, 2, 2),
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
+    statistics = torch.Generator().manual_seed(8)
+    vae.bn.running_mean = 0.3 * torch.randn(16, generator=statistics)
+    vae.bn.running_var = 0.5 + torch.rand(16, generator=statistics)
+    return Flux2KleinPipeline(
+        tokenizer=byte_tokenizer(),
+        text_encoder=randomised(Qwen3ForCausalLM(config), 6),
+        vae=randomised(vae, 7),
+        transformer=randomised(transformer, 8),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
 CALLS = {
     "pixart": (pixart, {"height": 16, "width": 24, "use_resolution_binning": False, "clean_caption": False,
                         "max_sequence_length": 24}),
+    "flux2": (flux2, {"height": 24, "width": 32, "max_sequence_length": 64}),
     "wan": (wan, {"height": 32, "width": 48, "num_frames": 5, "max_sequence_length": 24}),
 }  # fmt: skip
 
@@ -124,21 +185,25 @@ def write(name: str) -> None:
         return found
 
     pipeline.scheduler.step, pipeline.prepare_latents = stepped, prepared
+    # that of FLUX.2 klein is always empty
+    negative = {"pixart": {"negative_prompt": NEGATIVE}, "wan": {"negative_prompt": [NEGATIVE] * 2}}.get(name, {})
     with torch.no_grad():
         images = pipeline(
-            prompt=PROMPTS, negative_prompt=NEGATIVE if name == "pixart" else [NEGATIVE] * 2, num_inference_steps=3,
-            output_type="np", generator=torch.Generator().manual_seed(0), **call,
+            prompt=PROMPTS, num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0),
+            **negative, **call,
         )[0]  # fmt: skip
     run |= {"steps": np.stack(latents, 1), "output": images.astype(np.float32)}
-    ids = pipeline.tokenizer(PROMPTS, padding="max_length", max_length=24, return_tensors="np")["input_ids"]
+    ids = pipeline.tokenizer(PROMPTS, padding="max_length", max_length=24, truncation=True, return_tensors="np")[
+        "input_ids"
+    ]
     np.savez_compressed(folder / "run.npz", ids=ids.astype(np.int32), **run)
     (folder / "run.json").write_text(
-        json.dumps({"prompts": PROMPTS, "negative": NEGATIVE, "steps": 3, **call}, indent=1)
+        json.dumps({"prompts": PROMPTS, "negative": NEGATIVE if negative else "", "steps": 3, **call}, indent=1)
     )
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     print(f"{folder.name}: {size:,} bytes, {images.shape}, std {images.std():.3f}, latents {latents[-1].std():.3f}")
 
 
 if __name__ == "__main__":
-    for name in CALLS:
+    for name in sys.argv[1:] or CALLS:
         write(name)

@@ -235,7 +235,7 @@ def main() -> None:
 class Plain:
     """sentencepiece with a first token in front; None for texts with special tokens, which it does not look for."""
 
-    padding_side, model_max_length = "right", 10**30
+    padding_side, model_max_length = "left", 10**30  # as the classes of Llama and Gemma
 
     def __init__(self, model: bytes, begin: str, end: str):
         import sentencepiece

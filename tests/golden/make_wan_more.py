@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "image without keys of its own": WITH_IMAGE | dict(added_kv_proj_dim=None),
     "i2v 2.2": dict(in_channels=8, out_channels=3),
     "ti2v": dict(in_channels=5, out_channels=5),
+    "a time per token": dict(in_channels=5, out_channels=5),  # the same for all, as WanPipeline has it for 2.2's 5B
 }
 IMAGE_TOKENS = 7  # of one picture
 TIMES = np.array([999.0, 125.0], np.float32)
@@ -174,6 +175,8 @@ def main() -> None:
             mask[0] = 0
             x = (1 - mask)[None, ..., None] * inputs["first_frame"][:, None] + mask[None, ..., None] * x
             time = torch.stack([(mask[:, ::2, ::2] * t).flatten() for t in time])
+        if case == "a time per token":
+            time = time[:, None].expand(BATCH, SIZE[0] * SIZE[1] * SIZE[2] // 4)
         image = inputs.get("image")
         if image is not None and "pos_embed_seq_len" in keys:  # the two pictures are rows of a batch of twice the size
             image = image.reshape(2 * BATCH, -1, image.shape[-1])

@@ -47,9 +47,10 @@ def open_tokenizer(folder: str | os.PathLike) -> Tokenizer:
       folder: with tokenizer.json, or a vocabulary (module text), and the files that name its special tokens.
 
     Returns:
-      A `Tokenizer` whose ids are those of transformers 5.24. Padding goes right unless the folder says otherwise:
-      transformers pads left for classes of Llama and Gemma that are not told, but names of classes are not reliable,
-      and the pipelines with Gemma ask for the right.
+      A `Tokenizer` whose ids are those of transformers 5.24. Where the folder does not say so, padding goes left of
+      byte pairs with byte fallback, as the classes of Llama and Gemma have it, and right of all else: by what is in the
+      folder, since names of classes are not reliable (transformers takes a folder of Llama 3's kind that calls
+      itself LlamaTokenizer for another).
 
     Raises:
       ValueError: the package `tokenizers` is missing (names the extra); no such folder or no vocabulary in it; a file
@@ -80,7 +81,7 @@ def open_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         pad=ids.get("pad_token"),
         bos=ids.get("bos_token"),
         eos=ids.get("eos_token"),
-        side=config.one_of("padding_side", "right", "left"),
+        side=config.one_of("padding_side", *(("left", "right") if found.kind == "llama" else ("right", "left"))),
         length=_length(config),
         size=made.get_vocab_size(),
         kind=found.kind,
