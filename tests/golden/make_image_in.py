@@ -157,8 +157,8 @@ def write_images(pipelines: pathlib.Path) -> None:
 
             with torch.no_grad():
                 found = pipeline(
-                    image=Image.fromarray(image), prompt=PROMPT, height=height, width=width, strength=0.6,
-                    num_inference_steps=5, output_type="latent", generator=torch.Generator().manual_seed(0),
+                    image=Image.fromarray(image), prompt=PROMPT, height=height, width=width, strength=0.75,
+                    num_inference_steps=4, output_type="latent", generator=torch.Generator().manual_seed(0),
                     callback_on_step_end=behind, **more, **negative, **call,
                 )[0]  # fmt: skip
             recorded.undo()
