@@ -322,11 +322,8 @@ class Run:
             raise ValueError("cond and prompt exclude each other; allowed: one of them")
         words = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
         first = begun_by_image(self.setup.model)
-        if first and (words is None) != (image is None):
-            need = (
-                "cond holds what its film begins with" if words is None else "it needs the picture its film begins with"
-            )
-            raise ValueError(f"{self.setup.model.name}: {need}; allowed: prompt and image, or cond")
+        if first and words is None and image is not None:
+            raise ValueError(f"{self.setup.model.name}: image without prompt; allowed: both, or cond, which holds both")
         row = self.conditions(cond) if words is None else self.encoded(words, image if first else None)
         image = None if first else image
         columns = len(jax.tree.leaves(row)[0])

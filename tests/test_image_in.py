@@ -8,13 +8,17 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import difax
+from difax.pipelines.image_in import preprocessed
+from difax.pipelines.pipeline import Pipeline
+from difax.pipelines.recipes import RECIPES
 from tests.families import some
-from tests.test_pipelines import GOLDEN, SHARED, difference, path_of
+from tests.test_pipelines import GOLDEN, PIXART, SHARED, difference, opened, path_of
 
 FILMS, IMAGES = GOLDEN / "pipeline_wan_i2v", GOLDEN / "image_in.npz"
 
@@ -149,8 +153,7 @@ PROMPT = "a fox"
 
 @pytest.fixture(scope="module")
 def pixart():
-    run, _ = opened(PIXART, steps=5)
-    return run
+    return opened(PIXART)[0].replace(steps=5)
 
 
 def image_of(run) -> np.ndarray:
@@ -230,7 +233,7 @@ REFUSALS = {
     "beyond": (dict(image=np.zeros((4, 4, 3), np.uint8), mask=np.full((4, 4), 2.0)), "mask: numbers beyond 0 ... 1"),
     "a word": (dict(image=np.zeros((4, 4, 3), np.uint8), strength="much"), "strength"),
     "too strong": (dict(image=np.zeros((4, 4, 3), np.uint8), strength=1.5), "strength=1.5; allowed: above 0 up to 1"),
-    "too weak": (dict(image=np.zeros((4, 4, 3), np.uint8), strength=0.1), "one of 5 steps at least"),
+    "too weak": (dict(image=np.zeros((4, 4, 3), np.uint8), strength=0.0), "one of 5 steps at least"),
     "a mask alone": (dict(mask=np.zeros((4, 4))), "with an image"),
 }
 
