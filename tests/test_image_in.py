@@ -70,6 +70,7 @@ def test_a_picture_begins_the_film_that_diffusers_makes(kind, tmp_path, films):
     for step in range(told["steps"]):
         assert difference(path[:, step + 1], wanted[:, step]) < 1e-4, step
     if kind == "i2v":
+        assert run.pipeline is not None
         found = run.pipeline.decode(samples)
         np.testing.assert_allclose((found + 1) / 2, films["i2v/output"], atol=1e-3)  # kept in float16
         return
@@ -163,7 +164,7 @@ def image_of(run) -> np.ndarray:
 
 def test_a_mask_holds_the_image_where_it_is_black(pixart):
     image, mask = image_of(pixart), np.zeros(pixart.pipeline.sides)
-    mask[:, mask.shape[1] // 2 :] = 1.0
+    mask[:, 12:] = 1.0
     known, free = pixart.pipeline.known(image, mask, 1, pixart.setup.model.input_shape)
     held = pixart.sample(prompt=PROMPT, image=image, mask=mask, strength=0.6).samples
     assert 0 < free.mean() < 1
@@ -272,10 +273,16 @@ def test_refusals_of_films(tmp_path, films):
 # ---- tiles and chunks ----------------------------------------------------------------------------------------
 
 
+def temporary(function, *arguments) -> int:
+    memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
 def bytes_of(pipeline: Pipeline, what: str, x: np.ndarray) -> int:
     """Memory beside its arguments of one compiled call of a pipeline's autoencoder."""
     autoencoder, params = pipeline._opened("vae")
-    return jax.jit(getattr(autoencoder, what)).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+    return temporary(getattr(autoencoder, what), params, x)
 
 
 @pytest.mark.slow
@@ -306,7 +313,7 @@ def test_films_are_decoded_frame_by_frame():
     np.testing.assert_allclose(pipeline.decode(z), jax.jit(found.model.decode)(params, z), atol=1e-4)
     np.testing.assert_allclose(pipeline._encoded(pixels), jax.jit(found.model.encode)(params, pixels), atol=1e-4)
     for what, x in (("decode", z), ("encode", pixels)):
-        once = jax.jit(getattr(found.model, what)).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+        once = temporary(getattr(found.model, what), params, x)
         assert bytes_of(pipeline, what, x) < once / 2
 
 
