@@ -47,6 +47,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     from difax.config import (
         SHORT,
         configuration,
+        first_frame_settings,
         gin_settings,
         mesh_settings,
         parse_value,
@@ -77,6 +78,8 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
             raise ValueError(f"--pipeline {pipeline} and a configuration exclude each other; allowed: one of them")
         if "sigmas" in given:
             given["sigmas"] = _numbers(given["sigmas"], "--sigmas")
+        if getattr(options, "image", None) is not None:
+            settings = [*first_frame_settings(pipeline), *settings]
         settings += [(f"pipeline.{key.replace('preview_vae', 'preview')}", value) for key, value in given.items()]
         return pipeline_config(pipeline, settings, getattr(options, "scheduler", None))
     if given:
@@ -344,7 +347,7 @@ def encode(options: argparse.Namespace) -> int:
     if prompts is None:
         raise ValueError("difax encode needs --prompt TEXT or --prompts FILE")
     pipeline = Pipeline(config["pipeline"])
-    cond = pipeline.conditions(model, prompts, config["guide"]["name"] != "none")
+    cond = pipeline.conditions(model, prompts, config["guide"]["name"] != "none", options.image)
     save_safetensors(out, cond, {"prompts": prompts, "pipeline": pipeline.folder.name})
     shapes = {name: f"{list(array.shape)} {array.dtype}" for name, array in cond.items()}
     table = {"out": str(out), "prompts": len(prompts), **pipeline.spent(), "tensors": shapes}

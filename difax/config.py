@@ -290,6 +290,13 @@ def _scheduled_by(
         raise ValueError(f"{named(scheduler)}: {error}") from None
 
 
+def first_frame_settings(path: str | os.PathLike) -> list[tuple[str, Any]]:
+    """What an image adds to a pipeline's settings: a network with a time per token takes it as its first frame."""
+    folder, recipe = open_pipeline(path)
+    expands = recipe.frames and folder.settings.get("expand_timesteps") is True
+    return [("model.first_frame", True)] if expands else []
+
+
 def _check_decoder(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, model: Model) -> None:
     """Refuses an autoencoder whose latents are not those of the denoiser."""
     place = folder.component("vae")
