@@ -96,7 +96,8 @@ def published_parts(model: Model, kind: str) -> Parts:
     names = [name for name, recipe in RECIPES.items() if recipe.model == kind]
     if not names or kind not in DECODERS:
         raise ValueError(f"{kind}: no published pipeline is known of it; allowed: {', '.join(DECODERS)}")
-    text: Any = model.cond["text"] if RECIPES[names[0]].prompts else None
+    cond: Any = model.cond
+    text: Any = cond["text"] if RECIPES[names[0]].prompts else None
     name = next((name for name in names if text is not None and RECIPES[name].prompts == text.shape[0]), names[0])
     encoders = []
     for rule in () if text is None else prompting(name).rules:
