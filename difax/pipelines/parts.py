@@ -108,7 +108,8 @@ def published_parts(model: Model, kind: str) -> Parts:
     autoencoder = wan_autoencoder(variant) if kind == "wan" else DECODERS[kind]()
     if autoencoder.channels != channels:
         raise ValueError(
-            f"{kind}: latents of {channels} channels, of {autoencoder.channels} the published {autoencoder.name}"
+            f"{kind}: latents of {channels} channels; allowed: {autoencoder.channels}, as the published "
+            f"{autoencoder.name} has"
         )
     chunked = wan_autoencoder(variant, chunk=1) if autoencoder.time else None
     return Parts(name, tuple(encoders), Decoding("vae", autoencoder, _shapes(autoencoder, "float32"), chunked))
