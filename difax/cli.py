@@ -58,6 +58,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace | None:
     Raises:
       ValueError: what the parser refuses, and a path or a name that is empty: it would be the current folder.
     """
+    for argument in arguments:
+        if argument.startswith("--") and argument.endswith("=--"):  # argparse gives an empty list for it
+            raise ValueError(f"{argument}: no value; allowed: a path, a name or a number")
     try:
         options = _parser().parse_args(_join_overrides(arguments))
     except SystemExit:
@@ -242,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
             {"metavar": "S,S,..."},
             "of --pipeline: of the flow before the shift, one a step, or a file of them",
         ),
-        ("tile", whole, "of --pipeline: side in pixels of what is decoded at once (default: all of it)"),
+        ("tile", whole, "of --pipeline: side in pixels of what is decoded and encoded at once (default: all)"),
         ("preview-vae", {"metavar": "PATH"}, "of --pipeline: a small autoencoder that --preview decodes by"),
         ("embeddings", {"metavar": "FOLDER"}, "of --pipeline: keep embeddings there, and take those that are there"),
         ("vae", {"metavar": "PATH"}, "of --pipeline: another autoencoder"),
@@ -268,8 +271,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--noise", metavar="FILE.npz", help="of the steps, in place of the seed's: noise [n, steps, ...]"
     )
-    sample.add_argument("--image", metavar="FILE", help="of --pipeline: a picture to begin from")
-    sample.add_argument("--strength", type=float, help="of --image: share of the steps that are made (default: 0.6)")
+    sample.add_argument(
+        "--image", metavar="FILE", help="of --pipeline: a picture to begin from, of one to video its first frame"
+    )
+    sample.add_argument(
+        "--strength", type=float, help="of --image: share of the steps that are made (default: 0.6, the pipeline's)"
+    )
     sample.add_argument("--mask", metavar="FILE", help="of --image: white where it may become another, black elsewhere")
     sample.add_argument("--batch", type=int, help="samples at a time (default: 64 evaluations, of --pipeline 1)")
     sample.add_argument("--preview", type=int, metavar="N", help="write a small picture of each sample every N steps")
@@ -421,6 +428,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common, piped, prompted],
         help="turn prompts into embeddings, as --cond takes them",
     )
+    encode.add_argument("--image", metavar="FILE", help="of --pipeline from image to video: its first frame")
     encode.add_argument("--out", required=True, metavar="FILE.safetensors")
     encode.add_argument("--json", action="store_true", help="print what was written as JSON")
     encode.set_defaults(run=commands.encode)

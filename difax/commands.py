@@ -47,12 +47,14 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
     from difax.config import (
         SHORT,
         configuration,
+        first_frame_settings,
         gin_settings,
         mesh_settings,
         parse_value,
         pipeline_config,
         scheduled,
     )
+    from difax.pipelines.section import COMPONENTS
 
     settings: list[tuple[str, Any]] = []
     base: str | None = options.config
@@ -67,17 +69,19 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
             settings.append((key, getattr(options, flag)))
     if getattr(options, "mesh", None):
         settings += mesh_settings(options.mesh)
-    pipeline = getattr(options, "pipeline", None)
     given = {flag: getattr(options, flag) for flag in PIPED if getattr(options, flag, None) is not None}
+    if getattr(options, "weights", None) and given.keys() & set(COMPONENTS) and not options.pipeline:
+        options.pipeline = options.weights  # a network's file and the components beside it
+    pipeline = getattr(options, "pipeline", None)
     if pipeline is not None:
         if base is not None:
             raise ValueError(f"--pipeline {pipeline} and a configuration exclude each other; allowed: one of them")
         if "sigmas" in given:
             given["sigmas"] = _numbers(given["sigmas"], "--sigmas")
+        if getattr(options, "image", None) is not None:
+            settings = [*first_frame_settings(pipeline), *settings]
         settings += [(f"pipeline.{key.replace('preview_vae', 'preview')}", value) for key, value in given.items()]
-        config = pipeline_config(pipeline, settings)
-        scheduler = getattr(options, "scheduler", None)
-        return config if scheduler is None else scheduled(config, scheduler, settings)
+        return pipeline_config(pipeline, settings, getattr(options, "scheduler", None))
     if given:
         flag = next(iter(given))
         raise ValueError(f"--{flag.replace('_', '-')} {given[flag]} is of a pipeline; allowed: with --pipeline FOLDER")
@@ -115,7 +119,10 @@ def _numbers(text: str, flag: str) -> list[float]:
                 return [float(a) for a in found["sigmas"].read()]
         text = " ".join(read_text(text, "a text of numbers", 2**20).split())
     try:
-        return [float(word) for word in text.replace(",", " ").split()]
+        found = [float(word) for word in text.replace(",", " ").split()]
+        if not found:
+            raise ValueError
+        return found
     except ValueError:
         raise ValueError(f"{flag} {text[:100]}; allowed: numbers between commas, or a file of them") from None
 
@@ -340,7 +347,7 @@ def encode(options: argparse.Namespace) -> int:
     if prompts is None:
         raise ValueError("difax encode needs --prompt TEXT or --prompts FILE")
     pipeline = Pipeline(config["pipeline"])
-    cond = pipeline.conditions(model, prompts, config["guide"]["name"] != "none")
+    cond = pipeline.conditions(model, prompts, config["guide"]["name"] != "none", options.image)
     save_safetensors(out, cond, {"prompts": prompts, "pipeline": pipeline.folder.name})
     shapes = {name: f"{list(array.shape)} {array.dtype}" for name, array in cond.items()}
     table = {"out": str(out), "prompts": len(prompts), **pipeline.spent(), "tensors": shapes}

@@ -47,6 +47,8 @@ FAMILIES = {
     "pipelines: study": ("pipelines_study",),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),
+    "pipelines: refused": ("pipelines_refused", "pipelines_single"),
+    "pipelines: image in": ("image_in",),
     "prompts": ("tokenizers", "prompts", "published"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),
