@@ -61,7 +61,7 @@ def test_pareto_compares_decoded_pictures_of_prompts(folder, tmp_path):
     """Pictures are those of `difax sample`; a network is asked with the prompts, and a film shows its frames."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "sees.py").write_text(SEES)
-    out, seeds = tmp_path / "sweep", 3
+    out, seeds = tmp_path / "sweep", 3 if folder == WAN else 2
     command = ["pareto", *flags(folder), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2", "--quiet"]
     method = "fora" if folder == WAN else "cache.name=none"  # which has the baseline's program
     command += ["--seeds", str(seeds), "--batch", "1", "--turns", "1", "--methods", method, "--out", str(out)]

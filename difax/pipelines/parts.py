@@ -96,19 +96,20 @@ def published_parts(model: Model, kind: str) -> Parts:
     names = [name for name, recipe in RECIPES.items() if recipe.model == kind]
     if not names or kind not in DECODERS:
         raise ValueError(f"{kind}: no published pipeline is known of it; allowed: {', '.join(DECODERS)}")
-    cond: Any = model.cond
-    text: Any = cond["text"] if RECIPES[names[0]].prompts else None
-    name = next((name for name in names if text is not None and RECIPES[name].prompts == text.shape[0]), names[0])
+    labels = not RECIPES[names[0]].prompts
+    tokens, width = (0, 0) if labels else model.cond["text"].shape
+    name = next((name for name in names if RECIPES[name].prompts == tokens), names[0])
     encoders = []
-    for rule in () if text is None else prompting(name).rules:
-        encoder = _published(kind, rule, text.shape[1], len(rule.states))
-        encoders.append(_texts(rule, encoder, _shapes(encoder, STORED), min(RECIPES[name].prompts, text.shape[0])))
+    for rule in () if labels else prompting(name).rules:
+        encoder = _published(kind, rule, width, len(rule.states))
+        encoders.append(_texts(rule, encoder, _shapes(encoder, STORED), min(RECIPES[name].prompts, tokens)))
     channels = model.input_shape[-1]
     variant = "2.2" if channels == 48 else "2.1"
     autoencoder = wan_autoencoder(variant) if kind == "wan" else DECODERS[kind]()
     if autoencoder.channels != channels:
         raise ValueError(
-            f"{kind}: latents of {channels} channels, of {autoencoder.channels} the published {autoencoder.name}"
+            f"{kind}: latents of {channels} channels; allowed: {autoencoder.channels}, as the published "
+            f"{autoencoder.name} has"
         )
     chunked = wan_autoencoder(variant, chunk=1) if autoencoder.time else None
     return Parts(name, tuple(encoders), Decoding("vae", autoencoder, _shapes(autoencoder, "float32"), chunked))
