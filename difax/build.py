@@ -112,8 +112,8 @@ class Setup(NamedTuple):
         return grids.lay_times(self.grid, self.process, steps)[1]
 
     def started(self, strength: float) -> Setup:
-        """The last part of a run, which begins at a known sample with noise: int(steps strength) of its steps, as
-        diffusers counts them.
+        """The last part of a run, which begins at a known sample with noise: all but int(steps (1 - strength)) of its
+        steps, as diffusers counts them.
 
         Args:
           strength: (0, 1], 1 is the whole run.

@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
             {"metavar": "S,S,..."},
             "of --pipeline: of the flow before the shift, one a step, or a file of them",
         ),
-        ("tile", whole, "of --pipeline: side in pixels of what is decoded at once (default: all of it)"),
+        ("tile", whole, "of --pipeline: side in pixels of what is decoded and encoded at once (default: all)"),
         ("preview-vae", {"metavar": "PATH"}, "of --pipeline: a small autoencoder that --preview decodes by"),
         ("embeddings", {"metavar": "FOLDER"}, "of --pipeline: keep embeddings there, and take those that are there"),
         ("vae", {"metavar": "PATH"}, "of --pipeline: another autoencoder"),
@@ -257,7 +257,12 @@ def _parser() -> argparse.ArgumentParser:
         piped.add_argument(f"--{flag}", help=text, **more)
     prompted = _Parser(add_help=False)
     prompted.add_argument("--prompt", action="append", metavar="TEXT", help="of --pipeline; may be repeated")
-    prompted.add_argument("--prompts", metavar="FILE", help="of --pipeline: a prompt a line")
+    prompted.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="of --pipeline: a prompt a line; in pareto also what --network scores images with, of a model of labels a "
+        "line for each label, in their order",
+    )
     from_weights = [common, composed, opened, piped]
 
     sample = added.add_parser("sample", parents=[*from_weights, prompted], help="draw images and say what they cost")
@@ -267,8 +272,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--noise", metavar="FILE.npz", help="of the steps, in place of the seed's: noise [n, steps, ...]"
     )
-    sample.add_argument("--image", metavar="FILE", help="of --pipeline: a picture to begin from")
-    sample.add_argument("--strength", type=float, help="of --image: share of the steps that are made (default: 0.6)")
+    sample.add_argument(
+        "--image", metavar="FILE", help="of --pipeline: a picture to begin from, of one to video its first frame"
+    )
+    sample.add_argument(
+        "--strength", type=float, help="of --image: share of the steps that are made (default: 0.6, the pipeline's)"
+    )
     sample.add_argument("--mask", metavar="FILE", help="of --image: white where it may become another, black elsewhere")
     sample.add_argument("--batch", type=int, help="samples at a time (default: 64 evaluations, of --pipeline 1)")
     sample.add_argument("--preview", type=int, metavar="N", help="write a small picture of each sample every N steps")
@@ -335,7 +344,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", required=True, metavar="FILE", help="for the file=... of the cache, grid or solver")
     calibrate.set_defaults(run=commands.calibrate)
 
-    pareto = added.add_parser("pareto", parents=from_weights, help="measure methods on the same work, side by side")
+    pareto = added.add_parser(
+        "pareto", parents=[*from_weights, prompted], help="measure methods on the same work, side by side"
+    )
     pareto.add_argument(
         "--methods",
         nargs="+",
@@ -366,7 +377,6 @@ def _parser() -> argparse.ArgumentParser:
         "image_reward=FILE (needs difax[features]); may be repeated",
     )
     pareto.add_argument("--real", metavar="FILE", help="of --network: real images, uint8 [N, H, W, C], .npy or .npz")
-    pareto.add_argument("--prompts", metavar="FILE", help="of --network: a line of text for each label, in their order")
     pareto.add_argument("--quality", default="psnr", help="that the frontier is of (default: %(default)s)")
     pareto.add_argument("--search", action="store_true", help="look for the best composition (needs difax[search])")
     pareto.add_argument("--speedup", type=float, help="of --search: seconds over the baseline's, at least")
@@ -405,6 +415,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--xla", action="append", default=[], metavar="KEY=VALUE", help="an option of XLA's compiler; may be repeated"
     )
+    plan.add_argument(
+        "--whole",
+        action="store_true",
+        help="also the published text encoders and autoencoder around the denoiser; of --pipeline its own, always",
+    )
     plan.add_argument("--picture", metavar="FILE.png", help="the memory by what holds it (needs difax[plot])")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.set_defaults(run=commands.plan)
@@ -414,6 +429,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common, piped, prompted],
         help="turn prompts into embeddings, as --cond takes them",
     )
+    encode.add_argument("--image", metavar="FILE", help="of --pipeline from image to video: its first frame")
     encode.add_argument("--out", required=True, metavar="FILE.safetensors")
     encode.add_argument("--json", action="store_true", help="print what was written as JSON")
     encode.set_defaults(run=commands.encode)

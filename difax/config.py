@@ -296,6 +296,13 @@ def _scheduled_by(
         raise ValueError(f"{named(scheduler)}: {error}") from None
 
 
+def first_frame_settings(path: str | os.PathLike) -> list[tuple[str, Any]]:
+    """What an image adds to a pipeline's settings: a network with a time per token takes it as its first frame."""
+    folder, recipe = open_pipeline(path)
+    expands = recipe.frames and folder.settings.get("expand_timesteps") is True
+    return [("model.first_frame", True)] if expands else []
+
+
 def _check_decoder(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, model: Model) -> None:
     """Refuses an autoencoder whose latents are not those of the denoiser."""
     place = folder.component("vae")
@@ -314,11 +321,24 @@ def _check_films(folder: Folder, recipe: Recipe, autoencoder: Autoencoder) -> No
         raise ValueError(f"{place}: {autoencoder.name} is not of {what}; allowed: an autoencoder of {what}")
 
 
-def piped(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration whose cache has what its pipeline adds (`difax.pipelines.caches`); as it is without one."""
+def piped(config: dict[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A configuration whose cache has what its pipeline adds (`difax.pipelines.caches`); as it is without one.
+
+    Args:
+      before: that it was made of, perhaps by other steps: a shift that goes by these goes along, unless it is set.
+    """
     if "pipeline" not in config:
         return config
     folder, recipe = open_pipeline(config["pipeline"]["folder"], given_components(config["pipeline"]))
+    grid = config.get("grid", {})
+    if before is not None and recipe.mu is not None and "mu" in grid and config["steps"] != before["steps"]:
+        tokens = math.prod(config["model"]["size"]) // recipe.patch**2
+        old, new = (recipe.mu(tokens, steps) for steps in (before["steps"], config["steps"]))
+        if grid["mu"] == old:
+            process = dict(config["process"])
+            if process.get("shift") == math.exp(old):
+                process["shift"] = math.exp(new)
+            config = {**config, "grid": {**grid, "mu": new}, "process": process}
     cache = cache_section(config.get("cache", {"name": "none"}), folder, recipe, config["model"], config["steps"])
     return {**config, "cache": cache}
 

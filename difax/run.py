@@ -39,7 +39,7 @@ from difax.media.films import RATE
 from difax.media.images import picture, pictured
 from difax.media.samples import check_latents, check_output, save_samples
 from difax.pipelines.folder import is_pipeline
-from difax.pipelines.pipeline import Pipeline, network_of
+from difax.pipelines.pipeline import Pipeline, begun_by_image, network_of
 from difax.pipelines.preview import Preview, previewing
 from difax.pipelines.section import COMPONENTS
 from difax.program import (
@@ -304,8 +304,9 @@ class Run:
           prompt: of a pipeline, one or several, in place of `cond`.
           latents: [n, ...] to begin from, in place of noise of the seed; of a pipeline in diffusers' layout too.
           noise: [n, evaluations, ...] that the steps take, in place of the seed's; layouts as of the latents.
-          image: of a pipeline, to begin from: a path, or uint8 [H, W, 3] or [n, H, W, 3].
-          strength: of the noise that is added to it, above 0 up to 1: that part of the steps is made (0.6).
+          image: of a pipeline, to begin from: a path, or uint8 [H, W, 3] or [n, H, W, 3]; of a pipeline from image to
+            video its first frame, with the prompts (n of them).
+          strength: of the noise that is added to it, above 0 up to 1: that part of the steps is made (the pipeline's).
           mask: of the image, 1 where it may become another: a path, or [H, W] or [n, H, W] of 0 ... 1.
           batch: samples at a time; None is as many as make 64 evaluations, of a pipeline 1.
           preview: called with what is predicted on the way (`Preview`).
@@ -321,7 +322,11 @@ class Run:
         if prompt is not None and cond is not None:
             raise ValueError("cond and prompt exclude each other; allowed: one of them")
         words = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-        row = self.conditions(cond) if words is None else self.encoded(words)
+        first = begun_by_image(self.setup.model)
+        if first and words is None and image is not None:
+            raise ValueError(f"{self.setup.model.name}: image without prompt; allowed: both, or cond, which holds both")
+        row = self.conditions(cond) if words is None else self.encoded(words, image if first else None)
+        image = None if first else image
         columns = len(jax.tree.leaves(row)[0])
         all_of, n = self._repeated(row, repeat), columns * repeat
         setup, shape = self.setup, self.setup.model.input_shape
@@ -330,9 +335,11 @@ class Run:
         more: dict[str, Any] = {}
         if image is not None or mask is not None or strength is not None:
             if self.pipeline is None or image is None:
-                raise ValueError("image, mask and strength: of a pipeline, with an image; allowed: difax.load(FOLDER)")
+                allowed = "without mask and strength" if first else "difax.load(FOLDER)"
+                raise ValueError(f"image, mask and strength: of a pipeline, with an image; allowed: {allowed}")
+            share = self.pipeline.strength(mask) if strength is None else check_value("strength", strength, float)
+            setup = setup.started(share)
             more["image"], more["mask"] = self.pipeline.known(image, mask, n, shape)
-            setup = setup.started(0.6 if strength is None and mask is None else 1.0 if strength is None else strength)
         if noise is not None:
             more["noise"] = check_latents(self.channels_last(noise, 2), n, (len(setup.rows.i), *shape), "noise")
         if batch is not None:
@@ -348,17 +355,23 @@ class Run:
             drawn = draw(
                 setup, weights, all_of, seed, program=self._program, batch=batch, watch=watch, **options, **more
             )
+        if "first_frame" in (self.setup.model.cond or ()):  # what was made of it means nothing
+            kept = np.asarray(all_of["first_frame"], drawn.samples.dtype)[:, None]
+            drawn = drawn._replace(samples=np.concatenate([kept, drawn.samples[:, 1:]], 1))
         return Result(self, all_of, columns, seed, drawn, None if words is None else words * repeat)
 
-    def encoded(self, prompts: Sequence[str]) -> Any:
+    def encoded(self, prompts: Sequence[str], image: Any = None) -> Any:
         """Conditions [n] of prompts, by the encoders of the run's pipeline.
+
+        Args:
+          image: of a pipeline from image to video, the first frame.
 
         Raises:
           ValueError: a run without a pipeline, a model of labels, no prompts, or what is no text.
         """
         if self.pipeline is None:
             raise ValueError(f"prompts: {self.setup.model.name} has no pipeline; allowed: difax.load(FOLDER)")
-        return self.pipeline.conditions(self.setup.model, prompts, self.setup.guide.halves > 1)
+        return self.pipeline.conditions(self.setup.model, prompts, self.setup.guide.halves > 1, image)
 
     def channels_last(self, latents: Any, lead: int = 1) -> Any:
         """Latents in the layout of the model, where a pipeline's are in diffusers'; [n, ...], or with more axes in
@@ -390,7 +403,8 @@ class Run:
     def _program(self, setup: Setup, params: Params, inputs: Any, **calls: Any) -> Program:
         if any(call is not None for call in calls.values()):  # a program of its own: it calls back to this draw's bar
             return Program(setup, params, inputs, **calls)
-        shapes = str(signature((params, inputs)))
+        # of one run the steps alone may differ, where it begins at an image
+        shapes = f"{len(setup.rows.i)} {signature((params, inputs))}"
         if shapes in self._programs and not self._programs[shapes].failed:
             self._programs[shapes].again()
         else:
@@ -405,7 +419,7 @@ class Run:
         Args:
           weights, settings: as `load` takes them.
         """
-        config = piped(configuration(self.config, _file(weights), keyword_settings(settings)))
+        config = piped(configuration(self.config, _file(weights), keyword_settings(settings)), self.config)
         new, old = config["model"], self.config["model"]
         whole = lambda section: {k: v for k, v in section.items() if k != "dtype"}  # noqa: E731
         moved = self._path is not None and config.get("mesh") != self.config.get("mesh")  # read onto other devices
@@ -476,9 +490,10 @@ class Run:
         batch: int | None = None,
         xla: Mapping[str, Any] | None = None,
         search: bool = True,
+        whole: bool = False,
     ) -> plan_.Planned:
         """What this run would take on devices that are not there (`difax.plan`)."""
-        return plan(self.config, target, mesh, batch=batch, xla=xla, search=search)
+        return plan(self.config, target, mesh, batch=batch, xla=xla, search=search, whole=whole)
 
 
 def plan(
@@ -489,18 +504,21 @@ def plan(
     batch: int | None = None,
     xla: Mapping[str, Any] | None = None,
     search: bool = True,
+    whole: bool = False,
     **settings: Any,
 ) -> plan_.Planned:
     """Compiles a run's whole sampler for devices that are not there, from shapes alone, and says what it would take.
 
     Args:
-      what: a name of `difax list configs` ("flux_dev", "wan2_1:14B"), a .py file with get_config, or a configuration.
+      what: a name of `difax list configs` ("flux_dev", "wan2_1:14B"), a .py file with get_config, a configuration, or a
+        pipeline's folder, of which text encoders and autoencoder are planned too.
       target: "v5e:4x4", "v6e:2x4", "v5p:2x2x2", "v4:2x2x1" (all need difax[tpu]), "h100:8", "h200:8" (difax[cuda]),
         "cpu:8".
       mesh: sizes of its axes, such as "data=2,seq=8"; "auto" ranks all meshes; None is the configuration's own, or all
         devices along "data".
       batch: samples at once, 1 or more; None is one for each group of devices with samples of its own.
       xla: options of XLA's compiler. search: look for a placement that fits where this one does not.
+      whole: also the published text encoders and autoencoder around the denoiser.
       settings: of sections, as `load` takes them.
 
     Returns:
@@ -514,8 +532,12 @@ def plan(
     check_value("target", target, str)
     if mesh is not None and check_value("mesh", mesh, str) != "auto":
         settings["mesh"] = mesh
-    config = configuration(what, None, keyword_settings(settings))
-    return plan_.plan(config, target, mesh == "auto", batch, xla, search)
+    given = keyword_settings(settings)
+    if not isinstance(what, Mapping) and is_pipeline(what):
+        config = pipeline_config(what, given)
+    else:
+        config = configuration(what, None, given)
+    return plan_.plan(config, target, mesh == "auto", batch, xla, search, whole=check_value("whole", whole, bool))
 
 
 def check_seed(seed: Any) -> None:

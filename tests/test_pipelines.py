@@ -26,16 +26,17 @@ def opened(folder: pathlib.Path, **more):
     return difax.load(folder, steps=told["steps"], **asked, **{"pipeline.negative": told["negative"], **more}), told
 
 
-def path_of(run, cond, latents, **more) -> tuple[np.ndarray, np.ndarray]:
+def path_of(run, cond, latents, setup=None, **more) -> tuple[np.ndarray, np.ndarray]:
     """x at every evaluation and behind the last, [n, E + 1, ...], and what the run gives."""
+    setup = run.setup if setup is None else setup
     seen: dict[tuple[int, int], np.ndarray] = {}
 
     def watch(first, i, x, x0):
         seen.update({(first + j, i): np.array(a) for j, a in enumerate(x)})
 
-    drawn = draw(run.setup, run.prepared, cond, 0, latents=latents, batch=1, watch=watch, **more)
+    drawn = draw(setup, run.prepared, cond, 0, latents=latents, batch=1, watch=watch, **more)
     jax.effects_barrier()
-    n, e = len(drawn.samples), len(run.setup.rows.i)
+    n, e = len(drawn.samples), len(setup.rows.i)
     path = np.stack([np.stack([seen[j, i] for i in range(e)]) for j in range(n)])
     return np.concatenate([path, drawn.samples[:, None]], 1), drawn.samples
 

@@ -25,7 +25,7 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
     Raises:
       ValueError: nothing there, no picture of `FORMATS`, a moving, damaged or too large one (names the file).
     """
-    image = _resized(read_picture(path), size)
+    image = resized(read_picture(path), size)
     return np.broadcast_to(image.astype(np.float32) / 127.5 - 1, (*image.shape[:2], 3)).copy()
 
 
@@ -47,7 +47,7 @@ def read_mask(
             f"{named(path)}: a mask of {image.shape[1]} x {image.shape[0]} pixels; allowed: {like[1]} x {like[0]}, the "
             "size of its picture"
         )
-    return (_resized(image, size)[..., 0] >= 127.5).astype(np.float32)
+    return (resized(image, size)[..., 0] >= 127.5).astype(np.float32)
 
 
 def read_picture(path: str | os.PathLike, side: int | None = None, channels: int | None = None) -> np.ndarray:
@@ -89,12 +89,16 @@ def _decoded(raw: Any, side: int | None, channels: int | None) -> np.ndarray:
         return np.asarray(image, np.uint8)
 
 
-def _resized(image: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [H, W, C] at another size."""
+def resized(image: np.ndarray, size: tuple[int, int] | None, filter: str = "LANCZOS") -> np.ndarray:
+    """uint8 [H, W, C] at another size; None leaves it as it is.
+
+    Args:
+      filter: a name of `PIL.Image.Resampling` ("LANCZOS", as diffusers has it for its autoencoders).
+    """
     if size is None or image.shape[:2] == tuple(size):
         return image
     from PIL import Image
 
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    array = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.LANCZOS))
+    array = np.asarray(picture.resize((size[1], size[0]), Image.Resampling[filter]))
     return array if array.ndim == 3 else array[..., None]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from difax.core.annotations import brief
 from difax.core.files import named, place_of
 from difax.core.process import flux2_mu
+from difax.models.encoders import find_encoder
 from difax.pipelines.folder import INDEX, Folder, open_folder
 from difax.pipelines.single import open_single
 
@@ -26,6 +27,8 @@ class Recipe(NamedTuple):
     mu: (tokens, steps) -> logarithm of the flow's shift, where the scheduler's file does not say it.
     sigmas: of the flow before its shift, "pipeline" (1 ... 1/n) or "scheduler"; None is what the scheduler's file says.
     networks: folders of denoisers, the second for the lower noise levels.
+    strength: share of the steps that is made from a given image, without and with a mask.
+    begins: is a film begun by a given picture.
     told: of the network, beside its size.
     text: (tokens of the longest prompt, config.json of the network) -> tokens of its embeddings.
     """
@@ -45,6 +48,8 @@ class Recipe(NamedTuple):
     mu: Callable[[int, int], float] | None = None
     sigmas: str | None = None
     networks: tuple[str, ...] = ("transformer",)
+    strength: tuple[float, float] = (0.6, 0.6)
+    begins: bool = False
     told: Mapping[str, Any] = {}
     text: Callable[[int, Mapping[str, Any]], int] = lambda tokens, config: tokens
 
@@ -52,7 +57,13 @@ class Recipe(NamedTuple):
         """What a section tells of the network beside its size."""
         if not self.prompts:
             return dict(self.told)
-        return {**self.told, "text_tokens": self.text(section["tokens"], folder.config(self.networks[0]))}
+        config = folder.config(self.networks[0])
+        found = {**self.told, "text_tokens": self.text(section["tokens"], config)}
+        if self.begins:
+            found["first_frame"] = folder.settings.get("expand_timesteps") is True
+            if config.get("image_dim") is not None and "image_encoder" in folder.components:
+                found["image_tokens"] = find_encoder(folder.component("image_encoder")).encoder.tokens
+        return found
 
 
 def _of_network(folder: Folder, side: int) -> tuple[int, int]:
@@ -95,13 +106,22 @@ RECIPES: dict[str, Recipe] = {
     ),
     "ZImagePipeline": Recipe(
         "z_image", _square(128), patch=2, steps=50, scale=5.0, offset=1.0, prompts=512, sigmas="pipeline",
-        text=_z_image_text,
+        text=_z_image_text, strength=(0.6, 1.0),
     ),
     "Flux2KleinPipeline": Recipe(
         "flux2", _square(64), patch=1, steps=50, scale=4.0, prompts=512, packed=True, sigmas="pipeline", mu=flux2_mu,
         told={"ignores_guidance": True},  # whatever the weights have
     ),
 }  # fmt: skip
+
+_OF_IMAGES = {
+    "FluxPipeline": (("FluxImg2ImgPipeline", "FluxInpaintPipeline"), {"guidance": 7.0}),
+    "StableDiffusion3Pipeline": (("StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"), {"steps": 50}),
+    "QwenImagePipeline": (("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"), {}),
+    "ZImagePipeline": (("ZImageImg2ImgPipeline", "ZImageInpaintPipeline"), {}),
+    "WanPipeline": (("WanImageToVideoPipeline",), {"begins": True}),
+}
+RECIPES |= {name: RECIPES[of]._replace(**own) for of, (names, own) in _OF_IMAGES.items() for name in names}
 
 
 def open_pipeline(path: Any, given: Mapping[str, str] | None = None) -> tuple[Folder, Recipe]:

@@ -39,12 +39,13 @@ WORDS = {
     "tokens": "of the longest prompt",
     "shift": "of the flow's times",
     "sigmas": "of the flow before the shift, one for each step",
-    "tile": "side of what is decoded at once, in pixels; none decodes all of a picture",
+    "tile": "side of what is decoded and encoded at once, in pixels; none takes all of a picture",
     "preview": "a small autoencoder (AutoencoderTiny) that previews are decoded by; none takes the pipeline's",
     "embeddings": "folder in which embeddings are kept by their prompts",
     "vae": "elsewhere than in the folder",
     "text_encoder": "elsewhere than in the folder",
 }
+OVERLAP = 4  # a tile shares one part in so many of its side with the next
 MOST_SIDE, MOST_FRAMES, MOST_TOKENS = 2**15, 2**14, 2**14
 
 
@@ -74,6 +75,10 @@ def filled(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, section: Ma
     height, width = _sides(folder, recipe, autoencoder.side, given)
     found: dict[str, Any] = {**given, "folder": str(folder.path), "height": height, "width": width}
     _check_counts(folder, recipe, given)
+    if "tile" in given and given["tile"] % (OVERLAP * autoencoder.side):
+        least = OVERLAP * autoencoder.side
+        near = max(round(given["tile"] / least), 1) * least
+        raise ValueError(f"pipeline.tile={given['tile']}; allowed: multiples of {least}, such as {near}")
     if recipe.frames:
         found["frames"] = frames = given.get("frames", recipe.frames)
         found["fps"] = float(given.get("fps", recipe.fps))

@@ -47,6 +47,7 @@ class ImageEncoder(NamedTuple):
     width: int
     size: int  # pixels of a side
     channels: int
+    tokens: int  # 1 + N
     pool: Callable[..., dict[str, jax.Array]]
     dtype: Any = "float32"
     shards: tuple[tuple[str, Shard], ...] = ()
@@ -254,6 +255,7 @@ def clip_vision(
         width=width,
         size=size,
         channels=channels,
+        tokens=1 + (size // patch) ** 2,
         dtype=c.dtype,
         shards=SHARDS,
     )
