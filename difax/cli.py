@@ -67,7 +67,8 @@ def _parsed(arguments: list[str]) -> argparse.Namespace | None:
         return None
     for name, value in vars(options).items():
         if name not in ("set", "prompt", "negative") and "" in (value if isinstance(value, list) else [value]):
-            flag = name if name in ("source", "target", "kind") else f"--{name}"
+            dashed = name if name.startswith("gin") else name.replace("_", "-")
+            flag = name if name in ("source", "target", "kind") else f"--{dashed}"
             raise ValueError(f"{flag} is empty; allowed: a path or a name")
     return options
 

@@ -236,9 +236,15 @@ def pipeline_config(
     """
     own = checked_section({k.partition(".")[2]: v for k, v in settings if k.partition(".")[0] == "pipeline"})
     folder, recipe = open_pipeline(path, given_components(own))
+    told = dict(settings)
+    for key, only in (("pipeline.folder", os.fspath(path)), ("model.name", recipe.model)):
+        if told.get(key, only) != only:
+            raise ValueError(f"{key}={brief(told[key])}; allowed: {only}, as the pipeline is opened with")
+    told.pop("model.name", None)
     autoencoder = find_autoencoder(folder.component("vae")).model
+    _check_films(folder, recipe, autoencoder)
     section = filled(folder, recipe, autoencoder, own)
-    size, told = latent_size(recipe, autoencoder, section), dict(settings)
+    size = latent_size(recipe, autoencoder, section)
     network = os.fspath(folder.component(recipe.networks[0]))
     given = {key.removeprefix("model."): value for key, value in told.items() if key.startswith("model.")}
     found = recognise(network, recipe.model, **{"size": size, **recipe.geometry(folder, section), **given})
@@ -305,6 +311,11 @@ def _check_decoder(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, mod
             f"{place}: an autoencoder of {autoencoder.channels} channels; allowed: {model.input_shape[-1]}, as "
             f"{model.name} has"
         )
+
+
+def _check_films(folder: Folder, recipe: Recipe, autoencoder: Autoencoder) -> None:
+    """Refuses an autoencoder of films for pictures, and of pictures for films."""
+    place = folder.component("vae")
     if bool(autoencoder.time) != bool(recipe.frames):
         what = "films" if recipe.frames else "pictures"
         raise ValueError(f"{place}: {autoencoder.name} is not of {what}; allowed: an autoencoder of {what}")

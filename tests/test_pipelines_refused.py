@@ -99,6 +99,8 @@ FLAGS = {
     "a picture for an autoencoder": ([*P, *PROMPT, "--vae", "{}/i.png"], "not a safetensors file"),
     "a network for an autoencoder": ([*P, *PROMPT, "--vae", f"{PIXART}/transformer"], "unknown autoencoder"),
     "an autoencoder of films": ([*P, *PROMPT, "--vae", f"{WAN}/vae"], "is not of pictures"),
+    "an autoencoder of pictures": ([*W, *PROMPT, "--vae", f"{PIXART}/vae"], "is not of films"),
+    "an empty encoder": ([*P, *PROMPT, "--text-encoder", ""], "--text-encoder is empty"),
     "no such encoder": ([*P, *PROMPT, "--text-encoder", "{}/none"], "none: no such file or folder"),
     "a text for an encoder": ([*P, *PROMPT, "--text-encoder", "{}/empty.txt"], "not a safetensors file"),
     "a second encoder": ([*P, *PROMPT, "--text-encoder-2", f"{WAN}/text_encoder"], "(did you mean text_encoder?)"),
@@ -115,6 +117,8 @@ FLAGS = {
     "no such latents": ([*P, *PROMPT, "--latents", "{}/none.npz"], "no such file"),
     "no such noise": ([*P, *PROMPT, "--noise", "{}/none.npz"], "no such file"),
     "no such embeddings": ([*P, "--cond", "{}/none.safetensors"], "no such file"),
+    "another model": ([*P, *PROMPT, "--config.model.name=dit"], "model.name='dit'; allowed: pixart"),
+    "another folder": ([*P, *PROMPT, "--config.pipeline.folder=x"], "pipeline.folder='x'; allowed: "),
     "a misspelt key": ([*P, *PROMPT, "--config.pipeline.heigth=3"], "(did you mean height?)"),
     "a height in words": (["--pipeline", str(PIXART), *PROMPT, "--config.pipeline.tokens=x"], "pipeline.tokens='x'"),
 }

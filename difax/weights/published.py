@@ -82,6 +82,17 @@ class Published(NamedTuple):
         return max(known(table, names) for table in self.tables.values())
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Within it a refusal that does not name the checkpoint, such as one of a model's factory, begins with its path."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, Untold) or os.fspath(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from None
+
+
 def load_foreign(path: str | os.PathLike, found: Foreign, dtype: Any = None, shardings: Params | None = None) -> Params:
     """`difax.weights.checkpoint.load_safetensors` for a checkpoint that has been looked at."""
     return load_safetensors(

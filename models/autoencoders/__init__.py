@@ -14,7 +14,7 @@ from typing import Any
 from difax.core.annotations import choose
 from difax.models.autoencoders import kl_checkpoint, tiny_checkpoint, wan_checkpoint
 from difax.weights.checkpoint import tensor_shapes
-from difax.weights.published import Foreign, Published, read_config
+from difax.weights.published import Foreign, Published, naming, read_config
 
 # the class in model_index.json and config.json -> what finds it in a file
 AUTOENCODERS: dict[str, Published] = {
@@ -51,4 +51,5 @@ def find_autoencoder(path: str | os.PathLike, dtype: str = "float32", **override
     else:
         names = tensor_shapes(path)
         kind = max(AUTOENCODERS, key=lambda name: AUTOENCODERS[name].known(names))
-    return AUTOENCODERS[kind].find(path, dtype=dtype, **overrides)._replace(kind=kind)
+    with naming(path):
+        return AUTOENCODERS[kind].find(path, dtype=dtype, **overrides)._replace(kind=kind)

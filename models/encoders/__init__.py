@@ -27,7 +27,7 @@ from difax.models.encoders.streamed import FoundEncoder, encode, image_states, l
 from difax.models.encoders.t5 import t5
 from difax.models.encoders.t5_checkpoint import find_t5
 from difax.weights.checkpoint import tensor_shapes
-from difax.weights.published import known, published_file, read_description
+from difax.weights.published import known, naming, published_file, read_description
 
 __all__ = [
     "ENCODERS", "FoundEncoder", "ImageEncoder", "bert", "clip_text", "clip_vision", "decoder", "encode", "find_encoder",
@@ -109,7 +109,8 @@ def find_encoder(
         kind = str(named[0])
     known_kind = kind and choose(f"class of a text encoder in {path}:", kind, ENCODERS)
     find = ENCODERS[known_kind] if known_kind else _by_tensors(weights)
-    found = find(EncoderFolder(weights, kind or "", file, config), dtype=dtype, **overrides)
+    with naming(file.parent):
+        found = find(EncoderFolder(weights, kind or "", file, config), dtype=dtype, **overrides)
     if width is not None and found.model.width != width:
         raise ValueError(f"{path}: an encoder of width {found.model.width}; allowed: {width}, which the model takes")
     return FoundEncoder(Path(weights), kind or "", found)
