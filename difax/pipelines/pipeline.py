@@ -231,7 +231,7 @@ class Pipeline:
 
 def begun_by_image(model: Model) -> bool:
     """Whether a network takes the picture that its film begins with."""
-    return bool(model.cond) and any(name in model.cond for name in BEGUN)
+    return isinstance(model.cond, Mapping) and any(name in model.cond for name in BEGUN)
 
 
 def network_of(section: Mapping[str, Any]) -> str:
