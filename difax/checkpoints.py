@@ -90,9 +90,11 @@ def find_weights(
         source = str(path)
     section, spec = config["model"], jax.eval_shape(model.init, jax.random.key(0))
     found = None
-    if published_kind(path) is None:
+    kind = published_kind(path)
+    if kind is None:
         stored = stored_model(path)
     else:
+        _check_kind(path, kind, section)
         given = {k: v for k, v in section.items() if k in UNSTORED}
         found = recognise(path, fallback=settings_of(model), **without_preset(section["name"], given))
         stored = {"name": found.kind, **found.geometry}
@@ -224,6 +226,13 @@ def settings_of(model: Any) -> dict[str, Any]:
     return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else {}
 
 
+def _check_kind(path: Any, stored: Any, section: Mapping[str, Any]) -> None:
+    """Raises ValueError where a checkpoint holds another of difax's models than a configuration has."""
+    here, there = shown(section["name"]), shown(stored)
+    if here != there and {here, there} <= REGISTRIES["model"].keys():
+        raise ValueError(f"{path}: holds a {there}; the configuration's model is {here}")
+
+
 def check_stored(path: Any, stored: Mapping[str, Any], section: Mapping[str, Any], model: Any) -> None:
     """Raises ValueError, naming the setting, where the tensors of a checkpoint cannot be those of a model.
 
@@ -232,8 +241,7 @@ def check_stored(path: Any, stored: Mapping[str, Any], section: Mapping[str, Any
         checkpoint's. model: of that section alone.
     """
     name = section["name"]
-    if shown(stored["name"]) != shown(name) and {shown(stored["name"]), shown(name)} <= REGISTRIES["model"].keys():
-        raise ValueError(f"{path}: holds a {stored['name']}; the configuration's model is {shown(name)}")
+    _check_kind(path, stored["name"], section)
     if stored["name"] not in REGISTRIES["model"]:
         return  # of code that is not loaded for a name out of a file; its tensors are compared when they are read
     there = make("model", stored)

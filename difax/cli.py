@@ -58,6 +58,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace | None:
     Raises:
       ValueError: what the parser refuses, and a path or a name that is empty: it would be the current folder.
     """
+    for argument in arguments:
+        if argument.startswith("--") and argument.endswith("=--"):  # argparse gives an empty list for it
+            raise ValueError(f"{argument}: no value; allowed: a path, a name or a number")
     try:
         options = _parser().parse_args(_join_overrides(arguments))
     except SystemExit:
@@ -253,7 +256,12 @@ def _parser() -> argparse.ArgumentParser:
         piped.add_argument(f"--{flag}", help=text, **more)
     prompted = _Parser(add_help=False)
     prompted.add_argument("--prompt", action="append", metavar="TEXT", help="of --pipeline; may be repeated")
-    prompted.add_argument("--prompts", metavar="FILE", help="of --pipeline: a prompt a line")
+    prompted.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="of --pipeline: a prompt a line; in pareto also what --network scores images with, of a model of labels a "
+        "line for each label, in their order",
+    )
     from_weights = [common, composed, opened, piped]
 
     sample = added.add_parser("sample", parents=[*from_weights, prompted], help="draw images and say what they cost")
@@ -335,7 +343,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", required=True, metavar="FILE", help="for the file=... of the cache, grid or solver")
     calibrate.set_defaults(run=commands.calibrate)
 
-    pareto = added.add_parser("pareto", parents=from_weights, help="measure methods on the same work, side by side")
+    pareto = added.add_parser(
+        "pareto", parents=[*from_weights, prompted], help="measure methods on the same work, side by side"
+    )
     pareto.add_argument(
         "--methods",
         nargs="+",
@@ -366,7 +376,6 @@ def _parser() -> argparse.ArgumentParser:
         "image_reward=FILE (needs difax[features]); may be repeated",
     )
     pareto.add_argument("--real", metavar="FILE", help="of --network: real images, uint8 [N, H, W, C], .npy or .npz")
-    pareto.add_argument("--prompts", metavar="FILE", help="of --network: a line of text for each label, in their order")
     pareto.add_argument("--quality", default="psnr", help="that the frontier is of (default: %(default)s)")
     pareto.add_argument("--search", action="store_true", help="look for the best composition (needs difax[search])")
     pareto.add_argument("--speedup", type=float, help="of --search: seconds over the baseline's, at least")
@@ -404,6 +413,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch", type=int, help="samples at once (default: one for each part of the data axis)")
     plan.add_argument(
         "--xla", action="append", default=[], metavar="KEY=VALUE", help="an option of XLA's compiler; may be repeated"
+    )
+    plan.add_argument(
+        "--whole",
+        action="store_true",
+        help="also the published text encoders and autoencoder around the denoiser; of --pipeline its own, always",
     )
     plan.add_argument("--picture", metavar="FILE.png", help="the memory by what holds it (needs difax[plot])")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")

@@ -29,6 +29,9 @@ LISTS = (
     "data",
     "weights",
     "configs",
+    "pipelines",
+    "encoders",
+    "autoencoders",
 )
 
 # flags that are keys of the section pipeline
@@ -51,6 +54,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
         pipeline_config,
         scheduled,
     )
+    from difax.pipelines.section import COMPONENTS
 
     settings: list[tuple[str, Any]] = []
     base: str | None = options.config
@@ -65,8 +69,10 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
             settings.append((key, getattr(options, flag)))
     if getattr(options, "mesh", None):
         settings += mesh_settings(options.mesh)
-    pipeline = getattr(options, "pipeline", None)
     given = {flag: getattr(options, flag) for flag in PIPED if getattr(options, flag, None) is not None}
+    if getattr(options, "weights", None) and given.keys() & set(COMPONENTS) and not options.pipeline:
+        options.pipeline = options.weights  # a network's file and the components beside it
+    pipeline = getattr(options, "pipeline", None)
     if pipeline is not None:
         if base is not None:
             raise ValueError(f"--pipeline {pipeline} and a configuration exclude each other; allowed: one of them")
@@ -75,9 +81,7 @@ def _config(options: argparse.Namespace, default: str | None) -> dict[str, Any]:
         if getattr(options, "image", None) is not None:
             settings = [*first_frame_settings(pipeline), *settings]
         settings += [(f"pipeline.{key.replace('preview_vae', 'preview')}", value) for key, value in given.items()]
-        config = pipeline_config(pipeline, settings)
-        scheduler = getattr(options, "scheduler", None)
-        return config if scheduler is None else scheduled(config, scheduler, settings)
+        return pipeline_config(pipeline, settings, getattr(options, "scheduler", None))
     if given:
         flag = next(iter(given))
         raise ValueError(f"--{flag.replace('_', '-')} {given[flag]} is of a pipeline; allowed: with --pipeline FOLDER")
@@ -115,7 +119,10 @@ def _numbers(text: str, flag: str) -> list[float]:
                 return [float(a) for a in found["sigmas"].read()]
         text = " ".join(read_text(text, "a text of numbers", 2**20).split())
     try:
-        return [float(word) for word in text.replace(",", " ").split()]
+        found = [float(word) for word in text.replace(",", " ").split()]
+        if not found:
+            raise ValueError
+        return found
     except ValueError:
         raise ValueError(f"{flag} {text[:100]}; allowed: numbers between commas, or a file of them") from None
 
@@ -134,11 +141,11 @@ def _prompts(options: argparse.Namespace) -> list[str] | None:
     return found or None
 
 
-def _cond(options: argparse.Namespace, run: Any) -> Any:
-    """What a command is conditioned on, as the model takes it."""
+def _cond(options: argparse.Namespace, run: Any, prompts: list[str] | None) -> Any:
+    """What a command is conditioned on, as the model takes it: prompts, or else what --cond and --labels say."""
     from difax.weights.conditions import labelled
 
-    model, prompts = run.setup.model, _prompts(options)
+    model = run.setup.model
     if prompts is not None:
         return run.encoded(prompts)
     if labelled(model) and options.cond:
@@ -246,7 +253,7 @@ def sample(options: argparse.Namespace) -> int:
     with kept_in(None if options.no_compile_cache else _cache_folder("executables")):
         run = _run(options, config)
         shape = run.setup.model.input_shape
-        given: dict[str, Any] = {"prompt": prompts} if prompts is not None else {"cond": _cond(options, run)}
+        given: dict[str, Any] = {"prompt": prompts} if prompts is not None else {"cond": _cond(options, run, None)}
         n = (len(jax.tree.leaves(given["cond"])[0]) if prompts is None else len(prompts)) * options.repeat
         if options.latents:
             given["latents"] = read_latents(options.latents, n, shape, run.channels_last)
@@ -372,7 +379,7 @@ def pareto(options: argparse.Namespace) -> int:
     from difax.build import build_data
     from difax.config import override, parse_value
     from difax.core.extras import needs
-    from difax.registry import choose
+    from difax.registry import choose, make
     from difax.study.frontier import NETWORK_FIGURES, QUALITIES, lost, table
     from difax.study.judge import FIGURES, suits
     from difax.study.methods import METHODS, SOLVER_METHODS, chosen
@@ -384,6 +391,7 @@ def pareto(options: argparse.Namespace) -> int:
         check_methods,
         check_quality,
         described,
+        drawn_shape,
         enough,
         measures,
         refuse_other,
@@ -406,22 +414,28 @@ def pareto(options: argparse.Namespace) -> int:
     for name, method in written.items():  # what a user wrote is refused before hours of measuring
         _named(f"--methods {name}", lambda method=method: override(config, list(method.settings.items())))
     check_networks(options.network)
-    prompts = read_prompts(options.prompts)
+    # of a pipeline what is drawn, of a model of labels a text for each: what the networks score is the same
+    given = None if options.pipeline is None or labelled(make("model", config["model"])) else _prompts(options)
+    if given is None and options.prompt:
+        raise ValueError(
+            f"--prompt {options.prompt[0][:100]}: it is of a pipeline that takes prompts; allowed: without it"
+        )
+    texts = given or read_prompts(options.prompts)
     tell = _tell(options, log)
     run = _run(options, config)
-    cond = _cond(options, run)
+    cond = _cond(options, run, given)
     if run.full_size:
         tell("random weights of the whole size do not fit into memory: a reduced size is measured")
     model = run.setup.model
-    _fits(options, "seeds", model, 1)
-    _fits(options, "batch", model, 1)
+    _fits(options, "seeds", drawn_shape(run), 1)
+    _fits(options, "batch", model.input_shape, 1)
     asked = Options(options.seeds, options.batch, options.turns, options.seed, options.budget)
     refuse_other(options.out, described(run, cond, asked))
     check_methods(run, written)
     data = data_section(options.data, config.get("data", {})) if options.data else config.get("data", {})
     judge = test = None
     judged = not options.no_judge and labelled(model) and bool(options.judge or suits(model, data))
-    there = [*measures(model), *(FIGURES if judged else ()), *(NETWORK_FIGURES if options.network else ())]
+    there = [*measures(drawn_shape(run)), *(FIGURES if judged else ()), *(NETWORK_FIGURES if options.network else ())]
     check_quality(options.quality, there, asked.seeds)
     if judged:
         enough(asked.seeds, FEATURE_FIGURES, "a judge", "--no-judge")
@@ -433,9 +447,9 @@ def pareto(options: argparse.Namespace) -> int:
         tell(f"{why}: {', '.join(FIGURES)} are left out")
     labels = np.asarray(cond)[np.arange(asked.seeds) % len(cond)] if labelled(model) else None
     real = real_images(options.real, asked.seeds, judge, test, labels) if options.network else None
-    eyes = make_eyes(options.network, real, prompts)
+    eyes = make_eyes(options.network, real, texts)
     out = pathlib.Path(options.out)
-    sweep = Sweep(_flags(options), run, asked, out, judge, tell, eyes, test, cond)
+    sweep = Sweep(_flags(options, given is not None), run, asked, out, judge, tell, eyes, test, cond)
     check_quality(options.quality, sweep.qualities(), asked.seeds)
     if options.search:
         goal = Goal(options.quality, options.speedup, options.floor)
@@ -475,13 +489,13 @@ def _seeds(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed={options.seed}; allowed: 0 ... {2**32 - 1}")
 
 
-def _fits(options: argparse.Namespace, name: str, model: Any, each: int) -> None:
-    """Refuses so many times `each` samples as cannot lie in memory, before anything is allocated."""
+def _fits(options: argparse.Namespace, name: str, shape: tuple[int, ...], each: int) -> None:
+    """Refuses so many times `each` samples of a shape as cannot lie in memory, before anything is allocated."""
     import math
 
     from difax.core.device import memory_available
 
-    value, one = getattr(options, name), 4 * math.prod(model.input_shape)
+    value, one = getattr(options, name), 4 * math.prod(shape)
     needed, free = 4 * value * each * one, memory_available()  # noise, samples, their copies on the host
     if needed > free:
         raise ValueError(
@@ -511,18 +525,25 @@ def _named(what: str, work: Callable[[], Any]) -> Any:
         raise ValueError(f"{what}: {error}") from None
 
 
-def _flags(options: argparse.Namespace) -> str:
-    """The flags of a command that say which run it is about, as `difax sample` takes them."""
+def _flags(options: argparse.Namespace, prompted: bool) -> str:
+    """The flags of a command that say which run it is about, as `difax sample` takes them.
+
+    Args:
+      prompted: do its prompts say what is drawn.
+    """
     from difax.config import SHORT
 
-    words = []
-    if options.config or not (options.weights or options.gin_file or options.gin_param):
+    words = [] if options.pipeline is None else ["--pipeline", options.pipeline]
+    if options.config or not (options.pipeline or options.weights or options.gin_file or options.gin_param):
         words += ["--config", options.config or "fmnist_dit"]
     words += [word for file in options.gin_file for word in ("--gin_file", file)]
     words += [word for binding in options.gin_param for word in ("--gin_param", binding)]
-    for flag in ("weights", "labels", "cond", *SHORT):
+    for flag in ("weights", "labels", "cond", "scheduler", *SHORT, *PIPED):
         if getattr(options, flag, None) is not None:
-            words += [f"--{flag}", str(getattr(options, flag))]
+            words += [f"--{flag.replace('_', '-')}", str(getattr(options, flag))]
+    if prompted:
+        words += [word for prompt in options.prompt or [] for word in ("--prompt", prompt)]
+        words += [] if options.prompts is None else ["--prompts", options.prompts]
     words += ["--random-init"] if options.random_init else []
     words += [f"--config.{setting}" for setting in options.set]
     return shlex.join(words)
@@ -544,10 +565,11 @@ def profile(options: argparse.Namespace) -> int:
         makeable(options.perfetto, "--perfetto")
     from difax.study.profile import as_json, check_setup, draw_profile, format_profile, perfetto
 
-    run = _run(options, _config(options, "fmnist_dit"))
+    config, prompts = _config(options, "fmnist_dit"), _prompts(options)
+    run = _run(options, config)
     check_setup(run.setup)
-    cond = _cond(options, run)
-    _fits(options, "repeat", run.setup.model, len(jax.tree.leaves(cond)[0]))
+    cond = _cond(options, run, prompts)
+    _fits(options, "repeat", run.setup.model.input_shape, len(jax.tree.leaves(cond)[0]))
     found = run.profile(cond, options.seed, repeat=options.repeat, turns=options.turns)
     log("profile", **as_json(found))
     print(json.dumps(as_json(found)) if options.json else format_profile(found))
@@ -583,7 +605,7 @@ def plan(options: argparse.Namespace) -> int:
     auto = options.mesh == "auto"
     config = _config(argparse.Namespace(**{**vars(options), "mesh": None}) if auto else options, "fmnist_dit")
     quiet = options.quiet or options.json
-    found = plan(config, options.target, auto, options.batch, xla, quiet=quiet)
+    found = plan(config, options.target, auto, options.batch, xla, quiet=quiet, whole=options.whole)
     log("plan", **found.figures)
     print(json.dumps(found.figures) if options.json else found)
     if options.picture:
@@ -594,6 +616,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def calibrate(options: argparse.Namespace) -> int:
     log = _start(options)
+    from difax.config import piped
     from difax.study.calibrate import check_settings, ending
 
     kind, technique = _calibrated(options)
@@ -603,12 +626,13 @@ def calibrate(options: argparse.Namespace) -> int:
     config = _config(options, "fmnist_dit")
     settings = _fit_settings(options, kind, config)
     check_settings(technique, {"samples": options.samples, "batch": options.batch, **settings}, kind)
-    run = _run(options, {k: v for k, v in config.items() if k != "cache"})
-    _fits(options, "samples" if technique == "scheduled" else "batch", run.setup.model, 1)
+    prompts = _prompts(options)
+    run = _run(options, piped({k: v for k, v in config.items() if k != "cache"}))
+    _fits(options, "samples" if technique == "scheduled" else "batch", run.setup.model.input_shape, 1)
     content = run.calibrate(
         technique,
         out,
-        _cond(options, run),
+        _cond(options, run, prompts),
         samples=options.samples,
         batch=options.batch,
         seed=options.seed,

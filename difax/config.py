@@ -35,6 +35,7 @@ from difax.checkpoints import (
 )
 from difax.core.annotations import brief, check_value
 from difax.core.contracts import Autoencoder, Model
+from difax.core.files import named
 from difax.core.placement import Axes
 from difax.core.shell import DifaxWarning
 from difax.models.autoencoders import find_autoencoder
@@ -42,8 +43,8 @@ from difax.pipelines.caches import cache_section
 from difax.pipelines.folder import Folder
 from difax.pipelines.prompts import prompting
 from difax.pipelines.recipes import Recipe, open_pipeline
-from difax.pipelines.section import COMPONENTS, filled, latent_size, shifted
 from difax.pipelines.section import checked as checked_section
+from difax.pipelines.section import filled, given_components, latent_size, shifted
 from difax.registry import REGISTRIES, check_name, choose, make, shown
 from difax.training.train import read_run
 from difax.weights.checkpoint import Source, read_metadata, tensor_shapes, tensor_types
@@ -215,26 +216,33 @@ def scheduled(
     return override({**config, **found}, own)
 
 
-def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
+def pipeline_config(
+    path: str | os.PathLike,
+    settings: Sequence[tuple[str, Any]] = (),
+    scheduler: str | os.PathLike | Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The configuration that a pipeline's folder is sampled with: its network, its scheduler, and the values that the
     pipeline itself takes where none are given.
 
     Args:
-      path: a folder with a model_index.json. settings: the user's own, as `override` takes them; those of `pipeline`
-        say what is asked of it (`difax.pipelines.section.KEYS`).
+      path: a folder with a model_index.json, or a network's file, beside which `pipeline.vae` and
+        `pipeline.text_encoder` (`_2`) are given (`difax.pipelines.single`).
+      settings: the user's own, as `override` takes them; those of `pipeline` say what is asked of it
+        (`difax.pipelines.section.KEYS`).
+      scheduler: in place of the folder's, as `scheduled` takes it; the pipeline gives it what it gives its own.
 
     Raises:
       ValueError: no such folder, a pipeline or component of an unknown class, a size or setting that it cannot have.
     """
     own = checked_section({k.partition(".")[2]: v for k, v in settings if k.partition(".")[0] == "pipeline"})
-    folder, recipe = open_pipeline(path, {name: own[name] for name in COMPONENTS if own.get(name)})
+    folder, recipe = open_pipeline(path, given_components(own))
     autoencoder = find_autoencoder(folder.component("vae")).model
     section = filled(folder, recipe, autoencoder, own)
     size, told = latent_size(recipe, autoencoder, section), dict(settings)
     network = os.fspath(folder.component(recipe.networks[0]))
     given = {key.removeprefix("model."): value for key, value in told.items() if key.startswith("model.")}
     found = recognise(network, recipe.model, **{"size": size, **recipe.geometry(folder, section), **given})
-    scale = recipe.offset + float(told.get("scale", recipe.scale))
+    scale = recipe.offset + check_alone("scale", told.get("scale", recipe.scale))
     guided = scale > 1 and not (recipe.prompts and _negative(folder, section, "scale" in told) is None)
     steps = told.get("steps", len(section["sigmas"]) if "sigmas" in section else recipe.steps)
     model = cast(Model, make("model", {"name": recipe.model, **found.geometry}))
@@ -246,8 +254,9 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
     config = override(
         {
             "model": {"name": recipe.model, **found.geometry, "dtype": given.get("dtype", _half_or_single(network))},
-            **scheduler_sections(
-                shifted(read_scheduler(folder.component("scheduler")), section.get("shift")),
+            **_scheduled_by(
+                _own_scheduler(folder, section) if scheduler is None else scheduler,
+                section.get("shift"),
                 steps=check_alone("steps", steps),
                 shape=model.input_shape,
                 mu=None if recipe.mu is None or "shift" in section else recipe.mu(tokens, steps),
@@ -262,6 +271,23 @@ def pipeline_config(path: str | os.PathLike, settings: Sequence[tuple[str, Any]]
         [(key, value) for key, value in settings if key.partition(".")[0] not in ("pipeline", "scale")],
     )
     return piped(config)
+
+
+def _own_scheduler(folder: Folder, section: Mapping[str, Any]) -> pathlib.Path | Mapping[str, Any]:
+    return folder.component("scheduler") if folder.scheduler is None else folder.scheduler(section)
+
+
+def _scheduled_by(
+    scheduler: str | os.PathLike | Mapping[str, Any], shift: float | None, **given: Any
+) -> dict[str, Any]:
+    """The sections that a pipeline's scheduler is; a refusal names the file."""
+    if isinstance(scheduler, Mapping):
+        return scheduler_sections(shifted(scheduler, shift), **given)
+    said = shifted(read_scheduler(scheduler), shift)
+    try:
+        return scheduler_sections(said, **given)
+    except ValueError as error:
+        raise ValueError(f"{named(scheduler)}: {error}") from None
 
 
 def first_frame_settings(path: str | os.PathLike) -> list[tuple[str, Any]]:
@@ -284,11 +310,24 @@ def _check_decoder(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, mod
         raise ValueError(f"{place}: {autoencoder.name} is not of {what}; allowed: an autoencoder of {what}")
 
 
-def piped(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration whose cache has what its pipeline adds (`difax.pipelines.caches`); as it is without one."""
+def piped(config: dict[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A configuration whose cache has what its pipeline adds (`difax.pipelines.caches`); as it is without one.
+
+    Args:
+      before: that it was made of, perhaps by other steps: a shift that goes by these goes along, unless it is set.
+    """
     if "pipeline" not in config:
         return config
-    folder, recipe = open_pipeline(config["pipeline"]["folder"])
+    folder, recipe = open_pipeline(config["pipeline"]["folder"], given_components(config["pipeline"]))
+    grid = config.get("grid", {})
+    if before is not None and recipe.mu is not None and "mu" in grid and config["steps"] != before["steps"]:
+        tokens = math.prod(config["model"]["size"]) // recipe.patch**2
+        old, new = (recipe.mu(tokens, steps) for steps in (before["steps"], config["steps"]))
+        if grid["mu"] == old:
+            process = dict(config["process"])
+            if process.get("shift") == math.exp(old):
+                process["shift"] = math.exp(new)
+            config = {**config, "grid": {**grid, "mu": new}, "process": process}
     cache = cache_section(config.get("cache", {"name": "none"}), folder, recipe, config["model"], config["steps"])
     return {**config, "cache": cache}
 

@@ -9,6 +9,9 @@ from typing import Any
 from difax.checkpoints import embedded_weights
 from difax.config import config_names, load_config
 from difax.core.cost import model_cost
+from difax.models.autoencoders import AUTOENCODERS
+from difax.models.encoders import ENCODERS
+from difax.pipelines.recipes import RECIPES
 from difax.program import model_shapes, parameter_count
 from difax.registry import REGISTRIES, make
 
@@ -89,8 +92,23 @@ def listing(kind: str) -> list[tuple[str, str]]:
         return [(name, _first_line(_config_doc(name))) for name in config_names()]
     if kind == "weights":
         return [(name, f"weights embedded in difax: {name}") for name in embedded_weights()]
+    if kind == "pipelines":
+        return [(name, _pipeline(name)) for name in RECIPES]
+    if kind == "encoders":
+        return [(name, _first_line(inspect.getdoc(find) or "")) for name, find in ENCODERS.items()]
+    if kind == "autoencoders":
+        return [(name, _first_line(inspect.getdoc(known.find) or "")) for name, known in AUTOENCODERS.items()]
     lines = [(name, _first_line(inspect.getdoc(f) or "")) for name, f in REGISTRIES[singular].items()]
     return [(n, f"{line}{_size(n)}") for n, line in lines] if kind == "models" else lines
+
+
+def _pipeline(name: str) -> str:
+    """What a pipeline makes of what, by which model, and the values that it takes where none are given."""
+    recipe = RECIPES[name]
+    given = f"prompts of up to {recipe.prompts} tokens" if recipe.prompts else "labels"
+    made = f"films of {recipe.frames} frames" if recipe.frames else "pictures"
+    guided = f"guidance {recipe.scale if recipe.guidance is None else recipe.guidance:g}"
+    return f"{made} of {given} by {recipe.model}; {recipe.steps} steps, {guided}"
 
 
 def _size(name: str) -> str:

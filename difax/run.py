@@ -41,6 +41,7 @@ from difax.media.samples import check_latents, check_output, save_samples
 from difax.pipelines.folder import is_pipeline
 from difax.pipelines.pipeline import Pipeline, begun_by_image, network_of
 from difax.pipelines.preview import Preview, previewing
+from difax.pipelines.section import COMPONENTS
 from difax.program import (
     Drawn,
     Program,
@@ -418,7 +419,7 @@ class Run:
         Args:
           weights, settings: as `load` takes them.
         """
-        config = piped(configuration(self.config, _file(weights), keyword_settings(settings)))
+        config = piped(configuration(self.config, _file(weights), keyword_settings(settings)), self.config)
         new, old = config["model"], self.config["model"]
         whole = lambda section: {k: v for k, v in section.items() if k != "dtype"}  # noqa: E731
         moved = self._path is not None and config.get("mesh") != self.config.get("mesh")  # read onto other devices
@@ -489,9 +490,10 @@ class Run:
         batch: int | None = None,
         xla: Mapping[str, Any] | None = None,
         search: bool = True,
+        whole: bool = False,
     ) -> plan_.Planned:
         """What this run would take on devices that are not there (`difax.plan`)."""
-        return plan(self.config, target, mesh, batch=batch, xla=xla, search=search)
+        return plan(self.config, target, mesh, batch=batch, xla=xla, search=search, whole=whole)
 
 
 def plan(
@@ -502,18 +504,21 @@ def plan(
     batch: int | None = None,
     xla: Mapping[str, Any] | None = None,
     search: bool = True,
+    whole: bool = False,
     **settings: Any,
 ) -> plan_.Planned:
     """Compiles a run's whole sampler for devices that are not there, from shapes alone, and says what it would take.
 
     Args:
-      what: a name of `difax list configs` ("flux_dev", "wan2_1:14B"), a .py file with get_config, or a configuration.
+      what: a name of `difax list configs` ("flux_dev", "wan2_1:14B"), a .py file with get_config, a configuration, or a
+        pipeline's folder, of which text encoders and autoencoder are planned too.
       target: "v5e:4x4", "v6e:2x4", "v5p:2x2x2", "v4:2x2x1" (all need difax[tpu]), "h100:8", "h200:8" (difax[cuda]),
         "cpu:8".
       mesh: sizes of its axes, such as "data=2,seq=8"; "auto" ranks all meshes; None is the configuration's own, or all
         devices along "data".
       batch: samples at once, 1 or more; None is one for each group of devices with samples of its own.
       xla: options of XLA's compiler. search: look for a placement that fits where this one does not.
+      whole: also the published text encoders and autoencoder around the denoiser.
       settings: of sections, as `load` takes them.
 
     Returns:
@@ -527,8 +532,12 @@ def plan(
     check_value("target", target, str)
     if mesh is not None and check_value("mesh", mesh, str) != "auto":
         settings["mesh"] = mesh
-    config = configuration(what, None, keyword_settings(settings))
-    return plan_.plan(config, target, mesh == "auto", batch, xla, search)
+    given = keyword_settings(settings)
+    if not isinstance(what, Mapping) and is_pipeline(what):
+        config = pipeline_config(what, given)
+    else:
+        config = configuration(what, None, given)
+    return plan_.plan(config, target, mesh == "auto", batch, xla, search, whole=check_value("whole", whole, bool))
 
 
 def check_seed(seed: Any) -> None:
@@ -583,8 +592,8 @@ def load(
         config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in what.items()}
         return _opened(finish(override(config, given)), path, seed)
     what, base = os.fspath(what), os.fspath(what)
-    if is_pipeline(what):
-        return _opened(finish(pipeline_config(what, given)), path, seed)
+    if is_pipeline(what) or any(key.partition(".")[2] in COMPONENTS for key, _ in given):
+        return _opened(pipeline_config(what, given, scheduler), path, seed)
     if _is_checkpoint(what):
         base = None if weights is None else configuration(None, what, given)
         path = what if weights is None else weights

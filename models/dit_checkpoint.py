@@ -240,7 +240,7 @@ SETTINGS = {
     "sample_size": whole(),
     "patch_size": whole(),
     "num_embeds_ada_norm": whole(),
-    "norm_eps": number(),
+    "norm_eps": number(most=1),
     "activation_fn": one_of(*ACTIVATIONS),
     "attention_bias": flag(),
     "norm_elementwise_affine": flag(),

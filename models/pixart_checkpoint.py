@@ -216,7 +216,7 @@ SETTINGS = {
     "patch_size": whole(),
     "interpolation_scale": optional(number()),
     "use_additional_conditions": optional(flag()),
-    "norm_eps": number(),
+    "norm_eps": number(most=1),
     "norm_elementwise_affine": flag(),
     "activation_fn": one_of(*ACTIVATIONS),
     "attention_bias": flag(),

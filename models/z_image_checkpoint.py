@@ -184,7 +184,7 @@ SETTINGS = {
     "n_layers": whole(),
     "n_refiner_layers": whole(),
     "n_heads": whole(),
-    "norm_eps": number(),
+    "norm_eps": number(most=1),
     "qk_norm": flag(),
     "cap_feat_dim": whole(),
     "siglip_feat_dim": one_of(None, but="the omni network takes other pictures too"),

@@ -8,9 +8,11 @@ Any other exception is a failure, and so is a result that is none of these.
 import contextlib
 import copy
 import gzip
+import importlib.util
 import io
 import json
 import pathlib
+import shutil
 import signal
 import struct
 import warnings
@@ -30,10 +32,12 @@ from difax.accel.caches import CACHES
 from difax.accel.caches.measured import save_by_stage
 from difax.accel.solvers import SOLVERS
 from difax.build import build_setup, steps_by_label
-from difax.config import load_config, override
+from difax.config import load_config, override, pipeline_config, plain
 from difax.core.arrays import save_arrays
 from difax.core.files import read_json, read_rows, read_text
 from difax.media.samples import read_latents
+from difax.models.encoders import find_encoder
+from difax.pipelines.recipes import open_pipeline
 from difax.study.folder import read_image_file, read_measured, read_sweep
 from difax.study.frontier import table
 from difax.study.networks import read_prompts, real_images
@@ -43,8 +47,11 @@ from difax.training.train import Task, TrainOptions, read_run, restore_ema, trai
 from difax.weights.checkpoint import load_native, read_metadata, save_safetensors, tensor_shapes
 from difax.weights.conditions import load_conditions, random_conditions
 from difax.weights.convert import load_converted
+from difax.weights.tokenizers import open_tokenizer
 
 SECONDS = 20  # for one file, on any machine
+TOKENIZERS = importlib.util.find_spec("tokenizers") is not None
+PIPELINE = pathlib.Path(__file__).resolve().parent / "golden" / "pipeline_pixart"
 EVERY_RUN, ALL = 8, 200  # damaged files of each part of a kind
 
 rng = np.random.default_rng(0)
@@ -176,6 +183,23 @@ def run_folder(where: pathlib.Path) -> pathlib.Path:
     config = {"model": {"name": "dit"}, "train": {"steps": 2}, "data": {}}
     train(Task(init, loss), data, options, where / "run", config, progress=False)
     return where / "run"
+
+
+def pipeline(where: pathlib.Path) -> pathlib.Path:
+    shutil.copytree(PIPELINE, where / "pipeline")
+    for file in (where / "pipeline").rglob("*.json"):  # one line each: files of several are taken for rows
+        file.write_text(json.dumps(json.loads(file.read_text())))
+    return where / "pipeline"
+
+
+def pipelined(path: pathlib.Path) -> Any:
+    """What is known of a pipeline's folder before any weight is read, and the ids of a prompt."""
+    config = plain(pipeline_config(path, [("steps", 4)]))
+    folder, _ = open_pipeline(path)
+    found = find_encoder(folder.component("text_encoder"), kind=folder.components["text_encoder"])
+    ids = open_tokenizer(folder.component("tokenizer")).encode("a red fox", 24) if TOKENIZERS else []
+    config["pipeline"]["folder"] = ""
+    return config, [found.encoder.width, found.encoder.length or 0], ids
 
 
 def converted(where: pathlib.Path) -> pathlib.Path:
@@ -328,6 +352,15 @@ KINDS = {
         run_folder, lambda p: restore_ema(p, init), parts="checkpoints/2/**/*",
         sound=lambda found, whole: alike(found, whole) and finite(found),
     ),
+    **{
+        f"pipeline: {part}": Kind(
+            pipeline, pipelined, parts=part, text=True, sound=lambda found, _: found[0]["steps"] == 4,
+        )
+        for part in (
+            "model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json",
+            "scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+        )
+    },
     "weights": Kind(native, lambda p: (load_native(p, SPEC), tensor_shapes(p))),
     "metadata of weights": Kind(native, read_metadata, sound=lambda found, _: isinstance(found, dict)),
     "sharded weights": Kind(sharded, lambda p: load_native(p, SPEC), parts="*.json"),

@@ -61,6 +61,14 @@ def count(function: Callable[..., Any], *specs: Any) -> float:
     return _count(jax.make_jaxpr(function)(*specs).jaxpr)
 
 
+def moved(function: Callable[..., Any], *specs: Any) -> float:
+    """Bytes that the products in a traced function read and write, each operand and result once.
+
+    Args, Raises: as of `count`.
+    """
+    return _moved(jax.make_jaxpr(function)(*specs).jaxpr)
+
+
 def model_cost(
     model: Model,
     params: Params,

@@ -13,6 +13,7 @@ from difax.pipelines.recipes import Recipe
 # technique -> the arguments of which one is enough for it
 NUMBERS = {"teacache": ("coefficients", "file"), "magcache": ("ratios", "file")}
 BETWEEN = "+"  # the names of several caches
+EXPERTS = "experts"  # not a cache: the pipeline's second network, which stays beside any
 
 
 def cache_section(
@@ -27,28 +28,23 @@ def cache_section(
     found = dict(section)
     if not isinstance(found.get("name"), str):
         return found
-    for name in found["name"].split(BETWEEN):
+    names = [name.strip() for name in found["name"].split(BETWEEN)]
+    for name in names:
         if name in NUMBERS:
-            found |= _published(name.strip(), found, folder, model, steps)
+            found |= _published(name, found, folder, model, steps)
     boundary = folder.settings.get("boundary_ratio")
     second = recipe.networks[1] if len(recipe.networks) > 1 else None
-    if (
-        boundary is None
-        or second is None
-        or second not in folder.components
-        or "experts" in found["name"].split(BETWEEN)
-    ):
+    if boundary is None or second is None or second not in folder.components or EXPERTS in names:
         return found
-    assert boundary is not None and second is not None
     weights = os.fspath(folder.component(second))
     rest = found["name"]
     if rest == "none":
-        return {"name": "experts", "boundary": float(boundary), "weights": weights}
+        return {"name": EXPERTS, "boundary": float(boundary), "weights": weights}
     keys = {key if BETWEEN in rest else f"{rest}.{key}": value for key, value in found.items() if key != "name"}
     return {
-        "name": f"experts{BETWEEN}{rest}",
-        "experts.boundary": float(boundary),
-        "experts.weights": weights,
+        "name": f"{EXPERTS}{BETWEEN}{rest}",
+        f"{EXPERTS}.boundary": float(boundary),
+        f"{EXPERTS}.weights": weights,
         **keys,
     }
 

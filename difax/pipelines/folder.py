@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from difax.core.annotations import choose
@@ -19,6 +19,7 @@ class Folder(NamedTuple):
 
     path: of the folder. name: the pipeline's class. components: {name: class}, of those that it has. settings: what
     else its index says (`boundary_ratio`, `is_distilled`, ...). given: {component: path} of those that lie elsewhere.
+    scheduler: of a network's file without a folder: section `pipeline` -> what its scheduler_config.json would say.
     """
 
     path: pathlib.Path
@@ -26,6 +27,7 @@ class Folder(NamedTuple):
     components: Mapping[str, str]
     settings: Mapping[str, Any]
     given: Mapping[str, str] = {}
+    scheduler: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def component(self, name: str) -> pathlib.Path:
         """The folder (or the file) of a component.
@@ -86,5 +88,5 @@ def open_folder(path: str | os.PathLike, known: Mapping[str, Any], given: Mappin
             settings[key] = value
     name = choose(f"pipeline of {named(path)}", str(index["_class_name"]), known)
     for key in given or {}:
-        choose("component", key, dict.fromkeys((*components, *index)))
+        choose("component", key, dict.fromkeys((*components, *(k for k in index if not k.startswith("_")))))
     return Folder(place, name, {**components, **dict.fromkeys(given or {}, "")}, settings, dict(given or {}))

@@ -21,7 +21,7 @@ from difax.pipelines.encode import check_prompts, conditions, encoded, warn_of_c
 from difax.pipelines.image_in import PROCESSOR, preprocessed, read_masks, read_pictures
 from difax.pipelines.prompts import prompting
 from difax.pipelines.recipes import open_pipeline
-from difax.pipelines.section import COMPONENTS, OVERLAP
+from difax.pipelines.section import OVERLAP, given_components
 from difax.weights.published import load_foreign
 
 SMALL = 32  # latents a side of a preview
@@ -36,9 +36,8 @@ class Pipeline:
     """
 
     def __init__(self, section: Mapping[str, Any]):
-        given = {name: section[name] for name in COMPONENTS if section.get(name)}
         self.section = dict(section)
-        self.folder, self.recipe = open_pipeline(section["folder"], given)
+        self.folder, self.recipe = open_pipeline(section["folder"], given_components(section))
         self.seconds: dict[str, float] = {}
         self.tell: Callable[[str], None] = lambda text: None
         self._autoencoders: dict[str, tuple[Autoencoder, Any]] = {}
@@ -56,6 +55,13 @@ class Pipeline:
                 model = tiled(model, side, side // OVERLAP)
             self._autoencoders[name] = model, load_foreign(path, found, jnp.float32)
         return self._autoencoders[name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a picture [H, W, 3] or a film [F, H, W, 3]."""
+        section = self.section
+        frames = (section["frames"],) if self.recipe.frames else ()
+        return *frames, section["height"], section["width"], 3
 
     def conditions(
         self, model: Model, prompts: Sequence[str], guided: bool, image: Any = None
@@ -236,5 +242,5 @@ def begun_by_image(model: Model) -> bool:
 
 def network_of(section: Mapping[str, Any]) -> str:
     """The path of the denoiser's weights."""
-    folder, recipe = open_pipeline(section["folder"])
+    folder, recipe = open_pipeline(section["folder"], given_components(section))
     return os.fspath(folder.component(recipe.networks[0]))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from difax.core.files import named
+from difax.core.annotations import brief
+from difax.core.files import named, place_of
 from difax.core.process import flux2_mu
 from difax.models.encoders import find_encoder
-from difax.pipelines.folder import Folder, open_folder
+from difax.pipelines.folder import INDEX, Folder, open_folder
+from difax.pipelines.single import open_single
 
 
 class Recipe(NamedTuple):
@@ -122,6 +125,26 @@ RECIPES |= {name: RECIPES[of]._replace(**own) for of, (names, own) in _OF_IMAGES
 
 
 def open_pipeline(path: Any, given: Mapping[str, str] | None = None) -> tuple[Folder, Recipe]:
-    """A pipeline's folder and its recipe; ValueError as `open_folder`."""
-    folder = open_folder(path, RECIPES, given)
-    return folder, RECIPES[folder.name]
+    """A pipeline's folder, or a network's file with the components that are given, and its recipe.
+
+    Raises:
+      ValueError: as `open_folder` and `open_single`, and a boundary between two networks that is none, or without the
+        second.
+    """
+    single = place_of(path) == "file" and os.fspath(path).endswith((".safetensors", ".index.json"))
+    folder = open_single(path, given or {}) if single else open_folder(path, RECIPES, given)
+    recipe = RECIPES[folder.name]
+    _check_boundary(folder, recipe)
+    return folder, recipe
+
+
+def _check_boundary(folder: Folder, recipe: Recipe) -> None:
+    boundary, second = folder.settings.get("boundary_ratio"), recipe.networks[1:]
+    if boundary is None or not second:
+        return
+    if isinstance(boundary, bool) or not isinstance(boundary, (int, float)) or not 0 <= boundary <= 1:
+        raise ValueError(f"{named(folder.path / INDEX)}: boundary_ratio={brief(boundary)}; allowed: 0 ... 1, or null")
+    if second[0] not in folder.components:
+        raise ValueError(
+            f"{named(folder.path / INDEX)}: boundary_ratio={boundary} without {second[0]}; allowed: both, or none"
+        )

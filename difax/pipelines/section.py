@@ -56,6 +56,11 @@ def checked(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: check_value(f"pipeline.{key}", value, KEYS[key]) for key, value in section.items()}
 
 
+def given_components(section: Mapping[str, Any]) -> dict[str, str]:
+    """{component: path} of those that a section says to lie elsewhere."""
+    return {name: section[name] for name in COMPONENTS if section.get(name)}
+
+
 def filled(folder: Folder, recipe: Recipe, autoencoder: Autoencoder, section: Mapping[str, Any]) -> dict[str, Any]:
     """A section with the pipeline's own values where none is given.
 

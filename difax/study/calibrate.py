@@ -25,7 +25,7 @@ from difax.core.arrays import save_arrays
 from difax.core.contracts import Accelerator, Params, Trace
 from difax.core.cost import model_cost
 from difax.core.sample import rounded
-from difax.core.stack import with_learned
+from difax.core.stack import stack, with_learned
 from difax.core.writing import replacing
 from difax.registry import choose
 
@@ -49,13 +49,18 @@ class Sampler(NamedTuple):
         """Noise, keys and conditions of samples start ... start + n - 1; conditions repeat."""
         return self.run.inputs(self.seed, n, self.cond, start)
 
+    def acting(self, accelerator: Accelerator) -> Accelerator:
+        """An accelerator in place of the run's; networks that take turns by the noise are the model, and stay."""
+        own = self.run.accelerator
+        return stack(own, accelerator) if own.networks else accelerator
+
     def program(self, accelerator: Accelerator, remat: bool = False) -> Any:
         """The jitted sampler with an accelerator in place of the run's."""
-        return self.run.sampler(accelerator, remat=remat)
+        return self.run.sampler(self.acting(accelerator), remat=remat)
 
     def rows(self, accelerator: Accelerator) -> Any:
         """The run's rows with an accelerator's plan."""
-        plan = accelerator.plan(self.run.rows, self.run.model.stages)
+        plan = self.acting(accelerator).plan(self.run.rows, self.run.model.stages)
         return jax.tree.map(jnp.asarray, self.run.rows._replace(plan=rounded(plan)))
 
     def scale(self) -> jax.Array:
@@ -198,6 +203,8 @@ def fit(
     Returns:
       {stage: {name: array}}, the arrays of the file (`save_by_stage`).
     """
+    if sampler.run.accelerator.networks:
+        raise ValueError(f"cache {technique}: a run of two networks; allowed: what is fitted is of one")
     found = FITS[choose("fit", technique, FITS)]
     recorder = found.recorder(len(sampler.run.rows.i))
     runs = _recorded(sampler, recorder, samples, batch, progress)
@@ -245,7 +252,7 @@ def search(
     make = partial(scheduled, where=where, forecast=forecast, order=order)
     loss = Loss(sampler, make, samples)
     gradient = None
-    if where == "branches" and forecast == "hold":
+    if where == "branches" and forecast == "hold" and not run.accelerator.networks:
         gradient = _gradient(sampler, min(gradient_samples, samples), loss.wanted)
     starts = {"uniform": uniform(evaluations, full)}
     if evaluations > 2:

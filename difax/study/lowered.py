@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +15,31 @@ import numpy as np
 from difax.build import Setup, build_setup, input_shapes
 from difax.core import hlo
 from difax.core.placement import Axes, described, shapes_at
-from difax.core.target import lowering_for
+from difax.core.target import lowering_for, target_of
 from difax.program import model_shapes
+
+NAMES = ("params", "x", "keys", "cond", "rows", "scale")  # of the sampler's arguments
 
 
 class Lowered(NamedTuple):
-    """A sampler lowered for a mesh, and the shapes of its arguments (params, x, keys, cond, rows, scale), with where
-    each lies."""
+    """A program lowered for a mesh, and the shapes of its arguments with where each lies; names of these."""
 
     lowered: Any
     arguments: tuple[Any, ...]
+    names: tuple[str, ...] = NAMES
+
+
+def lower_function(function: Callable[..., Any], arguments: Mapping[str, Any], there: list[Any]) -> Lowered:
+    """A function lowered for one device; of several, all do the same.
+
+    Args:
+      arguments: shapes by name, in order. there: devices, which need not be there.
+    """
+    mesh = jax.sharding.Mesh(np.asarray(there), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = tuple(shapes_at(tree, everywhere) for tree in arguments.values())
+    with lowering_for(target_of(there[0])), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return Lowered(jax.jit(function, keep_unused=True).lower(*shapes), shapes, tuple(arguments))
 
 
 def lower(config: Mapping[str, Any], there: list[Any], axes: Mapping[str, int], batch: int) -> Lowered:
@@ -69,10 +84,14 @@ class Compiled(NamedTuple):
     refused: str | None = None
 
 
-def compiled(setup: Setup, made: Lowered, options: Mapping[str, Any]) -> Compiled:
-    """Compiles a lowered sampler and reads what it takes."""
+def compiled(setup: Setup | None, made: Lowered, options: Mapping[str, Any]) -> Compiled:
+    """Compiles a lowered program and reads what it takes.
+
+    Args:
+      setup: of a sampler, whose cache's plan says how often its branches are taken; None: of another program.
+    """
     start = time.perf_counter()
-    arguments = largest_arguments(made.arguments)
+    arguments = largest_arguments(made)
     nothing = Compiled({}, arguments, [], {}, {}, 0.0, 0.0, 0, False, 0.0)
     try:
         program = made.lowered.compile(compiler_options=dict(options) or None)
@@ -86,7 +105,7 @@ def compiled(setup: Setup, made: Lowered, options: Mapping[str, Any]) -> Compile
         return nothing._replace(memory=_asked(text), temporaries=_allocations(text), refused=_first(text), seconds=took)
     memory, text = program.memory_analysis(), program.as_text()
     module = hlo.parse(text)
-    likely = branches(setup, module) or hlo.most
+    likely = (None if setup is None else branches(setup, module)) or hlo.most
     moved, unknown = hlo.collectives(module, likely)
     sizes = {
         "argument": int(memory.argument_size_in_bytes),
@@ -119,12 +138,11 @@ def branches(setup: Setup, module: hlo.Module) -> hlo.Branches | None:
     return hlo.taken([float(np.mean(index == mode)) for mode in range(modes)])
 
 
-def largest_arguments(arguments: Any, count: int = 8) -> list[tuple[str, int]]:
+def largest_arguments(made: Lowered, count: int = 8) -> list[tuple[str, int]]:
     """(name, bytes on each device) of the largest arguments."""
-    names = ("params", "x", "keys", "cond", "rows", "scale")
     rows = [
         (f"{name}{jax.tree_util.keystr(path)}", leaf_bytes(leaf))
-        for name, tree in zip(names, arguments, strict=True)
+        for name, tree in zip(made.names, made.arguments, strict=True)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
     return sorted(rows, key=lambda row: -row[1])[:count]

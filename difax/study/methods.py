@@ -86,6 +86,7 @@ METHODS: dict[str, Method] = {
     "block_caching": _cache("block_caching", "block_caching"),
     "bacache 20": _cache("bacache", "bacache", updates=20),
     "magcache": _cache("magcache", "magcache"),
+    "magcache, published": _cache("magcache"),  # of a pipeline whose model has published ratios
     "teacache 0.1": _cache("teacache", threshold=0.1),
     "teacache 0.2": _cache("teacache", threshold=0.2),
     "teacache fitted 0.2": _cache("teacache", "teacache", threshold=0.2),

@@ -7,8 +7,10 @@ as a method is measured, so that a sweep that is killed goes on where it stopped
 
 Methods whose programs are the same text share a compilation: a sweep of thresholds compiles once.
 
-Any model is measured. Of latents (neither 1 nor 3 channels) PSNR and SSIM take the range of the unaccelerated ones as
-their peak, and the pictures that are kept are three channels in that range; of videos they are means over frames.
+Any model is measured. A pipeline's latents are decoded, and what is compared, judged and kept are its pictures; seconds
+are the sampler's alone, and those of decoding, which are every method's, stand beside them. Of latents that nothing
+decodes (neither 1 nor 3 channels) PSNR and SSIM take the range of the unaccelerated ones as their peak, and the
+pictures that are kept are three channels in that range; of videos they are means over frames.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from difax.core.lock import locked
 from difax.core.shell import DifaxWarning
 from difax.core.writing import NoRoom, append_line, drop_cut_line, replacing
 from difax.media.images import to_uint8
+from difax.pipelines.caches import EXPERTS
+from difax.pipelines.pipeline import Pipeline
 from difax.program import Program, unfinished
 from difax.registry import shown
 from difax.study.calibrate import ending
@@ -93,6 +97,8 @@ class Opened(Protocol):
     def source(self) -> str: ...
     @property
     def prepared(self) -> Params: ...
+    @property
+    def pipeline(self) -> Pipeline | None: ...
     def conditions(self, cond: Any = None) -> Any: ...
     def replace(self, **settings: Any) -> Opened: ...
     def calibrate(self, technique: str, out: Any = None, cond: Any = None, **settings: Any) -> dict[str, Any]: ...
@@ -151,15 +157,17 @@ class Sweep:
         model, count = run.setup.model, len(jax.tree.leaves(self.cond)[0])
         self.index = np.arange(options.seeds) % count  # of the condition that each image has
         self.labels = np.asarray(self.cond)[self.index] if labelled(model) else None
-        self.latents = model.input_shape[-1] not in (1, 3)
+        self.shape = drawn_shape(run)
+        self.latents = self.shape[-1] not in (1, 3)
         self.judge, self.eyes = self._judges(judge, eyes or Eyes({}))
         if test is not None and self.labels is not None:
-            check_images(test, model.input_shape, model.classes)
+            check_images(test, self.shape, model.classes)
         self.compiled: dict[str, Any] = {}
         self.failed: dict[str, str] = {}  # methods that raised what no refusal is, and what
         self.baseline: Timed | None = None
         self.wanted: np.ndarray | None = None
         self.seconds: list[float] = []  # of each batch of it
+        self.decoding: float | None = None  # seconds of decoding an image, once some are decoded
         self.range = (-1.0, 1.0)  # of the images; of latents, that of the baseline's once they are drawn
         self.uncached = (0.0, 0.0)  # operations and bytes of the baseline, once its images are drawn
         self.described = {
@@ -177,14 +185,14 @@ class Sweep:
             judge = None
         if judge is not None:
             knows = judge.classifier
-            if knows.input_shape != model.input_shape or knows.classes != model.classes:
+            if knows.input_shape != self.shape or knows.classes != model.classes:
                 raise ValueError(
-                    f"{model.name} draws {model.input_shape} of {model.classes} classes; the judge knows "
+                    f"{model.name} draws {self.shape} of {model.classes} classes; the judge knows "
                     f"{knows.input_shape} of {knows.classes} (--no-judge)"
                 )
             enough(seeds, FEATURE_FIGURES, "a judge", "--no-judge")
             halves(judge.test, seeds, knows.classes, self.labels)
-        if eyes.networks and (self.latents or len(model.input_shape) != 3):
+        if eyes.networks and (self.latents or len(self.shape) != 3):
             what = "latents" if self.latents else "videos"
             left = ", ".join(name for network in eyes.networks.values() for name in network.figures.values())
             self.tell(f"{model.name} draws {what}, which no network sees: {left} are left out")
@@ -196,7 +204,7 @@ class Sweep:
 
     def qualities(self) -> tuple[str, ...]:
         """The figures that a measured method will have (`difax.study.frontier.QUALITIES`)."""
-        found = list(measures(self.run.setup.model))
+        found = list(measures(self.shape))
         if self.judge is not None:
             found += [f for f in FIGURES if f != "frechet" or self.options.seeds >= 2 * self.judge.width]
         return (*found, *figures(self.eyes, self.options.seeds))
@@ -338,7 +346,7 @@ class Sweep:
             if index < batches:
                 drawn.append((samples, trace))
         images, traces = (list(part) for part in zip(*drawn, strict=True))
-        together = np.concatenate(images)[: options.seeds]
+        together = self._pictures(np.concatenate(images)[: options.seeds])
         trace = averaged(traces)
         cost, moved = self._cost(program, traces)
         uncached, uncached_moved = self.uncached
@@ -360,6 +368,7 @@ class Sweep:
             "speed": {
                 "seconds_per_image": statistics.median(a for a, _ in pairs) / options.batch,
                 "baseline_seconds_per_image": statistics.median(b for _, b in pairs) / options.batch,
+                **({} if self.decoding is None else {"decode_seconds_per_image": self.decoding}),
                 "ratio": ratio,
                 "turns": [b / a for a, b in turns],
                 "realised": ratio * cost / uncached,
@@ -381,7 +390,7 @@ class Sweep:
             baseline.draw(0)
             drawn = [baseline.draw(i) for i in range(self._batches())]
             self.seconds = [seconds for *_, seconds in drawn]
-            wanted = np.concatenate([samples for samples, *_ in drawn])[: self.options.seeds]
+            wanted = self._pictures(np.concatenate([samples for samples, *_ in drawn])[: self.options.seeds])
             lost = _lost(wanted)
             if lost:
                 raise FloatingPointError(
@@ -397,6 +406,21 @@ class Sweep:
             self.wanted = wanted
         return self.wanted
 
+    def _pictures(self, samples: np.ndarray) -> np.ndarray:
+        """What is looked at of samples [n, ...]: of a pipeline the decoded pictures, whose seconds are kept."""
+        pipeline = self.run.pipeline
+        if pipeline is None:
+            return samples
+        if self.decoding is None:
+            pipeline.decode(samples[:1])  # reads the autoencoder and compiles
+        start = time.perf_counter()
+        images = pipeline.decode(samples)
+        seconds = (time.perf_counter() - start) / len(samples)
+        if self.decoding is None:
+            self.tell(f"decoding takes {seconds:.3g} s an image, beside the sampler's seconds")
+        self.decoding = seconds
+        return images
+
     def _cost(self, program: Timed, traces: list[Trace]) -> tuple[float, float]:
         """Operations and bytes of one image; the weights' bytes are those of a batch, shared by its images."""
         run, batch = program.setup, self.options.batch
@@ -407,7 +431,7 @@ class Sweep:
         return run_cost(model_cost(*parts, networks=networks), averaged(traces)), statistics.mean(moved) / batch
 
     def _quality(self, images: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
-        compare = measures(self.run.setup.model, self.range[1] - self.range[0] or 1.0)
+        compare = measures(self.shape, self.range[1] - self.range[0] or 1.0)
         found: dict[str, Any] = {name: list(bootstrap(of(images, wanted))) for name, of in compare.items()}
         if self.judge is not None:
             assert self.labels is not None
@@ -466,17 +490,22 @@ class Sweep:
         return self.out / "calibrated" / f"{technique}{ending(technique)}"
 
 
-def measures(model: Any, peak: float = 2.0) -> dict[str, Measure]:
-    """What compares images [N, ...] that a model draws with the unaccelerated ones, by name.
+def drawn_shape(run: Opened) -> tuple[int, ...]:
+    """Of what is compared and judged: a pipeline's picture or film, else a sample."""
+    return run.setup.model.input_shape if run.pipeline is None else run.pipeline.shape
+
+
+def measures(shape: tuple[int, ...], peak: float = 2.0) -> dict[str, Measure]:
+    """What compares images [N, ...] with the unaccelerated ones, by name.
 
     Args:
-      peak: width of their range.
+      shape: of an image (`drawn_shape`). peak: width of their range.
     """
 
     def decibels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.asarray([min(psnr(x, y, peak), PSNR_LIMIT) for x, y in zip(a, b, strict=True)])
 
-    large = min(model.input_shape[-3:-1]) >= WINDOW
+    large = min(shape[-3:-1]) >= WINDOW
     return {
         "psnr": framewise(decibels),
         "ssim": framewise(lambda a, b: ssim(a, b, peak)),
@@ -497,6 +526,11 @@ def accelerated(run: Opened, method: Method, more: Mapping[str, Any] = MappingPr
         raise ValueError(
             f"{own.name} draws {own.input_shape}, and with these settings {found.setup.model.input_shape}; allowed: "
             "settings that draw the same images"
+        )
+    if run.pipeline is not None and found.setup.guide.halves > run.setup.guide.halves:
+        raise ValueError(
+            f"guide {found.setup.described.get('guide', '')}: {run.pipeline.folder.name} is not guided by a second "
+            "evaluation here, and has no other half of the condition; allowed: methods without a guide"
         )
     return found
 
@@ -520,7 +554,7 @@ def check_methods(run: Opened, methods: Mapping[str, Method]) -> None:
       ValueError: a baseline with a cache, or a method that cannot be built; names it.
     """
     cache = run.config.get("cache", {}).get("name", "none")
-    if cache != "none":
+    if cache != "none" and not (run.pipeline is not None and cache == EXPERTS):  # a second network is no cache
         raise ValueError(
             f"cache {shown(cache)}: methods are compared with the sampler without a cache; allowed: --cache none, "
             f"and {shown(cache)} among --methods"

@@ -40,6 +40,8 @@ class Planned:
     planned: True where a cache's modes were counted as often as its plan takes each, so that neither is a bound.
     seconds: {"compute", "memory", "collectives", "least", "summed", "rates"}, None without published peaks.
     instead: placements that fit where this one does not. candidates, compiled: of mesh "auto".
+    pipeline, stages, whole: of a pipeline, the ways in which each stage beside the sampler can run
+    (`difax.study.stages.planned`; chosen: as a run does), and what all of it takes (`difax.study.stages.whole`).
     """
 
     def __init__(self, figures: Mapping[str, Any]):
@@ -66,6 +68,7 @@ def plan(
     xla: Mapping[str, Any] | None = None,
     search: bool = True,
     quiet: bool = True,
+    whole: bool = False,
 ) -> Planned:
     """Compiles a configuration's whole sampler ahead of time, from shapes alone, for devices that are not there.
 
@@ -77,6 +80,8 @@ def plan(
       xla: options of XLA's compiler {name: bool, int or text}.
       search: look for another placement where this one does not fit.
       quiet: no lines on stderr of what is compiled.
+      whole: also the published text encoders and autoencoder around the denoiser; of a pipeline's folder, whose own
+        they are, always.
 
     Returns:
       `Planned`.
@@ -87,7 +92,7 @@ def plan(
     """
     absent = parse_target(target)
     check_compiler(absent)
-    asked = (dict(config), target, auto, batch, dict(xla or {}), search)
+    asked = (dict(config), target, auto, batch, dict(xla or {}), search, whole)
     try:
         request = pickle.dumps((asked, quiet))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -185,8 +190,44 @@ def format_plan(found: Mapping[str, Any]) -> str:
             f"  a bound from below        {_seconds(bound['least'])} if all three overlap, "
             f"{_seconds(bound['summed'])} if none does",
         ]
+    if "stages" in found:
+        lines += ["", *_stages(found)]
     lines.append(f"compiled in {found['compile_seconds']} s with jax {found['jax']}")
     return "\n".join(lines)
+
+
+def _stages(found: Mapping[str, Any]) -> list[str]:
+    """What the pipeline takes around the sampler, and as a whole."""
+    all_of, rows = found["whole"], found["stages"]
+    lines = [f"{found['pipeline']} as a whole, on one device; stages as a run takes them, and (in brackets) otherwise"]
+    shown = [
+        (
+            f"{row['stage']}: {row['what']}, {row['how']}",
+            row["chosen"],
+            _gib(row["peak"]) + (" TOO LARGE" if row["fits"] is False else ""),
+            _large(sum(row["operations"].values()), "FLOP"),
+            _seconds(row["seconds"] and row["seconds"]["least"]),
+        )
+        for row in rows
+    ]
+    last = next((i for i, row in enumerate(rows) if row["stage"] == "vae"), len(rows))
+    bound = found["seconds"] and found["seconds"]["least"]
+    peak, operations = found["memory"].get("peak"), sum(found["operations"].values())
+    shown.insert(last, ("sampler: as above", True, _gib(peak), _large(operations, "FLOP"), _seconds(bound)))
+    width = max(len(what) for what, *_ in shown) + 2
+    for what, chosen, *figures in shown:
+        cells = "  ".join(f"{cell:>11}" for cell in figures)
+        lines.append(f"  {what if chosen else f'({what})':<{width}}  {cells}")
+    refused = [f"  {row['stage']}, {row['how']}: {row['refused']}" for row in rows if row["refused"]]
+    verdict = {True: ": fits", False: ": DOES NOT FIT", None: ""}[all_of["fits"]]
+    least = "" if all_of["seconds"] is None else f", {_seconds(all_of['seconds']['least'])} at least"
+    return [
+        *lines,
+        *refused,
+        f"  the largest stage is {all_of['stage']}, {_gib(all_of['peak'])}; with the denoiser's weights kept while it "
+        f"decodes, as a run keeps them, {_gib(all_of['peak_kept'])}{verdict}",
+        f"  all of it: {_large(all_of['operations'], 'FLOP')}{least}",
+    ]
 
 
 def _hosts(found: Mapping[str, Any]) -> str:
@@ -245,20 +286,24 @@ def _ranking(found: Mapping[str, Any], most: int = 12) -> list[str]:
 
 def draw_plan(found: Mapping[str, Any], path: pathlib.Path | io.BytesIO) -> None:
     """The memory of one device as bars by what it holds: this placement, and those that fit instead of it, if there
-    are any, against the line of the chip's memory.
+    are any, and a pipeline's other stages, against the line of the chip's memory.
 
     Raises:
       ValueError: matplotlib is missing (the extra `plot`).
     """
-    with drawing(path, (9, 3.2), layout="constrained") as picture:  # type: ignore[arg-type]
+    usable, others = found["memory"]["usable"], found.get("instead", ())
+    stages = [row for row in found.get("stages", ()) if row["peak"] is not None]
+    tall = 3.2 + 0.35 * len(stages)
+    with drawing(path, (9, tall), layout="constrained") as picture:  # type: ignore[arg-type]
         axes = picture.add_subplot()
-        usable, others = found["memory"]["usable"], found.get("instead", ())
-        widest = max([sum(found["holds"].values()), usable or 0, *(row["bytes"] for row in others)])
+        sizes = *(row["bytes"] for row in others), *(row["peak"] for row in stages)
+        widest = max([sum(found["holds"].values()), usable or 0, *sizes])
         unit, scale = ("GiB", GIB) if widest > GIB else ("MiB", 2**20)
-        bars = [(found["mesh"], found["holds"], None)]
+        bars = [(f"sampler, {found['mesh']}" if stages else found["mesh"], found["holds"], None)]
         for row in others:
             quantised = f", {row['quant']}" if row.get("quant", "none") != found["quant"] else ""
             bars.append((f"{row['mesh']}{quantised}", row.get("holds"), row["bytes"]))
+        bars += [(f"{row['stage']}, {row['how']}", row["holds"], row["peak"]) for row in stages]
         for i, (name, holds, total) in enumerate(bars):
             left = 0.0
             for what, n in (holds or {"by arithmetic": total or 0}).items():
@@ -269,11 +314,11 @@ def draw_plan(found: Mapping[str, Any], path: pathlib.Path | io.BytesIO) -> None
             axes.text(left, name, f" {left:.2f} {unit}", va="center")
         if usable:
             axes.axvline(usable / scale, color="#1c1d1f", linestyle="--", linewidth=1)
-            axes.text(usable / scale, len(others) + 0.35, f" {usable / scale:.2f} {unit}", va="bottom", ha="left")
-        axes.set_ylim(-0.6, len(others) + 0.7)
+            axes.text(usable / scale, len(bars) - 0.65, f" {usable / scale:.2f} {unit}", va="bottom", ha="left")
+        axes.set_ylim(-0.6, len(bars) - 0.3)
         axes.set_xlim(0, 1.2 * widest / scale)
         axes.set_xlabel(f"{unit} of one device")
-        verdict = {True: "fits", False: "does not fit", None: "memory is the host's"}[found["fits"]]
+        verdict = {True: "fits", False: "does not fit", None: "memory is the host's"}[found.get("whole", found)["fits"]]
         axes.set_title(f"{found['model']}, batch {found['batch']}, {found['target']}: {verdict}", fontsize=10)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4, frameon=False, fontsize=8)
         for side in ("top", "right"):

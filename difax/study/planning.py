@@ -23,19 +23,22 @@ import jax
 from difax.build import Setup, axes_of, build_setup, check_laid_out
 from difax.core.chips import Absent, devices, parse_target
 from difax.core.placement import Axes, described
+from difax.pipelines.parts import Parts, parts_of, published_parts
 from difax.program import model_shapes
-from difax.study import roofline
+from difax.study import roofline, stages
 from difax.study.lowered import Compiled, compiled, lower
 
 INT8 = "int8_w8a8"
 CONFIRMED = 3  # placements that are compiled, at most, to find one that fits or to rank the best
+AROUND = 300.0  # seconds after which no more ways of other stages are compiled
 WORTH = 1.5  # compilations that must fit into the seconds that are left, for one more to be begun
 
 
 class Asked(NamedTuple):
     """A request: the configuration, whose section `mesh` is compiled (without one: all devices along "data"); the
     target; whether to rank all meshes instead; samples, None for one in each group of the mesh's; XLA's options;
-    whether to look for another placement where this one does not fit; seconds that the answer may take."""
+    whether to look for another placement where this one does not fit; whether to plan what is around the denoiser too,
+    which a configuration with a section `pipeline` always does; seconds that the sampler's answer may take."""
 
     config: dict[str, Any]
     target: str
@@ -43,6 +46,7 @@ class Asked(NamedTuple):
     batch: int | None
     xla: dict[str, Any]
     search: bool = True
+    whole: bool = False
     patience: float = 160.0
 
 
@@ -56,6 +60,11 @@ def answer(asked: Asked, tell: Callable[[str], None] = lambda _: None) -> dict[s
     batch = asked.batch or (axes or {}).get("data", 1) * (axes or {}).get("fsdp", 1)
     setup = build_setup(config)
     check_laid_out(setup, "difax plan")
+    parts = None
+    if "pipeline" in config:
+        parts = parts_of(config["pipeline"])
+    elif asked.whole:
+        parts = published_parts(setup.model, config["model"]["name"])
     asked = asked._replace(batch=batch, config=config)
     params = jax.eval_shape(setup.prepare, model_shapes(setup.model))
     of = roofline.work(setup, params, batch)
@@ -76,13 +85,25 @@ def answer(asked: Asked, tell: Callable[[str], None] = lambda _: None) -> dict[s
         rows = trial.ranked()
         best = trial.confirmed([row["axes"] for row in rows])
         best.sort(key=lambda plan: (plan["fits"] is False, (plan["seconds"] or {}).get("summed", 0.0)))
-        if best[0]["fits"] is False and asked.search:
-            best[0]["instead"] = trial.nearest(best[0]["axes"])
-        return {**found, **best[0], "candidates": rows, "compiled": [shortened(plan) for plan in best]}
-    chosen = trial.plan(axes)
+        chosen = {**best[0], "candidates": rows, "compiled": [shortened(plan) for plan in best]}
+    else:
+        chosen = trial.plan(axes)
     if chosen["fits"] is False and asked.search:
-        chosen["instead"] = trial.nearest(axes)
-    return {**found, **chosen}
+        chosen["instead"] = trial.nearest(chosen["axes"])
+    return {**found, **chosen, **({} if parts is None else around(parts, chosen, trial))}
+
+
+def around(parts: Parts, sampler: Mapping[str, Any], trial: Trial) -> dict[str, Any]:
+    """{"pipeline", "stages", "whole"} of a pipeline (`difax.study.stages`), beside its sampler's plan; what a run does
+    is compiled first, and the other ways as far as the time goes."""
+    deadline, rows = time.perf_counter() + AROUND, {}
+    ways = stages.ways(parts, trial.setup.model.input_shape, trial.of.batch)
+    for i, way in sorted(enumerate(ways), key=lambda pair: not pair[1].chosen):
+        trial.tell(f"compiling {way.stage}, {way.what}, {way.how}")
+        late = None if way.chosen else deadline
+        rows[i] = stages.planned(way, trial.there, trial.target.published, trial.asked.xla, late)
+    in_turn = [rows[i] for i in range(len(ways))]
+    return {"pipeline": parts.pipeline, "stages": in_turn, "whole": stages.whole(sampler, in_turn)}
 
 
 def checked_axes(section: Mapping[str, Any], target: Absent) -> dict[str, int]:

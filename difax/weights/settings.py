@@ -38,14 +38,14 @@ def whole(least: int = 1) -> Setting:
     return Setting(f"a whole number, {least} or more", lambda value: _is_whole(value, least))
 
 
-def number(least: float = 0.0, open_end: bool = True) -> Setting:
-    """A finite number above `least`, or from it on where the end is not open."""
+def number(least: float = 0.0, open_end: bool = True, most: float = math.inf) -> Setting:
+    """A finite number above `least`, or from it on where the end is not open, up to `most`."""
 
     def fits(value: Any) -> bool:
         given = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return given and (value > least if open_end else value >= least)
+        return given and (value > least if open_end else value >= least) and value <= most
 
-    return Setting(f"a number, {'>' if open_end else '>='} {least:g}", fits)
+    return Setting(f"a number, {'>' if open_end else '>='} {least:g}{f', up to {most:g}' * (most < math.inf)}", fits)
 
 
 def one_of(*values: Any, but: str = "") -> Setting:

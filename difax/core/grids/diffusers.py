@@ -271,7 +271,7 @@ def flow_match(
 
     given = None if isinstance(sigmas, str) else np.asarray(sigmas, np.float64)
     if given is not None and (not len(given) or not np.all((given > 0) & (given <= 1)) or np.any(np.diff(given) >= 0)):
-        raise ValueError(f"flow_match: sigmas={brief(list(given))}; allowed: falling numbers in (0, 1]")
+        raise ValueError(f"flow_match: sigmas={brief([float(s) for s in given])}; allowed: falling numbers in (0, 1]")
 
     def grid(process: Process, n: int) -> np.ndarray | Times:
         only_flows("flow_match", process)

@@ -17,7 +17,7 @@ from difax.core.annotations import brief
 from difax.core.extras import needs
 from difax.core.files import named, place_of
 from difax.weights.tokenizers.special import Config, added_tokens, library, read_config
-from difax.weights.tokenizers.vocabularies import ends, vocabulary
+from difax.weights.tokenizers.vocabularies import ends, of_library, vocabulary
 
 
 class Tokenizer(NamedTuple):
@@ -74,7 +74,7 @@ def open_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     made.no_padding()
     made.encode_special_tokens = config.said.get("split_special_tokens") is True
     ids = {key: made.token_to_id(content) for key, content in names.items() if content}
-    encode, kept = _functions(made, config.one_of("truncation_side", "right", "left"))
+    encode, kept = _functions(where, made, config.one_of("truncation_side", "right", "left"))
     return Tokenizer(
         encode,
         kept,
@@ -88,7 +88,9 @@ def open_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     )
 
 
-def _functions(made: Any, direction: str) -> tuple[Callable[..., list[int]], Callable[[str, int], tuple[int, int]]]:
+def _functions(
+    where: pathlib.Path, made: Any, direction: str
+) -> tuple[Callable[..., list[int]], Callable[[str, int], tuple[int, int]]]:
     special = made.num_special_tokens_to_add(False)
 
     def content(text: str, length: int | None) -> Any:
@@ -96,13 +98,15 @@ def _functions(made: Any, direction: str) -> tuple[Callable[..., list[int]], Cal
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"a prompt whose letter {error.start} is no text; allowed: UTF-8") from None
-        found = made.encode(text, add_special_tokens=False)
+        found = of_library(where, lambda: made.encode(text, add_special_tokens=False))
         if length is not None:
             found.truncate(max(length - special, 0), direction=direction)
         return found
 
     def encode(text: str, length: int | None = None) -> list[int]:
-        return made.post_process(content(text, length)).ids
+        found = content(text, length)
+        # a token around the text that the vocabulary does not have is found here alone
+        return of_library(where, lambda: made.post_process(found).ids)
 
     def kept(text: str, length: int) -> tuple[int, int]:
         places = content(text, length).offsets

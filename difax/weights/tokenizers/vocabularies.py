@@ -61,22 +61,22 @@ def vocabulary(where: pathlib.Path, said: Mapping[str, Any]) -> Vocabulary:
     whole = where / "tokenizer.json"
     if place_of(whole) is not None:
         text = read_text(whole, "a tokenizer.json")
-        made = _made(whole, lambda: library().Tokenizer.from_str(text))
+        made = of_library(whole, lambda: library().Tokenizer.from_str(text))
         kind = _kind(made.model)
         return Vocabulary(made, kind, DEFAULTS[kind], whole=True)
     for model in (where / "spiece.model", where / "tokenizer.model"):
         if place_of(model) is not None:
             pieces = read_pieces(model)
-            return _made(model, lambda: (_llama if pieces.model == BPE else _t5)(pieces, said))  # noqa: B023
+            return of_library(model, lambda: (_llama if pieces.model == BPE else _t5)(pieces, said))  # noqa: B023
     words, pairs, plain = (where / name for name in ("vocab.json", "merges.txt", "vocab.txt"))
     if place_of(words) and place_of(pairs):
         ids, ranked = _read_ids(words), _read_merges(pairs)
         build = _clip if any(token.endswith("</w>") for token in ids) else _qwen2
-        return _made(pairs, lambda: build(ids, ranked, said))
+        return of_library(pairs, lambda: build(ids, ranked, said))
     if place_of(plain):
         text = read_text(plain, "a list of tokens").replace("\r\n", "\n").replace("\r", "\n")
         lines = text.removesuffix("\n").split("\n")
-        return _made(plain, lambda: _bert({token: id for id, token in enumerate(lines)}, said))
+        return of_library(plain, lambda: _bert({token: id for id, token in enumerate(lines)}, said))
     raise ValueError(
         f"{named(where)}: no tokenizer in it; allowed: tokenizer.json, spiece.model, tokenizer.model, vocab.json with "
         "merges.txt, or vocab.txt"
@@ -101,7 +101,7 @@ def _read_merges(path: pathlib.Path) -> list[tuple[str, ...]]:
     return ranked
 
 
-def _made(path: pathlib.Path, make: Callable[[], Any]) -> Any:
+def of_library(path: pathlib.Path, make: Callable[[], Any]) -> Any:
     """What the library makes of a file; whatever it raises is a ValueError that names the file."""
     try:
         return make()
