@@ -56,6 +56,7 @@ _ROWS = {
     "program": "program was",
     "published": "published numbers",
     "encode_seconds": "seconds of encoding the prompts",
+    "image_seconds": "seconds of encoding the image",
     "decode_seconds": "seconds of decoding the pictures",
     "compile_seconds": "compile seconds",
     "seconds_per_image": "seconds per image",

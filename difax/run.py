@@ -355,7 +355,7 @@ class Run:
             drawn = draw(
                 setup, weights, all_of, seed, program=self._program, batch=batch, watch=watch, **options, **more
             )
-        if "first_frame" in (self.setup.model.cond or ()):  # what was made of it means nothing
+        if isinstance(all_of, Mapping) and "first_frame" in all_of:  # what was made of it means nothing
             kept = np.asarray(all_of["first_frame"], drawn.samples.dtype)[:, None]
             drawn = drawn._replace(samples=np.concatenate([kept, drawn.samples[:, 1:]], 1))
         return Result(self, all_of, columns, seed, drawn, None if words is None else words * repeat)

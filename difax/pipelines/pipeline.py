@@ -73,6 +73,7 @@ class Pipeline:
           image: of a network of image-to-video, what its film begins with.
         """
         prompts = check_prompts(prompts)
+        self.seconds.pop("image", None)  # of a run before
         first = self.begins(model, image, len(prompts)) if begun_by_image(model) else {}
         begun = time.perf_counter()
         self.tell(f"encoding {len(prompts)} prompt{'s' * (len(prompts) > 1)}")
