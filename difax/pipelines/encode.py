@@ -63,6 +63,7 @@ def encoded(
     negative: bool = False,
     dtype: str = "float32",
     kept: str | None = None,
+    width: int | None = None,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """What a pipeline makes of prompts before its denoiser: tokens [n, L, D], mask [n, L], pooled [n, P].
 
@@ -71,11 +72,14 @@ def encoded(
     Args:
       tokens: of the longest prompt (`max_sequence_length`). negative: are they negative ones. dtype: of the encoders.
       kept: a folder in which embeddings are kept by their prompts' hashes; those that are there are not made again.
+      width: that the denoiser takes, which the rows of an encoder that the folder is without have.
 
     Returns:
       The arrays in float32, and what of each prompt is cut off since the encoders do not take more, "" for nothing.
     """
-    here = None if kept is None else _Kept(makeable(kept, "embeddings"), folder, prompting, tokens, negative, dtype)
+    here = (
+        None if kept is None else _Kept(makeable(kept, "embeddings"), folder, prompting, tokens, width, negative, dtype)
+    )
     places = [None if here is None else here.place(prompt) for prompt in prompts]
     rows: dict[int, tuple[dict[str, np.ndarray], str]] = {}
     for i, place in enumerate(places):
@@ -86,7 +90,7 @@ def encoded(
         some = missing[start : start + AT_ONCE]
         # a last part of fewer prompts is filled up: another number would be compiled anew
         asked = [prompts[i] for i in some] + [prompts[some[-1]]] * (min(AT_ONCE, len(missing)) - len(some))
-        arrays, cut = _encoded(folder, prompting, asked, tokens, negative, dtype)
+        arrays, cut = _encoded(folder, prompting, asked, tokens, width, negative, dtype)
         for j, i in enumerate(some):
             rows[i] = {name: a[j] for name, a in arrays.items()}, cut[j]
             if (place := places[i]) is not None:
@@ -98,7 +102,13 @@ def encoded(
 
 
 def _encoded(
-    folder: Folder, prompting: Prompting, prompts: Sequence[str], tokens: int | None, negative: bool, dtype: str
+    folder: Folder,
+    prompting: Prompting,
+    prompts: Sequence[str],
+    tokens: int | None,
+    width: int | None,
+    negative: bool,
+    dtype: str,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     parts: dict[str, Part] = {}
     cut = [""] * len(prompts)
@@ -117,7 +127,7 @@ def _encoded(
         given = {name: np.asarray(a, np.float32) for name, a in given.items()}
         pools = {name: a for name, a in given.items() if isinstance(name, str)}
         parts[rule.encoder] = finished(rule, [given[n] for n in rule.states], told.mask, pools, tokens)
-    return joined(prompting, parts, length=tokens), cut
+    return joined(prompting, parts, width=width, length=tokens), cut
 
 
 def _tokenizer_of(folder: Folder, rule: Rule) -> pathlib.Path:
@@ -202,12 +212,19 @@ class _Kept:
     """Embeddings in a folder, one file a prompt, by the hash of all that they depend on."""
 
     def __init__(
-        self, place: pathlib.Path, folder: Folder, prompting: Prompting, tokens: Any, negative: bool, dtype: str
+        self,
+        place: pathlib.Path,
+        folder: Folder,
+        prompting: Prompting,
+        tokens: Any,
+        width: Any,
+        negative: bool,
+        dtype: str,
     ):
         place.mkdir(parents=True, exist_ok=True)
         self.folder = place
         of = [_identity(folder, rule) for rule in prompting.rules]
-        self.key = json.dumps([folder.name, str(prompting), of, tokens, negative, dtype], sort_keys=True)
+        self.key = json.dumps([folder.name, str(prompting), of, tokens, width, negative, dtype], sort_keys=True)
 
     def place(self, prompt: str) -> pathlib.Path:
         return self.folder / f"{hashlib.sha256(f'{self.key}{prompt}'.encode()).hexdigest()[:32]}.safetensors"

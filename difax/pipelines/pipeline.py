@@ -52,7 +52,7 @@ class Pipeline:
         """
         begun, prompts = time.perf_counter(), check_prompts(prompts)
         rules, section = prompting(self.folder.name, self.folder.settings), self.section
-        more = {"tokens": section["tokens"], "kept": section.get("embeddings")}
+        more = {"tokens": section["tokens"], "kept": section.get("embeddings"), "width": model.cond["text"].shape[-1]}
         found, cut = encoded(self.folder, rules, prompts, **more)
         warn_of_cuts(prompts, cut, section["tokens"])
         negative = None
