@@ -46,6 +46,7 @@ FAMILIES = {
     "models: sd3": ("sd3_parity",),
     "weights": ("safetensors", "opened", "config_json"),
     "conversion": ("convert",),
+    "pipelines": ("pipelines",),
     "prompts": ("tokenizers", "prompts", "published"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),
