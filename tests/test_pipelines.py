@@ -53,6 +53,7 @@ def difference(found: np.ndarray, wanted: np.ndarray) -> float:
 @pytest.mark.parametrize("folder", some([PIXART, WAN, WAN22, KLEIN], PIXART, KLEIN), ids=lambda p: p.name)
 def test_a_prompt_becomes_the_picture_that_diffusers_makes(folder):
     run, told = opened(folder)
+    assert run.pipeline is not None
     golden = np.load(folder / "run.npz")
     cond = run.encoded(told["prompts"])
     latents = run.channels_last(golden["latents0"])
@@ -86,7 +87,7 @@ def weights(folder: pathlib.Path, components: str = "*") -> list[pathlib.Path]:
     return sorted(folder.glob(f"{components}/*.safetensors"))
 
 
-def renamed(components: str, name) -> None:
+def renamed(components: str, name):
     def change(folder):
         assert (files := weights(folder, components))
         for file in files:
