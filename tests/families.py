@@ -49,6 +49,7 @@ FAMILIES = {
     "conversion": ("convert",),
     "pipelines: refused": ("pipelines_refused", "pipelines_single"),
     "pipelines: image in": ("image_in",),
+    "pipelines": ("pipelines",),
     "prompts": ("tokenizers", "prompts", "published"),
     "training": ("train", "losses", "data", "classifier"),
     "calibration": ("fit",),

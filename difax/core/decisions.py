@@ -122,7 +122,7 @@ def inert(rows: Row, trace: Trace) -> str | None:
     Args:
       rows: that the run was made with; trace: of the run.
     """
-    if rows.plan == () or rows.plan.owner in ("none", "experts"):  # another network fills nothing
+    if rows.plan == () or rows.plan.owner in ("none", "experts"):  # a network in place of another fills nothing
         return None
     found = summary(trace)
     filled = [i for s in found["decisions"] for i, c in enumerate(s) if c not in "F "]

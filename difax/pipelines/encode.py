@@ -8,7 +8,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -54,6 +54,15 @@ def check_prompts(prompts: Any) -> list[str]:
     return list(prompts)
 
 
+class Asked(NamedTuple):
+    """What `encoded` is asked for beside its prompts; its arguments."""
+
+    tokens: int | None
+    width: int | None
+    negative: bool
+    dtype: str
+
+
 def encoded(
     folder: Folder,
     prompting: Prompting,
@@ -63,6 +72,7 @@ def encoded(
     negative: bool = False,
     dtype: str = "float32",
     kept: str | None = None,
+    width: int | None = None,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """What a pipeline makes of prompts before its denoiser: tokens [n, L, D], mask [n, L], pooled [n, P].
 
@@ -71,11 +81,13 @@ def encoded(
     Args:
       tokens: of the longest prompt (`max_sequence_length`). negative: are they negative ones. dtype: of the encoders.
       kept: a folder in which embeddings are kept by their prompts' hashes; those that are there are not made again.
+      width: that the denoiser takes, which the rows of an encoder that the folder is without have.
 
     Returns:
       The arrays in float32, and what of each prompt is cut off since the encoders do not take more, "" for nothing.
     """
-    here = None if kept is None else _Kept(makeable(kept, "embeddings"), folder, prompting, tokens, negative, dtype)
+    how = Asked(tokens, width, negative, dtype)
+    here = None if kept is None else _Kept(makeable(kept, "embeddings"), folder, prompting, how)
     places = [None if here is None else here.place(prompt) for prompt in prompts]
     rows: dict[int, tuple[dict[str, np.ndarray], str]] = {}
     for i, place in enumerate(places):
@@ -86,7 +98,7 @@ def encoded(
         some = missing[start : start + AT_ONCE]
         # a last part of fewer prompts is filled up: another number would be compiled anew
         asked = [prompts[i] for i in some] + [prompts[some[-1]]] * (min(AT_ONCE, len(missing)) - len(some))
-        arrays, cut = _encoded(folder, prompting, asked, tokens, negative, dtype)
+        arrays, cut = _encoded(folder, prompting, asked, how)
         for j, i in enumerate(some):
             rows[i] = {name: a[j] for name, a in arrays.items()}, cut[j]
             if (place := places[i]) is not None:
@@ -98,17 +110,17 @@ def encoded(
 
 
 def _encoded(
-    folder: Folder, prompting: Prompting, prompts: Sequence[str], tokens: int | None, negative: bool, dtype: str
+    folder: Folder, prompting: Prompting, prompts: Sequence[str], how: Asked
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     parts: dict[str, Part] = {}
     cut = [""] * len(prompts)
     for rule in prompting.rules:
         if rule.encoder not in folder.components and rule.missing:
             continue
-        found = find_encoder(folder.component(rule.encoder), dtype, folder.components[rule.encoder] or None)
+        found = find_encoder(folder.component(rule.encoder), how.dtype, folder.components[rule.encoder] or None)
         tokenizer = open_tokenizer(_tokenizer_of(folder, rule))
         told = tokenised(
-            rule, tokenizer, prompts, tokens, negative=negative, most=found.encoder.length, multiple=MULTIPLE
+            rule, tokenizer, prompts, how.tokens, negative=how.negative, most=found.encoder.length, multiple=MULTIPLE
         )
         # an encoder that is cut at fewer tokens than another loses nothing that the other has not
         cut = told.cut if not parts else [min(a, b, key=len) for a, b in zip(told.cut, cut, strict=True)]
@@ -116,8 +128,8 @@ def _encoded(
         given = states(found, told.ids, seen(rule, told.mask), wanted, rule.pool is not None)
         given = {name: np.asarray(a, np.float32) for name, a in given.items()}
         pools = {name: a for name, a in given.items() if isinstance(name, str)}
-        parts[rule.encoder] = finished(rule, [given[n] for n in rule.states], told.mask, pools, tokens)
-    return joined(prompting, parts, length=tokens), cut
+        parts[rule.encoder] = finished(rule, [given[n] for n in rule.states], told.mask, pools, how.tokens)
+    return joined(prompting, parts, width=how.width, length=how.tokens), cut
 
 
 def _tokenizer_of(folder: Folder, rule: Rule) -> pathlib.Path:
@@ -202,13 +214,11 @@ def warn_of_cuts(prompts: Sequence[str], cut: Sequence[str], tokens: Any) -> Non
 class _Kept:
     """Embeddings in a folder, one file a prompt, by the hash of all that they depend on."""
 
-    def __init__(
-        self, place: pathlib.Path, folder: Folder, prompting: Prompting, tokens: Any, negative: bool, dtype: str
-    ):
+    def __init__(self, place: pathlib.Path, folder: Folder, prompting: Prompting, how: Asked):
         place.mkdir(parents=True, exist_ok=True)
         self.folder = place
         of = [_identity(folder, rule) for rule in prompting.rules]
-        self.key = json.dumps([folder.name, str(prompting), of, tokens, negative, dtype], sort_keys=True)
+        self.key = json.dumps([folder.name, str(prompting), of, *how], sort_keys=True)
 
     def place(self, prompt: str) -> pathlib.Path:
         return self.folder / f"{hashlib.sha256(f'{self.key}{prompt}'.encode()).hexdigest()[:32]}.safetensors"

@@ -78,7 +78,7 @@ class Pipeline:
         begun = time.perf_counter()
         self.tell(f"encoding {len(prompts)} prompt{'s' * (len(prompts) > 1)}")
         rules, section = prompting(self.folder.name, self.folder.settings), self.section
-        more = {"tokens": section["tokens"], "kept": section.get("embeddings")}
+        more = {"tokens": section["tokens"], "kept": section.get("embeddings"), "width": model.cond["text"].shape[-1]}
         found, cut = encoded(self.folder, rules, prompts, **more)
         warn_of_cuts(prompts, cut, section["tokens"])
         negative = None

@@ -1,8 +1,8 @@
-"""Writes tiny pipelines as diffusers saves them, pipeline_pixart, pipeline_wan and pipeline_flux2, each with run.npz:
-one run of diffusers on the CPU in float32, its prompts, token ids, embeddings, the first latents, those behind each
-step, and the pictures. Random weights; norms and gates are random too.
+"""Writes tiny pipelines as diffusers saves them, pipeline_pixart, pipeline_wan, pipeline_wan22 (two networks) and
+pipeline_klein, each with run.npz: one run of diffusers on the CPU in float32, its prompts, token ids, the first
+latents, those behind each step, and the pictures. Random weights; norms and gates are random too.
 
-  python tests/golden/make_pipelines.py [NAME ...]       (torch 2.13.0, diffusers 0.42.1, transformers 5.24.0)
+  python tests/golden/make_pipelines.py [NAME ...]        (torch 2.13.0, diffusers 0.42.1, transformers 5.24.0)
 """
 
 import json
@@ -58,24 +58,22 @@ def tokenizer(folder: pathlib.Path) -> PreTrainedTokenizerFast:
     )
 
 
-# of Qwen3, without thinking, as far as one prompt goes
 CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}"  # a line's end at the end of a template is dropped
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- if enable_thinking is false %}"
+    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte a token, and Qwen3's special ones."""
-    made = Tokenizer(BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+def bytewise() -> PreTrainedTokenizerFast:
+    """Qwen's kind: bytes, one pair of them merged, and tokens of a chat."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(BPE({piece: i for i, piece in enumerate([*letters, "Ġa"])}, [("Ġ", "a")]))
     made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    made.add_tokens(["<think>", "</think>"])
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<|endoftext|>", eos_token="<|im_end|>", model_max_length=512,
-        chat_template=CHAT,
+        tokenizer_object=made, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=CHAT,
+        additional_special_tokens=["<|im_start|>", "<think>", "</think>"], model_max_length=512,
     )  # fmt: skip
 
 
@@ -87,6 +85,9 @@ def randomised(module: torch.nn.Module, seed: int) -> torch.nn.Module:
         norm = "norm" in name and parameter.ndim == 1 and name.endswith("weight") or name.endswith("gamma")
         scale = 0.1 if norm or parameter.ndim == 1 else parameter[0].numel() ** -0.5
         parameter.data = (1.0 + 0.1 * noise) if norm else scale * noise
+    for name, buffer in module.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.data = 0.5 + torch.rand(buffer.shape, generator=generator)
     return module.eval()
 
 
@@ -112,11 +113,15 @@ def pixart() -> PixArtSigmaPipeline:
     )
 
 
-def wan() -> WanPipeline:
+def wan_network(seed: int) -> WanTransformer3DModel:
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
         freq_dim=32, ffn_dim=32, num_layers=2,
     )  # fmt: skip
+    return randomised(transformer, seed)
+
+
+def wan(**more) -> WanPipeline:
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.1, 0.9, 1.0, 1.2],
@@ -126,42 +131,47 @@ def wan() -> WanPipeline:
         tokenizer=tokenizer(HERE),
         text_encoder=randomised(UMT5EncoderModel(UMT5Config(**ENCODER)), 3),
         vae=randomised(vae, 4),
-        transformer=randomised(transformer, 5),
+        transformer=wan_network(5),
         scheduler=scheduler,
+        **more,
     )
 
 
-def flux2() -> Flux2KleinPipeline:
-    """Undistilled, with a guidance embedding in the weights, which the pipeline leaves unused."""
-    config = Qwen3Config(
-        vocab_size=264, hidden_size=8, intermediate_size=8, num_hidden_layers=28, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=4, max_position_embeddings=512, tie_word_embeddings=True,
-    )  # fmt: skip
+def wan22() -> WanPipeline:
+    """Wan 2.2's two networks: of three steps at shift 3 (999, 857, 599) the first is made with the first."""
+    return wan(transformer_2=wan_network(6), boundary_ratio=0.875)
+
+
+def klein() -> Flux2KleinPipeline:
     transformer = Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=24, timestep_guidance_channels=32, axes_dims_rope=(2, 2, 2, 2),
+        joint_attention_dim=24, timestep_guidance_channels=32, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
     )  # fmt: skip
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
     )  # fmt: skip
-    statistics = torch.Generator().manual_seed(8)
-    vae.bn.running_mean = 0.3 * torch.randn(16, generator=statistics)
-    vae.bn.running_var = 0.5 + torch.rand(16, generator=statistics)
+    # of 28 layers, since the states of 9, 18 and 27 are taken
+    encoder = Qwen3Config(
+        vocab_size=262, hidden_size=8, intermediate_size=8, num_hidden_layers=28, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, tie_word_embeddings=True, rope_theta=1e6,
+    )  # fmt: skip
     return Flux2KleinPipeline(
-        tokenizer=byte_tokenizer(),
-        text_encoder=randomised(Qwen3ForCausalLM(config), 6),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=randomised(vae, 7),
-        transformer=randomised(transformer, 8),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder=randomised(Qwen3ForCausalLM(encoder), 8),
+        tokenizer=bytewise(),
+        transformer=randomised(transformer, 9),
     )
 
 
 CALLS = {
     "pixart": (pixart, {"height": 16, "width": 24, "use_resolution_binning": False, "clean_caption": False,
                         "max_sequence_length": 24}),
-    "flux2": (flux2, {"height": 24, "width": 32, "max_sequence_length": 64}),
     "wan": (wan, {"height": 32, "width": 48, "num_frames": 5, "max_sequence_length": 24}),
+    "wan22": (wan22, {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 24, "guidance_scale": 4.0,
+                      "guidance_scale_2": 3.0}),
+    "klein": (klein, {"height": 16, "width": 24, "max_sequence_length": 64}),
 }  # fmt: skip
 
 
@@ -185,12 +195,10 @@ def write(name: str) -> None:
         return found
 
     pipeline.scheduler.step, pipeline.prepare_latents = stepped, prepared
-    # that of FLUX.2 klein is always empty
-    negative = {"pixart": {"negative_prompt": NEGATIVE}, "wan": {"negative_prompt": [NEGATIVE] * 2}}.get(name, {})
     with torch.no_grad():
         images = pipeline(
-            prompt=PROMPTS, num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0),
-            **negative, **call,
+            prompt=PROMPTS, num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0), **call,
+            **({} if name == "klein" else {"negative_prompt": NEGATIVE if name == "pixart" else [NEGATIVE] * 2}),
         )[0]  # fmt: skip
     run |= {"steps": np.stack(latents, 1), "output": images.astype(np.float32)}
     ids = pipeline.tokenizer(PROMPTS, padding="max_length", max_length=24, truncation=True, return_tensors="np")[
@@ -198,7 +206,9 @@ def write(name: str) -> None:
     ]
     np.savez_compressed(folder / "run.npz", ids=ids.astype(np.int32), **run)
     (folder / "run.json").write_text(
-        json.dumps({"prompts": PROMPTS, "negative": NEGATIVE if negative else "", "steps": 3, **call}, indent=1)
+        json.dumps(
+            {"prompts": PROMPTS, "negative": None if name == "klein" else NEGATIVE, "steps": 3, **call}, indent=1
+        )
     )
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     print(f"{folder.name}: {size:,} bytes, {images.shape}, std {images.std():.3f}, latents {latents[-1].std():.3f}")

@@ -273,15 +273,12 @@ def flow_match(
     if given is not None and (not len(given) or not np.all((given > 0) & (given <= 1)) or np.any(np.diff(given) >= 0)):
         raise ValueError(f"flow_match: sigmas={brief([float(s) for s in given])}; allowed: falling numbers in (0, 1]")
 
-    def grid(process: Process, n: int) -> np.ndarray | Times:
-        only_flows("flow_match", process)
+    def laid(process: Process, n: int, dtype: type) -> np.ndarray:
         by, total = process.shift if shift is None else shift, num_train_timesteps
-        if given is not None and len(given) != n:
-            raise ValueError(f"flow_match: {len(given)} sigmas; allowed: the {n} of steps={n}")
         if given is not None:
-            sigma = given
+            sigma = given.astype(dtype)
         elif sigmas == "pipeline":
-            sigma = np.linspace(1, 1 / n, n)
+            sigma = np.linspace(1, 1 / n, n).astype(dtype)
         else:
             sigma = np.linspace(1, 1 / total if use_dynamic_shifting else shift_time(1 / total, by), n)
         moved = mu
@@ -289,10 +286,17 @@ def flow_match(
             moved = math.log(process.shift) if time_shift_type == "exponential" else process.shift
         sigma = _shifted(sigma, by, use_dynamic_shifting, moved, time_shift_type)
         sigma = sigma if shift_terminal is None else stretched(sigma, shift_terminal)
-        if curves:
-            sigma = _curve(curves[0], sigma[-1], sigma[0], n)
-        times = np.append(sigma, 0.0)
-        return Times(times, (1 - sigma) * total) if invert_sigmas else times
+        return (_curve(curves[0], sigma[-1], sigma[0], n) if curves else sigma).astype(dtype)
+
+    def grid(process: Process, n: int) -> np.ndarray | Times:
+        only_flows("flow_match", process)
+        if given is not None and len(given) != n:
+            raise ValueError(f"flow_match: {len(given)} sigmas; allowed: the {n} of steps={n}")
+        # rounded as there, since a network tells 1000 t from its neighbour in float32; not where two would be one
+        sigma = laid(process, n, np.float32)
+        sigma = sigma if np.all(np.diff(sigma) < 0) else laid(process, n, np.float64)
+        times = np.append(sigma.astype(np.float64), 0.0)
+        return Times(times, (1 - sigma) * num_train_timesteps) if invert_sigmas else times
 
     return grid
 

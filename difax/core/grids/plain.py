@@ -176,6 +176,7 @@ def logit(mu: float = 0.0, scale: float = 1.0) -> Grid:
 
 
 def logit_shift(t: np.ndarray, shift: float, scale: float = 1.0) -> np.ndarray:
-    """shift/(shift + (1/t - 1)^scale), in numpy; 0 at t = 0."""
+    """shift/(shift + (1/t - 1)^scale), in numpy, in float64 unless t is in float32; 0 at t = 0."""
+    t = np.asarray(t)
     with np.errstate(divide="ignore"):
-        return shift / (shift + (1 / np.asarray(t, np.float64) - 1) ** scale)
+        return shift / (shift + (1 / (t if t.dtype == np.float32 else t.astype(np.float64)) - 1) ** scale)
