@@ -577,6 +577,7 @@ def test_the_network_that_does_not_run_is_not_read():
         assert np.isfinite(sampler(with_learned(first, cache), x, keys, jnp.array([1]), rows, 1.0)[0]).all()
 
 
+@pytest.mark.slow
 def test_the_second_networks_depth_is_that_of_its_weights(tmp_path, capsys):
     """By the command, from the file of a model of another depth."""
     smoke = load_config("fmnist_smoke")
@@ -695,6 +696,7 @@ def fitted(tmp_path_factory):
     return sampler, path, arrays, lines
 
 
+@pytest.mark.slow
 def test_a_head_is_fitted_to_the_exact_derivative(fitted):
     _, _, arrays, lines = fitted
     print(lines[-1])

@@ -393,6 +393,7 @@ def test_damage_is_named_in_every_file(tmp_path, converted, damage):
         shutil.rmtree(target)
 
 
+@pytest.mark.slow
 def test_an_older_folder_names_the_chunk_that_is_missing_or_damaged(tmp_path, converted):
     spec = opened(converted)[1]
     for name in ("blocks.qkv.kernel/1.0.0", "blocks.qkv.kernel/.zarray", "_METADATA", "ends.label/0.0"):

@@ -131,6 +131,7 @@ def test_what_data_names(tmp_path, data_dir, pictures):
         data_section(str(tmp_path / "a.txt"), {})
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_from_training_to_pareto(pictures, tmp_path, monkeypatch, capsys):
     """`difax train --data FOLDER`, `difax sample` from the run alone, with its class names, `difax pareto --data`."""
     root, _ = pictures

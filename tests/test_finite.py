@@ -70,6 +70,7 @@ def watched(
     assert all(np.isfinite(a).all() for a in jax.tree.leaves((samples, trace)))
 
 
+@pytest.mark.slow
 def test_what_is_watched_can_be_seen():
     """The counterpart: an accelerator that makes one infinity that reaches nothing."""
 

@@ -331,7 +331,8 @@ def test_the_shift_follows_from_the_tokens_and_the_steps():
     for arg, steps, scale in (("klein-4B", 4, 1.0), ("base-9B", 50, 4.0)):
         setup = build_setup(override(load_config(f"flux2_klein:{arg}"), narrow))
         shift, s = np.exp(MU[64, 64, steps]), np.linspace(1, 1 / steps, steps)
-        np.testing.assert_allclose(setup.times, [*(shift * s / (1 + (shift - 1) * s)), 0.0], rtol=1e-9)
+        # in float32, as diffusers has them
+        np.testing.assert_allclose(setup.times, [*(shift * s / (1 + (shift - 1) * s)), 0.0], atol=1.2e-7)
         assert load_config(f"flux2_klein:{arg}")["scale"] == scale
     for module in (flux2_klein, flux2_tiny):
         with pytest.raises(ValueError, match="config flux2_.*:klein-3B; allowed"):

@@ -209,6 +209,7 @@ def test_what_a_thread_still_writes_is_seen_whole_or_not_at_all(tmp_path):
                 half.mkdir()
                 for name in names:
                     (half / name).write_text("x")
+                    time.sleep(5e-5)  # there is a moment between two files, on the quickest machine too
                 half.rename(final)
             except OSError:
                 pass

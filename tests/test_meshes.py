@@ -309,6 +309,7 @@ def losses(photos, folder, **more):
     return [line["loss"] for line in seen if "loss" in line], state
 
 
+@pytest.mark.slow
 def test_training_over_devices_is_that_of_one_and_its_run_goes_on_and_is_drawn_from_anywhere(photos, tmp_path):
     want, one = losses(photos, tmp_path / "one", **{"train.devices": 1})
     half, _ = losses(photos, tmp_path / "cut", mesh="data=2,fsdp=2,tensor=2", **{"train.steps": 2})

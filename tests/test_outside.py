@@ -89,6 +89,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_of_contributing_runs(tmp_path, monkeypatch, capsys):
     """The page's cache, under the name that the page gives it, in a folder outside of the repository, by the page's
     own commands: sampled with and measured beside a built-in one."""

@@ -313,6 +313,7 @@ def run_of(**settings) -> difax.Run:
 PARADIGMS = {"name": "paradigms", "window": 8, "tolerance": 0.0}
 
 
+@pytest.mark.slow
 def test_a_window_of_one_sample_lies_on_all_devices():
     """One sample, eight rows of it at once, eight devices: each has one, and they draw what one device draws."""
     one, many = (run_of(solver=PARADIGMS, **mesh) for mesh in ({}, {"mesh": {"data": 8}}))

@@ -55,6 +55,7 @@ def rows_of(out: pathlib.Path) -> dict[str, dict]:
     return {row["method"]: row for row in map(json.loads, (out / "rows.jsonl").read_text().splitlines())}
 
 
+@pytest.mark.slow
 @needs_tokenizers
 @pytest.mark.parametrize("folder", some([PIXART, WAN], PIXART))
 def test_pareto_compares_decoded_pictures_of_prompts(folder, tmp_path):

@@ -292,7 +292,8 @@ def test_the_configuration_has_the_published_times():
     shift = np.exp(0.5 + 0.4 * (tokens - 256) / 7936)
     s = np.linspace(1, 1 / 50, 50)
     s = shift * s / (1 + (shift - 1) * s)
-    np.testing.assert_allclose(setup.times, [*(1 - (1 - s) * 0.98 / (1 - s[-1])), 0.0], rtol=1e-9)
+    # in float32, as diffusers has them
+    np.testing.assert_allclose(setup.times, [*(1 - (1 - s) * 0.98 / (1 - s[-1])), 0.0], atol=1.2e-7)
     assert setup.model.input_shape == (116, 208, 16)
     with pytest.raises(ValueError, match="config qwen_image:1000; allowed"):
         published.get_config("1000")
