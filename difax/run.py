@@ -38,9 +38,10 @@ from difax.core.qtensor import size_in_bytes
 from difax.media.films import RATE
 from difax.media.images import picture, pictured
 from difax.media.samples import check_latents, check_output, save_samples
+from difax.pipelines.encode import check_prompts
 from difax.pipelines.folder import is_pipeline
 from difax.pipelines.pipeline import Pipeline, begun_by_image, network_of
-from difax.pipelines.preview import Preview, previewing
+from difax.pipelines.preview import Preview, check_preview, previewing
 from difax.pipelines.section import COMPONENTS
 from difax.program import (
     Drawn,
@@ -319,16 +320,19 @@ class Run:
           ValueError: a condition, seed or latents that the model cannot take, an image or a mask that is none.
         """
         check_seed(seed)
+        if self.pipeline is not None:
+            self.pipeline.seconds.clear()
         if prompt is not None and cond is not None:
             raise ValueError("cond and prompt exclude each other; allowed: one of them")
         words = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
         first = begun_by_image(self.setup.model)
         if first and words is None and image is not None:
             raise ValueError(f"{self.setup.model.name}: image without prompt; allowed: both, or cond, which holds both")
-        row = self.conditions(cond) if words is None else self.encoded(words, image if first else None)
-        image = None if first else image
-        columns = len(jax.tree.leaves(row)[0])
-        all_of, n = self._repeated(row, repeat), columns * repeat
+        row = None if words is not None else self.conditions(cond)
+        columns = len(jax.tree.leaves(row)[0]) if words is None else len(check_prompts(words))
+        begins, image = (image, None) if first else (None, image)
+        _counted(repeat=repeat)
+        n = columns * repeat
         setup, shape = self.setup, self.setup.model.input_shape
         if latents is not None:
             latents = check_latents(self.channels_last(latents), n, shape)
@@ -345,6 +349,10 @@ class Run:
         if batch is not None:
             _counted(batch=batch)
         batch = 1 if batch is None and self.pipeline is not None else batch
+        check_preview(preview)
+        if words is not None:  # when all else is known to be right
+            row = self.encoded(words, begins)
+        all_of = self._repeated(row, repeat)
         options: dict[str, Any] = {"latents": latents, "progress": progress}
         if self.setup.by_label is not None:
             if more:

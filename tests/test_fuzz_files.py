@@ -582,7 +582,7 @@ CASES = [
     if (not name.startswith("pipeline: ") or name.endswith(("index.json", "r.json")))
     and name not in ("checkpoint of a run", "converted weights")
 ]
-CASES += [pytest.param(name, ALL, marks=pytest.mark.slow) for name in KINDS]
+CASES += [pytest.param(name, 40 if name.startswith("pipeline: ") else ALL, marks=pytest.mark.slow) for name in KINDS]
 
 
 @pytest.mark.parametrize(("name", "count"), CASES)

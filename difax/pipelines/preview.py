@@ -23,6 +23,12 @@ class Preview(NamedTuple):
     show: Callable[[int, int, np.ndarray], None]
 
 
+def check_preview(preview: Preview | None) -> None:
+    """Refuses a preview every 0 evaluations or fewer."""
+    if preview is not None and check_value("preview.every", preview.every, int) < 1:
+        raise ValueError(f"preview.every={preview.every}; allowed: 1 or more")
+
+
 @contextlib.contextmanager
 def previewing(
     preview: Preview | None, pipeline: Pipeline | None, evaluations: int
@@ -32,13 +38,12 @@ def previewing(
     Pictures are decoded by a thread of their own, beside the run: what is called back may not wait for a device.
 
     Raises:
-      ValueError: a preview every 0 evaluations or fewer; what showing raised.
+      ValueError: as `check_preview`; what showing raised.
     """
+    check_preview(preview)
     if preview is None:
         yield None
         return
-    if check_value("preview.every", preview.every, int) < 1:
-        raise ValueError(f"preview.every={preview.every}; allowed: 1 or more")
     waiting: queue.Queue[Any] = queue.Queue()
     failed: list[BaseException] = []
 
