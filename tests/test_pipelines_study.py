@@ -264,7 +264,7 @@ def test_a_shift_by_steps_goes_along_with_them(monkeypatch):
     """FLUX.2's mu is of the number of steps, so a method of fewer steps has its own."""
     asked = pipeline_config(PIXART, [*SIZES[PIXART].items(), ("steps", 4)])
     recipe = RECIPES["PixArtSigmaPipeline"]._replace(mu=flux2_mu)
-    monkeypatch.setattr(module, "open_pipeline", lambda path: (open_pipeline(path)[0], recipe))
+    monkeypatch.setattr(module, "open_pipeline", lambda path, given=None: (open_pipeline(path)[0], recipe))
     tokens = int(np.prod(asked["model"]["size"])) // recipe.patch**2
     before = {**asked, "grid": {"name": "flow_match", "mu": flux2_mu(tokens, 4)}}
     after = module.piped({**before, "steps": 8}, before)
