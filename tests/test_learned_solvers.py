@@ -226,11 +226,10 @@ FITS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "samples", "batch"),
-    some(FITS, FITS[0], FITS[3]),
-    ids=lambda v: v if isinstance(v, str) else "",
-)
+ROWS = [row if row[0] in ("bns", "iia") else pytest.param(*row, marks=pytest.mark.slow) for row in FITS]
+
+
+@pytest.mark.parametrize(("name", "settings", "samples", "batch"), ROWS, ids=lambda v: v if isinstance(v, str) else "")
 def test_a_fit_lowers_the_loss_on_held_out_noise_and_is_sampled_with(name, settings, samples, batch, sampler, tmp_path):
     lines, steps = [], 6 if name == "usf" else 4  # of four steps of a flow, one alone has settings that change anything
     sampler = sampler if steps == 4 else sampler_of(steps)
