@@ -359,6 +359,8 @@ class Run:
                 raise ValueError("steps_by: labels of other steps each; allowed: without noise, image and mask")
             return Result(self, all_of, columns, seed, self._by_label(all_of, seed, **options))
         weights = (lambda: self.prepared) if self._prepared is None else self._prepared
+        if self.pipeline is not None:
+            self.pipeline.tell("denoising")
         with previewing(preview, self.pipeline, len(setup.rows.i)) as watch:
             drawn = draw(
                 setup, weights, all_of, seed, program=self._program, batch=batch, watch=watch, **options, **more

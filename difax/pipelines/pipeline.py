@@ -73,7 +73,6 @@ class Pipeline:
           image: of a network of image-to-video, what its film begins with.
         """
         prompts = check_prompts(prompts)
-        self.seconds.pop("image", None)  # of a run before
         first = self.begins(model, image, len(prompts)) if begun_by_image(model) else {}
         begun = time.perf_counter()
         self.tell(f"encoding {len(prompts)} prompt{'s' * (len(prompts) > 1)}")
@@ -90,7 +89,6 @@ class Pipeline:
         told |= first
         cond = conditions(model, found, negative, told)
         self.seconds["encode"] = time.perf_counter() - begun
-        self.tell("denoising")
         return cond
 
     def known(self, image: Any, mask: Any, n: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -112,7 +110,6 @@ class Pipeline:
         free = None if mask is None else read_masks(mask, n, pixels.shape[1:3], self.sides)
         latents = self._encoded(self._resized(pixels))
         self.seconds["image"] = time.perf_counter() - begun
-        self.tell("denoising")
         every = lambda a: np.broadcast_to(a, (n, *a.shape[1:]))  # noqa: E731
         if free is None:
             return every(latents), None
