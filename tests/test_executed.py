@@ -20,6 +20,7 @@ from tests.toys import randomise
 SMALL = [("model.depth", 4), ("model.width", 64), ("model.heads", 2), ("model.size", 16), ("steps", 12)]
 # thresholds at which the random network computes some and fills some, and what a network of four blocks can have
 INSTEAD = {
+    "magcache, published": {"cache.ratios": (1.0,) + (0.99, 0.97, 1.02) * 3 + (0.98, 0.96)},  # of a network of its own
     "teacache 0.1": {"cache.threshold": 0.5},
     "teacache 0.2": {"cache.threshold": 1.0},
     "fbcache 0.08": {"cache.threshold": 0.6},

@@ -49,24 +49,22 @@ def locked(folder: str | os.PathLike, what: str) -> Iterator[None]:
     """
     path = pathlib.Path(folder) / LOCK
     opened: list[int] = []
-
-    def release() -> None:
-        while opened:
-            os.close(opened.pop())
-        _remove_ours(path)
-
-    with undone(release):  # before the file is there: a signal may come between
-        sure = _open(path, opened)
-        _check(path, _owner(opened[-1]), sure)
-        me = {"what": what, "pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        me |= {} if _job() is None else {"job": _job()}
-        os.ftruncate(opened[-1], 0)
-        os.pwrite(opened[-1], json.dumps(me).encode(), 0)
-        yield
+    with undone(remove_ours, path):  # before the file is there: a signal may come between
+        try:
+            sure = _open(path, opened)
+            _check(path, _owner(opened[-1]), sure)
+            me = {"what": what, "pid": os.getpid(), "host": platform.node()}
+            me |= {"since": time.strftime("%Y-%m-%d %H:%M:%S %z")} | ({} if _job() is None else {"job": _job()})
+            os.ftruncate(opened[-1], 0)
+            os.pwrite(opened[-1], json.dumps(me).encode(), 0)
+            yield
+        finally:
+            while opened:
+                os.close(opened.pop())
 
 
-def _remove_ours(path: pathlib.Path) -> None:
-    """Removes the file if it names this process, or nobody and nobody holds it."""
+def remove_ours(path: pathlib.Path) -> None:
+    """Removes the file of a lock if it names this process, or nobody and nobody holds it."""
     with contextlib.suppress(OSError):
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:

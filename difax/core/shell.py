@@ -3,13 +3,16 @@
 A signal cannot wait for Python: XLA compiles for minutes without returning to it, threads of orbax write on, and an
 exception that lands in the middle of an import is swallowed or turned into another. So a thread of its own ends the
 process as soon as a signal comes, with one line and without what was half-written; the main thread does nothing more.
+Files go when the other threads are gone, too: the process replaces itself by a short program that removes them.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import os
+import pathlib
 import re
 import select
 import signal
@@ -23,24 +26,28 @@ INTERRUPTED = 130  # the exit code of a process that was told to end
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 _LIMIT = 2.0  # seconds after a signal in which the process is over, whatever becomes of what it removes
 
-_under_way: list[Callable[[], None]] = []
+_under_way: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
 _ending = threading.Lock()
 _stderr = 2  # the descriptor of what people read
 
 
 @contextlib.contextmanager
-def undone(undo: Callable[[], None]) -> Iterator[None]:
-    """Calls `undo` after the block, and also where a signal ends the process within it.
+def undone(undo: Callable[..., None], *paths: str | os.PathLike) -> Iterator[None]:
+    """Calls `undo(*paths)` after the block, and also where a signal ends the process within it.
 
     Args:
       undo: removes what nobody shall find; quick, imports nothing, and may be called twice.
+      paths: that it takes; then it is a function of a module that needs the standard library alone, and after a signal
+        is called when no thread of the process is left. Those of orbax and tensorstore write on until then: they make
+        anew the folders that they write to, and would rename one that is half removed as a whole one.
     """
-    _under_way.append(undo)
+    entry = (undo, paths)
+    _under_way.append(entry)
     try:
         yield
     finally:
-        _under_way.remove(undo)
-        undo()
+        _under_way.remove(entry)
+        undo(*paths)
 
 
 def end_at_signals() -> Callable[[int], None]:
@@ -111,10 +118,41 @@ def end_now(word: str, code: int = INTERRUPTED) -> None:
             os.dup2(nowhere, number)  # nothing follows the line: threads of C++ would tell what they miss
         start = "\n" if getattr(sys.stderr, "open_line", False) else ""
         os.write(shown, f"{start}difax: error: {word}\n".encode())
-    for undo in reversed(_under_way.copy()):
+    left = _under_way[::-1]
+    last = [(undo, paths) for undo, paths in left if paths]
+    for undo, _ in (entry for entry in left if entry not in last):
         with contextlib.suppress(Exception):
             undo()
+    words = [w for undo, paths in last for path in paths for w in (undo.__module__, undo.__name__, os.fspath(path))]
+    if words and sys.executable:
+        with contextlib.suppress(Exception):
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            home = str(pathlib.Path(__file__).parents[2])
+            # which ends all threads of the process and keeps its number
+            os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", _LAST, home, str(code), *words])
+    for undo, paths in last:
+        with contextlib.suppress(Exception):
+            undo(*paths)
     os._exit(code)
+
+
+_LAST = "import sys; sys.path.append(sys.argv[1]); from difax.core.shell import undo_last; undo_last(*sys.argv[2:])"
+
+
+def undo_last(code: str, *words: str) -> None:
+    """What a process that a signal ends does at the very end, as a program of one thread.
+
+    Args:
+      code: that it ends with.
+      words: module, function and path in turn.
+    """
+    limit = threading.Timer(_LIMIT, os._exit, [int(code)])
+    limit.daemon = True
+    limit.start()
+    for module, name, path in zip(words[::3], words[1::3], words[2::3], strict=True):
+        with contextlib.suppress(Exception):
+            getattr(importlib.import_module(module), name)(pathlib.Path(path))
+    os._exit(int(code))
 
 
 class DifaxWarning(UserWarning):

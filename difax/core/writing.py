@@ -46,7 +46,7 @@ def beside(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     remove_left(path.parent)
     end = f".{_HOST}.{os.getpid()}.part"
     aside = path.with_name(f".{_shortened(path.name, 254 - len(end))}{end}")
-    with undone(lambda: remove(aside)):
+    with undone(remove, aside):
         with writing(path):
             remove(aside)
             yield aside
@@ -115,15 +115,12 @@ def remove(path: pathlib.Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def give_up(half: pathlib.Path, final: pathlib.Path) -> None:
-    """Removes a folder that threads, of this process too, fill and rename to `final` when it is whole, so that `final`
-    is there whole or not at all: an empty file has its name meanwhile, which no folder can take. A process that is
-    killed in here leaves that file."""
-    with contextlib.suppress(FileExistsError):  # they were quicker, or it is of another time
-        os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
-    remove(half)
-    if not final.is_dir():
-        final.unlink(missing_ok=True)
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes the checkpoints of a folder that are, or were, being written: orbax renames those that are whole."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if ".orbax-checkpoint-tmp" in entry.name:
+                remove(pathlib.Path(entry.path))
 
 
 def _shortened(name: str, room: int) -> str:

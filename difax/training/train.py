@@ -29,7 +29,7 @@ from difax.core.files import check_object, listed, makeable, named, place_of, re
 from difax.core.lock import LOCK, locked
 from difax.core.placement import SAMPLES, Axes, Placement, make_placement, placed, shapes_at
 from difax.core.shell import undone
-from difax.core.writing import append_line, give_up, replacing, unwritable, writing
+from difax.core.writing import append_line, remove_unfinished, replacing, unwritable, writing
 from difax.training.checkpoints import not_finite, open_checkpoints, restored, restored_part
 from difax.training.data import Images, batches
 from difax.training.losses import Loss
@@ -215,8 +215,8 @@ def train(
         except OSError as error:
             raise unwritable(folder, error) from None
         held.enter_context(locked(folder, "difax train"))
-        held.enter_context(undone(lambda: _remove_unfinished(folder)))
-        _remove_unfinished(folder)
+        held.enter_context(undone(remove_unfinished, folder / "checkpoints"))
+        remove_unfinished(folder / "checkpoints")
         check_folder(folder, resume)  # another process may have been here before the lock was ours
         _check_config(folder, config, resume)
         if not resume:
@@ -346,16 +346,6 @@ def _check_finite(folder: pathlib.Path, step: int, state: TrainState) -> None:
 
 def _kept(folder: pathlib.Path) -> str:
     return f"checkpoints up to the last good one are kept in {folder / 'checkpoints'}"
-
-
-def _remove_unfinished(folder: pathlib.Path) -> None:
-    """Removes checkpoints that are, or were, being written: orbax renames those that are whole."""
-    folder = folder / "checkpoints"
-    with contextlib.suppress(OSError):
-        for entry in list(os.scandir(folder)):
-            step, mark, _ = entry.name.partition(".orbax-checkpoint-tmp")
-            if mark or (step.isdigit() and entry.is_file(follow_symlinks=False) and not entry.stat().st_size):
-                give_up(folder / entry.name, folder / step)
 
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any]:
