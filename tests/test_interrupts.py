@@ -200,7 +200,7 @@ def test_what_a_killed_process_left_goes_and_what_lives_stays(tmp_path):
 # threads as orbax and tensorstore have them, of which no signal knows: they fill a folder under another name, make it
 # anew where it is gone, and rename it when it is whole
 WRITERS = """
-import hashlib, os, pathlib, sys, threading
+import hashlib, pathlib, threading
 from difax.core.lock import locked
 from difax.core.shell import end_at_signals, undone
 from difax.core.writing import remove_unfinished

@@ -53,8 +53,9 @@ def locked(folder: str | os.PathLike, what: str) -> Iterator[None]:
         try:
             sure = _open(path, opened)
             _check(path, _owner(opened[-1]), sure)
-            me = {"what": what, "pid": os.getpid(), "host": platform.node()}
-            me |= {"since": time.strftime("%Y-%m-%d %H:%M:%S %z")} | ({} if _job() is None else {"job": _job()})
+            since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            me = {"what": what, "pid": os.getpid(), "host": platform.node(), "since": since}
+            me |= {} if _job() is None else {"job": _job()}
             os.ftruncate(opened[-1], 0)
             os.pwrite(opened[-1], json.dumps(me).encode(), 0)
             yield

@@ -26,28 +26,32 @@ INTERRUPTED = 130  # the exit code of a process that was told to end
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 _LIMIT = 2.0  # seconds after a signal in which the process is over, whatever becomes of what it removes
 
-_under_way: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+_under_way: list[tuple[Callable[..., None], str | os.PathLike | None]] = []
 _ending = threading.Lock()
 _stderr = 2  # the descriptor of what people read
 
 
 @contextlib.contextmanager
-def undone(undo: Callable[..., None], *paths: str | os.PathLike) -> Iterator[None]:
-    """Calls `undo(*paths)` after the block, and also where a signal ends the process within it.
+def undone(undo: Callable[..., None], path: str | os.PathLike | None = None) -> Iterator[None]:
+    """Calls `undo()`, or `undo(path)`, after the block, and also where a signal ends the process within it.
 
     Args:
       undo: removes what nobody shall find; quick, imports nothing, and may be called twice.
-      paths: that it takes; then it is a function of a module that needs the standard library alone, and after a signal
+      path: that it takes; then it is a function of a module that needs the standard library alone, and after a signal
         is called when no thread of the process is left. Those of orbax and tensorstore write on until then: they make
         anew the folders that they write to, and would rename one that is half removed as a whole one.
     """
-    entry = (undo, paths)
+    entry = (undo, path)
     _under_way.append(entry)
     try:
         yield
     finally:
         _under_way.remove(entry)
-        undo(*paths)
+        _undo(*entry)
+
+
+def _undo(undo: Callable[..., None], path: str | os.PathLike | None) -> None:
+    undo() if path is None else undo(path)
 
 
 def end_at_signals() -> Callable[[int], None]:
@@ -118,21 +122,22 @@ def end_now(word: str, code: int = INTERRUPTED) -> None:
             os.dup2(nowhere, number)  # nothing follows the line: threads of C++ would tell what they miss
         start = "\n" if getattr(sys.stderr, "open_line", False) else ""
         os.write(shown, f"{start}difax: error: {word}\n".encode())
-    left = _under_way[::-1]
-    last = [(undo, paths) for undo, paths in left if paths]
-    for undo, _ in (entry for entry in left if entry not in last):
+    first, last = [], []
+    for undo, path in reversed(_under_way):
+        (first if path is None else last).append((undo, path))
+    for entry in first:
         with contextlib.suppress(Exception):
-            undo()
-    words = [w for undo, paths in last for path in paths for w in (undo.__module__, undo.__name__, os.fspath(path))]
+            _undo(*entry)
+    words = [word for undo, path in last for word in (undo.__module__, undo.__name__, os.fspath(path))]
     if words and sys.executable:
         with contextlib.suppress(Exception):
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             home = str(pathlib.Path(__file__).parents[2])
             # which ends all threads of the process and keeps its number
             os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", _LAST, home, str(code), *words])
-    for undo, paths in last:
+    for entry in last:
         with contextlib.suppress(Exception):
-            undo(*paths)
+            _undo(*entry)
     os._exit(code)
 
 
